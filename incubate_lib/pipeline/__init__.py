@@ -1,0 +1,1 @@
+"""The graph of phases, and where its notebooks run."""

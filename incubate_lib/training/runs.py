@@ -1,0 +1,224 @@
+"""A phase's folder on disk: what is there, what state it is in, how it survives a kill at any moment.
+
+Every file is written whole to a temporary name and renamed, so a reader never sees half of one; `summary.json` is
+written last and is the sign of a finished phase. Nothing is ever unpickled: checkpoints are read with
+`weights_only=True`, results are safetensors. This module does not import torch until a checkpoint is touched, so that
+status displays stay quick.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from incubate_lib.config import PhaseSettings, SettingsError
+
+HEARTBEAT_SECONDS = 1.0  # between rewrites of status.json while a phase trains
+LOST_SECONDS = 120.0  # a running phase of another host whose heartbeat is older than this is taken for dead
+
+
+class Stopped(Exception):
+    """The phase was asked to stop; its checkpoint is saved and the next run goes on from it."""
+
+
+class Busy(SettingsError):
+    """Another living process is training this phase."""
+
+
+class PhaseFolder:
+    """Files of one phase: config, status, metrics, checkpoints, result, summary."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any] | None:
+        return read_json(self.path / "config.json")
+
+    def summary(self, digest: str | None = None) -> dict[str, Any] | None:
+        """Return the summary of a finished phase; None unless finished, with these settings if a hash is given."""
+        summary = read_json(self.path / "summary.json")
+        return summary if summary and (digest is None or summary["hash"] == digest) else None
+
+    def status(self) -> dict[str, Any]:
+        """Return state, progress and heartbeat; a phase whose process is gone is told as `interrupted`."""
+        if self.summary():
+            return {"state": "done"} | (read_json(self.path / "status.json") or {}) | {"state": "done"}
+        status = read_json(self.path / "status.json") or {"state": "waiting"}
+        if status["state"] == "running" and not _is_alive(status):
+            status["state"] = "interrupted"
+        return status
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return one dict per evaluation; a line cut short by a kill is left out."""
+        rows = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.path / "metrics.jsonl").read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    rows.append(json.loads(line))
+        return rows
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
+
+    # -- how it changes -----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def claim(self, settings: PhaseSettings, *, wait_seconds: float = 10.0) -> Iterator[None]:
+        """Hold the folder for training these settings; whatever goes wrong inside is written into status.json.
+
+        Raises Busy when another process holds it, SettingsError when the folder belongs to other settings. The lock
+        is the kernel's, so a killed process never leaves it behind; where the file system has none, heartbeats judge.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "lock", "a") as lock:
+            _lock(lock, self, wait_seconds)
+            config = self.config()
+            if config is None:
+                write_json(self.path / "config.json", settings.model_dump(mode="json") | {"hash": settings.digest()})
+            elif config["hash"] != settings.digest():
+                raise SettingsError(f"{self.path} belongs to other settings (hash {config['hash']}); it is left as it is")
+            attempt = (read_json(self.path / "status.json") or {}).get("attempt", 0) + 1
+            self.set_status("running", attempt=attempt, progress={}, error=None, pid=os.getpid(), host=socket.gethostname())
+            try:
+                yield
+            except (Stopped, KeyboardInterrupt):
+                self.set_status("stopped")
+                raise
+            except BaseException as error:
+                self.set_status("failed", error=f"{type(error).__name__}: {error}")
+                raise
+            self.set_status("done")
+
+    def set_status(self, state: str | None = None, **fields: Any) -> None:
+        """Rewrite status.json with a fresh heartbeat."""
+        status = (read_json(self.path / "status.json") or {}) | fields | {"heartbeat": time.time()}
+        write_json(self.path / "status.json", status | ({"state": state} if state else {}))
+
+    def start_metrics(self, step: int) -> None:
+        """Forget evaluations after `step`: they will be made again, with the same numbers."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def add_metrics(self, row: dict[str, Any]) -> None:
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write checkpoint.pt; the one before stays as checkpoint.previous.pt, in case this one is damaged later."""
+        import torch
+
+        path = self.path / "checkpoint.pt"
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, self.path / "checkpoint.previous.pt")
+        os.replace(temporary, path)
+
+    def load_checkpoint(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """Return the newest sound checkpoint (None: start anew) and what was found wrong with others."""
+        import torch
+
+        complaints = []
+        for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+            path = self.path / name
+            if not path.exists():
+                continue
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    damaged = archive.testzip()  # every record has a CRC, which torch.load does not check
+                if damaged:
+                    raise ValueError(f"{damaged} is damaged")
+                return torch.load(path, map_location="cpu", weights_only=True), complaints
+            except Exception as error:  # any damage ends the same way: say so and fall back
+                complaints.append(f"{path.name} is not sound ({type(error).__name__}: {error})")
+        return None, complaints
+
+    def finish(self, summary: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+        """Write the result, then the summary that declares it finished; checkpoints are no longer needed."""
+        from safetensors.torch import save
+
+        blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        write_atomic(self.weights, blob)
+        summary = summary | {"weights_sha256": hashlib.sha256(blob).hexdigest()}
+        write_json(self.path / "summary.json", summary)
+        for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+            (self.path / name).unlink(missing_ok=True)
+        return summary
+
+    def load_weights(self) -> dict[str, Any]:
+        """Return the finished phase's tensors; SettingsError if the file is not the one the summary speaks of."""
+        from safetensors.torch import load
+
+        summary = self.summary()
+        blob = self.weights.read_bytes() if summary and self.weights.exists() else b""
+        if not summary or hashlib.sha256(blob).hexdigest() != summary["weights_sha256"]:
+            raise SettingsError(f"{self.weights} is missing or damaged; delete {self.path} and run again")
+        return load(blob)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_atomic(path: Path, blob: bytes) -> None:
+    """Write a file so that a kill or a full disk leaves the old one or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; None if it is not there or not whole."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def _is_alive(status: dict[str, Any]) -> bool:
+    if status.get("host") != socket.gethostname():
+        return time.time() - status.get("heartbeat", 0) < LOST_SECONDS
+    try:
+        os.kill(status["pid"], 0)
+    except (ProcessLookupError, KeyError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _lock(file: Any, folder: PhaseFolder, wait_seconds: float) -> None:
+    """Take the folder's lock; a dying process may need a moment to let go of it."""
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = True
+        except OSError:  # a file system without locks
+            held = folder.status()["state"] == "running"
+            if not held:
+                return None
+        if held and time.monotonic() > deadline:
+            status = folder.status()
+            raise Busy(f"{folder.path} is being trained by process {status.get('pid')} on {status.get('host')}")
+        time.sleep(0.2)
