@@ -211,7 +211,7 @@ class Settings(Frozen):
     def strategy(self, name: str) -> StrategySettings:
         """Return the strategy of that name; SettingsError with the nearest names if there is none."""
         if name not in self.strategies:
-            raise SettingsError(f"unknown strategy {name!r}; {_nearest(name, self.strategies)}")
+            raise SettingsError(f"unknown strategy {name!r}; {nearest(name, self.strategies)}")
         return self.strategies[name]
 
     def training_of(self, strategy: str, phase: str) -> TrainingSettings:
@@ -232,7 +232,8 @@ class Settings(Frozen):
 
     def digest(self) -> str:
         """Return the hash that names an experiment: of all settings that can change a result."""
-        return digest(self.model_dump(mode="json", exclude={"name", "description", "run", "checkpoint_seconds"}))
+        settings = self.model_dump(mode="json", exclude={"name", "description", "run", "checkpoint_seconds"})
+        return digest({"format": FORMAT, **settings})
 
 
 PHASES_OF = {"end_to_end": ["end_to_end"], "deep_incubation": ["meta", "incubate", "finetune"]}
@@ -256,7 +257,7 @@ class PhaseSettings(Frozen):
     format: int = FORMAT
 
     def digest(self) -> str:
-        """Return the hash of all that decides the result. How often it is evaluated does not change it, but its record."""
+        """Return the hash of all that decides the result and its record."""
         return digest(self.model_dump(mode="json"))
 
 
@@ -277,7 +278,7 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
     if path is None:
         path = Path(preset)
         if path.suffix not in (".yaml", ".yml") and not path.is_file():
-            raise SettingsError(f"unknown preset {preset!r}; {_nearest(preset, presets())}, or give a .yaml file")
+            raise SettingsError(f"unknown preset {preset!r}; {nearest(preset, presets())}, or give a .yaml file")
     raw = _read_yaml(path)
     raw.setdefault("name", path.stem)
     raw.setdefault("strategies", {})
@@ -357,7 +358,7 @@ def _told(error: ValidationError) -> str:
     for item in error.errors()[:3]:
         field = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown field {field!r}; {_nearest(str(item['loc'][-1]), _fields_at(item['loc'][:-1]))}")
+            lines.append(f"unknown field {field!r}; {nearest(str(item['loc'][-1]), _fields_at(item['loc'][:-1]))}")
         elif item["type"] == "missing":
             lines.append(f"{field} is missing")
         else:
@@ -378,7 +379,7 @@ def _fields_at(loc: tuple) -> list[str]:
     return list(getattr(model, "model_fields", {}))
 
 
-def _nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known)}"
 

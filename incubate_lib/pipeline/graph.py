@@ -10,14 +10,16 @@ Planning checks everything that can be checked before anything is trained or wri
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from incubate_lib.config import PhaseSettings, Settings, SettingsError, data_folder, load_settings
+from incubate_lib.training.facts import Facts, kind_of, measure
 from incubate_lib.training.runs import PhaseFolder, read_json, write_json
+from incubate_lib.training.schedule import steps_per_epoch, total_steps
 
 NOTEBOOKS = {
     "meta": "01_meta_model",
@@ -118,12 +120,18 @@ class Experiment:
         mine = owner["hash"] == settings.digest() if owner else not plain.exists()
         return cls(settings, plain if mine else runs / f"{settings.name}-{settings.digest()[:6]}")
 
+    @cached_property
+    def facts(self) -> Facts:
+        """What planning must know; measured unless the experiment's folder has it already."""
+        record = read_json(self.path / "experiment.json")
+        return Facts.model_validate(record["facts"]) if record else measure(self.settings)
+
     def create(self) -> None:
         """Make the folder and say in it whose it is."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "experiment.json").exists():
-            record = {"hash": self.settings.digest(), "settings": self.settings.model_dump(mode="json")}
-            write_json(self.path / "experiment.json", record)
+            settings, facts = self.settings.model_dump(mode="json"), self.facts.model_dump(mode="json")
+            write_json(self.path / "experiment.json", {"hash": self.settings.digest(), "settings": settings, "facts": facts})
 
     def check_writable(self) -> None:
         """Raise SettingsError unless the data folder can be read and written; leaves nothing behind."""
@@ -196,29 +204,11 @@ def open_phase(
 
 
 class _Planner:
-    """Builds nodes, each once, and counts FLOPs, each kind of phase once."""
+    """Builds the nodes of strategies, each once."""
 
-    def __init__(self, settings: Settings, experiment: Experiment) -> None:
-        from incubate_lib.training.data import load_data
-        from incubate_lib.training.phases import build_model
-
-        self.settings, self.experiment = settings, experiment
+    def __init__(self, settings: Settings, experiment: "Experiment") -> None:
+        self.settings, self.experiment, self.facts = settings, experiment, experiment.facts
         self.nodes: dict[str, Node] = {}
-        self._flops: dict[str, int] = {}
-        train, _ = load_data(settings.data)
-        self.num_images, self.num_classes = len(train), train.num_classes
-        self.image_shape = tuple(train.images.shape[1:])
-        import torch
-
-        with torch.device("meta"):
-            model = build_model(settings.model, settings.model.depth, self.num_classes)
-        shape = (model.in_chans, *model.patch_embed.img_size)
-        if shape != self.image_shape:
-            raise SettingsError(
-                f"model takes images of {shape} (channels, height, width; model.in_chans, model.img_size), "
-                f"but data.source {settings.data.source!r} has {self.image_shape}"
-            )
-        self.target_depths, self.meta_depths = settings.partition.depths(len(model.blocks))
 
     def strategy(self, name: str, seed: int) -> Node:
         """Add the nodes of a strategy and return the last of them."""
@@ -227,20 +217,22 @@ class _Planner:
     def _end_to_end(self, name: str, seed: int) -> Node:
         training = self.settings.training_of(name, "end_to_end")
         if self.settings.is_matched(name):
-            budget = self._budget(self.settings.strategies[name].match, seed)
-            per_image = self.flops_per_image(self._phase("end_to_end", name, seed, training=training))
-            per_epoch = self.num_images // training.batch_size * training.batch_size * per_image
-            training = training.model_copy(update={"epochs": round(budget / per_epoch, 3)})
+            final = self.strategy(self.settings.strategies[name].match, seed)
+            budget = sum(self.flops(node.settings) for node in _closure([final]))
+            per_step = self.facts.flops_per_image["target"] * training.batch_size
+            epochs = budget / per_step / steps_per_epoch(self.facts.num_images, training.batch_size)
+            training = training.model_copy(update={"epochs": round(epochs, 3)})
         return self._node(f"seed-{seed}/{name}", name, self._phase("end_to_end", name, seed, training=training))
 
     def _deep_incubation(self, name: str, seed: int) -> Node:
         strategy = self.settings.strategy(name)
-        start = {k: getattr(strategy, k) for k in ("start", "inherit_stem", "inherit_head")}
+        if misfit := self.facts.misfits.get(strategy.start):
+            raise SettingsError(f"strategies.{name}.start {strategy.start!r} is not possible: {misfit}")
+        start = {field: getattr(strategy, field) for field in ("start", "inherit_stem", "inherit_head")}
         own_meta = strategy.phases.meta.model_dump(exclude_none=True)
-        meta_key = f"seed-{seed}/{name}/meta" if own_meta else f"seed-{seed}/meta"
-        meta = self._node(meta_key, name, self._phase("meta", name, seed))
+        meta = self._node(f"seed-{seed}/{name}/meta" if own_meta else f"seed-{seed}/meta", name, self._phase("meta", name, seed))
         modules = {}
-        for i in range(len(self.target_depths)):
+        for i in range(len(self.facts.target_depths)):
             phase = self._phase("incubate", name, seed, inputs={"meta": meta}, module_index=i, **start)
             modules[f"module-{i}"] = self._node(f"seed-{seed}/{name}/incubate-{i}", name, phase, {"meta": meta})
         joined = self._node(f"seed-{seed}/{name}/assemble", name, self._phase("assemble", name, seed, inputs=modules), modules)
@@ -249,43 +241,28 @@ class _Planner:
 
     def _phase(self, phase: str, name: str, seed: int, *, inputs: dict[str, Node] | None = None, **more: Any) -> PhaseSettings:
         if phase != "assemble":
-            more.setdefault("training", self.settings.training_of(name, phase))
-            if more["training"].batch_size > self.num_images:
+            training = more.setdefault("training", self.settings.training_of(name, phase))
+            if training.batch_size > self.facts.num_images:
                 raise SettingsError(
-                    f"batch_size of phase {phase} is {more['training'].batch_size}, "
-                    f"but there are only {self.num_images} training images"
+                    f"training.batch_size is {training.batch_size} in phase {phase}, "
+                    f"but there are only {self.facts.num_images} training images"
                 )
         hashes = {key: node.digest for key, node in (inputs or {}).items()}
         return PhaseSettings(
-            phase=phase, seed=seed, data=self.settings.data, model=self.settings.model,
-            target_depths=self.target_depths, meta_depths=self.meta_depths, inputs=hashes, **more,
+            phase=phase, seed=seed, data=self.settings.data, model=self.settings.model, inputs=hashes,
+            target_depths=self.facts.target_depths, meta_depths=self.facts.meta_depths, **more,
         )  # fmt: skip
 
     def _node(self, key: str, name: str, phase: PhaseSettings, inputs: dict[str, Node] | None = None) -> Node:
         return self.nodes.setdefault(key, Node(key, name, phase, self.experiment, inputs or {}))
 
-    def _budget(self, name: str, seed: int) -> int:
-        """Return the training FLOPs of a whole strategy, the meta model included."""
-        return sum(self.flops(node.settings) for node in _closure([self.strategy(name, seed)]))
-
     def flops(self, phase: PhaseSettings) -> int:
-        from incubate_lib.training.loop import total_steps
-
+        """Return the training FLOPs of a whole phase."""
         if phase.training is None:
             return 0
         t = phase.training
-        return self.flops_per_image(phase) * t.batch_size * total_steps(t.epochs, self.num_images, t.batch_size)
-
-    def flops_per_image(self, phase: PhaseSettings) -> int:
-        from incubate_lib.training.phases import phase_flops_per_image
-
-        kind = f"{phase.phase}-{phase.module_index}-{phase.start}"  # nothing else in a phase changes the count
-        if kind not in self._flops:
-            try:
-                self._flops[kind] = phase_flops_per_image(phase, self.num_classes, self.image_shape)
-            except ValueError as error:  # a start that does not fit these blocks
-                raise SettingsError(str(error)) from None
-        return self._flops[kind]
+        steps = total_steps(t.epochs, self.facts.num_images, t.batch_size)
+        return self.facts.flops_per_image[kind_of(phase)] * t.batch_size * steps
 
 
 def _closure(nodes: Iterable[Node]) -> list[Node]:
@@ -300,8 +277,3 @@ def _closure(nodes: Iterable[Node]) -> list[Node]:
     for node in nodes:
         visit(node)
     return list(seen.values())
-
-
-def walk(node: Node, visit: Callable[[Node], None]) -> None:
-    for each in _closure([node]):
-        visit(each)

@@ -4,7 +4,9 @@ A kernel launch per batch, not a Python call per image: for sets that fit on the
 Letters: B batch, C channels, H and W pixels.
 """
 
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -79,21 +81,31 @@ def augment(images: Tensor, settings: TrainingSettings) -> Tensor:
 
 
 def _cut(labels: np.ndarray, index: np.ndarray, size: int, field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Cut `size` class-balanced images off `index`."""
-    from sklearn.model_selection import train_test_split  # a second to import, needed once
-
+    """Cut `size` images off `index`, every class in its proportion; return what is left and what was cut off."""
     classes = len(np.unique(labels))
     if not classes <= size <= len(index) - classes:
-        raise SettingsError(f"{field} is {size}; of {len(index)} images in {classes} classes, {classes} to {len(index) - classes} can be set apart")
-    return tuple(np.sort(p) for p in train_test_split(index, test_size=size, random_state=SPLIT_SEED, stratify=labels[index]))
+        raise SettingsError(
+            f"{field} is {size}; of {len(index)} images in {classes} classes, "
+            f"{classes} to {len(index) - classes} can be set apart"
+        )
+    shuffled = np.random.default_rng(SPLIT_SEED).permutation(index)
+    share = np.empty(len(shuffled))  # how far into its class each image stands, 0 … 1
+    for label in np.unique(labels):
+        of_class = labels[shuffled] == label
+        share[of_class] = (np.arange(of_class.sum()) + 0.5) / of_class.sum()
+    cut = shuffled[np.argsort(share, kind="stable")[:size]]
+    return np.setdiff1d(index, cut), np.sort(cut)
 
 
 def _digits(settings: DataSettings) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's 1,797 handwritten digits, 8 × 8 pixels, one channel."""
-    from sklearn.datasets import load_digits
+    """scikit-learn's 1,797 handwritten digits, 8 × 8 pixels, one channel, read from inside its package.
 
-    digits = load_digits()
-    return (digits.images * (255 / 16)).round().astype(np.uint8)[:, None], digits.target.astype(np.int64)
+    Importing scikit-learn for one small table would cost every notebook several seconds.
+    """
+    package = Path(importlib.util.find_spec("sklearn").origin).parent
+    table = np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", delimiter=",", dtype=np.int64)
+    images = (table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+    return images, table[:, -1]
 
 
 def _synthetic(settings: DataSettings) -> tuple[np.ndarray, np.ndarray]:

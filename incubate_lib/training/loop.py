@@ -5,7 +5,6 @@ the order of the images from (seed, epoch), the rest from the global generators,
 So a phase that was killed and resumed ends in the same bits as one that was not (same device, same threads).
 """
 
-import hashlib
 import math
 import random
 import time
@@ -23,38 +22,10 @@ from incubate_lib.config import TrainingSettings
 from incubate_lib.training.data import ImageSet, augment
 from incubate_lib.training.progress import Progress
 from incubate_lib.training.runs import HEARTBEAT_SECONDS, PhaseFolder, Stopped
+from incubate_lib.training.schedule import derive_seed, lr_at, steps_per_epoch, total_steps
 
 NO_DECAY = {"pos_embed", "cls_token", "reg_token", "dist_token"}  # besides biases and norms, in every phase
 EVAL_BATCH = 256
-
-
-# -- pure functions of settings and step ---------------------------------------------------------------------------------
-
-
-def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Return the updates of one epoch; the last incomplete batch is left out."""
-    return num_images // batch_size
-
-
-def total_steps(epochs: float, num_images: int, batch_size: int) -> int:
-    """Return the updates of a phase, at least one."""
-    return max(1, round(epochs * steps_per_epoch(num_images, batch_size)))
-
-
-def lr_at(step: int, steps: int, warmup: int, lr: float, min_lr: float) -> float:
-    """Return the learning rate of update `step` (0-based): linear from lr/warmup to lr, then cosine down to min_lr.
-
-    The last update has min_lr.
-    """
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    place = (step - warmup) / max(1, steps - 1 - warmup)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * place))
-
-
-def derive_seed(seed: int, *what: str | int) -> int:
-    """Return a seed for one purpose, e.g. ("order", epoch); different purposes never share random numbers."""
-    return int.from_bytes(hashlib.sha256(repr((seed, *what)).encode()).digest()[:4])  # numpy takes 32 bits
 
 
 # -- random states --------------------------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from incubate_lib.config import ModelSettings, PhaseSettings, SettingsError, _nearest
+from incubate_lib.config import ModelSettings, PhaseSettings, SettingsError, nearest
 from incubate_lib.method.incubation import assemble, make_hybrid, start_module
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.data import load_data
-from incubate_lib.training.loop import derive_seed, evaluate, fit
+from incubate_lib.training.loop import evaluate, fit
 from incubate_lib.training.runs import PhaseFolder
+from incubate_lib.training.schedule import derive_seed
 
 Inputs = dict[str, PhaseFolder]
 
@@ -26,7 +27,7 @@ Inputs = dict[str, PhaseFolder]
 def build_model(settings: ModelSettings, depth: int | None, num_classes: int, drop_path: float = 0.0) -> VisionTransformer:
     """Return a randomly initialised timm ViT of `depth` blocks (None: timm's own); SettingsError names what does not fit."""
     if not timm.is_model(settings.name):
-        raise SettingsError(f"model.name: timm has no {settings.name!r}; {_nearest(settings.name, timm.list_models('*vit*'))}")
+        raise SettingsError(f"model.name: timm has no {settings.name!r}; {nearest(settings.name, timm.list_models('*vit*'))}")
     arguments = settings.timm_arguments() | ({} if depth is None else {"depth": depth})
     try:
         model = timm.create_model(settings.name, num_classes=num_classes, drop_path_rate=drop_path, **arguments)

@@ -1,0 +1,66 @@
+"""What planning must know about images and networks: counts and FLOPs. Measured once, then kept with the experiment.
+
+Measuring imports torch and timm and reads the images (10 s on a slow machine); with the facts on disk, `incubate run`
+sees in a moment that everything is done. This module itself does not import torch.
+"""
+
+from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError
+
+
+class Facts(Frozen):
+    """Facts about one experiment's data and networks."""
+
+    num_images: int  # to train on
+    num_classes: int
+    target_depths: list[int]
+    meta_depths: list[int]
+    flops_per_image: dict[str, int]  # training FLOPs of one image by kind of phase, see `kind_of`
+    misfits: dict[str, str]  # starts that these networks cannot have, and why
+
+
+def kind_of(phase: PhaseSettings) -> str:
+    """Return what decides the FLOPs of a phase: meta, target (fine-tuning too), or the module that is incubated."""
+    return f"incubate-{phase.module_index}" if phase.phase == "incubate" else {"meta": "meta"}.get(phase.phase, "target")
+
+
+def measure(settings: Settings) -> Facts:
+    """Read the images, build the networks on the meta device and count; SettingsError if they do not fit together."""
+    import torch
+
+    from incubate_lib.method.incubation import start_module
+    from incubate_lib.training.data import load_data
+    from incubate_lib.training.phases import build_model, build_parts, phase_flops_per_image
+
+    train, _ = load_data(settings.data)
+    image_shape = tuple(train.images.shape[1:])
+    with torch.device("meta"):
+        model = build_model(settings.model, settings.model.depth, train.num_classes)
+        shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+        if shape != image_shape:
+            raise SettingsError(
+                f"the model takes images of {shape} (channels, height, width: model.in_chans, model.img_size), "
+                f"but data.source {settings.data.source!r} has {image_shape}"
+            )
+        target_depths, meta_depths = settings.partition.depths(len(model.blocks))
+
+        def phase(name: str, module_index: int | None = None) -> PhaseSettings:
+            start = None if module_index is None else "random"
+            return PhaseSettings(
+                phase=name, seed=0, data=settings.data, model=settings.model, target_depths=target_depths,
+                meta_depths=meta_depths, module_index=module_index, start=start, training=settings.training,
+            )  # fmt: skip
+
+        phases = [phase("meta"), phase("end_to_end"), *(phase("incubate", i) for i in range(len(target_depths)))]
+        flops = {kind_of(p): phase_flops_per_image(p, train.num_classes, image_shape) for p in phases}
+        misfits = {}
+        for start in ("stack", "identity"):
+            pairs = zip(*(build_parts(phases[0], which, train.num_classes) for which in ("target", "meta")), strict=True)
+            try:
+                for target, meta in pairs:
+                    start_module(target, meta, start, inherit_stem=True, inherit_head=True)
+            except ValueError as error:
+                misfits[start] = str(error)
+    return Facts(
+        num_images=len(train), num_classes=train.num_classes, target_depths=target_depths, meta_depths=meta_depths,
+        flops_per_image=flops, misfits=misfits,
+    )  # fmt: skip

@@ -1,0 +1,30 @@
+"""Pure functions of settings and step: how many updates, which learning rate, which seed. No torch."""
+
+import hashlib
+import math
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Return the updates of one epoch; the last incomplete batch is left out."""
+    return num_images // batch_size
+
+
+def total_steps(epochs: float, num_images: int, batch_size: int) -> int:
+    """Return the updates of a phase, at least one."""
+    return max(1, round(epochs * steps_per_epoch(num_images, batch_size)))
+
+
+def lr_at(step: int, steps: int, warmup: int, lr: float, min_lr: float) -> float:
+    """Return the learning rate of update `step` (0-based): linear from lr/warmup to lr, then cosine down to min_lr.
+
+    The last update has min_lr.
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    place = (step - warmup) / max(1, steps - 1 - warmup)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * place))
+
+
+def derive_seed(seed: int, *what: str | int) -> int:
+    """Return a seed for one purpose, e.g. ("order", epoch); different purposes never share random numbers."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *what)).encode()).digest()[:4])  # numpy takes 32 bits
