@@ -196,6 +196,7 @@ class Settings(Frozen):
     strategies: dict[str, StrategySettings] = {}
     run: list[str] = ["end_to_end", "deep_incubation", "deep_incubation_stack"]  # strategies run by default
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0  # between checkpoints, never changes a result
+    overrides: list[str] = []  # the `--set` values already applied, for the record
 
     @model_validator(mode="after")
     def _whole(self) -> "Settings":
@@ -232,7 +233,7 @@ class Settings(Frozen):
 
     def digest(self) -> str:
         """Return the hash that names an experiment: of all settings that can change a result."""
-        settings = self.model_dump(mode="json", exclude={"name", "description", "run", "checkpoint_seconds"})
+        settings = self.model_dump(mode="json", exclude={"name", "description", "run", "checkpoint_seconds", "overrides"})
         return digest({"format": FORMAT, **settings})
 
 
@@ -289,6 +290,7 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
         }
     for override in overrides:
         _override(raw, override)
+    raw["overrides"] = list(overrides)
     settings = _validate(raw, " ".join([path.name, *(f"--set {override}" for override in overrides)]))
     for name in settings.run:
         settings.strategy(name)

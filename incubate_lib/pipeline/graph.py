@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from incubate_lib.config import PhaseSettings, Settings, SettingsError, data_folder, load_settings
-from incubate_lib.training.facts import Facts, kind_of, measure
+from incubate_lib.training.facts import Facts, measure
 from incubate_lib.training.runs import PhaseFolder, read_json, write_json
 from incubate_lib.training.schedule import steps_per_epoch, total_steps
 
@@ -54,8 +54,7 @@ class Node:
         """Name for people, modules counted from one."""
         s = self.settings
         what = f"module {s.module_index + 1} of {len(s.target_depths)}" if s.phase == "incubate" else s.phase
-        strategy = "" if what in ("meta", self.strategy) else f" [{self.strategy}]"
-        return f"seed {s.seed} {what}{strategy}"
+        return f"seed {s.seed} {what}" + ("" if what in ("meta", self.strategy) else f", {self.strategy}")
 
     @cached_property
     def digest(self) -> str:
@@ -83,6 +82,7 @@ class Node:
             {name: node.folder for name, node in self.inputs.items()},
             title=self.title,
             about=about,
+            flops_per_image=self.experiment.facts.flops_of(self.settings),
             checkpoint_seconds=self.experiment.settings.checkpoint_seconds,
             should_stop=(self.experiment.path / STOP_FILE).exists,
         )
@@ -113,25 +113,26 @@ class Experiment:
 
     @classmethod
     def of(cls, settings: Settings) -> "Experiment":
-        """Find the folder for these settings: `<name>`, or `<name>-<hash>` where that one belongs to other settings."""
+        """Find the folder for these settings: `<name>`; `<name>-<hash>` for a variant, made by `--set` or by an edited file."""
         runs = data_folder() / "runs"
-        plain = runs / settings.name
-        owner = read_json(plain / "experiment.json")
-        mine = owner["hash"] == settings.digest() if owner else not plain.exists()
-        return cls(settings, plain if mine else runs / f"{settings.name}-{settings.digest()[:6]}")
+        plain, variant = runs / settings.name, runs / f"{settings.name}-{settings.digest()[:6]}"
+        return cls(settings, plain if not settings.overrides and _owner(plain) in (None, settings.digest()) else variant)
 
     @cached_property
     def facts(self) -> Facts:
         """What planning must know; measured unless the experiment's folder has it already."""
         record = read_json(self.path / "experiment.json")
-        return Facts.model_validate(record["facts"]) if record else measure(self.settings)
+        known = record is not None and record["hash"] == self.settings.digest()
+        return Facts.model_validate(record["facts"]) if known else measure(self.settings)
 
     def create(self) -> None:
-        """Make the folder and say in it whose it is."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / "experiment.json").exists():
+        """Make the folder and say in it whose it is; SettingsError if other settings took it first."""
+        if _owner(self.path) is None:
             settings, facts = self.settings.model_dump(mode="json"), self.facts.model_dump(mode="json")
+            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "experiment.json", {"hash": self.settings.digest(), "settings": settings, "facts": facts})
+        if _owner(self.path) != self.settings.digest():
+            raise SettingsError(f"{self.path} belongs to other settings; give yours another name (--set name=…)")
 
     def check_writable(self) -> None:
         """Raise SettingsError unless the data folder can be read and written; leaves nothing behind."""
@@ -149,6 +150,12 @@ class Experiment:
             ) from None
 
 
+def _owner(path: Path) -> str | None:
+    """Return the hash of the settings an experiment's folder belongs to; None if it is nobody's yet."""
+    record = read_json(path / "experiment.json")
+    return record["hash"] if record else None
+
+
 @dataclass(frozen=True)
 class Plan:
     """All nodes of a run in an order in which they can be done."""
@@ -157,6 +164,11 @@ class Plan:
     nodes: list[Node]
     finals: dict[tuple[str, int], Node]  # (strategy, seed) → the node that ends it
     flops: dict[str, int]  # node key → training FLOPs it will take
+
+    def run(self) -> None:
+        """Train everything that is missing, one phase after another, in this process."""
+        for node in self.nodes:
+            node.run()
 
 
 def plan(settings: Settings, strategies: Sequence[str] | None = None, seeds: Sequence[int] = (0,)) -> Plan:
@@ -261,8 +273,7 @@ class _Planner:
         if phase.training is None:
             return 0
         t = phase.training
-        steps = total_steps(t.epochs, self.facts.num_images, t.batch_size)
-        return self.facts.flops_per_image[kind_of(phase)] * t.batch_size * steps
+        return self.facts.flops_of(phase) * t.batch_size * total_steps(t.epochs, self.facts.num_images, t.batch_size)
 
 
 def _closure(nodes: Iterable[Node]) -> list[Node]:

@@ -14,12 +14,15 @@ class Facts(Frozen):
     num_classes: int
     target_depths: list[int]
     meta_depths: list[int]
-    flops_per_image: dict[str, int]  # training FLOPs of one image by kind of phase, see `kind_of`
+    flops_per_image: dict[str, int]  # training FLOPs of one image: meta, target (fine-tuning too), incubate-0 …
     misfits: dict[str, str]  # starts that these networks cannot have, and why
 
+    def flops_of(self, phase: PhaseSettings) -> int:
+        """Return the training FLOPs of one image in this phase; assembly trains nothing."""
+        return 0 if phase.phase == "assemble" else self.flops_per_image[_kind_of(phase)]
 
-def kind_of(phase: PhaseSettings) -> str:
-    """Return what decides the FLOPs of a phase: meta, target (fine-tuning too), or the module that is incubated."""
+
+def _kind_of(phase: PhaseSettings) -> str:
     return f"incubate-{phase.module_index}" if phase.phase == "incubate" else {"meta": "meta"}.get(phase.phase, "target")
 
 
@@ -51,7 +54,7 @@ def measure(settings: Settings) -> Facts:
             )  # fmt: skip
 
         phases = [phase("meta"), phase("end_to_end"), *(phase("incubate", i) for i in range(len(target_depths)))]
-        flops = {kind_of(p): phase_flops_per_image(p, train.num_classes, image_shape) for p in phases}
+        flops = {_kind_of(p): phase_flops_per_image(p, train.num_classes, image_shape) for p in phases}
         misfits = {}
         for start in ("stack", "identity"):
             pairs = zip(*(build_parts(phases[0], which, train.num_classes) for which in ("target", "meta")), strict=True)

@@ -1,6 +1,7 @@
 """The phases: what each builds, what of it trains, what it leaves behind. One recipe each, one way to run them all."""
 
 import datetime
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -112,18 +113,22 @@ def run_phase(
     *,
     title: str,
     about: dict[str, Any],
+    flops_per_image: int,
     checkpoint_seconds: float = 20.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train one phase to its end, or go on from its checkpoint, and return its summary; a finished one is only read.
 
-    `about` is added to the summary (strategy, names of the inputs' folders).
+    `about` is added to the summary (strategy, names of the inputs' folders); `flops_per_image` is the counted training
+    cost of this phase.
     """
     if done := folder.summary(s.digest()):
         return done
     with folder.claim(s):
         if done := folder.summary(s.digest()):  # finished by another process while this one waited
             return done
+        if threads := os.environ.get("INCUBATE_THREADS"):  # this phase's share of the cores, when several run side by side
+            torch.set_num_threads(int(threads))
         device = pick_device()
         train, judge = load_data(s.data, device)
         model, result = prepare(s, inputs, train.num_classes)
@@ -136,8 +141,7 @@ def run_phase(
                 model, train, judge, s.training, seed=derive_seed(s.seed, s.phase, s.module_index or 0), folder=folder,
                 title=title, checkpoint_seconds=checkpoint_seconds, should_stop=should_stop,
             )  # fmt: skip
-        flops = phase_flops_per_image(s, train.num_classes, tuple(train.images.shape[1:]))
-        numbers |= {"flops_per_image": flops, "train_flops": flops * numbers["images_seen"]}
+        numbers |= {"flops_per_image": flops_per_image, "train_flops": flops_per_image * numbers["images_seen"]}
         numbers |= {"parameters": sum(p.numel() for p in result.parameters()), "train_images": len(train), "judge_images": len(judge)}
         identity = {"phase": s.phase, "module_index": s.module_index, "seed": s.seed, "hash": s.digest()}
         return folder.finish(identity | about | numbers | {"provenance": provenance(device)}, result.state_dict())

@@ -1,0 +1,258 @@
+"""Run a plan on this machine: a pool of processes, one notebook each, side by side where the graph allows."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from multiprocessing import Process
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from incubate_lib.config import SettingsError
+from incubate_lib.pipeline.graph import STOP_FILE, Node, Plan
+from incubate_lib.pipeline.view import Line, node_line, render
+from incubate_lib.training.runs import read_json, write_json
+
+ANALYSIS = "06_analysis"
+POLL_SECONDS = 0.3
+SUMMARY_SECONDS = 15.0  # between lines when the output is not a terminal
+
+
+@dataclass
+class Job:
+    """One notebook being executed."""
+
+    process: Process
+    log: Path
+
+
+@dataclass
+class Pool:
+    """State of a run: what waits, what runs, what failed and why."""
+
+    plan: Plan
+    source: dict[str, Any]  # preset and overrides, as the notebooks take them
+    jobs: int
+    console: Console
+    waiting: dict[str, Node] = field(default_factory=dict)
+    running: dict[str, Job] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    stopping: bool = False
+
+    @property
+    def stop_file(self) -> Path:
+        return self.plan.experiment.path / STOP_FILE
+
+    def run(self) -> None:
+        """Run everything that is missing; fills `failed` and `skipped`."""
+        nodes = {node.key: node for node in self.plan.nodes}
+        self.waiting = {key: node for key, node in nodes.items() if not is_complete(node)}
+        if not self.waiting:
+            return
+        order = _remaining_path(self.plan)
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with self._view() as show:
+                while self.running or (self.waiting and not self.stopping):
+                    if self.stop_file.exists():
+                        self.stopping = True
+                    for key in sorted(self.waiting, key=order.get, reverse=True):
+                        self._consider(nodes[key])
+                    for key in list(self.running):
+                        self._look_after(nodes[key])
+                    show()
+                    time.sleep(POLL_SECONDS)
+        finally:
+            for job in self.running.values():
+                _kill(job)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _consider(self, node: Node) -> None:
+        """Start a waiting node if its inputs are there and a place is free; skip it if one of them failed."""
+        lost = [n.key for n in node.inputs.values() if n.key in self.failed or n.key in self.skipped]
+        if lost:
+            self.skipped[node.key] = f"needs {lost[0]}"
+            del self.waiting[node.key]
+        elif not self.stopping and len(self.running) < self.jobs and all(is_complete(n) for n in node.inputs.values()):
+            parameters = self.source | {"strategy": node.strategy, "seed": node.settings.seed}
+            if node.settings.module_index is not None:
+                parameters["module_index"] = node.settings.module_index
+            self.running[node.key] = start(node.notebook, node.folder.path, "notebook.ipynb", parameters, self.jobs)
+            del self.waiting[node.key]
+
+    def _look_after(self, node: Node) -> None:
+        """Notice when a running node has ended, and how."""
+        job = self.running[node.key]
+        code = job.process.exitcode
+        if code is None:
+            return
+        del self.running[node.key]
+        if is_complete(node):
+            return
+        status = node.folder.status()
+        if status["state"] == "stopped" or (self.stopping and code < 0):
+            self.stopping = True
+            return
+        if code == 0:
+            self.failed[node.key] = "its notebook trained other settings: was the settings file changed meanwhile?"
+        else:
+            self.failed[node.key] = status.get("error") or last_error(job.log) or f"ended with exit status {code}"
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.stopping:  # the second time: at once
+            for job in self.running.values():
+                _kill(job)
+            return
+        self.stopping = True
+        self.stop_file.touch()
+        self.console.print("\nStopping: phases save a checkpoint first (again: at once) …")
+
+    def _view(self) -> "_View":
+        return _View(self)
+
+    def lines(self) -> list[Line]:
+        lines = []
+        for node in self.plan.nodes:
+            line = node_line(node)
+            if node.key in self.failed:
+                line.state, line.note = "failed", self.failed[node.key]
+            elif node.key in self.skipped:
+                line.state, line.note = "skipped", self.skipped[node.key]
+            elif node.key in self.running and line.state != "running":
+                line.state = "starting" if line.state != "done" else "finishing"
+            elif node.key in self.waiting and line.state in ("failed", "interrupted", "stopped"):
+                line.state = "waiting"
+            lines.append(line)
+        return lines
+
+
+class _View:
+    """Shows a pool: a live table on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool, self.states, self.last = pool, {}, time.monotonic()
+        self.live = Live(console=pool.console, auto_refresh=False) if pool.console.is_terminal else None
+
+    def __enter__(self) -> Any:
+        if self.live:
+            self.live.__enter__()
+        return self.show
+
+    def __exit__(self, *error: Any) -> None:
+        if self.live:
+            self.show()
+            self.live.__exit__(*error)
+
+    def show(self) -> None:
+        lines = self.pool.lines()
+        if self.live:
+            self.live.update(render(lines), refresh=True)
+            return
+        for line in lines:
+            if self.states.get(line.title, line.state) != line.state and line.state in ("running", "done", "failed", "skipped"):
+                self.pool.console.print(line.plain(), soft_wrap=True, highlight=False)
+            self.states[line.title] = line.state
+        if time.monotonic() - self.last > SUMMARY_SECONDS:
+            self.last = time.monotonic()
+            for line in lines:
+                if line.state == "running":
+                    self.pool.console.print(line.plain(), soft_wrap=True, highlight=False)
+
+
+def is_complete(node: Node) -> bool:
+    """Whether a phase is finished and its executed notebook is there."""
+    return node.summary() is not None and (node.folder.path / "notebook.ipynb").exists()
+
+
+def start(notebook: str, folder: Path, output: str, parameters: dict[str, Any], jobs: int) -> Job:
+    """Start one notebook in a process of its own, with a fair share of the cores; its output goes to log.txt."""
+    from incubate_lib.pipeline import warm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    log.write_bytes(b"")
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    env = os.environ | {"INCUBATE_THREADS": str(threads), "INCUBATE_HEADLESS": "1"}
+    return Job(warm.start(notebook, str(folder / output), parameters, log=str(log), env=env), log)
+
+
+def last_error(log: Path) -> str | None:
+    """Return the last error a log tells of."""
+    try:
+        errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    except OSError:
+        return None
+    return errors[-1].removeprefix("error: ") if errors else None
+
+
+def run(plan: Plan, source: dict[str, Any], jobs: int, console: Console) -> int:
+    """Run a plan and its analysis; return the exit status: 0 all done, 1 something failed, 130 stopped."""
+    experiment = plan.experiment
+    experiment.create()
+    pool = Pool(plan, source, jobs, console)
+    pool.stop_file.unlink(missing_ok=True)
+    began = time.monotonic()
+    pool.run()
+    for key, reason in pool.failed.items():
+        log = experiment.path / key / "log.txt"
+        console.print(f"FAILED {key}: {reason}\n       log: {log}", soft_wrap=True, highlight=False, markup=False)
+    for key, reason in pool.skipped.items():
+        console.print(f"skipped {key}: {reason}", soft_wrap=True, highlight=False)
+    if pool.failed:
+        return 1
+    if pool.stopping:
+        console.print("Stopped. The same command goes on from here.")
+        return 130
+    status = _analyse(plan, source, console)
+    console.print(f"Finished in {time.monotonic() - began:.0f} s.", highlight=False)
+    return status
+
+
+def _analyse(plan: Plan, source: dict[str, Any], console: Console) -> int:
+    """Run the analysis notebook unless it has seen exactly these results."""
+    path = plan.experiment.path
+    seen = {f"{name} {seed}": node.digest for (name, seed), node in plan.finals.items()}
+    done = (path / f"{ANALYSIS}.ipynb").exists() and (path / "report.html").exists()
+    if not done or read_json(path / "analysed.json") != seen:
+        strategies, seeds = (list(dict.fromkeys(part)) for part in zip(*plan.finals, strict=True))
+        console.print("Analysis …")
+        job = start(ANALYSIS, path, f"{ANALYSIS}.ipynb", source | {"strategies": strategies, "seeds": seeds}, 1)
+        try:
+            job.process.join()
+        except KeyboardInterrupt:
+            _kill(job)
+            return 130
+        if job.process.exitcode:
+            console.print(f"FAILED analysis: {last_error(job.log)}\n       log: {job.log}", soft_wrap=True, markup=False)
+            return 1
+        write_json(path / "analysed.json", seen)
+    return 0
+
+
+def _kill(job: Job) -> None:
+    """End a notebook at once; its kernel ends with it, and what it had not saved is lost."""
+    job.process.kill()
+    job.process.join()
+
+
+def _remaining_path(plan: Plan) -> dict[str, int]:
+    """Return for each node the FLOPs of the longest way from it to an end: those are started first."""
+    longest = dict(plan.flops)
+    for node in reversed(plan.nodes):
+        for before in node.inputs.values():
+            longest[before.key] = max(longest[before.key], plan.flops[before.key] + longest[node.key])
+    return longest
+
+
+def check_jobs(jobs: int | None) -> int:
+    """Return the number of notebooks to run side by side; by default one per core, at most four."""
+    if jobs is None:
+        return min(4, len(os.sched_getaffinity(0)))
+    if jobs < 1:
+        raise SettingsError(f"--jobs is {jobs}; it must be at least 1")
+    return jobs

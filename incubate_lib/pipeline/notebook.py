@@ -1,0 +1,128 @@
+"""Execute one notebook with parameters, through papermill, in a process of its own.
+
+    python -m incubate_lib.pipeline.notebook 02_incubate_module out.ipynb '{"module_index": 2}'
+
+What papermill leaves to be wished is added here: parameters are checked before a kernel starts (papermill only warns),
+kernels talk over private sockets (TCP ports race when several start at once), and the executed copy is free of machine
+paths and half-saved widget state. The copy appears under its final name only when the notebook ran to its end.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from incubate_lib.config import SettingsError, data_folder, nearest
+from incubate_lib.pipeline.graph import NOTEBOOKS, open_phase
+from incubate_lib.training.runs import write_atomic
+
+ROOT = Path(__file__).resolve().parents[2]
+TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list}
+
+
+def notebook_path(name: str) -> Path:
+    """Return the file of a notebook of the series; SettingsError if the project's notebooks are not there."""
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    if not path.is_file():
+        raise SettingsError(f"no notebook {path}; install the project with `pip install -e .` from its folder")
+    return path
+
+
+def check_parameters(name: str, parameters: dict[str, Any]) -> None:
+    """Raise SettingsError for a parameter the notebook does not have, of a wrong type, or out of range."""
+    import papermill
+
+    known = papermill.inspect_notebook(str(notebook_path(name)))
+    for key, value in parameters.items():
+        if key not in known:
+            raise SettingsError(f"notebook {name} has no parameter {key!r}; {nearest(key, known)}")
+        expected = known[key]["inferred_type_name"]
+        if not _has_type(value, expected):
+            raise SettingsError(f"notebook {name}: parameter {key} is {value!r}; it must be {expected}")
+    phase = {notebook: phase for phase, notebook in NOTEBOOKS.items()}.get(name)
+    if phase:
+        defaults = {key: _default(known[key]["default"]) for key in known}
+        open_phase(phase, **defaults | parameters)  # settings, strategy, seed and module_index fit together
+
+
+def execute(name: str, output: Path, parameters: dict[str, Any], **client: Any) -> None:
+    """Run a notebook of the series and save the executed copy; papermill's error if a cell fails.
+
+    A failed copy is kept as `<output>.failed.ipynb`, to be opened and read. `client` goes to nbclient.
+    """
+    import nbformat
+    import papermill
+    from traitlets.config import Config
+
+    check_parameters(name, parameters)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    failed = output.with_suffix(".failed.ipynb")
+    with tempfile.TemporaryDirectory(prefix="incubate-") as private:
+        working = Path(private) / "notebook.ipynb"
+        config = Config({"KernelManager": {"transport": "ipc", "connection_file": f"{private}/kernel.json"}})
+        place = output
+        try:
+            papermill.execute_notebook(
+                str(notebook_path(name)), str(working), parameters, kernel_name="python3", progress_bar=False,
+                log_output=True, coalesce_streams=True, config=config, **client,
+            )  # fmt: skip
+        except BaseException:
+            place = failed
+            raise
+        finally:
+            if working.exists():
+                nb = scrub(nbformat.read(working, as_version=4))
+                write_atomic(place, nbformat.writes(nb).encode())
+    failed.unlink(missing_ok=True)
+
+
+def scrub(nb: Any) -> Any:
+    """Return the executed notebook without this machine's paths and without widget state, which is saved half."""
+    import nbformat
+
+    nb.metadata.pop("widgets", None)
+    for key in ("input_path", "output_path"):
+        nb.metadata.get("papermill", {}).pop(key, None)
+    places = {str(data_folder()): "data", str(ROOT): ".", sys.prefix: "venv", str(Path.home()): "~", tempfile.gettempdir(): "tmp"}
+    text = nbformat.writes(nb)
+    for path in sorted(places, key=len, reverse=True):  # the longest first: some lie inside others
+        if path != "/":
+            text = text.replace(json.dumps(path)[1:-1], places[path])
+    return nbformat.reads(text, as_version=4)
+
+
+def _has_type(value: Any, expected: str) -> bool:
+    outer = expected.split("[")[0]
+    if isinstance(value, bool) and outer != "bool":
+        return False
+    if not isinstance(value, TYPES.get(outer, object)):
+        return False
+    inner = expected[len(outer) + 1 : -1]
+    return not inner or all(_has_type(item, inner) for item in value)
+
+
+def _default(text: str) -> Any:
+    import ast
+
+    return ast.literal_eval(text)
+
+
+def run(name: str, output: str, parameters: dict[str, Any], **client: Any) -> int:
+    """Execute a notebook and return an exit status; the reason of a failure is the last line printed."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        execute(name, Path(output), parameters, **client)
+    except SettingsError as error:
+        print(f"error: {error}", flush=True)
+        return 2
+    except Exception as error:
+        reason = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{type(error).__name__}: {error}"
+        print(f"error: {reason.strip().splitlines()[0]}", flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1], sys.argv[2], json.loads(sys.argv[3])))

@@ -1,0 +1,58 @@
+"""How the state of phases is shown in a terminal. Reads status files only."""
+
+from dataclasses import dataclass
+
+from rich.markup import escape
+from rich.table import Table
+
+from incubate_lib.pipeline.graph import Node
+
+STYLE = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow", "stopped": "yellow"}
+
+
+@dataclass
+class Line:
+    """One phase as people see it."""
+
+    title: str
+    state: str
+    epoch: str = ""
+    loss: str = ""
+    accuracy: str = ""
+    eta: str = ""
+    note: str = ""
+
+    def plain(self) -> str:
+        parts = {"epoch": self.epoch, "loss": self.loss, "top-1": self.accuracy, "ETA": self.eta}
+        told = ", ".join(f"{name} {value}" for name, value in parts.items() if value)
+        return " ".join(part for part in (f"{self.title}: {self.state}", told, self.note) if part)
+
+
+def node_line(node: Node) -> Line:
+    """Read what a phase's folder says."""
+    if summary := node.summary():
+        return Line(node.title, "done", f"{summary['epochs']:.1f}", f"{summary['loss']:.3f}", f"{summary['accuracy']:.1%}")
+    status = node.folder.status()
+    if status["state"] == "done":  # finished with other settings: not this plan's
+        return Line(node.title, "waiting")
+    line = Line(node.title, status["state"], note=status.get("error") or "")
+    progress = status.get("progress") or {}
+    if progress:
+        total = node.settings.training.epochs if node.settings.training else 0
+        line.epoch = f"{progress.get('epoch', 0):.1f}/{total:.1f}"
+        line.loss = f"{progress.get('loss', float('nan')):.3f}"
+        line.accuracy = f"{progress.get('accuracy', float('nan')):.1%}"
+        if progress.get("eta_seconds") is not None and status["state"] == "running":
+            line.eta = f"{progress['eta_seconds']:.0f} s"
+    return line
+
+
+def render(lines: list[Line]) -> Table:
+    """Return a table for the terminal."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("phase", "state", "epoch", "loss", "top-1", "ETA", ""):
+        table.add_column(name, justify="left" if name in ("phase", "state", "") else "right", no_wrap=name != "")
+    for line in lines:
+        state = f"[{STYLE[line.state]}]{line.state}[/]" if line.state in STYLE else line.state
+        table.add_row(line.title, state, line.epoch, line.loss, line.accuracy, line.eta, escape(line.note[:60]))
+    return table

@@ -1,0 +1,115 @@
+"""Start notebooks and their kernels as forks of one warm process.
+
+Importing papermill, torch, timm and matplotlib takes 20 to 30 seconds of processor time on a slow machine, in every
+notebook again; the chain of `digits` has 15. The standard library's forkserver imports them once and forks from there.
+It only imports: no thread runs, no operation of torch, no CUDA, so a fork of it is sound. Each notebook still has
+processes of its own.
+"""
+
+import multiprocessing
+import os
+import threading
+from typing import Any
+
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning import LocalProvisioner
+
+PRELOAD = [
+    "papermill",
+    "ipykernel.kernelapp",
+    "torch._dynamo",  # the first optimiser would import it
+    "timm",
+    "matplotlib.backends.backend_agg",
+    "incubate_lib.training.phases",
+    "incubate_lib.report.html",
+    "incubate_lib.report.widgets",
+    "incubate_lib.pipeline.notebook",
+]
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(PRELOAD)
+
+
+def start(name: str, output: str, parameters: dict[str, Any], *, log: str, env: dict[str, str]) -> multiprocessing.Process:
+    """Execute a notebook in a fork of the warm process, its output appended to `log`; it ends with this process."""
+    process = context.Process(target=_notebook, args=(name, output, parameters, log, env))
+    process.start()
+    return process
+
+
+def _notebook(name: str, output: str, parameters: dict[str, Any], log: str, env: dict[str, str]) -> None:
+    from incubate_lib.pipeline.notebook import run
+
+    os.setsid()  # Ctrl-C in the terminal is for the pool alone
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.clear()
+    os.environ.update(env)
+    kernel = _ForkedKernel()  # now: no thread runs yet
+    _end_with_parent()
+    manager = type("WarmKernelManager", (_WarmKernelManager,), {"forked": kernel})
+    raise SystemExit(run(name, output, parameters, kernel_manager_class=manager))
+
+
+def _end_with_parent() -> None:
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _ForkedKernel:
+    """A kernel process that waits for its connection file; it looks like the Popen that LocalProvisioner expects."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self) -> None:
+        ours, self.pipe = multiprocessing.Pipe(duplex=False)
+        self.process = multiprocessing.get_context("fork").Process(target=self._serve, args=(ours,))
+        self.process.start()
+        self.pid = self.process.pid
+
+    @staticmethod
+    def _serve(pipe: Any) -> None:
+        from ipykernel.kernelapp import IPKernelApp
+
+        os.setsid()
+        _end_with_parent()
+        IPKernelApp.launch_instance(argv=["-f", pipe.recv()])
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.process.is_alive():
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+class _WarmKernelManager(AsyncKernelManager):
+    """Hands the connection file to a kernel that is there already."""
+
+    forked: _ForkedKernel
+
+    async def _async_pre_start_kernel(self, **kw: Any) -> tuple[list[str], dict[str, Any]]:
+        self.kernel_id = self.kernel_id or os.urandom(8).hex()
+        self.provisioner = _Provisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
+        return await super()._async_pre_start_kernel(**kw)
+
+
+class _Provisioner(LocalProvisioner):
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> dict[str, Any]:
+        self.process = self.parent.forked
+        self.process.pipe.send(self.parent.connection_file)
+        self.pid = self.process.pid
+        return self.connection_info

@@ -1,0 +1,90 @@
+"""The report: one HTML file that needs no other, to be mailed, archived, opened anywhere."""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from incubate_lib.report import plots
+from incubate_lib.report.tables import Results, comparison, hardware
+from incubate_lib.training.runs import read_json, write_atomic
+
+_CSS = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
+.wide { overflow-x: auto; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+th { border-bottom: 2px solid #555; }
+img { max-width: 100%; height: auto; }
+.note { color: #555; font-size: .92rem; }
+pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .8rem; }
+blockquote { border-left: 4px solid #0072B2; margin: 1rem 0; padding: .2rem 1rem; background: #f4f8fb; }
+"""
+
+_FIGURES = {
+    "Accuracy against cost": (
+        plots.accuracy_vs_cost,
+        "Left: all training on one machine, the meta model included. Right: the longest chain of phases that must "
+        "follow one another, when every module has a machine of its own. Small marks are seeds; large ones mean ± std.",
+    ),
+    "Convergence": (
+        plots.convergence,
+        "Each strategy's way over the training cost it has spent. During incubation the curve is that of the hybrid: "
+        "the frozen meta model with one module replaced. The star is the assembled network before any fine-tuning.",
+    ),
+}
+
+
+def write_report(results: Results, path: Path) -> Path:
+    """Write the report of what is finished and return its path."""
+    title = f"Deep Incubation report: {results.name}"
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    parts.append("<blockquote>" + "<br>".join(html.escape(line) for line in results.verdict().splitlines()) + "</blockquote>")
+    parts.append("<h2>Strategies</h2>" + _table(comparison(results)))
+    parts.append(
+        f'<p class="note">Measured on {html.escape(hardware(results))}. Mean ± standard deviation over seeds; in brackets '
+        "relative to end to end. “Assembled” is the accuracy of the assembled network before fine-tuning. FLOPs are "
+        "counted exactly (multiply-add = 2), evaluation apart; seconds are update steps only, phases side by side slow "
+        "each other down.</p>"
+    )
+    for name, (draw, caption) in _FIGURES.items():
+        parts.append(f"<h2>{name}</h2>{_image(draw(results), name)}<p class='note'>{caption}</p>")
+    for strategy, phases in results.phases.groupby("strategy", sort=False):
+        if (phases["phase"] == "incubate").any():
+            name = f"Modules of {strategy}"
+            parts.append(f"<h2>{html.escape(name)}</h2>{_image(plots.module_bars(phases), name)}")
+    parts.append("<h2>Every phase</h2>" + _table(_phase_table(results)))
+    settings = (read_json(path.parent / "experiment.json") or {}).get("settings")
+    if settings:
+        parts.append(f"<h2>Settings</h2><details><summary>all of them</summary><pre>{html.escape(json.dumps(settings, indent=1))}</pre></details>")
+    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    page += f"<title>{html.escape(title)}</title><style>{_CSS}</style></head><body>{''.join(parts)}</body></html>\n"
+    write_atomic(path, page.encode())
+    return path
+
+
+def _phase_table(results: Results):
+    table = results.phases.copy()
+    table["module"] = (table["module_index"] + 1).astype("Int64").astype(object).where(table["module_index"].notna(), "")
+    table["top-1 %"] = (100 * table["accuracy"]).map("{:.1f}".format)
+    table["before %"] = (100 * table["start_accuracy"]).map("{:.1f}".format)
+    table["GFLOP"] = (table["flops"] / 1e9).map("{:.1f}".format)
+    table["s"] = table["seconds"].map("{:.1f}".format)
+    table["epochs"] = table["epochs"].map("{:.1f}".format)
+    table["lr"] = table["lr"].map(lambda v: "" if v != v or v is None else f"{v:g}")
+    return table[["strategy", "seed", "phase", "module", "before %", "top-1 %", "epochs", "steps", "images_seen", "lr", "GFLOP", "s"]]
+
+
+def _table(table) -> str:
+    return f'<div class="wide">{table.to_html(index=False, border=0)}</div>'
+
+
+def _image(figure: Figure, name: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

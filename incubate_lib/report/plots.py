@@ -1,0 +1,196 @@
+"""Figures. Each takes tables and returns a matplotlib Figure; markers and line styles tell what colours tell too."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib import figure as mpl_figure
+from matplotlib.patches import FancyBboxPatch, Patch
+
+from incubate_lib.report.tables import BASELINE, Results, flop_unit, label
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart.
+STYLE = {
+    "end_to_end": {"color": "#000000", "marker": "o", "linestyle": "-"},
+    "deep_incubation": {"color": "#0072B2", "marker": "s", "linestyle": "--"},
+    "deep_incubation_stack": {"color": "#D55E00", "marker": "^", "linestyle": "-."},
+    "deep_incubation_identity": {"color": "#009E73", "marker": "D", "linestyle": ":"},
+}
+SPARE = [{"color": c, "marker": m, "linestyle": "-"} for c, m in zip(("#CC79A7", "#E69F00", "#56B4E9"), "vPX", strict=True)]
+FROZEN, TRAINED = "#D9D9D9", "#F5B041"
+
+
+class Figure(mpl_figure.Figure):
+    """A figure that shows itself in a notebook, without pyplot and its global state."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+
+def style(strategy: str) -> dict[str, str]:
+    """Return colour, marker and line style of a strategy, the same in every figure."""
+    return STYLE.get(strategy) or SPARE[sum(map(ord, strategy)) % len(SPARE)]
+
+
+def image_rows(rows: dict[str, np.ndarray], num: int = 10) -> Figure:
+    """Draw rows of uint8 images [N, C, H, W], e.g. originals over augmented ones."""
+    figure = Figure(figsize=(num * 0.8, len(rows) * 0.95), layout="constrained")
+    axes = figure.subplots(len(rows), num, squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=False):
+            axis.imshow(image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+        line[0].set_title(name, loc="left", fontsize=9)
+    return figure
+
+
+def hybrid_diagram(target_depths: Sequence[int], meta_depths: Sequence[int], index: int | None = None) -> Figure:
+    """Draw the network as boxes: all meta modules frozen but the trained target at `index` (0-based); None: the target."""
+    figure = Figure(figsize=(9, 2.1), layout="constrained")
+    axis = figure.subplots()
+    x = 0.0
+    for i, (deep, small) in enumerate(zip(target_depths, meta_depths, strict=True)):
+        trained = index is None or i == index
+        blocks = deep if trained else small
+        width = 0.5 + 0.16 * blocks
+        box = FancyBboxPatch((x, 0), width, 1, boxstyle="round,pad=0.04", facecolor=TRAINED if trained else FROZEN,
+                             edgecolor="black", hatch=None if trained else "//", linewidth=1.2)  # fmt: skip
+        axis.add_patch(box)
+        what = "target" if trained else "meta"
+        text = f"{what} {i + 1}\n{blocks} block{'s' if blocks > 1 else ''}"
+        axis.text(x + width / 2, 0.5, text, ha="center", va="center", fontsize=9,
+                  bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5})  # fmt: skip
+        if i:
+            axis.annotate("", (x - 0.05, 0.5), (x - 0.3, 0.5), arrowprops={"arrowstyle": "->"})
+        x += width + 0.35
+    axis.text(-0.12, 0.5, "image →", ha="right", va="center")
+    axis.text(x - 0.25, 0.5, "→ class", ha="left", va="center")
+    handles = [Patch(facecolor=TRAINED, edgecolor="black", label="trained")]
+    if index is not None:
+        handles.append(Patch(facecolor=FROZEN, edgecolor="black", hatch="//", label="frozen, never updated"))
+    axis.legend(handles=handles, loc="upper center", ncols=2, frameon=False, bbox_to_anchor=(0.5, 1.28))
+    axis.set(xlim=(-1, x + 0.5), ylim=(-0.15, 1.25))
+    axis.axis("off")
+    return figure
+
+
+def learning_curves(curves: dict[str, pd.DataFrame], reference: dict[str, float] | None = None) -> Figure:
+    """Draw loss and top-1 over epochs, one line a name; `reference` adds horizontal lines of accuracy (0 … 1)."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, (name, table) in enumerate(curves.items()):
+        look = (list(STYLE.values()) + SPARE)[i % 7]
+        dots = {**look, "markersize": 3}
+        left.plot(table["epoch"], table["train_loss"], **dots | {"linestyle": ":"}, label=f"{name}, training (regularised)")
+        left.plot(table["epoch"], table["loss"], **dots | {"linestyle": "-"}, label=f"{name}, judged")
+        right.plot(table["epoch"], 100 * table["accuracy"], **dots, label=name)
+    for i, (name, value) in enumerate((reference or {}).items()):
+        right.axhline(100 * value, color="#777777", linestyle=["--", ":"][i % 2], linewidth=1, label=f"{name} ({value:.1%})")
+    left.set(xlabel="epoch", ylabel="loss (nats)")
+    right.set(xlabel="epoch", ylabel="top-1 (%)")
+    for axis in (left, right):
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def module_bars(phases: pd.DataFrame) -> Figure:
+    """Draw, per module, the hybrid's top-1 before and after incubation, the meta model's as a line, and the cost."""
+    modules = phases[phases["phase"] == "incubate"].groupby("module_index")
+    mean, sd = modules[["start_accuracy", "accuracy", "flops"]].mean(), modules["accuracy"].std().fillna(0)
+    unit, factor = flop_unit(mean["flops"].max())
+    names = [f"module {int(i) + 1}" for i in mean.index]
+    place = np.arange(len(names))
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.bar(place - 0.2, 100 * mean["start_accuracy"], 0.4, color="white", edgecolor="black", hatch="..", label="before incubation")
+    left.bar(place + 0.2, 100 * mean["accuracy"], 0.4, yerr=100 * sd, color=TRAINED, edgecolor="black", label="after", capsize=3)
+    meta = phases.loc[phases["phase"] == "meta", "accuracy"].mean()
+    left.axhline(100 * meta, color="black", linestyle="--", linewidth=1, label=f"meta model ({meta:.1%})")
+    left.set(ylabel="top-1 of the hybrid (%)", ylim=(0, 108))
+    left.legend(fontsize=7, loc="lower right", framealpha=0.95)
+    right.bar(place, mean["flops"] / factor, 0.5, color=FROZEN, edgecolor="black")
+    right.set(ylabel=f"training cost ({unit})")
+    for axis in (left, right):
+        axis.set_xticks(place, names)
+    figure.suptitle(f"{phases['seed'].nunique()} seed(s)", fontsize=9)
+    return figure
+
+
+def accuracy_vs_cost(results: Results) -> Figure:
+    """Draw top-1 against total training cost and against the critical path: each seed, and mean ± std."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    table = results.strategies
+    unit, factor = flop_unit(table["flops"].max())
+    axes = figure.subplots(1, 2, sharey=True)
+    panels = {"flops": "all phases, one machine", "critical_flops": "critical path, modules side by side"}
+    for axis, (column, title) in zip(axes, panels.items(), strict=True):
+        for name, group in table.groupby("strategy", sort=False):
+            look, cost = style(name), group[column] / factor
+            axis.scatter(cost, 100 * group["accuracy"], color=look["color"], marker=look["marker"], alpha=0.3, s=18)
+            error = 100 * group["accuracy"].std() if len(group) > 1 else None
+            axis.errorbar(cost.mean(), 100 * group["accuracy"].mean(), yerr=error, color=look["color"], marker=look["marker"],
+                          markersize=9, markeredgecolor="white", capsize=4, linestyle="none",
+                          label=f"{label(name)} (n = {len(group)})")  # fmt: skip
+        axis.set(title=title, xlabel=f"training cost ({unit})", xlim=(0, 1.08 * table["flops"].max() / factor))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"top-1, {table['judged_on'].iloc[0]} split (%)")
+    axes[0].legend(fontsize=8, loc="best")
+    return figure
+
+
+def convergence(results: Results) -> Figure:
+    """Draw top-1 over the training cost spent: meta model, modules one after another, the jump at assembly, fine-tuning.
+
+    The mean over seeds, with ± one standard deviation as a band; end-to-end training on the same axis.
+    """
+    names = [n for n in results.curves["strategy"].unique() if n != BASELINE]
+    unit, factor = flop_unit(results.phases.groupby(["strategy", "seed"])["flops"].sum().max())
+    figure = Figure(figsize=(10, 3.9 * max(1, len(names))), layout="constrained")
+    axes = figure.subplots(max(1, len(names)), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, name in zip(axes, names or [BASELINE], strict=True):
+        _line(axis, results.curves[results.curves["strategy"] == BASELINE], 0, factor, style(BASELINE), label(BASELINE))
+        if name != BASELINE:
+            _staircase(axis, results, name, factor)
+        seeds = results.strategies.loc[results.strategies["strategy"] == name, "seed"].nunique()
+        axis.set(ylabel="top-1 (%)", title=f"{label(name)} against end to end (n = {seeds})")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower right")
+    axes[-1].set_xlabel(f"training cost spent ({unit}), modules one after another")
+    return figure
+
+
+def _staircase(axis, results: Results, name: str, factor: float) -> None:
+    curves = results.curves[results.curves["strategy"] == name]
+    phases = results.phases[results.phases["strategy"] == name]
+    cost = phases.groupby(["phase", "module_index"], dropna=False)["flops"].mean()
+    look, spent = style(name), 0.0
+    _line(axis, curves[curves["phase"] == "meta"], 0, factor, look | {"linestyle": ":"}, "meta model")
+    spent += cost.loc[cost.index.get_level_values("phase") == "meta"].sum()
+    for index in sorted(curves["module_index"].dropna().unique()):
+        told = "hybrids: one module incubated at a time" if index == 0 else None
+        _line(axis, curves[curves["module_index"] == index], spent, factor, look | {"linestyle": "--", "alpha": 0.7}, told)
+        axis.axvline(spent / factor, color="#BBBBBB", linewidth=0.7)
+        spent += cost.loc[("incubate", index)]
+    axis.axvline(spent / factor, color="#BBBBBB", linewidth=0.7)
+    assembled = 100 * phases.loc[phases["phase"] == "assemble", "accuracy"].mean()
+    axis.plot(spent / factor, assembled, marker="*", markersize=15, color=look["color"], markeredgecolor="black",
+              linestyle="none", label=f"assembled, before fine-tuning ({assembled:.1f} %)", zorder=5)  # fmt: skip
+    _line(axis, curves[curves["phase"] == "finetune"], spent, factor, look | {"linestyle": "-"}, "fine-tuning")
+
+
+def _line(axis, curves: pd.DataFrame, offset: float, factor: float, look: dict, told: str | None) -> None:
+    if curves.empty:
+        return
+    grouped = curves.groupby("step")
+    x = (offset + grouped["flops"].mean()) / factor
+    mean, sd = 100 * grouped["accuracy"].mean(), 100 * grouped["accuracy"].std().fillna(0)
+    axis.plot(x, mean, color=look["color"], linestyle=look["linestyle"], marker=look["marker"], markersize=3, label=told)
+    axis.fill_between(x, mean - sd, mean + sd, color=look["color"], alpha=0.15, linewidth=0)
+
+
+PUBLISHED = {"accuracy_vs_cost": accuracy_vs_cost, "convergence": convergence}

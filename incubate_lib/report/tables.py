@@ -1,0 +1,241 @@
+"""Records as tidy tables: one row per strategy and seed, one per phase, one per evaluation.
+
+Costs are taken from the graph: the *sum* over all phases a strategy needs (one machine), and the *critical path* (the
+longest way through the graph: modules side by side). The meta model always counts. The same three tables are kept as
+CSV files in data/results, so that a tracked figure can be drawn again from a tracked table.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from incubate_lib.config import data_folder, load_settings, presets
+from incubate_lib.pipeline.graph import Node, Plan, plan
+
+BASELINE = "end_to_end"
+STRATEGY_COLUMNS = [
+    "strategy", "seed", "accuracy", "assembled_accuracy", "flops", "critical_flops", "seconds", "critical_seconds",
+    "images_seen", "steps", "judged_on", "device", "threads", "torch", "date", "commit",
+]  # fmt: skip
+PHASE_COLUMNS = [
+    "strategy", "seed", "phase", "module_index", "start_accuracy", "accuracy", "loss", "train_loss", "epochs", "steps",
+    "images_seen", "flops", "seconds", "eval_seconds", "lr", "parameters",
+]  # fmt: skip
+CURVE_COLUMNS = ["strategy", "seed", "phase", "module_index", "epoch", "step", "flops", "train_seconds", "train_loss", "loss", "accuracy"]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is finished of an experiment."""
+
+    name: str
+    strategies: pd.DataFrame  # STRATEGY_COLUMNS
+    phases: pd.DataFrame  # PHASE_COLUMNS; a shared phase stands in every strategy that needs it
+    curves: pd.DataFrame  # CURVE_COLUMNS
+
+    def verdict(self) -> str:
+        """Say in words what the numbers say, whatever they are: each strategy against end-to-end, paired by seed."""
+        lines = [_compare(self.strategies, name) for name in self.strategies["strategy"].unique() if name != BASELINE]
+        return "\n".join(line for line in lines if line) or "Nothing to compare yet: it takes end_to_end and another strategy."
+
+
+def from_plan(plan: Plan) -> Results:
+    """Read the records of all finished strategies of a plan, and of their phases."""
+    strategies, phases, curves = [], [], []
+    for (name, seed), final in plan.finals.items():
+        for node in _needed(final):
+            summary = node.summary()
+            if summary is None:
+                continue
+            row = {"strategy": name, "seed": seed, **summary}
+            row |= {"flops": summary["train_flops"], "seconds": summary["train_seconds"]}
+            row["lr"] = node.settings.training.lr if node.settings.training else None
+            phases.append(row)
+            per_step = summary["train_flops"] / summary["steps"] if summary["steps"] else 0
+            shared = {"strategy": name, "seed": seed, "phase": summary["phase"], "module_index": summary["module_index"]}
+            curves += [shared | metric | {"flops": metric["step"] * per_step} for metric in node.folder.metrics()]
+        if summary := final.summary():
+            strategies.append({"strategy": name, "seed": seed, **_strategy_row(final, summary)})
+    return Results(
+        plan.experiment.path.name,
+        pd.DataFrame(strategies, columns=STRATEGY_COLUMNS),
+        pd.DataFrame(phases, columns=PHASE_COLUMNS).astype({"module_index": "Int64"}),
+        pd.DataFrame(curves, columns=CURVE_COLUMNS).astype({"module_index": "Int64"}),
+    )
+
+
+def published(name: str) -> Results:
+    """Read the tracked tables of an experiment."""
+    folder = data_folder() / "results"
+    if not (folder / f"{name}.csv").exists():
+        folder = Path(__file__).resolve().parents[2] / "data" / "results"
+    read = [pd.read_csv(folder / f"{name}{part}.csv") for part in ("", "_phases", "_curves")]
+    return Results(name, read[0], *(table.astype({"module_index": "Int64"}) for table in read[1:]))
+
+
+def publish(results: Results) -> list[Path]:
+    """Write the tables to data/results and the figures drawn from them to figures/; return the files."""
+    from incubate_lib.report import plots
+
+    root = Path(__file__).resolve().parents[2]
+    written = []
+    for part, table in {"": results.strategies, "_phases": results.phases, "_curves": results.curves}.items():
+        path = root / "data" / "results" / f"{results.name}{part}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(path, index=False, float_format="%.6g")
+        written.append(path)
+    for figure_name, draw in plots.PUBLISHED.items():
+        path = root / "figures" / f"{results.name}_{figure_name}.png"
+        path.parent.mkdir(exist_ok=True)
+        draw(published(results.name)).savefig(path, dpi=150)
+        written.append(path)
+    return written
+
+
+def comparison(results: Results) -> pd.DataFrame:
+    """Return the table people look at: one row a strategy, mean ± std over seeds, costs relative to end-to-end."""
+    table, rows = results.strategies, []
+    costs = ["flops", "critical_flops", "seconds", "critical_seconds"]
+    means = table.groupby("strategy", sort=False)[costs].mean()
+    base = means.loc[BASELINE] if BASELINE in means.index else None
+    unit, factor = flop_unit(table["flops"].max() if len(table) else 1)
+    for name, group in table.groupby("strategy", sort=False):
+        mean = means.loc[name]
+
+        def ratio(cost: str, mean: pd.Series = mean) -> str:
+            return "" if base is None else f" ({mean[cost] / base[cost]:.2f}×)"
+
+        rows.append({
+            "strategy": label(name),
+            "seeds": len(group),
+            "top-1 %": spread(100 * group["accuracy"]),
+            "assembled %": spread(100 * group["assembled_accuracy"].dropna()),
+            unit: f"{mean['flops'] / factor:.2f}" + ratio("flops"),
+            f"critical path {unit}": f"{mean['critical_flops'] / factor:.2f}" + ratio("critical_flops"),
+            "training s": f"{mean['seconds']:.0f}" + ratio("seconds"),
+            "critical path s": f"{mean['critical_seconds']:.0f}" + ratio("critical_seconds"),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def hardware(results: Results) -> str:
+    """Return where and when the numbers were measured, in one line."""
+    table = results.strategies
+    if table.empty:
+        return "nothing measured yet"
+
+    def one(column: str) -> str:
+        return ", ".join(sorted({str(v) for v in table[column]}))
+
+    days = sorted({str(date)[:10] for date in table["date"]})
+    return (
+        f"{one('device')}, {one('threads')} thread(s) a phase, torch {one('torch')}, "
+        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, top-1 on the {one('judged_on')} split"
+    )
+
+
+def load_results(preset: str, overrides: list[str], strategies: list[str], seeds: list[int]) -> Results:
+    """Return what this machine has finished of an experiment; if that is nothing, the project's published tables."""
+    results = from_plan(plan(load_settings(preset, overrides), strategies, seeds))
+    return published(preset) if results.strategies.empty and preset in presets() else results
+
+
+def settings_table(node: Node) -> pd.DataFrame:
+    """Return the resolved settings of a phase, one row a field."""
+    flat = pd.json_normalize(node.settings.model_dump(mode="json", exclude={"inputs", "format"}))
+    flat = flat.dropna(axis="columns").T.rename(columns={0: "value"})
+    return flat[flat["value"].map(lambda value: value not in ({}, []))].rename_axis("setting")
+
+
+def costs_table(node: Node) -> pd.DataFrame:
+    """Return what a training image costs in each kind of phase, counted, next to end to end."""
+    flops = pd.Series(node.experiment.facts.flops_per_image) / 1e6
+    table = pd.DataFrame({"MFLOP an image": flops.round(2), "of end to end": (flops / flops["target"]).round(3)})
+    names = {"meta": "meta model", "target": "end to end, fine-tuning"}
+    table.index = [names.get(k) or f"hybrid, module {int(k.split('-')[1]) + 1}" for k in table.index]
+    return table
+
+
+def curves_of(node: Node) -> pd.DataFrame:
+    """Return the evaluations of one phase."""
+    return pd.DataFrame(node.folder.metrics())
+
+
+def label(strategy: str) -> str:
+    """Return a strategy's name for people."""
+    known = {
+        "end_to_end": "end to end",
+        "deep_incubation": "Deep Incubation, random start (paper)",
+        "deep_incubation_stack": "Deep Incubation, stack start",
+        "deep_incubation_identity": "Deep Incubation, identity start",
+    }
+    return known.get(strategy, strategy.replace("_", " "))
+
+
+def flop_unit(flops: float) -> tuple[str, float]:
+    """Return a unit in which the number reads well, and its size."""
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if flops >= size:
+            return unit, size
+    return "GFLOP", 1e9
+
+
+def spread(values: pd.Series) -> str:
+    """Return mean ± standard deviation over seeds; a single seed is marked as such."""
+    if values.empty:
+        return "–"
+    return f"{values.mean():.1f} ± {values.std():.1f}" if len(values) > 1 else f"{values.mean():.1f} (one seed)"
+
+
+def _compare(table: pd.DataFrame, name: str) -> str:
+    paired = table.pivot(index="seed", columns="strategy", values="accuracy").mul(100)
+    if BASELINE not in paired or name not in paired:
+        return ""
+    gain = (paired[name] - paired[BASELINE]).dropna()
+    cost = table.groupby("strategy")[["flops", "critical_flops"]].mean()
+    ratio = cost.loc[name] / cost.loc[BASELINE]
+    if len(gain) < 2:
+        judged = "one seed only, so nothing is said about chance"
+    else:
+        error = gain.std() / math.sqrt(len(gain))
+        clear = abs(gain.mean()) > _t95(len(gain)) * error
+        judged = "clear" if clear else "inside the noise"
+        judged += f" at 95 %, {int((gain > 0).sum())} of {len(gain)} seeds better"
+    word = "better" if gain.mean() > 0 else "worse"
+    return (
+        f"{label(name)}: {abs(gain.mean()):.1f} points {word} than end to end ({judged}), "
+        f"for {ratio['flops']:.2f} times its training FLOPs, {ratio['critical_flops']:.2f} times on the critical path."
+    )
+
+
+def _t95(n: int) -> float:
+    """Return the two-sided 95 % quantile of Student's t for n paired differences (from a table; 1.96 from 30 on)."""
+    quantiles = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
+    return quantiles[n - 2] if n - 2 < len(quantiles) else (2.09 if n < 30 else 1.96)
+
+
+def _strategy_row(final: Node, summary: dict) -> dict:
+    needed = {node.key: node.summary() for node in _needed(final)}
+    assembled = [s["accuracy"] for s in needed.values() if s["phase"] == "assemble"]
+    row = {"accuracy": summary["accuracy"], "assembled_accuracy": assembled[0] if assembled else None}
+    for short, name in {"flops": "train_flops", "seconds": "train_seconds"}.items():
+        row[short] = sum(s[name] for s in needed.values())
+        row[f"critical_{short}"] = _longest(final, {key: s[name] for key, s in needed.items()})
+    row |= {name: sum(s[name] for s in needed.values()) for name in ("images_seen", "steps")}
+    where = summary["provenance"]
+    row |= {"device": where["device"], "threads": where["threads"], "torch": where["versions"]["torch"], "date": where["date"]}
+    return row | {"judged_on": final.settings.data.eval_split, "commit": (where["commit"] or "")[:10] + ("+" if where["dirty"] else "")}
+
+
+def _needed(final: Node) -> list[Node]:
+    """Return the node and all it starts from, each once, inputs first."""
+    seen: dict[str, Node] = {}
+    for before in final.inputs.values():
+        seen |= {node.key: node for node in _needed(before)}
+    return [*seen.values(), final]
+
+
+def _longest(node: Node, costs: dict[str, float]) -> float:
+    return costs[node.key] + max((_longest(before, costs) for before in node.inputs.values()), default=0)
