@@ -53,10 +53,13 @@ def _plan(options: argparse.Namespace):
 def _run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from incubate_lib.config import presets
-    from incubate_lib.pipeline import local
+    from incubate_lib.config import load_settings, presets
+    from incubate_lib.pipeline import local, warm
+    from incubate_lib.pipeline.graph import Experiment
 
     jobs = local.check_jobs(options.jobs)
+    if not Experiment.of(load_settings(options.preset, options.set)).is_known():
+        warm.prepare()  # planning something new takes torch too, on another core
     plan = _plan(options)
     preset = options.preset
     if preset not in presets():

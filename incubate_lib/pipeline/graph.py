@@ -10,7 +10,8 @@ Planning checks everything that can be checked before anything is trained or wri
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -84,7 +85,7 @@ class Node:
             about=about,
             flops_per_image=self.experiment.facts.flops_of(self.settings),
             checkpoint_seconds=self.experiment.settings.checkpoint_seconds,
-            should_stop=(self.experiment.path / STOP_FILE).exists,
+            should_stop=self.experiment.stop_asked_since(time.time()),
         )
 
     def _donor(self) -> PhaseFolder | None:
@@ -121,9 +122,11 @@ class Experiment:
     @cached_property
     def facts(self) -> Facts:
         """What planning must know; measured unless the experiment's folder has it already."""
-        record = read_json(self.path / "experiment.json")
-        known = record is not None and record["hash"] == self.settings.digest()
-        return Facts.model_validate(record["facts"]) if known else measure(self.settings)
+        return Facts.model_validate(read_json(self.path / "experiment.json")["facts"]) if self.is_known() else measure(self.settings)
+
+    def is_known(self) -> bool:
+        """Whether this experiment has been started before."""
+        return _owner(self.path) == self.settings.digest()
 
     def create(self) -> None:
         """Make the folder and say in it whose it is; SettingsError if other settings took it first."""
@@ -133,6 +136,18 @@ class Experiment:
             write_json(self.path / "experiment.json", {"hash": self.settings.digest(), "settings": settings, "facts": facts})
         if _owner(self.path) != self.settings.digest():
             raise SettingsError(f"{self.path} belongs to other settings; give yours another name (--set name=…)")
+
+    def stop_asked_since(self, began: float) -> Callable[[], bool]:
+        """Return a function that tells whether somebody asked this experiment to stop after that moment."""
+        path = self.path / STOP_FILE
+
+        def asked() -> bool:
+            try:
+                return path.stat().st_mtime >= began
+            except FileNotFoundError:
+                return False
+
+        return asked
 
     def check_writable(self) -> None:
         """Raise SettingsError unless the data folder can be read and written; leaves nothing behind."""

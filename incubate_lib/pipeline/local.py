@@ -58,8 +58,9 @@ class Pool:
         try:
             with self._view() as show:
                 while self.running or (self.waiting and not self.stopping):
-                    if self.stop_file.exists():
+                    if self.stopping or self.stop_file.exists():
                         self.stopping = True
+                        self.stop_file.touch()  # again and again, for phases that begin only now
                     for key in sorted(self.waiting, key=order.get, reverse=True):
                         self._consider(nodes[key])
                     for key in list(self.running):
@@ -69,6 +70,7 @@ class Pool:
         finally:
             for job in self.running.values():
                 _kill(job)
+            self.stop_file.unlink(missing_ok=True)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -109,7 +111,6 @@ class Pool:
                 _kill(job)
             return
         self.stopping = True
-        self.stop_file.touch()
         self.console.print("\nStopping: phases save a checkpoint first (again: at once) …")
 
     def _view(self) -> "_View":

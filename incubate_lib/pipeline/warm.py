@@ -9,6 +9,7 @@ processes of its own.
 import multiprocessing
 import os
 import threading
+from multiprocessing import forkserver
 from typing import Any
 
 from jupyter_client.manager import AsyncKernelManager
@@ -27,6 +28,11 @@ PRELOAD = [
 ]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
+
+
+def prepare() -> None:
+    """Begin to warm up, in the background; the first `start` does it otherwise."""
+    forkserver.ensure_running()
 
 
 def start(name: str, output: str, parameters: dict[str, Any], *, log: str, env: dict[str, str]) -> multiprocessing.Process:

@@ -17,7 +17,7 @@ _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 .wide { overflow-x: auto; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 th { border-bottom: 2px solid #555; }
 img { max-width: 100%; height: auto; }
@@ -62,7 +62,7 @@ def write_report(results: Results, path: Path) -> Path:
     settings = (read_json(path.parent / "experiment.json") or {}).get("settings")
     if settings:
         parts.append(f"<h2>Settings</h2><details><summary>all of them</summary><pre>{html.escape(json.dumps(settings, indent=1))}</pre></details>")
-    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    page = '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     page += f"<title>{html.escape(title)}</title><style>{_CSS}</style></head><body>{''.join(parts)}</body></html>\n"
     write_atomic(path, page.encode())
     return path

@@ -111,13 +111,14 @@ def module_bars(phases: pd.DataFrame) -> Figure:
     left.bar(place + 0.2, 100 * mean["accuracy"], 0.4, yerr=100 * sd, color=TRAINED, edgecolor="black", label="after", capsize=3)
     meta = phases.loc[phases["phase"] == "meta", "accuracy"].mean()
     left.axhline(100 * meta, color="black", linestyle="--", linewidth=1, label=f"meta model ({meta:.1%})")
-    left.set(ylabel="top-1 of the hybrid (%)", ylim=(0, 108))
-    left.legend(fontsize=7, loc="lower right", framealpha=0.95)
+    left.set(ylabel="top-1 of the hybrid (%)", ylim=(0, 105))
+    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3, frameon=False)
     right.bar(place, mean["flops"] / factor, 0.5, color=FROZEN, edgecolor="black")
     right.set(ylabel=f"training cost ({unit})")
     for axis in (left, right):
         axis.set_xticks(place, names)
-    figure.suptitle(f"{phases['seed'].nunique()} seed(s)", fontsize=9)
+    seeds = phases["seed"].nunique()
+    right.set_title(f"mean of {seeds} seeds, bars ± std" if seeds > 1 else "one seed", fontsize=8)
     return figure
 
 

@@ -49,7 +49,7 @@ def from_plan(plan: Plan) -> Results:
             summary = node.summary()
             if summary is None:
                 continue
-            row = {"strategy": name, "seed": seed, **summary}
+            row = summary | {"strategy": name}  # a shared phase is recorded under the first strategy that needed it
             row |= {"flops": summary["train_flops"], "seconds": summary["train_seconds"]}
             row["lr"] = node.settings.training.lr if node.settings.training else None
             phases.append(row)

@@ -139,6 +139,7 @@ def fit(
         step, loss_sum, loss_steps = state["step"], state["loss_sum"], state["loss_steps"]
         seconds, eval_seconds = state["train_seconds"], state["eval_seconds"]
         set_random_states(state["random"])
+        folder.set_status(resumed_at=step)
     folder.start_metrics(step)
     rows = folder.metrics()
     clock = Chrono(device, seconds)

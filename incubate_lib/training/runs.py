@@ -82,6 +82,8 @@ class PhaseFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "lock", "a") as lock:
             _lock(lock, self, wait_seconds)
+            for half_written in self.path.glob("*.tmp"):  # by a process that was killed
+                half_written.unlink()
             config = self.config()
             if config is None:
                 write_json(self.path / "config.json", settings.model_dump(mode="json") | {"hash": settings.digest()})
@@ -175,7 +177,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_atomic(path: Path, blob: bytes) -> None:
     """Write a file so that a kill or a full disk leaves the old one or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(blob)

@@ -1,0 +1,128 @@
+"""Settings, and what bad input gets: a line or two, exit status 2, nothing written."""
+
+import os
+
+import pytest
+import yaml
+
+from incubate_lib.cli import main
+from incubate_lib.config import SettingsError, load_settings, presets
+
+RUN = ["run", "digits"]
+BAD = [  # command line → what the message must name
+    (["run", "digit"], "unknown preset 'digit'; did you mean digits"),
+    ([*RUN, "--set", "training.epoch=3"], "unknown field 'training.epoch'; did you mean epochs"),
+    ([*RUN, "--set", "trainin.epochs=3"], "unknown field 'trainin'; did you mean training"),
+    ([*RUN, "--set", "training.epochs=many"], "training.epochs is 'many'"),
+    ([*RUN, "--set", "training.epochs=true"], "training.epochs is True"),
+    ([*RUN, "--set", "training.batch_size=3.5"], "training.batch_size is 3.5"),
+    ([*RUN, "--set", "training.epochs"], "write it as field=value"),
+    ([*RUN, "--set", "training.epochs=-1"], "training.epochs is -1"),
+    ([*RUN, "--set", "phases.meta.epochs=-1"], "phases.meta.epochs is -1"),
+    ([*RUN, "--set", "model.depth=25"], "model.depth 25 is not divisible by partition.num_modules 4"),
+    ([*RUN, "--set", "partition.num_modules=48"], "partition.num_modules is 48, but the network has only 24"),
+    ([*RUN, "--set", "partition.target_depths=[6,6,6,7]"], "add up to 25, but model.depth is 24"),
+    ([*RUN, "--set", "partition.meta_depths=[1,1]"], "num_modules is 4, len(meta_depths) is 2"),
+    ([*RUN, "--set", "model.img_size=9"], "img_size 9 is not divisible by patch_size 2"),
+    ([*RUN, "--set", "model.img_size=16"], "'digits' has (1, 8, 8)"),
+    ([*RUN, "--set", "model.in_chans=3"], "'digits' has (1, 8, 8)"),
+    ([*RUN, "--set", "model.name=vit_tiny_patch16_244"], "timm has no 'vit_tiny_patch16_244'; did you mean"),
+    ([*RUN, "--set", "model.name=deit_tiny_distilled_patch16_224", "--set", "model.options={}"], "not a plain timm VisionTransformer"),
+    ([*RUN, "--set", "model.options={fish: 1}"], "fish"),
+    ([*RUN, "--set", "training.batch_size=5000"], "training.batch_size is 5000"),
+    ([*RUN, "--set", "training.lr=1e-9"], "min_lr 1e-05 is larger than lr 1e-09"),
+    ([*RUN, "--set", "strategies.mine.start=stack"], "strategies.mine.kind is missing"),
+    ([*RUN, "--strategies", "deep_incubaton"], "unknown strategy 'deep_incubaton'; did you mean deep_incubation"),
+    ([*RUN, "--strategies", "end_to_end", "end_to_end"], "strategy end_to_end is given twice"),
+    ([*RUN, "--seeds", "0", "1", "0"], "seed 0 is given twice"),
+    ([*RUN, "--seeds", "-1"], "seed -1 is negative"),
+    ([*RUN, "--jobs", "0"], "--jobs is 0"),
+    (["stop", "digits"], "nothing to stop"),
+    (["report", "digits"], "nothing is finished yet"),
+    (["run", "no/such/file.yaml"], "cannot read settings file no/such/file.yaml"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda v: " ".join(v[1:]) if isinstance(v, list) else "")
+def test_bad_input(arguments, message, data_folder, capsys):
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") <= 2 and "Traceback" not in told
+    assert not data_folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a list", "must be a mapping of settings, not a list"),
+        ("just words", "must be a mapping of settings, not a str"),
+        ("", "must be a mapping"),
+        ("a: !!python/object/apply:os.system ['true']", "not plain YAML"),
+        ("a: [1", "not plain YAML"),
+        ("model: {depth: 4}", "partition is missing"),
+    ],
+)
+def test_bad_files(text, message, tmp_path, data_folder, capsys):
+    (tmp_path / "mine.yaml").write_text(text)
+    assert main(["run", str(tmp_path / "mine.yaml")]) == 2
+    assert message in capsys.readouterr().err
+    assert not data_folder.exists()
+
+
+def test_seeds_that_are_no_numbers(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--seeds", "one"])
+    assert caught.value.code == 2 and "invalid int value: 'one'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["a_file", "/proc/nothing"])
+def test_a_data_folder_that_cannot_be_used(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a_file").write_text("")
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / place))
+    assert main(["run", "smoke"]) == 2
+    assert "cannot read and write" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+def test_a_read_only_data_folder(tmp_path, monkeypatch, capsys):
+    tmp_path.chmod(0o500)
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
+    assert main(["run", "smoke"]) == 2
+    assert "cannot read and write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_presets_load_and_say_what_they_are(preset):
+    settings = load_settings(preset)
+    assert settings.name == preset and settings.description and set(settings.run) <= set(settings.strategies)
+
+
+def test_a_users_file_is_the_same_as_a_preset(tmp_path):
+    copy = tmp_path / "smoke.yaml"
+    copy.write_text(presets()["smoke"].read_text())
+    assert load_settings(str(copy)) == load_settings("smoke")
+
+
+def test_layers_and_overrides(tmp_path):
+    settings = load_settings("digits", ["training.epochs=20", "strategies.deep_incubation.phases.finetune.lr=7e-4", "training.betas=[0.9, 0.95]"])
+    assert settings.training_of("deep_incubation", "finetune").epochs == 20
+    assert settings.training_of("deep_incubation", "finetune").lr == 7e-4
+    assert settings.training_of("deep_incubation", "meta").betas == (0.9, 0.95)
+    assert settings.training_of("deep_incubation", "meta").epochs == load_settings("digits").training_of("deep_incubation", "meta").epochs
+    with pytest.raises(Exception, match="frozen"):
+        settings.training.lr = 1.0
+
+
+def test_a_setting_that_could_have_no_effect_is_refused(tmp_path):
+    raw = yaml.safe_load(presets()["smoke"].read_text())
+    raw["phases"] = {phase: {"lr": 1e-3} for phase in ("meta", "incubate", "finetune", "end_to_end")}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(SettingsError, match=r"training.lr has no effect: .*phases.<phase>.lr"):
+        load_settings(str(tmp_path / "mine.yaml"), ["training.lr=5e-3"])
+
+
+def test_the_hash_knows_what_changes_a_result():
+    plain = load_settings("smoke")
+    assert plain.digest() == load_settings("smoke", ["checkpoint_seconds=9", "run=[end_to_end]", "description=x"]).digest()
+    assert plain.digest() != load_settings("smoke", ["training.lr=3e-3"]).digest()

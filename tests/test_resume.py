@@ -1,0 +1,256 @@
+"""A kill at any moment loses nothing finished, and resuming ends in the same bits."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.pipeline.graph import open_phase, plan
+from incubate_lib.training.runs import Busy, PhaseFolder, Stopped, read_json
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
+# everything random is on: drop-path (preset), mixup (numpy's generator), shift (torch's)
+OVERRIDES = ["training.epochs=8", "training.mixup=0.4", "training.cutmix=0.5", "checkpoint_seconds=0.1", "run=[end_to_end, deep_incubation]"]
+
+
+def train(folder: str) -> None:
+    """Run the whole graph in this process; ends by itself or by a kill."""
+    os.environ["INCUBATE_DATA"] = folder
+    torch.set_num_threads(1)
+    plan(load_settings("smoke", OVERRIDES)).run()
+
+
+def outcome(folder: Path) -> dict:
+    """Return everything that must not depend on kills: final weights and all evaluations, without their seconds."""
+    found = {}
+    for path in sorted(folder.glob("runs/*/seed-0/**/summary.json")):
+        phase = PhaseFolder(path.parent)
+        rows = [{k: v for k, v in row.items() if k != "train_seconds"} for row in phase.metrics()]
+        found[str(path.parent.relative_to(folder))] = (phase.summary()["weights_sha256"], phase.summary()["accuracy"], rows)
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    process = context.Process(target=train, args=(str(folder),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return outcome(folder)
+
+
+def progress(folder: Path) -> tuple:
+    """Return something that grows as the run goes on: finished phases, and steps of the running one."""
+    done = len(list(folder.glob("runs/*/seed-0/**/summary.json")))
+    steps = [(read_json(p) or {}).get("progress", {}).get("step", 0) for p in folder.glob("runs/*/seed-0/**/status.json")]
+    return done, sum(steps)
+
+
+def test_sigkill_at_many_moments_ends_in_the_same_weights(tmp_path, uninterrupted):
+    kills, resumed = 0, []
+    while True:
+        process = context.Process(target=train, args=(str(tmp_path),))
+        process.start()
+        before, deadline = progress(tmp_path), time.monotonic() + 120
+        wait = 0.35 + 0.17 * (kills % 5)  # past the start, at different places of phases, evaluations and checkpoints
+        while process.is_alive() and progress(tmp_path) == before:  # at least one sign of life, then a little more
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.join(timeout=wait)
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+        assert kills < 60
+    assert process.exitcode == 0
+    assert kills >= 4
+    for path in tmp_path.glob("runs/*/seed-0/**/status.json"):
+        resumed.append((read_json(path)).get("resumed_at", 0))
+    assert sum(step > 0 for step in resumed) >= 2, "no kill fell into the middle of a phase"
+    assert len(uninterrupted) == 7
+    assert outcome(tmp_path) == uninterrupted
+    assert not list(tmp_path.glob("**/checkpoint*")), "checkpoints of finished phases are litter"
+
+
+def test_other_processes_and_another_order_give_the_same_weights(tmp_path, uninterrupted):
+    process = context.Process(target=train_backwards, args=(str(tmp_path),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert outcome(tmp_path) == uninterrupted
+
+
+def train_backwards(folder: str) -> None:
+    """Each phase in a process of its own, the last module first."""
+    os.environ["INCUBATE_DATA"] = folder
+    nodes = plan(load_settings("smoke", OVERRIDES)).nodes
+    modules = [n for n in nodes if n.settings.phase == "incubate"]
+    for node in [nodes[0], *reversed(modules), *nodes]:
+        pid = os.fork()  # nothing of torch has run here yet
+        if not pid:
+            torch.set_num_threads(1)
+            node.run()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def stop_after_checkpoints(node, monkeypatch, number: int) -> PhaseFolder:
+    """Run a phase until it has saved `number` checkpoints, then stop it."""
+    saved, original = [], PhaseFolder.save_checkpoint
+
+    def save(self, state):
+        original(self, state)
+        saved.append(state["step"])
+
+    monkeypatch.setattr(PhaseFolder, "save_checkpoint", save)
+    monkeypatch.setattr("incubate_lib.training.loop.HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr("incubate_lib.pipeline.graph.Experiment.stop_asked_since", lambda self, began: lambda: len(saved) >= number)
+    with pytest.raises(Stopped, match="the next run goes on from here"):
+        node.run()
+    monkeypatch.undo()
+    assert len(saved) >= number
+    return node.folder
+
+
+DAMAGE = {
+    "truncated": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
+    "a flipped bit in the weights": lambda p: p.write_bytes(flip(p.read_bytes())),
+    "empty": lambda p: p.write_bytes(b""),
+    "not a checkpoint": lambda p: p.write_text("hello"),
+}
+
+
+def flip(blob: bytes) -> bytes:
+    middle = len(blob) // 3
+    return blob[:middle] + bytes([blob[middle] ^ 1]) + blob[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("both", [False, True], ids=["newest", "both"])
+def test_a_damaged_checkpoint_is_named_and_what_is_sound_is_used(damage, both, tmp_path, monkeypatch, capsys):
+    def node():
+        return open_phase("meta", "smoke", ["checkpoint_seconds=0.0"], seed=5)
+
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "sound"))
+    expected = node().run()
+    monkeypatch.undo()
+    os.environ["INCUBATE_DATA"], before = str(tmp_path / "damaged"), os.environ["INCUBATE_DATA"]
+    try:
+        folder = stop_after_checkpoints(node(), monkeypatch, 3)
+        DAMAGE[damage](folder.path / "checkpoint.pt")
+        if both:
+            DAMAGE[damage](folder.path / "checkpoint.previous.pt")
+        capsys.readouterr()
+        summary = node().run()
+    finally:
+        os.environ["INCUBATE_DATA"] = before
+    told = capsys.readouterr().out
+    assert "checkpoint.pt is not sound" in told and ("checkpoint.previous.pt is not sound" in told) == both
+    assert ("resumed_at" in folder.status()) == (not both)
+    assert summary["weights_sha256"] == expected["weights_sha256"]
+
+
+def test_finished_phases_are_only_read(data_folder, monkeypatch):
+    node = open_phase("meta", "smoke")
+    first = node.run()
+    files = {p: p.stat().st_mtime_ns for p in node.folder.path.iterdir()}
+    monkeypatch.setattr("incubate_lib.training.phases.fit", lambda *a, **k: pytest.fail("trained again"))
+    assert open_phase("meta", "smoke").run() == first
+    assert {p: p.stat().st_mtime_ns for p in node.folder.path.iterdir()} == files
+
+
+def test_changed_settings_get_a_folder_of_their_own_and_share_what_is_the_same(data_folder, monkeypatch):
+    original = open_phase("incubate", "smoke", module_index=1)
+    original.run()
+    before = {p: p.read_bytes() for p in data_folder.rglob("*") if p.is_file()}
+    changed = open_phase("incubate", "smoke", ["phases.incubate.lr=1e-3"], module_index=1)
+    assert changed.experiment.path != original.experiment.path
+    trained = []
+    import incubate_lib.training.phases as phases
+
+    original_fit = phases.fit
+    monkeypatch.setattr(phases, "fit", lambda *a, **k: trained.append(k["title"]) or original_fit(*a, **k))
+    changed.run()
+    assert len(trained) == 1 and "module 2" in trained[0]  # the meta model was copied, not trained again
+    assert changed.inputs["meta"].summary()["copied_from"] == "smoke/seed-0/meta"
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_an_edited_file_never_reuses_the_old_run(data_folder, tmp_path):
+    text = "name: mine\npartition: {num_modules: 2}\nmodel: {img_size: 8, patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2, in_chans: 1}\n"
+    text += "data: {source: synthetic, test_images: 96}\ntraining: {epochs: 1, batch_size: 16, lr: LR}\n"
+    summaries = []
+    for lr in ("1e-3", "2e-3", "1e-3"):
+        (tmp_path / "mine.yaml").write_text(text.replace("LR", lr))
+        node = open_phase("meta", str(tmp_path / "mine.yaml"))
+        summaries.append((node.run()["weights_sha256"], node.experiment.path.name))
+    assert summaries[0] == summaries[2] != summaries[1]
+    assert summaries[0][1] == "mine" and summaries[1][1].startswith("mine-")
+
+
+def test_a_folder_of_other_settings_is_left_as_it_is(data_folder):
+    node = open_phase("meta", "smoke")
+    node.run()
+    other = node.settings.model_copy(update={"seed": 7})
+    with pytest.raises(SettingsError, match="belongs to other settings"), node.folder.claim(other):
+        pass
+
+
+def test_two_processes_never_train_the_same_phase(data_folder):
+    node = open_phase("meta", "smoke")
+    holder = context.Process(target=hold, args=(str(data_folder),))
+    holder.start()
+    while node.folder.status()["state"] != "running":
+        time.sleep(0.02)
+    with pytest.raises(Busy, match=f"process {holder.pid}"), node.folder.claim(node.settings, wait_seconds=0.5):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    assert node.folder.status()["state"] == "interrupted"
+    assert node.run()["accuracy"] > 0
+
+
+def hold(folder: str) -> None:
+    os.environ["INCUBATE_DATA"] = folder
+    node = open_phase("meta", "smoke")
+    node.experiment.create()
+    with node.folder.claim(node.settings):
+        time.sleep(60)
+
+
+def test_a_damaged_result_is_refused_by_what_needs_it(data_folder):
+    node = open_phase("incubate", "smoke", module_index=0)
+    meta = node.inputs["meta"]
+    meta.run()
+    blob = meta.folder.weights.read_bytes()
+    meta.folder.weights.write_bytes(flip(blob))
+    with pytest.raises(SettingsError, match="missing or damaged"):
+        node.run()
+    meta.folder.weights.unlink()
+    with pytest.raises(SettingsError, match="missing or damaged"):
+        node.run()
+
+
+def test_nothing_is_unpickled(tmp_path):
+    """A checkpoint that would run code when unpickled is refused, and its code is not run."""
+    ran = tmp_path / "ran"
+    torch.save({"step": Evil(str(ran))}, tmp_path / "checkpoint.pt")
+    state, complaints = PhaseFolder(tmp_path).load_checkpoint()
+    assert state is None and "not sound" in complaints[0]
+    assert not ran.exists()
+
+
+class Evil:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))

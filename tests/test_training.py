@@ -1,0 +1,217 @@
+"""The loop, the data, the costs."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from incubate_lib.config import DataSettings, SettingsError, TrainingSettings, load_settings
+from incubate_lib.method.incubation import make_hybrid
+from incubate_lib.method.partition import split
+from incubate_lib.pipeline.graph import open_phase, plan
+from incubate_lib.training.costs import forward_flops_per_image, train_flops_per_image
+from incubate_lib.training.data import ImageSet, augment, load_data, shift
+from incubate_lib.training.loop import evaluate, fit, make_optimizer
+from incubate_lib.training.runs import PhaseFolder
+from incubate_lib.training.schedule import derive_seed, lr_at, steps_per_epoch, total_steps
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "warmup", "expected"),
+    [
+        (0, 100, 10, 0.1),  # the first update already moves
+        (9, 100, 10, 1.0),
+        (10, 100, 10, 1.0),  # warm-up ends where the cosine begins
+        (99, 100, 10, 0.01),  # the last update has min_lr
+        (0, 100, 0, 1.0),
+        (50, 101, 0, 0.505),  # half way
+        (0, 1, 0, 1.0),
+        (0, 1, 1, 1.0),
+        (4, 5, 5, 1.0),  # all warm-up
+    ],
+)
+def test_lr_at(step, steps, warmup, expected):
+    assert lr_at(step, steps, warmup, 1.0, 0.01) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "images", "batch", "expected"),
+    [(1, 100, 10, 10), (1, 109, 10, 10), (2.5, 100, 10, 25), (0.01, 100, 10, 1), (3, 10, 10, 3), (1.25, 109, 10, 12)],
+)
+def test_total_steps(epochs, images, batch, expected):
+    assert total_steps(epochs, images, batch) == expected
+    assert steps_per_epoch(images, batch) == images // batch
+
+
+def test_seeds_differ_by_purpose_and_are_stable():
+    seeds = {derive_seed(s, what, i) for s in range(3) for what in ("order", "init") for i in range(3)}
+    assert len(seeds) == 18 and max(seeds) < 2**32
+    assert derive_seed(0, "order", 1) == 620307874
+
+
+def vit(depth=2, **options):
+    return timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=16, depth=depth, num_heads=2, in_chans=1, num_classes=4, **options)
+
+
+@pytest.mark.parametrize("phase", ["whole", "hybrid"])
+def test_weight_decay_spares_biases_norms_and_embeddings_in_every_phase(phase):
+    model = vit(reg_tokens=1)
+    if phase == "hybrid":
+        model = make_hybrid(split(model, [1, 1]), split(vit(4, reg_tokens=1), [2, 2])[0], 0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = make_optimizer(model, TrainingSettings(weight_decay=0.05)).param_groups
+    decayed = {names[id(p)].removeprefix("target.") for g in groups if g["weight_decay"] for p in g["params"]}
+    spared = {names[id(p)].removeprefix("target.") for g in groups if not g["weight_decay"] for p in g["params"]}
+    assert {"pos_embed", "cls_token", "reg_token"} <= spared
+    assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
+    assert all(name.endswith(".bias") or "norm" in name or name in ("pos_embed", "cls_token", "reg_token") for name in spared)
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
+
+
+def image_set(n=50, classes=4):
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 1, 8, 8), generator=g, dtype=torch.uint8)
+    return ImageSet(images, torch.arange(n) % classes, torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.25), classes)
+
+
+@pytest.mark.parametrize("n", [1, 50, 256, 257, 515])
+def test_evaluation_counts_every_sample_once(n):
+    data, model = image_set(n), vit().train()
+    result = evaluate(model, data)
+    assert model.training
+    with torch.no_grad():
+        logits = model.eval()(data.normalise(data.images))
+    assert result["accuracy"] == pytest.approx((logits.argmax(1) == data.labels).float().mean().item())
+    assert result["loss"] == pytest.approx(nn.functional.cross_entropy(logits, data.labels).item(), rel=1e-5)
+
+
+def run_fit(folder, settings, model=None, **more):
+    model = model or vit(drop_path_rate=settings.drop_path)
+    result = fit(model, image_set(), image_set(), settings, seed=3, folder=PhaseFolder(folder), title="t", checkpoint_seconds=1e9, **more)
+    return model, result
+
+
+def test_clipping_clips(tmp_path, monkeypatch):
+    norms, original = [], torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        gradients = [p.grad for g in self.param_groups for p in g["params"]]
+        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    for name, clip in {"free": None, "clipped": 1e-3}.items():
+        (tmp_path / name).mkdir()
+        torch.manual_seed(0)
+        run_fit(tmp_path / name, TrainingSettings(epochs=1.0, batch_size=10, clip_grad=clip))
+    free, clipped = norms[:5], norms[5:]
+    assert min(free) > 0.01
+    assert all(n == pytest.approx(1e-3, rel=1e-3) for n in clipped)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_settings(tmp_path):
+    model = vit()
+    calls = []
+
+    def poison(_, inputs):
+        calls.append(1)
+        if model.training and len([c for c in calls]) > 4:
+            return (inputs[0] * math.nan,)
+
+    model.register_forward_pre_hook(poison)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 3 of 10 .*lr 0\.001"):
+        run_fit(tmp_path, TrainingSettings(epochs=2.0, batch_size=10), model)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_mixup_and_cutmix_train_on_soft_targets(tmp_path):
+    _, result = run_fit(tmp_path, TrainingSettings(epochs=2.0, batch_size=10, mixup=0.8, cutmix=1.0))
+    assert math.isfinite(result["train_loss"]) and result["images_seen"] == 100
+
+
+def test_every_parameter_of_the_target_gets_a_gradient_and_the_loss_falls(data_folder):
+    node = open_phase("end_to_end", "smoke", ["training.epochs=30", "training.drop_path=0.0", "strategies.end_to_end.match=null"])
+    summary = node.run()
+    assert summary["accuracy"] > 0.75 > 3 * summary["start_accuracy"] * 0.75  # chance is 0.25
+    rows = node.folder.metrics()
+    assert rows[-1]["train_loss"] < 0.7 * rows[1]["train_loss"]
+
+
+def test_data_is_the_same_for_every_seed_and_its_splits_are_apart():
+    tests = []
+    for split_name in ("test", "val"):
+        train, judge = load_data(DataSettings(eval_split=split_name))
+        both = torch.cat([train.images, judge.images]).flatten(1)
+        assert len(train) + len(judge) == (1797 if split_name == "test" else 1200)
+        counts = judge.labels.bincount() / train.labels.bincount()
+        assert counts.max() / counts.min() < 1.15  # class-balanced
+        tests.append((both, judge))
+    (_, test), (chosen_from, _) = tests
+    test_images = {row.numpy().tobytes() for row in test.images.flatten(1)}
+    leaked = sum(row.numpy().tobytes() in test_images for row in chosen_from)
+    doubled = 1797 - len(np.unique(load_all(), axis=0))  # the source itself holds the same picture twice
+    assert leaked <= doubled
+
+
+def load_all():
+    train, judge = load_data(DataSettings())
+    return torch.cat([train.images, judge.images]).flatten(1).numpy()
+
+
+def test_images_are_normalised_by_the_training_images():
+    train, _ = load_data(DataSettings())
+    x = train.normalise(train.images)
+    assert abs(x.mean().item()) < 1e-3 and x.std().item() == pytest.approx(1, abs=1e-2)
+    assert train.images.dtype == torch.uint8 and train.images.shape[1:] == (1, 8, 8)
+
+
+@pytest.mark.parametrize("settings", [{"test_images": 1795}, {"test_images": 3}, {"eval_split": "val", "val_images": 1199}])
+def test_splits_that_cannot_be_cut_are_refused(settings):
+    with pytest.raises(SettingsError, match=r"data\.(test|val)_images is"):
+        load_data(DataSettings(**settings))
+
+
+def test_shift_moves_each_image_as_a_whole():
+    torch.manual_seed(0)
+    images = torch.zeros(200, 1, 8, 8, dtype=torch.uint8)
+    images[:, 0, 3, 4] = 255
+    places = shift(images, 1).flatten(1).argmax(1)
+    assert shift(images, 1).flatten(1).sum(1).eq(255).all()
+    assert set(places.tolist()) == {8 * r + c for r in (2, 3, 4) for c in (3, 4, 5)}
+
+
+def test_augmentation_that_is_off_changes_nothing():
+    images = image_set().images
+    assert torch.equal(augment(images, TrainingSettings()), images)
+    flipped = augment(images, TrainingSettings(hflip=True))
+    same = (flipped == images).flatten(1).all(1)
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    assert (same | mirrored).all() and same.any() and mirrored.any()
+
+
+def test_flops_of_vit_b_are_the_known_ones():
+    """The table of the paper's arithmetic, in GFLOP per image: forward, end to end, meta model, four hybrids."""
+    with torch.device("meta"):
+        target, meta = timm.create_model("vit_base_patch16_224"), timm.create_model("vit_base_patch16_224", depth=4)
+    shape = (3, 224, 224)
+    assert forward_flops_per_image(target, shape) / 1e9 == pytest.approx(35.13, abs=0.005)
+    assert train_flops_per_image(target, shape) / 1e9 == pytest.approx(105.15, abs=0.005)
+    assert train_flops_per_image(meta, shape) / 1e9 == pytest.approx(35.36, abs=0.005)
+    for index, expected in enumerate([44.44, 41.18, 38.16, 35.13]):
+        meta.requires_grad_(True)
+        hybrid = make_hybrid(split(meta, [1] * 4), split(target, [3] * 4)[index], index)
+        assert train_flops_per_image(hybrid, shape) / 1e9 == pytest.approx(expected, abs=0.005)
+
+
+@pytest.mark.parametrize("preset", ["digits", "smoke"])
+def test_strategies_have_equal_flops_the_meta_model_counted(preset, data_folder):
+    todo = plan(load_settings(preset))
+    from incubate_lib.report.tables import _needed
+
+    totals = {name: sum(todo.flops[n.key] for n in _needed(node)) for (name, _), node in todo.finals.items()}
+    assert len(totals) == 3
+    assert max(totals.values()) / min(totals.values()) < 1.03
+    assert any(key.endswith("/meta") and flops for key, flops in todo.flops.items())
