@@ -26,7 +26,9 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
         command.add_argument("preset", nargs="?", default="digits", help="a preset, or a YAML file of your own (default: digits)")
-        command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting, e.g. training.epochs=20")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting, e.g. training.epochs=20"
+        )
         if seeds_and_strategies:
             command.add_argument("--strategies", nargs="+", metavar="NAME", help="default: those the preset names under `run`")
             command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
@@ -37,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     add("status", _status, "show the state of every phase")
     add("stop", _stop, "stop a run cleanly: its phases save a checkpoint first", False)
     report = add("report", _report, "write the HTML report of what is finished, and print its table")
-    report.add_argument("--publish", action="store_true", help="also write the tracked tables and figures (data/results, figures)")
+    report.add_argument(
+        "--publish", action="store_true", help="also write the tracked tables and figures (data/results, figures)"
+    )
     presets = commands.add_parser("presets", help="list the presets", description="list the presets")
     presets.set_defaults(command=_presets)
     return parser

@@ -27,7 +27,10 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--set", "model.img_size=16"], "'digits' has (1, 8, 8)"),
     ([*RUN, "--set", "model.in_chans=3"], "'digits' has (1, 8, 8)"),
     ([*RUN, "--set", "model.name=vit_tiny_patch16_244"], "timm has no 'vit_tiny_patch16_244'; did you mean"),
-    ([*RUN, "--set", "model.name=deit_tiny_distilled_patch16_224", "--set", "model.options={}"], "not a plain timm VisionTransformer"),
+    (
+        [*RUN, "--set", "model.name=deit_tiny_distilled_patch16_224", "--set", "model.options={}"],
+        "not a plain timm VisionTransformer",
+    ),
     ([*RUN, "--set", "model.options={fish: 1}"], "fish"),
     ([*RUN, "--set", "training.batch_size=5000"], "training.batch_size is 5000"),
     ([*RUN, "--set", "training.lr=1e-9"], "min_lr 1e-05 is larger than lr 1e-09"),
@@ -105,11 +108,16 @@ def test_a_users_file_is_the_same_as_a_preset(tmp_path):
 
 
 def test_layers_and_overrides(tmp_path):
-    settings = load_settings("digits", ["training.epochs=20", "strategies.deep_incubation.phases.finetune.lr=7e-4", "training.betas=[0.9, 0.95]"])
+    settings = load_settings(
+        "digits", ["training.epochs=20", "strategies.deep_incubation.phases.finetune.lr=7e-4", "training.betas=[0.9, 0.95]"]
+    )
     assert settings.training_of("deep_incubation", "finetune").epochs == 20
     assert settings.training_of("deep_incubation", "finetune").lr == 7e-4
     assert settings.training_of("deep_incubation", "meta").betas == (0.9, 0.95)
-    assert settings.training_of("deep_incubation", "meta").epochs == load_settings("digits").training_of("deep_incubation", "meta").epochs
+    assert (
+        settings.training_of("deep_incubation", "meta").epochs
+        == load_settings("digits").training_of("deep_incubation", "meta").epochs
+    )
     with pytest.raises(Exception, match="frozen"):
         settings.training.lr = 1.0
 

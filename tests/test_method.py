@@ -221,7 +221,12 @@ def test_random_start_changes_nothing_unless_stem_or_head_are_inherited():
     assert all(torch.equal(t.state_dict()[n], v) for t, b in zip(target, before, strict=True) for n, v in b.items())
     start_module(target[0], meta[0], "random", inherit_stem=True, inherit_head=True)
     start_module(target[2], meta[2], "random", inherit_stem=True, inherit_head=True)
-    changed = {n.split(".")[0] for t, b in zip(target, before, strict=True) for n, v in b.items() if not torch.equal(t.state_dict()[n], v)}
+    changed = {
+        n.split(".")[0]
+        for t, b in zip(target, before, strict=True)
+        for n, v in b.items()
+        if not torch.equal(t.state_dict()[n], v)
+    }
     assert changed == {"patch_embed", "pos_embed", "cls_token", "head"}  # the norm starts alike in both
 
 

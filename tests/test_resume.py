@@ -16,7 +16,13 @@ from incubate_lib.training.runs import Busy, PhaseFolder, Stopped, read_json
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
 # everything random is on: drop-path (preset), mixup (numpy's generator), shift (torch's)
-OVERRIDES = ["training.epochs=8", "training.mixup=0.4", "training.cutmix=0.5", "checkpoint_seconds=0.1", "run=[end_to_end, deep_incubation]"]
+OVERRIDES = [
+    "training.epochs=8",
+    "training.mixup=0.4",
+    "training.cutmix=0.5",
+    "checkpoint_seconds=0.1",
+    "run=[end_to_end, deep_incubation]",
+]
 
 
 def train(folder: str) -> None:
@@ -112,7 +118,9 @@ def stop_after_checkpoints(node, monkeypatch, number: int) -> PhaseFolder:
 
     monkeypatch.setattr(PhaseFolder, "save_checkpoint", save)
     monkeypatch.setattr("incubate_lib.training.loop.HEARTBEAT_SECONDS", 0.0)
-    monkeypatch.setattr("incubate_lib.pipeline.graph.Experiment.stop_asked_since", lambda self, began: lambda: len(saved) >= number)
+    monkeypatch.setattr(
+        "incubate_lib.pipeline.graph.Experiment.stop_asked_since", lambda self, began: lambda: len(saved) >= number
+    )
     with pytest.raises(Stopped, match="the next run goes on from here"):
         node.run()
     monkeypatch.undo()
@@ -185,7 +193,8 @@ def test_changed_settings_get_a_folder_of_their_own_and_share_what_is_the_same(d
 
 
 def test_an_edited_file_never_reuses_the_old_run(data_folder, tmp_path):
-    text = "name: mine\npartition: {num_modules: 2}\nmodel: {img_size: 8, patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2, in_chans: 1}\n"
+    text = "name: mine\npartition: {num_modules: 2}\n"
+    text += "model: {img_size: 8, patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2, in_chans: 1}\n"
     text += "data: {source: synthetic, test_images: 96}\ntraining: {epochs: 1, batch_size: 16, lr: LR}\n"
     summaries = []
     for lr in ("1e-3", "2e-3", "1e-3"):

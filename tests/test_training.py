@@ -53,7 +53,17 @@ def test_seeds_differ_by_purpose_and_are_stable():
 
 
 def vit(depth=2, **options):
-    return timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=16, depth=depth, num_heads=2, in_chans=1, num_classes=4, **options)
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=8,
+        patch_size=4,
+        embed_dim=16,
+        depth=depth,
+        num_heads=2,
+        in_chans=1,
+        num_classes=4,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("phase", ["whole", "hybrid"])
@@ -90,7 +100,9 @@ def test_evaluation_counts_every_sample_once(n):
 
 def run_fit(folder, settings, model=None, **more):
     model = model or vit(drop_path_rate=settings.drop_path)
-    result = fit(model, image_set(), image_set(), settings, seed=3, folder=PhaseFolder(folder), title="t", checkpoint_seconds=1e9, **more)
+    result = fit(
+        model, image_set(), image_set(), settings, seed=3, folder=PhaseFolder(folder), title="t", checkpoint_seconds=1e9, **more
+    )
     return model, result
 
 
@@ -118,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_settings(tmp_path):
 
     def poison(_, inputs):
         calls.append(1)
-        if model.training and len([c for c in calls]) > 4:
+        if model.training and len(calls) > 4:
             return (inputs[0] * math.nan,)
 
     model.register_forward_pre_hook(poison)

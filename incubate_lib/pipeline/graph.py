@@ -122,7 +122,9 @@ class Experiment:
     @cached_property
     def facts(self) -> Facts:
         """What planning must know; measured unless the experiment's folder has it already."""
-        return Facts.model_validate(read_json(self.path / "experiment.json")["facts"]) if self.is_known() else measure(self.settings)
+        return (
+            Facts.model_validate(read_json(self.path / "experiment.json")["facts"]) if self.is_known() else measure(self.settings)
+        )
 
     def is_known(self) -> bool:
         """Whether this experiment has been started before."""

@@ -14,7 +14,8 @@ from incubate_lib.training.runs import read_json, write_atomic
 
 _CSS = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+body { color: #1a1a1a; background: #fff; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 .wide { overflow-x: auto; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
@@ -61,7 +62,8 @@ def write_report(results: Results, path: Path) -> Path:
     parts.append("<h2>Every phase</h2>" + _table(_phase_table(results)))
     settings = (read_json(path.parent / "experiment.json") or {}).get("settings")
     if settings:
-        parts.append(f"<h2>Settings</h2><details><summary>all of them</summary><pre>{html.escape(json.dumps(settings, indent=1))}</pre></details>")
+        text = html.escape(json.dumps(settings, indent=1))
+        parts.append(f"<h2>Settings</h2><details><summary>all of them</summary><pre>{text}</pre></details>")
     page = '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     page += f"<title>{html.escape(title)}</title><style>{_CSS}</style></head><body>{''.join(parts)}</body></html>\n"
     write_atomic(path, page.encode())
@@ -77,7 +79,9 @@ def _phase_table(results: Results):
     table["s"] = table["seconds"].map("{:.1f}".format)
     table["epochs"] = table["epochs"].map("{:.1f}".format)
     table["lr"] = table["lr"].map(lambda v: "" if v != v or v is None else f"{v:g}")
-    return table[["strategy", "seed", "phase", "module", "before %", "top-1 %", "epochs", "steps", "images_seen", "lr", "GFLOP", "s"]]
+    return table[
+        ["strategy", "seed", "phase", "module", "before %", "top-1 %", "epochs", "steps", "images_seen", "lr", "GFLOP", "s"]
+    ]
 
 
 def _table(table) -> str:

@@ -107,7 +107,9 @@ def module_bars(phases: pd.DataFrame) -> Figure:
     place = np.arange(len(names))
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.bar(place - 0.2, 100 * mean["start_accuracy"], 0.4, color="white", edgecolor="black", hatch="..", label="before incubation")
+    left.bar(
+        place - 0.2, 100 * mean["start_accuracy"], 0.4, color="white", edgecolor="black", hatch="..", label="before incubation"
+    )
     left.bar(place + 0.2, 100 * mean["accuracy"], 0.4, yerr=100 * sd, color=TRAINED, edgecolor="black", label="after", capsize=3)
     meta = phases.loc[phases["phase"] == "meta", "accuracy"].mean()
     left.axhline(100 * meta, color="black", linestyle="--", linewidth=1, label=f"meta model ({meta:.1%})")

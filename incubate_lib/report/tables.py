@@ -23,7 +23,19 @@ PHASE_COLUMNS = [
     "strategy", "seed", "phase", "module_index", "start_accuracy", "accuracy", "loss", "train_loss", "epochs", "steps",
     "images_seen", "flops", "seconds", "eval_seconds", "lr", "parameters",
 ]  # fmt: skip
-CURVE_COLUMNS = ["strategy", "seed", "phase", "module_index", "epoch", "step", "flops", "train_seconds", "train_loss", "loss", "accuracy"]
+CURVE_COLUMNS = [
+    "strategy",
+    "seed",
+    "phase",
+    "module_index",
+    "epoch",
+    "step",
+    "flops",
+    "train_seconds",
+    "train_loss",
+    "loss",
+    "accuracy",
+]
 
 
 @dataclass(frozen=True)
@@ -226,7 +238,10 @@ def _strategy_row(final: Node, summary: dict) -> dict:
     row |= {name: sum(s[name] for s in needed.values()) for name in ("images_seen", "steps")}
     where = summary["provenance"]
     row |= {"device": where["device"], "threads": where["threads"], "torch": where["versions"]["torch"], "date": where["date"]}
-    return row | {"judged_on": final.settings.data.eval_split, "commit": (where["commit"] or "")[:10] + ("+" if where["dirty"] else "")}
+    return row | {
+        "judged_on": final.settings.data.eval_split,
+        "commit": (where["commit"] or "")[:10] + ("+" if where["dirty"] else ""),
+    }
 
 
 def _needed(final: Node) -> list[Node]:

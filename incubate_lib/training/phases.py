@@ -142,7 +142,11 @@ def run_phase(
                 title=title, checkpoint_seconds=checkpoint_seconds, should_stop=should_stop,
             )  # fmt: skip
         numbers |= {"flops_per_image": flops_per_image, "train_flops": flops_per_image * numbers["images_seen"]}
-        numbers |= {"parameters": sum(p.numel() for p in result.parameters()), "train_images": len(train), "judge_images": len(judge)}
+        numbers |= {
+            "parameters": sum(p.numel() for p in result.parameters()),
+            "train_images": len(train),
+            "judge_images": len(judge),
+        }
         identity = {"phase": s.phase, "module_index": s.module_index, "seed": s.seed, "hash": s.digest()}
         return folder.finish(identity | about | numbers | {"provenance": provenance(device)}, result.state_dict())
 
@@ -182,5 +186,3 @@ def _cpu_name() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-

@@ -1,0 +1,213 @@
+"""The whole chain: real notebooks through papermill, in real processes, from the real command line."""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.pipeline import notebook
+from incubate_lib.pipeline.graph import plan
+from incubate_lib.pipeline.local import is_complete
+from incubate_lib.training.runs import read_json
+
+INCUBATE = [str(Path(sys.executable).parent / "incubate")]
+ALL = ["--strategies", "end_to_end", "deep_incubation", "deep_incubation_stack", "deep_incubation_identity"]
+
+
+def incubate(*arguments, folder, **more):
+    env = os.environ | {"INCUBATE_DATA": str(folder), "COLUMNS": "200"}
+    return subprocess.run([*INCUBATE, *arguments], capture_output=True, text=True, env=env, timeout=600, **more)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """One run of the smoke preset with every start."""
+    folder = tmp_path_factory.mktemp("chain")
+    return folder, incubate("run", "smoke", *ALL, "--jobs", "2", folder=folder)
+
+
+def weights(folder: Path) -> dict[str, str]:
+    return {
+        str(p.parent.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("model.safetensors")
+    }
+
+
+def test_the_chain_runs_to_a_verdict(chain):
+    folder, result = chain
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = folder / "runs" / "smoke"
+    names = {str(p.parent.relative_to(run)) for p in run.rglob("summary.json")}
+    starts = ["deep_incubation", "deep_incubation_stack", "deep_incubation_identity"]
+    phases = ["incubate-0", "incubate-1", "incubate-2", "assemble", "finetune"]
+    assert names == {"seed-0/meta", "seed-0/end_to_end", *(f"seed-0/{s}/{p}" for s in starts for p in phases)}
+    assert all((run / name / "notebook.ipynb").exists() for name in names)
+    assert "than end to end" in result.stdout and (run / "report.html").exists()
+    times = [read_json(run / f"seed-0/{s}/finetune/summary.json")["inputs"] for s in starts]
+    assert times == [{"assemble": f"seed-0/{s}/assemble"} for s in starts]
+
+
+def test_modules_ran_side_by_side(chain):
+    folder, _ = chain
+    spans = []
+    for path in (folder / "runs" / "smoke").rglob("notebook.ipynb"):
+        meta = nbformat.read(path, 4).metadata.papermill
+        spans.append((meta.start_time, meta.end_time, str(path)))
+    spans.sort()
+    assert any(a[1] > b[0] and "incubate-" in a[2] and "incubate-" in b[2] for a, b in itertools.pairwise(spans))
+
+
+def test_executed_copies_hold_results_but_nothing_of_the_machine(chain):
+    folder, _ = chain
+    copies = [*(folder / "runs").rglob("notebook.ipynb"), *(folder / "runs").rglob("06_analysis.ipynb")]
+    assert len(copies) == 18
+    for path in copies:
+        text = path.read_text()
+        for place in (str(folder), str(notebook.ROOT), str(Path.home()) + "/", sys.prefix):
+            assert place not in text, f"{place} in {path}"
+        nb = nbformat.reads(text, 4)
+        nbformat.validate(nb)
+        assert "widgets" not in nb.metadata
+        assert "image/png" in text
+        assert not any(o.output_type == "error" for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+
+
+def test_again_nothing_is_done_and_torch_is_not_even_imported(chain):
+    folder, _ = chain
+    before = {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*") if p.is_file()}
+    code = (
+        "import sys; from incubate_lib.cli import main; code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
+    )
+    env = os.environ | {"INCUBATE_DATA": str(folder)}
+    result = subprocess.run(
+        [sys.executable, "-c", code, "run", "smoke", *ALL], capture_output=True, text=True, env=env, timeout=120
+    )
+    assert result.returncode == 0 and result.stdout.rstrip().endswith("False"), result.stdout + result.stderr
+    assert {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*") if p.is_file()} == before
+
+
+def test_status_and_report_of_a_finished_run(chain):
+    folder, _ = chain
+    told = incubate("status", "smoke", *ALL, folder=folder).stdout
+    assert told.count(" done ") == 17 and "waiting" not in told
+    result = incubate("report", "smoke", *ALL, folder=folder)
+    assert result.returncode == 0 and "Deep Incubation, identity start" in result.stdout
+    page = (folder / "runs/smoke/report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 5
+    assert not re.search(r'(src|href)="(?!data:)', page), "the report must not need any other file"
+
+
+def test_the_identity_start_begins_where_the_meta_model_ended(chain):
+    run = chain[0] / "runs/smoke/seed-0"
+    meta = read_json(run / "meta/summary.json")["accuracy"]
+    starts = [read_json(run / f"deep_incubation_identity/incubate-{i}/summary.json")["start_accuracy"] for i in range(3)]
+    assert starts == [meta] * 3
+
+
+def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
+    """SIGKILL of the command line, then Ctrl-C in the middle of a phase, then the same command to its end."""
+    command = ["run", "smoke", *ALL, "--jobs", "2"]
+    env = os.environ | {"INCUBATE_DATA": str(tmp_path)}
+    done = lambda: len(list(tmp_path.rglob("summary.json")))  # noqa: E731
+
+    def begin():
+        return subprocess.Popen([*INCUBATE, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+    def wait_for(condition):
+        deadline = time.monotonic() + 300
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    process = begin()
+    wait_for(lambda: done() >= 3)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+    process = begin()
+    wait_for(lambda: done() >= 8 and any((read_json(p) or {}).get("state") == "running" for p in tmp_path.rglob("status.json")))
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "goes on from here" in told
+    assert done() < 17
+    states = {(read_json(p) or {}).get("state") for p in tmp_path.rglob("status.json")}
+    assert states <= {"done", "stopped", "interrupted"}, states
+
+    result = incubate(*command, folder=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert weights(tmp_path / "runs") == weights(chain[0] / "runs")
+
+
+def test_a_failed_notebook_stops_what_depends_on_it_and_nothing_else(tmp_path):
+    result = incubate(
+        "run", "smoke", "--strategies", "end_to_end", "deep_incubation", "--set", "phases.incubate.lr=1e30", folder=tmp_path
+    )
+    assert result.returncode == 1
+    run = next((tmp_path / "runs").iterdir())
+    for module in range(3):
+        assert f"FAILED seed-0/deep_incubation/incubate-{module}: FloatingPointError" in result.stdout
+        log = run / f"seed-0/deep_incubation/incubate-{module}/log.txt"
+        assert str(log) in result.stdout and "loss is" in log.read_text()
+        assert (log.parent / "notebook.failed.ipynb").exists() and not (log.parent / "notebook.ipynb").exists()
+    assert re.search(r"at step \d+ of \d+ \(lr 1e\+30", result.stdout)
+    assert "skipped seed-0/deep_incubation/assemble: needs seed-0/deep_incubation/incubate-0" in result.stdout
+    assert "skipped seed-0/deep_incubation/finetune" in result.stdout
+    assert is_done(run / "seed-0/end_to_end") and is_done(run / "seed-0/meta")
+    assert not (run / "seed-0/deep_incubation/assemble/summary.json").exists()
+
+
+def is_done(path: Path) -> bool:
+    return (path / "summary.json").exists() and (path / "notebook.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("02_incubate_module", {"module": 1}, "no parameter 'module'; did you mean module_index"),
+        ("02_incubate_module", {"module_index": "1"}, "module_index is '1'; it must be int"),
+        ("02_incubate_module", {"module_index": True}, "module_index is True; it must be int"),
+        ("02_incubate_module", {"preset": "smoke", "module_index": 3}, r"module_index is 3; it must be one of \[0, 1, 2\]"),
+        ("01_meta_model", {"overrides": [1]}, r"overrides is \[1\]; it must be list\[str\]"),
+        ("01_meta_model", {"preset": "smoke", "strategy": "end_to_end"}, "strategy 'end_to_end' has no phase 'meta'"),
+        ("04_finetune", {"preset": "smoke", "seed": -1}, "seed -1 is negative"),
+        ("06_analysis", {"seeds": ["0"]}, r"it must be list\[int\]"),
+        ("07_nothing", {}, "no notebook"),
+    ],
+)
+def test_parameters_are_checked_before_a_kernel_starts(name, parameters, message, data_folder):
+    with pytest.raises(SettingsError, match=message):
+        notebook.check_parameters(name, parameters)
+    assert not data_folder.exists()
+
+
+def test_plain_papermill_runs_a_notebook_and_agrees_with_the_chain(chain, tmp_path, monkeypatch):
+    """`papermill notebooks/02_incubate_module.ipynb out.ipynb -p module_index 2`, the meta model trained on the way."""
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out.ipynb"
+    source = notebook.notebook_path("02_incubate_module")
+    papermill.execute_notebook(str(source), str(out), {"preset": "smoke", "module_index": 2}, progress_bar=False)
+    ours, theirs = weights(tmp_path / "runs"), weights(chain[0] / "runs")
+    assert ours and all(theirs[key] == value for key, value in ours.items())
+    assert len(json.dumps(nbformat.read(out, 4).cells)) < 500_000
+
+
+def test_a_node_is_complete_only_with_its_notebook(chain, tmp_path, monkeypatch):
+    monkeypatch.setenv("INCUBATE_DATA", str(chain[0]))
+    node = plan(load_settings("smoke")).nodes[0]
+    assert is_complete(node)
+    copy = node.folder.path / "notebook.ipynb"
+    copy.rename(tmp_path / "aside.ipynb")
+    assert not is_complete(node)
+    (tmp_path / "aside.ipynb").rename(copy)

@@ -1,0 +1,87 @@
+"""The grammar of the notebooks, checked without running them; nbmake runs every tracked one."""
+
+import ast
+import subprocess
+
+import nbformat
+import papermill
+import pytest
+
+from incubate_lib.pipeline.graph import NOTEBOOKS
+from incubate_lib.pipeline.notebook import ROOT
+
+TRACKED = subprocess.run(
+    ["git", "-C", str(ROOT), "ls-files", "*.ipynb"], capture_output=True, text=True, check=True
+).stdout.split()
+SHARED = {"preset": "str", "seed": "int", "overrides": "list[str]", "strategy": "str"}  # the same name means the same everywhere
+
+
+@pytest.fixture(params=TRACKED)
+def path(request):
+    return ROOT / request.param
+
+
+@pytest.fixture
+def nb(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(nb):
+    return [cell for cell in nb.cells if cell.cell_type == "code"]
+
+
+def test_the_series_is_complete_and_nbmake_sees_all_of_it():
+    assert [p.split("/")[-1][:2] for p in TRACKED] == [f"{i:02}" for i in range(7)]
+    assert all(p.startswith("notebooks/") for p in TRACKED)
+    assert set(NOTEBOOKS.values()) <= {p.split("/")[-1].removesuffix(".ipynb") for p in TRACKED}
+
+
+def test_title_and_table_first(nb):
+    first = nb.cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert "| reads | writes | expected time |" in first.source
+
+
+def test_thin(nb):
+    cells = [[line for line in cell.source.splitlines() if line.strip()] for cell in code_cells(nb)]
+    assert len(cells) <= 16
+    assert sum(map(len, cells)) <= 110 and max(map(len, cells)) <= 20
+    for cell in code_cells(nb):
+        tree = ast.parse(cell.source)
+        assert not any(isinstance(node, (ast.ClassDef, ast.FunctionDef)) for node in ast.walk(tree))
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        assert all(alias.name != "*" for node in imports for alias in node.names)
+        assert not any(line.lstrip().startswith(("!", "%")) for line in cell.source.splitlines())
+        assert "/home/" not in cell.source and "~/" not in cell.source
+
+
+def test_prose_goes_before_code(nb):
+    words = sum(len(cell.source.split()) for cell in nb.cells if cell.cell_type == "markdown")
+    assert words > 120
+    assert nb.cells[-1].cell_type == "markdown" or "write_report" in nb.cells[-1].source
+
+
+def test_committed_without_outputs(nb):
+    assert nb.metadata.kernelspec.name == "python3"
+    assert "widgets" not in nb.metadata
+    for cell in code_cells(nb):
+        assert cell.outputs == [] and cell.execution_count is None
+    nbformat.validate(nb)
+
+
+def test_parameters_cell_is_what_papermill_sees(nb, path):
+    tagged = [cell for cell in code_cells(nb) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    assigned = [node.target.id for node in ast.parse(tagged[0].source).body]
+    seen = papermill.inspect_notebook(str(path))
+    assert list(seen) == assigned, "papermill's pattern lost a line"
+    assert len(tagged[0].source.splitlines()) == len(assigned), "one line each, nothing derived"
+    for name, parameter in seen.items():
+        assert parameter["help"], f"{name} has no comment"
+        assert parameter["inferred_type_name"] == SHARED.get(name, parameter["inferred_type_name"])
+    assert seen["preset"]["default"] == '"digits"', "the committed default is the one that CI runs"
+
+
+def test_the_parameters_are_set_before_they_are_used(nb):
+    names = [index for index, cell in enumerate(code_cells(nb)) if "parameters" in cell.metadata.get("tags", [])]
+    assert names == [1], "imports first, then the parameters"

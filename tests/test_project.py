@@ -1,0 +1,73 @@
+"""What a new machine relies on."""
+
+import re
+import subprocess
+import sys
+import tomllib
+
+import yaml
+
+from incubate_lib.pipeline.notebook import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CARD = {"torch", "timm", "jupyterlab", "papermill", "matplotlib", "pandas", "ipywidgets", "pytest", "nbmake"}
+CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base", "jupyter-client": "jupyter_client"}
+
+
+def requirements(lines):
+    """Return name → version bounds."""
+    pairs = (re.fullmatch(r"\s*([A-Za-z0-9_-]+)\s*(.*)", line).groups() for line in lines)
+    return {name: bounds.replace(" ", "") for name, bounds in pairs}
+
+
+def test_conda_environment_is_in_step_with_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["channels"] == ["conda-forge"]
+    conda = requirements(line for line in environment["dependencies"] if isinstance(line, str))
+    wanted = requirements(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"])
+    wanted = {CONDA_NAMES.get(name, name): bounds for name, bounds in wanted.items()}
+    wanted["python"] = PROJECT["requires-python"]
+    assert conda.pop("pip") == ""
+    assert conda == wanted
+    assert environment["dependencies"][-1] == {"pip": ["--no-deps --editable ."]}
+
+
+def test_the_cards_packages_are_required():
+    assert set(requirements(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"])) >= CARD
+
+
+def test_constraints_are_names_and_versions_only():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert len(lines) > 100
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.+!-]+", line) for line in lines)
+
+
+def test_importing_the_package_and_asking_for_help_load_nothing_heavy():
+    code = "import sys, incubate_lib, incubate_lib.cli; incubate_lib.cli._parser().format_help(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "timm", "numpy", "pandas", "pydantic", "matplotlib", "papermill"} & set(loaded)
+
+
+def test_rooms_import_in_one_direction():
+    """config ← method ← training ← pipeline ← report; the library never reads from where it is used."""
+    order = ["config", "method", "training", "pipeline", "report", "cli"]
+    for path in (ROOT / "incubate_lib").rglob("*.py"):
+        parts = path.relative_to(ROOT / "incubate_lib").with_suffix("").parts
+        if parts[0] not in order:
+            continue
+        for imported in re.findall(r"^\s*(?:from|import) incubate_lib\.(\w+)", path.read_text(), re.M):
+            assert order.index(imported) <= order.index(parts[0]), f"{path} imports {imported}"
+
+
+def test_every_name_in_the_readmes_tree_exists():
+    tree = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    names = [line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")]
+    assert len(names) >= 10
+    assert all((ROOT / name).exists() for name in names if name != "data/runs/"), names
+
+
+def test_ruff_is_content():
+    result = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    result = subprocess.run([sys.executable, "-m", "ruff", "format", "--check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -1,0 +1,99 @@
+"""Tables and figures say what the records say."""
+
+import pandas as pd
+import pytest
+
+from incubate_lib.pipeline.notebook import ROOT
+from incubate_lib.report import plots
+from incubate_lib.report.html import write_report
+from incubate_lib.report.tables import Results, comparison, flop_unit, from_plan, published, spread
+
+PUBLISHED = sorted(p.stem for p in (ROOT / "data" / "results").glob("*.csv") if not p.stem.endswith(("_phases", "_curves")))
+
+
+def results(accuracies: dict[str, list[float]], flops: dict[str, float]) -> Results:
+    rows = [
+        {
+            "strategy": name, "seed": seed, "accuracy": accuracy, "flops": flops[name], "critical_flops": flops[name] / 2,
+            "seconds": 10.0, "critical_seconds": 5.0, "judged_on": "test",
+        }
+        for name, values in accuracies.items() for seed, accuracy in enumerate(values)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    table["assembled_accuracy"] = None
+    return Results("t", table, pd.DataFrame(), pd.DataFrame())
+
+
+def test_the_verdict_follows_the_numbers():
+    flops = {"end_to_end": 1e12, "deep_incubation": 2e12}
+    better = results({"end_to_end": [0.5, 0.52, 0.51], "deep_incubation": [0.6, 0.61, 0.62]}, flops).verdict()
+    assert "10.0 points better than end to end (clear at 95 %, 3 of 3 seeds better), for 2.00 times" in better
+    worse = results({"end_to_end": [0.6, 0.61, 0.62], "deep_incubation": [0.5, 0.52, 0.51]}, flops).verdict()
+    assert "10.0 points worse" in worse and "0 of 3 seeds better" in worse
+    noise = results({"end_to_end": [0.5, 0.6, 0.55], "deep_incubation": [0.6, 0.5, 0.56]}, flops).verdict()
+    assert "inside the noise" in noise
+    single = results({"end_to_end": [0.5], "deep_incubation": [0.6]}, flops).verdict()
+    assert "one seed only" in single
+    assert "Nothing to compare" in results({"end_to_end": [0.5]}, flops).verdict()
+
+
+def test_comparison_gives_mean_spread_and_ratios():
+    table = comparison(
+        results({"end_to_end": [0.5, 0.6], "deep_incubation": [0.7, 0.8]}, {"end_to_end": 1e12, "deep_incubation": 3e12})
+    )
+    row = table.set_index("strategy").loc["Deep Incubation, random start (paper)"]
+    assert row["top-1 %"] == "75.0 ± 7.1" and row["TFLOP"] == "3.00 (3.00×)" and row["critical path TFLOP"] == "1.50 (3.00×)"
+    assert table["seeds"].tolist() == [2, 2]
+
+
+def test_spread_marks_a_single_seed():
+    assert spread(pd.Series([91.0])) == "91.0 (one seed)"
+
+
+@pytest.mark.parametrize(("flops", "unit"), [(3e9, "GFLOP"), (1e12, "TFLOP"), (2e15, "PFLOP"), (1e21, "EFLOP")])
+def test_flop_unit(flops, unit):
+    assert flop_unit(flops)[0] == unit
+
+
+def test_sum_and_critical_path_are_those_of_the_graph(data_folder):
+    from incubate_lib.config import load_settings
+    from incubate_lib.pipeline.graph import plan
+
+    todo = plan(load_settings("smoke"), ["deep_incubation", "deep_incubation_stack"])
+    todo.run()
+    table = from_plan(todo).strategies.set_index("strategy")
+    cost = {node.key: node.summary()["train_flops"] for node in todo.nodes}
+    own = "seed-0/deep_incubation_stack/"
+    modules = [cost[f"{own}incubate-{i}"] for i in range(3)]
+    row = table.loc["deep_incubation_stack"]
+    assert row["flops"] == cost["seed-0/meta"] + sum(modules) + cost[f"{own}finetune"]
+    assert row["critical_flops"] == cost["seed-0/meta"] + max(modules) + cost[f"{own}finetune"]
+    assert cost == todo.flops, "what was planned is what was spent"
+    phases = from_plan(todo).phases
+    assert (phases["phase"] == "meta").groupby(phases["strategy"]).sum().tolist() == [1, 1], "the meta model counts in both"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tracked_figures_can_be_drawn_from_tracked_tables(name, tmp_path):
+    tracked = published(name)
+    for figure, draw in plots.PUBLISHED.items():
+        axes = draw(tracked).axes
+        assert all(axis.get_xlabel() or axis.get_shared_x_axes().joined(axis, axes[-1]) for axis in axes)
+        assert "(" in axes[-1].get_xlabel() and "(%)" in axes[0].get_ylabel(), "units on every axis"
+        assert (ROOT / "figures" / f"{name}_{figure}.png").exists()
+    page = write_report(tracked, tmp_path / "report.html").read_text()
+    assert "±" in page and tracked.verdict().splitlines()[0] in page
+
+
+def test_strategies_can_be_told_apart_without_colour():
+    looks = [plots.style(name) for name in ("end_to_end", "deep_incubation", "deep_incubation_stack", "deep_incubation_identity")]
+    assert len({look["marker"] for look in looks}) == len({look["linestyle"] for look in looks}) == 4
+
+
+def test_digits_are_published_with_five_seeds_and_equal_flops():
+    table = published("digits").strategies
+    assert set(table["strategy"]) == {"end_to_end", "deep_incubation", "deep_incubation_stack"}
+    assert (table.groupby("strategy")["seed"].nunique() == 5).all()
+    flops = table.groupby("strategy")["flops"].mean()
+    assert flops.max() / flops.min() < 1.03
+    assert set(table["judged_on"]) == {"test"}
