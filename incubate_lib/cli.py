@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from incubate_lib import __version__
 
@@ -21,37 +22,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="incubate", description="Train a network in pieces, and see what it costs.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def add(name: str, function, text: str, seeds_and_strategies: bool = True) -> argparse.ArgumentParser:
+    for name, (function, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
-        command.add_argument("preset", nargs="?", default="digits", help="a preset, or a YAML file of your own (default: digits)")
-        command.add_argument(
-            "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting, e.g. training.epochs=20"
-        )
-        if seeds_and_strategies:
-            command.add_argument("--strategies", nargs="+", metavar="NAME", help="default: those the preset names under `run`")
-            command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
-        return command
-
-    run = add("run", _run, "run the chain of notebooks; finished phases are kept, half-finished ones go on")
-    run.add_argument("--jobs", type=int, metavar="N", help="notebooks side by side (default: one per core, at most 4)")
-    add("status", _status, "show the state of every phase")
-    add("stop", _stop, "stop a run cleanly: its phases save a checkpoint first", False)
-    report = add("report", _report, "write the HTML report of what is finished, and print its table")
-    report.add_argument(
-        "--publish", action="store_true", help="also write the tracked tables and figures (data/results, figures)"
-    )
-    presets = commands.add_parser("presets", help="list the presets", description="list the presets")
-    presets.set_defaults(command=_presets)
+        if name == "presets":
+            continue
+        command.add_argument("preset", nargs="?", default="digits", help="a preset, or a YAML file of yours (default: digits)")
+        command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="e.g. training.epochs=20")
+        if name == "stop":
+            continue
+        fresh = name == "run"
+        which, seeds = ("those the preset runs", "0") if fresh else ("those that were run", "those that were run")
+        command.add_argument("--strategies", nargs="+", metavar="NAME", help=f"default: {which}")
+        command.add_argument("--seeds", nargs="+", type=int, metavar="N", help=f"default: {seeds}")
+        if name == "run":
+            command.add_argument("--jobs", type=int, metavar="N", help="notebooks side by side (default: one a core, at most 4)")
+        if name == "report":
+            command.add_argument("--publish", action="store_true", help="also write data/results/*.csv and figures/*.png")
     return parser
-
-
-def _plan(options: argparse.Namespace):
-    from incubate_lib.config import load_settings
-    from incubate_lib.pipeline.graph import plan
-
-    return plan(load_settings(options.preset, options.set), options.strategies, options.seeds)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -59,22 +47,31 @@ def _run(options: argparse.Namespace) -> int:
 
     from incubate_lib.config import load_settings, presets
     from incubate_lib.pipeline import local, warm
-    from incubate_lib.pipeline.graph import Experiment
+    from incubate_lib.pipeline.graph import Experiment, plan
 
     jobs = local.check_jobs(options.jobs)
-    if not Experiment.of(load_settings(options.preset, options.set)).is_known():
+    settings = load_settings(options.preset, options.set)
+    if not Experiment.of(settings).is_known():
         warm.prepare()  # planning something new takes torch too, on another core
-    plan = _plan(options)
-    preset = options.preset
-    if preset not in presets():
-        from pathlib import Path
-
-        preset = str(Path(preset).absolute())
-    console = Console()
-    code = local.run(plan, {"preset": preset, "overrides": options.set}, jobs, console)
+    todo = plan(settings, options.strategies, [0] if options.seeds is None else options.seeds)
+    preset = options.preset if options.preset in presets() else str(Path(options.preset).absolute())
+    code = local.run(todo, {"preset": preset, "overrides": options.set}, jobs, Console())
     if code == 0:
-        _print_table(plan)
+        _print_table(todo)
     return code
+
+
+def _started(options: argparse.Namespace):
+    """Return the plan of what was run with these settings."""
+    from incubate_lib.config import SettingsError, load_settings
+    from incubate_lib.pipeline.graph import Experiment, plan
+
+    settings = load_settings(options.preset, options.set)
+    experiment = Experiment.of(settings)
+    strategies, seeds = experiment.started()
+    if not seeds:
+        raise SettingsError(f"there is no run of these settings in {experiment.path}; start one with `incubate run`")
+    return plan(settings, options.strategies or strategies, seeds if options.seeds is None else options.seeds)
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -82,9 +79,9 @@ def _status(options: argparse.Namespace) -> int:
 
     from incubate_lib.pipeline.view import node_line, render
 
-    plan = _plan(options)
-    Console().print(render([node_line(node) for node in plan.nodes]))
-    print(f"folder: {plan.experiment.path}")
+    todo = _started(options)
+    Console().print(render([node_line(node) for node in todo.nodes]))
+    print(f"folder: {todo.experiment.path}")
     return 0
 
 
@@ -93,7 +90,7 @@ def _stop(options: argparse.Namespace) -> int:
     from incubate_lib.pipeline.graph import STOP_FILE, Experiment
 
     experiment = Experiment.of(load_settings(options.preset, options.set))
-    if not experiment.path.exists():
+    if not experiment.is_known():
         raise SettingsError(f"nothing to stop: there is no run in {experiment.path}")
     (experiment.path / STOP_FILE).touch()
     print(f"asked {experiment.path.name} to stop; its phases save a checkpoint first")
@@ -105,15 +102,15 @@ def _report(options: argparse.Namespace) -> int:
     from incubate_lib.report.html import write_report
     from incubate_lib.report.tables import from_plan, publish
 
-    plan = _plan(options)
-    results = from_plan(plan)
+    todo = _started(options)
+    results = from_plan(todo)
     if results.strategies.empty:
-        raise SettingsError(f"nothing is finished yet in {plan.experiment.path}; `incubate run {options.preset}` first")
-    write_report(results, plan.experiment.path / "report.html")
+        raise SettingsError(f"no strategy is finished yet in {todo.experiment.path}; `incubate status` shows how far it is")
+    write_report(results, todo.experiment.path / "report.html")
     if options.publish:
         for path in publish(results):
             print(f"wrote {path}")
-    _print_table(plan)
+    _print_table(todo)
     return 0
 
 
@@ -125,13 +122,22 @@ def _presets(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(plan) -> None:
+def _print_table(todo) -> None:
     from incubate_lib.report.tables import comparison, from_plan
 
-    results = from_plan(plan)
-    print(comparison(results).to_string(index=False))
+    results = from_plan(todo)
+    print(comparison(results).T.to_string(header=False))
     print(results.verdict())
-    print(f"report: {plan.experiment.path / 'report.html'}")
+    print(f"report: {todo.experiment.path / 'report.html'}")
+
+
+COMMANDS = {
+    "run": (_run, "run the chain of notebooks; finished phases are kept, half-finished ones go on"),
+    "status": (_status, "show the state of every phase"),
+    "stop": (_stop, "stop a run cleanly: its phases save a checkpoint first"),
+    "report": (_report, "write the HTML report of what is finished, and print its table"),
+    "presets": (_presets, "list the presets"),
+}
 
 
 if __name__ == "__main__":

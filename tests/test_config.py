@@ -41,7 +41,8 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--seeds", "-1"], "seed -1 is negative"),
     ([*RUN, "--jobs", "0"], "--jobs is 0"),
     (["stop", "digits"], "nothing to stop"),
-    (["report", "digits"], "nothing is finished yet"),
+    (["report", "digits"], "there is no run of these settings"),
+    (["status", "digits"], "there is no run of these settings"),
     (["run", "no/such/file.yaml"], "cannot read settings file no/such/file.yaml"),
 ]
 

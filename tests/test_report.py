@@ -20,7 +20,7 @@ def results(accuracies: dict[str, list[float]], flops: dict[str, float]) -> Resu
         for name, values in accuracies.items() for seed, accuracy in enumerate(values)
     ]  # fmt: skip
     table = pd.DataFrame(rows)
-    table["assembled_accuracy"] = None
+    table["assembled_accuracy"] = table["meta_accuracy"] = float("nan")
     return Results("t", table, pd.DataFrame(), pd.DataFrame())
 
 

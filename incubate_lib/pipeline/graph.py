@@ -130,6 +130,12 @@ class Experiment:
         """Whether this experiment has been started before."""
         return _owner(self.path) == self.settings.digest()
 
+    def started(self) -> tuple[list[str], list[int]]:
+        """Return the strategies and seeds that have a folder here, in the settings' order."""
+        seeds = sorted(int(p.name.removeprefix("seed-")) for p in self.path.glob("seed-*"))
+        names = {p.name for p in self.path.glob("seed-*/*")}
+        return [name for name in self.settings.strategies if name in names], seeds
+
     def create(self) -> None:
         """Make the folder and say in it whose it is; SettingsError if other settings took it first."""
         if _owner(self.path) is None:

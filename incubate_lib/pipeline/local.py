@@ -152,7 +152,7 @@ class _View:
     def show(self) -> None:
         lines = self.pool.lines()
         if self.live:
-            self.live.update(render(lines), refresh=True)
+            self.live.update(render(lines, self.pool.console.height), refresh=True)
             return
         for line in lines:
             if self.states.get(line.title, line.state) != line.state and line.state in ("running", "done", "failed", "skipped"):

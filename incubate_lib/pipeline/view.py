@@ -1,5 +1,7 @@
 """How the state of phases is shown in a terminal. Reads status files only."""
 
+import shutil
+from collections import Counter
 from dataclasses import dataclass
 
 from rich.markup import escape
@@ -47,12 +49,22 @@ def node_line(node: Node) -> Line:
     return line
 
 
-def render(lines: list[Line]) -> Table:
-    """Return a table for the terminal."""
+def render(lines: list[Line], height: int | None = None) -> Table:
+    """Return a table for the terminal; what is done or waits is only counted where `height` lines cannot show all."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("phase", "state", "epoch", "loss", "top-1", "ETA", ""):
-        table.add_column(name, justify="left" if name in ("phase", "state", "") else "right", no_wrap=name != "")
+    rest = max(20, shutil.get_terminal_size().columns - 47)
+    table.add_column("phase", no_wrap=True, overflow="ellipsis", max_width=rest)
+    table.add_column("state", no_wrap=True, min_width=11)
+    for name, width in {"epoch": 10, "loss": 6, "top-1": 6, "ETA": 6}.items():
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    folded = Counter(line.state for line in lines if line.state in ("done", "waiting"))
+    fits = height is None or len(lines) + 2 <= height
     for line in lines:
-        state = f"[{STYLE[line.state]}]{line.state}[/]" if line.state in STYLE else line.state
-        table.add_row(line.title, state, line.epoch, line.loss, line.accuracy, line.eta, escape(line.note[:60]))
+        if fits or line.state not in folded:
+            state = f"[{STYLE[line.state]}]{line.state}[/]" if line.state in STYLE else line.state
+            table.add_row(line.title, state, line.epoch, line.loss, line.accuracy, line.eta)
+            if line.note:
+                table.add_row(f"  [red]{escape(line.note)}[/]")
+    if not fits:
+        table.add_row(", ".join(f"{count} {state}" for state, count in folded.items()) + f", of {len(lines)} phases")
     return table

@@ -49,9 +49,9 @@ def write_report(results: Results, path: Path) -> Path:
     parts.append("<h2>Strategies</h2>" + _table(comparison(results)))
     parts.append(
         f'<p class="note">Measured on {html.escape(hardware(results))}. Mean ± standard deviation over seeds; in brackets '
-        "relative to end to end. “Assembled” is the accuracy of the assembled network before fine-tuning. FLOPs are "
-        "counted exactly (multiply-add = 2), evaluation apart; seconds are update steps only, phases side by side slow "
-        "each other down.</p>"
+        "relative to end to end. “Meta model” is the accuracy of the small shared network, “assembled” that of the "
+        "assembled one before fine-tuning. FLOPs are counted exactly (multiply-add = 2), evaluation apart; seconds are "
+        "update steps only, and phases side by side slow each other down.</p>"
     )
     for name, (draw, caption) in _FIGURES.items():
         parts.append(f"<h2>{name}</h2>{_image(draw(results), name)}<p class='note'>{caption}</p>")

@@ -16,8 +16,8 @@ from incubate_lib.pipeline.graph import Node, Plan, plan
 
 BASELINE = "end_to_end"
 STRATEGY_COLUMNS = [
-    "strategy", "seed", "accuracy", "assembled_accuracy", "flops", "critical_flops", "seconds", "critical_seconds",
-    "images_seen", "steps", "judged_on", "device", "threads", "torch", "date", "commit",
+    "strategy", "seed", "accuracy", "meta_accuracy", "assembled_accuracy", "flops", "critical_flops", "seconds",
+    "critical_seconds", "images_seen", "steps", "judged_on", "device", "threads", "torch", "date", "commit",
 ]  # fmt: skip
 PHASE_COLUMNS = [
     "strategy", "seed", "phase", "module_index", "start_accuracy", "accuracy", "loss", "train_loss", "epochs", "steps",
@@ -123,6 +123,7 @@ def comparison(results: Results) -> pd.DataFrame:
             "strategy": label(name),
             "seeds": len(group),
             "top-1 %": spread(100 * group["accuracy"]),
+            "meta model %": spread(100 * group["meta_accuracy"].dropna()),
             "assembled %": spread(100 * group["assembled_accuracy"].dropna()),
             unit: f"{mean['flops'] / factor:.2f}" + ratio("flops"),
             f"critical path {unit}": f"{mean['critical_flops'] / factor:.2f}" + ratio("critical_flops"),
@@ -230,8 +231,9 @@ def _t95(n: int) -> float:
 
 def _strategy_row(final: Node, summary: dict) -> dict:
     needed = {node.key: node.summary() for node in _needed(final)}
-    assembled = [s["accuracy"] for s in needed.values() if s["phase"] == "assemble"]
-    row = {"accuracy": summary["accuracy"], "assembled_accuracy": assembled[0] if assembled else None}
+    row = {"accuracy": summary["accuracy"]}
+    for phase, column in {"meta": "meta_accuracy", "assemble": "assembled_accuracy"}.items():
+        row[column] = next((s["accuracy"] for s in needed.values() if s["phase"] == phase), None)
     for short, name in {"flops": "train_flops", "seconds": "train_seconds"}.items():
         row[short] = sum(s[name] for s in needed.values())
         row[f"critical_{short}"] = _longest(final, {key: s[name] for key, s in needed.items()})
