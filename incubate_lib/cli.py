@@ -16,6 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as error:
         print(f"incubate: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+        sys.stderr.close()
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -52,8 +52,7 @@ def node_line(node: Node) -> Line:
 def render(lines: list[Line], height: int | None = None) -> Table:
     """Return a table for the terminal; what is done or waits is only counted where `height` lines cannot show all."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    rest = max(20, shutil.get_terminal_size().columns - 47)
-    table.add_column("phase", no_wrap=True, overflow="ellipsis", max_width=rest)
+    table.add_column("phase", max_width=max(22, shutil.get_terminal_size().columns - 54))
     table.add_column("state", no_wrap=True, min_width=11)
     for name, width in {"epoch": 10, "loss": 6, "top-1": 6, "ETA": 6}.items():
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
