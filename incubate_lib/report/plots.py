@@ -37,42 +37,51 @@ def style(strategy: str) -> dict[str, str]:
 
 def image_rows(rows: dict[str, np.ndarray], num: int = 10) -> Figure:
     """Draw rows of uint8 images [N, C, H, W], e.g. originals over augmented ones."""
-    figure = Figure(figsize=(num * 0.8, len(rows) * 0.95), layout="constrained")
+    figure = Figure(figsize=(num * 0.8, len(rows) * 1.05), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.14)
     axes = figure.subplots(len(rows), num, squeeze=False)
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=False):
             axis.imshow(image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         for axis in line:
             axis.set(xticks=[], yticks=[])
-        line[0].set_title(name, loc="left", fontsize=9)
+        line[0].set_title(name, loc="left", fontsize=9).set_in_layout(False)  # or it would widen the first image
     return figure
 
 
-def hybrid_diagram(target_depths: Sequence[int], meta_depths: Sequence[int], index: int | None = None) -> Figure:
-    """Draw the network as boxes: all meta modules frozen but the trained target at `index` (0-based); None: the target."""
-    figure = Figure(figsize=(9, 2.1), layout="constrained")
+def network_diagram(depths: Sequence[int], what: str) -> Figure:
+    """Draw a whole network that trains end to end, module by module; `what` is `meta` or `target`."""
+    return _boxes([(f"{what} {i + 1}", blocks, True) for i, blocks in enumerate(depths)])
+
+
+def hybrid_diagram(target_depths: Sequence[int], meta_depths: Sequence[int], index: int) -> Figure:
+    """Draw a hybrid: frozen meta modules, and the target module at `index` (0-based)."""
+    boxes = [(f"meta {i + 1}", blocks, False) for i, blocks in enumerate(meta_depths)]
+    boxes[index] = (f"target {index + 1}", target_depths[index], True)
+    return _boxes(boxes)
+
+
+def _boxes(boxes: Sequence[tuple[str, int, bool]]) -> Figure:
+    """Draw modules (name, blocks, whether it trains) from left to right, as wide as they are deep."""
+    figure = Figure(figsize=(9, 1.9), layout="constrained")
     axis = figure.subplots()
     x = 0.0
-    for i, (deep, small) in enumerate(zip(target_depths, meta_depths, strict=True)):
-        trained = index is None or i == index
-        blocks = deep if trained else small
+    for name, blocks, trained in boxes:
         width = 0.5 + 0.16 * blocks
-        box = FancyBboxPatch((x, 0), width, 1, boxstyle="round,pad=0.04", facecolor=TRAINED if trained else FROZEN,
-                             edgecolor="black", hatch=None if trained else "//", linewidth=1.2)  # fmt: skip
-        axis.add_patch(box)
-        what = "target" if trained else "meta"
-        text = f"{what} {i + 1}\n{blocks} block{'s' if blocks > 1 else ''}"
-        axis.text(x + width / 2, 0.5, text, ha="center", va="center", fontsize=9,
-                  bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5})  # fmt: skip
-        if i:
+        look = {"facecolor": TRAINED} if trained else {"facecolor": FROZEN, "hatch": "//"}
+        axis.add_patch(FancyBboxPatch((x, 0), width, 1, boxstyle="round,pad=0.04", edgecolor="black", linewidth=1.2, **look))
+        text = f"{name}\n{blocks} block{'s' if blocks > 1 else ''}"
+        paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+        axis.text(x + width / 2, 0.5, text, ha="center", va="center", fontsize=9, bbox=paper)
+        if x:
             axis.annotate("", (x - 0.05, 0.5), (x - 0.3, 0.5), arrowprops={"arrowstyle": "->"})
         x += width + 0.35
     axis.text(-0.12, 0.5, "image →", ha="right", va="center")
     axis.text(x - 0.25, 0.5, "→ class", ha="left", va="center")
     handles = [Patch(facecolor=TRAINED, edgecolor="black", label="trained")]
-    if index is not None:
+    if not all(trained for _, _, trained in boxes):
         handles.append(Patch(facecolor=FROZEN, edgecolor="black", hatch="//", label="frozen, never updated"))
-    axis.legend(handles=handles, loc="upper center", ncols=2, frameon=False, bbox_to_anchor=(0.5, 1.28))
+    axis.legend(handles=handles, loc="lower center", ncols=2, frameon=False, bbox_to_anchor=(0.5, 0.85))
     axis.set(xlim=(-1, x + 0.5), ylim=(-0.15, 1.25))
     axis.axis("off")
     return figure
