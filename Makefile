@@ -13,7 +13,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 lab: .venv/ready
-	$(BIN)/jupyter lab notebooks/00_quickstart.ipynb
+	$(BIN)/jupyter lab notebooks
 
 # uv, from inside the venv: links packages out of its cache instead of copying 5 GB. The constraints are what passed the tests.
 .venv/ready: pyproject.toml constraints.txt

@@ -115,7 +115,7 @@ def test_the_identity_start_begins_where_the_meta_model_ended(chain):
 
 
 def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
-    """SIGKILL of the command line, then Ctrl-C in the middle of a phase, then the same command to its end."""
+    """SIGKILL of the command line, then Ctrl-C, then `incubate stop`, then the same command to its end."""
     command = ["run", "smoke", *ALL, "--jobs", "2"]
     env = os.environ | {"INCUBATE_DATA": str(tmp_path)}
     done = lambda: len(list(tmp_path.rglob("summary.json")))  # noqa: E731
@@ -135,14 +135,21 @@ def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
     process.wait()
     process.stdout.close()
 
-    process = begin()
-    wait_for(lambda: done() >= 8 and any((read_json(p) or {}).get("state") == "running" for p in tmp_path.rglob("status.json")))
-    process.send_signal(signal.SIGINT)
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "goes on from here" in told
-    assert done() < 17
-    states = {(read_json(p) or {}).get("state") for p in tmp_path.rglob("status.json")}
-    assert states <= {"done", "stopped", "interrupted"}, states
+    def running():
+        return any((read_json(p) or {}).get("state") == "running" for p in tmp_path.rglob("status.json"))
+
+    for finished, stop in [
+        (6, lambda process: process.send_signal(signal.SIGINT)),
+        (10, lambda process: incubate("stop", "smoke", folder=tmp_path)),
+    ]:
+        process = begin()
+        wait_for(lambda finished=finished: done() >= finished and running())
+        stop(process)
+        told, _ = process.communicate(timeout=120)
+        assert process.returncode == 130 and "goes on from here" in told
+        assert done() < 17
+        states = {(read_json(p) or {}).get("state") for p in tmp_path.rglob("status.json")}
+        assert states <= {"done", "stopped", "interrupted"}, states
 
     result = incubate(*command, folder=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
