@@ -134,25 +134,42 @@ def module_bars(phases: pd.DataFrame) -> Figure:
 
 
 def accuracy_vs_cost(results: Results) -> Figure:
-    """Draw top-1 against total training cost and against the critical path: each seed, and mean ± std."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    """Draw top-1 against total training cost and against the critical path: each seed, and mean ± std.
+
+    Strategies that are matched in cost would hide one another: their marks are drawn side by side.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     table = results.strategies
     unit, factor = flop_unit(table["flops"].max())
+    widest = table["flops"].max() / factor
     axes = figure.subplots(1, 2, sharey=True)
     panels = {"flops": "all phases, one machine", "critical_flops": "critical path, modules side by side"}
     for axis, (column, title) in zip(axes, panels.items(), strict=True):
+        costs = table.groupby("strategy", sort=False)[column].mean() / factor
         for name, group in table.groupby("strategy", sort=False):
-            look, cost = style(name), group[column] / factor
-            axis.scatter(cost, 100 * group["accuracy"], color=look["color"], marker=look["marker"], alpha=0.3, s=18)
-            error = 100 * group["accuracy"].std() if len(group) > 1 else None
-            axis.errorbar(cost.mean(), 100 * group["accuracy"].mean(), yerr=error, color=look["color"], marker=look["marker"],
-                          markersize=9, markeredgecolor="white", capsize=4, linestyle="none",
-                          label=f"{label(name)} (n = {len(group)})")  # fmt: skip
-        axis.set(title=title, xlabel=f"training cost ({unit})", xlim=(0, 1.08 * table["flops"].max() / factor))
+            look, accuracy = style(name), 100 * group["accuracy"]
+            beside = list(costs.index[(costs - costs[name]).abs() < 0.03 * widest])
+            x = costs[name] + (beside.index(name) - (len(beside) - 1) / 2) * 0.045 * widest
+            axis.scatter([x - 0.014 * widest] * len(group), accuracy, color=look["color"], marker=look["marker"], alpha=0.4, s=14)
+            error = accuracy.std() if len(group) > 1 else None
+            axis.errorbar(x, accuracy.mean(), yerr=error, color=look["color"], marker=look["marker"], markersize=8,
+                          capsize=4, linestyle="none", label=f"{label(name)} (n = {len(group)})")  # fmt: skip
+        _meta_model(axis, results, factor)
+        axis.set(title=title, xlabel=f"training cost ({unit}), equal ones drawn side by side", xlim=(0, 1.12 * widest))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"top-1, {table['judged_on'].iloc[0]} split (%)")
-    axes[0].legend(fontsize=8, loc="best")
+    axes[0].legend(fontsize=8, loc="lower left")
     return figure
+
+
+def _meta_model(axis, results: Results, factor: float) -> None:
+    """Mark the meta model alone: what the small network reaches, and for how little."""
+    meta = results.phases[results.phases["phase"] == "meta"].drop_duplicates("seed")
+    if meta.empty:
+        return
+    error = 100 * meta["accuracy"].std() if len(meta) > 1 else None
+    axis.errorbar(meta["flops"].mean() / factor, 100 * meta["accuracy"].mean(), yerr=error, color="#777777", marker="*",
+                  markersize=10, capsize=4, linestyle="none", label=f"the meta model alone (n = {len(meta)})")  # fmt: skip
 
 
 def convergence(results: Results) -> Figure:
