@@ -16,6 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as error:
         print(f"incubate: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("incubate: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         sys.stderr.close()
         return 141
@@ -54,7 +57,9 @@ def _run(options: argparse.Namespace) -> int:
 
     jobs = local.check_jobs(options.jobs)
     settings = load_settings(options.preset, options.set)
-    if not Experiment.of(settings).is_known():
+    experiment = Experiment.of(settings)
+    experiment.check_writable()
+    if not experiment.is_known():
         warm.prepare()  # planning something new takes torch too, on another core
     todo = plan(settings, options.strategies, [0] if options.seeds is None else options.seeds)
     preset = options.preset if options.preset in presets() else str(Path(options.preset).absolute())
@@ -110,6 +115,7 @@ def _report(options: argparse.Namespace) -> int:
     if results.strategies.empty:
         raise SettingsError(f"no strategy is finished yet in {todo.experiment.path}; `incubate status` shows how far it is")
     write_report(results, todo.experiment.path / "report.html")
+    (todo.experiment.path / "analysed.json").unlink(missing_ok=True)  # the next run writes a report of its own
     if options.publish:
         for path in publish(results):
             print(f"wrote {path}")

@@ -20,6 +20,7 @@ PhaseName = Literal["meta", "incubate", "assemble", "finetune", "end_to_end"]
 FORMAT = 1  # of everything a phase's result depends on besides its settings; raise it when old results must not be reused
 
 Positive = Annotated[int, Field(ge=1)]
+StrategyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -30,7 +31,7 @@ class SettingsError(ValueError):
 class Frozen(BaseModel):
     """Base of all settings: immutable, no unknown names, no silent conversion of types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DataSettings(Frozen):
@@ -45,6 +46,13 @@ class DataSettings(Frozen):
     num_classes: Annotated[int, Field(ge=2)] = 4
     image_size: Positive = 8
     channels: Positive = 1
+
+    @model_validator(mode="after")
+    def _used(self) -> "DataSettings":
+        generated = {"num_images", "num_classes", "image_size", "channels"} & self.model_fields_set
+        if generated and self.source != "synthetic":
+            raise ValueError(f"{', '.join(sorted(generated))} is only for source 'synthetic', not {self.source!r}")
+        return self
 
 
 class ModelSettings(Frozen):
@@ -65,6 +73,8 @@ class ModelSettings(Frozen):
             raise ValueError(f"img_size {self.img_size} is not divisible by patch_size {self.patch_size}")
         if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+        if doubled := sorted(set(self.options) & set(type(self).model_fields)):
+            raise ValueError(f"options.{doubled[0]} is a field of its own: set model.{doubled[0]}")
         return self
 
     def timm_arguments(self) -> dict[str, Any]:
@@ -140,6 +150,8 @@ class TrainingSettings(Frozen):
             raise ValueError(f"min_lr {self.min_lr} is larger than lr {self.lr}")
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} is more than epochs {self.epochs}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"batch_size {self.batch_size} is odd; mixup and cutmix pair the images of a batch")
         return self
 
 
@@ -170,7 +182,21 @@ class StrategySettings(Frozen):
     match: str | None = None  # end_to_end: as many steps as cost the training FLOPs of that strategy
     phases: PhaseChanges = PhaseChanges()
 
+    @model_validator(mode="after")
+    def _used(self) -> "StrategySettings":
+        others = {"start", "inherit_stem", "inherit_head"} if self.kind == "end_to_end" else {"match"}
+        idle = others & self.model_fields_set
+        idle |= {
+            f"phases.{p}"
+            for p in PhaseChanges.model_fields
+            if p not in PHASES_OF[self.kind] and p in self.phases.model_fields_set
+        }
+        if idle:
+            raise ValueError(f"{', '.join(sorted(idle))} has no meaning for kind {self.kind!r}")
+        return self
 
+
+PHASES_OF = {"end_to_end": ["end_to_end"], "deep_incubation": ["meta", "incubate", "finetune"]}
 STRATEGIES = {
     "end_to_end": {"kind": "end_to_end", "match": "deep_incubation"},
     "deep_incubation": {"kind": "deep_incubation", "start": "random"},  # the paper's
@@ -193,8 +219,10 @@ class Settings(Frozen):
     partition: PartitionSettings
     training: TrainingSettings = TrainingSettings()
     phases: PhaseChanges = PhaseChanges()
-    strategies: dict[str, StrategySettings] = {}
-    run: list[str] = ["end_to_end", "deep_incubation", "deep_incubation_stack"]  # strategies run by default
+    strategies: dict[StrategyName, StrategySettings] = {}
+    run: list[str] = Field(
+        min_length=1, default=["end_to_end", "deep_incubation", "deep_incubation_stack"]
+    )  # strategies run by default
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0  # between checkpoints, never changes a result
     overrides: list[str] = []  # the `--set` values already applied, for the record
 
@@ -202,6 +230,8 @@ class Settings(Frozen):
     def _whole(self) -> "Settings":
         if self.model.depth:
             self.partition.depths(self.model.depth)
+        if "meta" in self.strategies:
+            raise ValueError("strategies.meta: that name is taken, for the folder of the shared meta model")
         for name, strategy in self.strategies.items():
             if strategy.match and self.strategies.get(strategy.match, strategy).kind == "end_to_end":
                 raise ValueError(f"strategies.{name}.match is {strategy.match!r}; name a deep_incubation strategy")
@@ -219,7 +249,7 @@ class Settings(Frozen):
         """Return the merged training settings of a phase of a strategy."""
         merged = self.training.model_dump()
         for layer in (self.phases, self.strategy(strategy).phases):
-            merged |= getattr(layer, phase).model_dump(exclude_none=True)
+            merged |= getattr(layer, phase).model_dump(exclude_unset=True)  # an explicit null counts
         try:
             return TrainingSettings.model_validate(merged)
         except ValidationError as error:
@@ -233,11 +263,12 @@ class Settings(Frozen):
 
     def digest(self) -> str:
         """Return the hash that names an experiment: of all settings that can change a result."""
-        settings = self.model_dump(mode="json", exclude={"name", "description", "run", "checkpoint_seconds", "overrides"})
+        settings = self.model_dump(mode="json", include={"data", "model", "partition"})
+        for name, strategy in self.strategies.items():
+            used = {phase: self.training_of(name, phase).model_dump(mode="json") for phase in PHASES_OF[strategy.kind]}
+            matched = self.is_matched(name) and strategy.match
+            settings[name] = strategy.model_dump(mode="json", exclude={"phases", "match"}) | {"match": matched, "phases": used}
         return digest({"format": FORMAT, **settings})
-
-
-PHASES_OF = {"end_to_end": ["end_to_end"], "deep_incubation": ["meta", "incubate", "finetune"]}
 
 
 class PhaseSettings(Frozen):
@@ -283,7 +314,7 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
     raw = _read_yaml(path)
     raw.setdefault("name", path.stem)
     raw.setdefault("strategies", {})
-    if isinstance(raw["strategies"], dict):
+    if isinstance(raw["strategies"], dict) and all(v is None or isinstance(v, dict) for v in raw["strategies"].values()):
         raw["strategies"] = {
             name: STRATEGIES.get(name, {}) | (raw["strategies"].get(name) or {})
             for name in [*STRATEGIES, *(n for n in raw["strategies"] if n not in STRATEGIES)]
@@ -302,15 +333,26 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
 def _refuse_idle(settings: Settings, where: str) -> None:
     """Refuse to set a training field that every phase overrides: it would silently do nothing."""
     section, _, field = where.partition(".")
-    used = [(s, phase) for s in settings.strategies.values() for phase in PHASES_OF[s.kind]]
-    if section == "training" and all(
-        any(getattr(getattr(layer, phase), field) is not None for layer in (settings.phases, s.phases)) for s, phase in used
-    ):
+    if section != "training" or not field:
+        return
+
+    def overridden(name: str, phase: str) -> bool:
+        layers = (settings.phases, settings.strategies[name].phases)
+        computed = field == "epochs" and phase == "end_to_end" and settings.is_matched(name)
+        return computed or any(field in getattr(layer, phase).model_fields_set for layer in layers)
+
+    if all(overridden(name, phase) for name, s in settings.strategies.items() for phase in PHASES_OF[s.kind]):
         raise SettingsError(f"{where} has no effect: every phase sets its own {field}; use phases.<phase>.{field}")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without python objects, and with 1e-3 read as a number (YAML 1.1 wants a dot)."""
+    """YAML without python objects or doubled keys, and with 1e-3 read as a number (YAML 1.1 wants a dot)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if doubled := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{doubled[0]!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -322,7 +364,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raw = yaml.load(path.read_text(), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot read settings file {path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise SettingsError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise SettingsError(f"{path} must be a mapping of settings, not a {type(raw).__name__}")
@@ -336,7 +378,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise SettingsError(f"--set {override!r}: write it as field=value, for example training.epochs=20")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise SettingsError(f"--set {override!r}: {text!r} is not a plain value") from None
     for key in keys[:-1]:
         if raw.get(key) is None:

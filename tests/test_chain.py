@@ -1,6 +1,7 @@
 """The whole chain: real notebooks through papermill, in real processes, from the real command line."""
 
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -14,9 +15,10 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from rich.console import Console
 
 from incubate_lib.config import SettingsError, load_settings
-from incubate_lib.pipeline import notebook
+from incubate_lib.pipeline import local, notebook
 from incubate_lib.pipeline.graph import plan
 from incubate_lib.pipeline.local import is_complete
 from incubate_lib.training.runs import read_json
@@ -172,6 +174,28 @@ def test_a_failed_notebook_stops_what_depends_on_it_and_nothing_else(tmp_path):
     assert "skipped seed-0/deep_incubation/finetune" in result.stdout
     assert is_done(run / "seed-0/end_to_end") and is_done(run / "seed-0/meta")
     assert not (run / "seed-0/deep_incubation/assemble/summary.json").exists()
+
+
+def test_a_notebook_that_fails_before_its_kernel_starts_ends_and_tells_why(tmp_path, monkeypatch):
+    """The settings file vanishes during a run; what an earlier run left in status.json must not hide that."""
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
+    todo = plan(load_settings("smoke"), ["end_to_end"])
+    todo.experiment.create()
+    todo.nodes[-1].folder.path.mkdir(parents=True)
+    todo.nodes[-1].folder.set_status("stopped", error="an old one")
+    told = io.StringIO()
+    source = {"preset": str(tmp_path / "gone.yaml"), "overrides": []}
+    assert local.run(todo, source, 2, Console(file=told, width=500)) == 1
+    assert "FAILED seed-0/end_to_end: cannot read settings file" in told.getvalue()
+
+
+def test_one_run_at_a_time_in_an_experiment(tmp_path, monkeypatch):
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
+    todo = plan(load_settings("smoke"), ["end_to_end"])
+    todo.experiment.create()
+    with local.only_run(todo.experiment.path):
+        result = incubate("run", "smoke", folder=tmp_path)
+    assert result.returncode == 2 and f"another `incubate run` (process {os.getpid()})" in result.stderr
 
 
 def is_done(path: Path) -> bool:

@@ -1,12 +1,24 @@
 """Settings, and what bad input gets: a line or two, exit status 2, nothing written."""
 
+import multiprocessing
 import os
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import yaml
 
 from incubate_lib.cli import main
-from incubate_lib.config import SettingsError, load_settings, presets
+from incubate_lib.config import (
+    DataSettings,
+    ModelSettings,
+    PhaseSettings,
+    SettingsError,
+    TrainingSettings,
+    load_settings,
+    presets,
+)
 
 RUN = ["run", "digits"]
 BAD = [  # command line → what the message must name
@@ -40,6 +52,18 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--seeds", "0", "1", "0"], "seed 0 is given twice"),
     ([*RUN, "--seeds", "-1"], "seed -1 is negative"),
     ([*RUN, "--jobs", "0"], "--jobs is 0"),
+    ([*RUN, "--set", "training.epochs=.inf"], "training.epochs is inf"),
+    ([*RUN, "--set", "run=[]"], "run is []"),
+    ([*RUN, "--set", "name=2024-99-99"], "is not a plain value"),
+    ([*RUN, "--set", "phases.meta.lr=null"], "lr is None"),
+    ([*RUN, "--set", "data.num_classes=3"], "num_classes is only for source 'synthetic'"),
+    ([*RUN, "--set", "model.options={depth: 3}"], "options.depth is a field of its own"),
+    ([*RUN, "--set", "training.mixup=0.5", "--set", "training.batch_size=33"], "batch_size 33 is odd"),
+    ([*RUN, "--set", "strategies.end_to_end.start=stack"], "start has no meaning for kind 'end_to_end'"),
+    ([*RUN, "--set", "strategies.deep_incubation.match=x"], "match has no meaning for kind 'deep_incubation'"),
+    ([*RUN, "--set", "strategies.meta={kind: end_to_end}"], "that name is taken"),
+    ([*RUN, "--set", "strategies.a/b={kind: end_to_end}"], "should match pattern"),
+    ([*RUN, "--set", "strategies={mine: 5}"], "strategies.mine is 5"),
     (["stop", "digits"], "nothing to stop"),
     (["report", "digits"], "there is no run of these settings"),
     (["status", "digits"], "there is no run of these settings"),
@@ -65,6 +89,8 @@ def test_bad_input(arguments, message, data_folder, capsys):
         ("a: !!python/object/apply:os.system ['true']", "not plain YAML"),
         ("a: [1", "not plain YAML"),
         ("model: {depth: 4}", "partition is missing"),
+        ("training: {epochs: 2}\ntraining: {lr: 1e-3}", "'training' stands there twice"),
+        ("strategies: {end_to_end: deep_incubation}", "strategies.end_to_end is 'deep_incubation'"),
     ],
 )
 def test_bad_files(text, message, tmp_path, data_folder, capsys):
@@ -88,12 +114,40 @@ def test_a_data_folder_that_cannot_be_used(place, tmp_path, monkeypatch, capsys)
     assert "cannot read and write" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
-def test_a_read_only_data_folder(tmp_path, monkeypatch, capsys):
-    tmp_path.chmod(0o500)
-    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
-    assert main(["run", "smoke"]) == 2
-    assert "cannot read and write" in capsys.readouterr().err
+@pytest.mark.parametrize("mode", [0o500, 0o000], ids=["read-only", "unreadable"])
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used before"])
+def test_a_data_folder_that_is_not_ours(mode, used):
+    """As an ordinary user, also where the tests run as root."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+        os.chmod(place, 0o755)
+        data = Path(place) / "data"
+        (data / "runs" / "smoke").mkdir(parents=True)
+        if used:
+            (data / "runs" / "smoke" / "experiment.json").write_text('{"hash": "0"}')
+        before = sorted(data.rglob("*"))
+        for folder in (data / "runs" / "smoke", data / "runs", data):
+            os.chmod(folder, mode)
+        process = multiprocessing.get_context("fork").Process(target=_as_nobody, args=(data, Path(place) / "told"))
+        (Path(place) / "told").touch()
+        os.chmod(Path(place) / "told", 0o666)
+        process.start()
+        process.join()
+        told = (Path(place) / "told").read_text()
+        assert process.exitcode == 2, told
+        assert ("cannot read" in told or "permission denied" in told) and told.count("\n") <= 2
+        for folder in (data, data / "runs", data / "runs" / "smoke"):
+            os.chmod(folder, 0o755)
+        assert sorted(data.rglob("*")) == before
+
+
+def _as_nobody(data: Path, told: Path) -> None:
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    os.environ["INCUBATE_DATA"] = str(data)
+    with open(told, "w") as file:
+        sys.stderr = file
+        code = main(["run", "smoke"])
+    os._exit(code)
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -131,7 +185,31 @@ def test_a_setting_that_could_have_no_effect_is_refused(tmp_path):
         load_settings(str(tmp_path / "mine.yaml"), ["training.lr=5e-3"])
 
 
-def test_the_hash_knows_what_changes_a_result():
+def test_the_experiments_hash_knows_what_changes_a_result():
     plain = load_settings("smoke")
-    assert plain.digest() == load_settings("smoke", ["checkpoint_seconds=9", "run=[end_to_end]", "description=x"]).digest()
-    assert plain.digest() != load_settings("smoke", ["training.lr=3e-3"]).digest()
+    same = ["checkpoint_seconds=9", "run=[end_to_end]", "description=x", "training.lr=0.002"]
+    assert plain.digest() == load_settings("smoke", same).digest()
+    changes = ["training.lr=3e-3", "phases.meta.clip_grad=null", "partition.meta_depths=[1,1,2]", "data.num_images=300"]
+    changes += ["strategies.end_to_end.match=deep_incubation_stack", "strategies.deep_incubation.inherit_stem=true"]
+    assert len({plain.digest(), *(load_settings("smoke", [change]).digest() for change in changes)}) == len(changes) + 1
+
+
+def test_a_phases_hash_knows_everything_in_it():
+    plain = PhaseSettings(
+        phase="incubate", seed=0, data=DataSettings(), model=ModelSettings(), target_depths=[2, 2], meta_depths=[1, 1],
+        module_index=0, start="random", training=TrainingSettings(), inputs={"meta": "abc"},
+    )  # fmt: skip
+    other = {
+        "phase": "meta", "seed": 1, "data": DataSettings(test_images=500), "model": ModelSettings(depth=4),
+        "target_depths": [1, 3], "meta_depths": [2, 1], "module_index": 1, "start": "stack", "inherit_stem": True, "inherit_head": True,
+        "training": TrainingSettings(lr=2e-3), "inputs": {"meta": "abd"}, "format": 99,
+    }  # fmt: skip
+    assert set(other) == set(PhaseSettings.model_fields), "a new field must be part of the hash"
+    changed = {plain.model_copy(update={name: value}).digest() for name, value in other.items()}
+    assert len(changed | {plain.digest()}) == len(other) + 1
+
+
+def test_an_explicit_null_switches_clipping_off():
+    settings = load_settings("digits", ["phases.meta.clip_grad=null"])
+    assert settings.training_of("deep_incubation", "meta").clip_grad is None
+    assert settings.training_of("deep_incubation", "finetune").clip_grad == 1.0

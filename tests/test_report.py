@@ -3,10 +3,11 @@
 import pandas as pd
 import pytest
 
+from incubate_lib.config import SettingsError
 from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.report import plots
 from incubate_lib.report.html import write_report
-from incubate_lib.report.tables import Results, comparison, flop_unit, from_plan, published, spread
+from incubate_lib.report.tables import Results, comparison, flop_unit, from_plan, load_results, published, spread
 
 PUBLISHED = sorted(p.stem for p in (ROOT / "data" / "results").glob("*.csv") if not p.stem.endswith(("_phases", "_curves")))
 
@@ -83,6 +84,13 @@ def test_tracked_figures_can_be_drawn_from_tracked_tables(name, tmp_path):
         assert (ROOT / "figures" / f"{name}_{figure}.png").exists()
     page = write_report(tracked, tmp_path / "report.html").read_text()
     assert "±" in page and tracked.verdict().splitlines()[0] in page
+
+
+def test_published_tables_stand_in_only_for_the_same_settings(data_folder):
+    assert load_results("digits", [], [], [0]).published
+    for preset, overrides in (("digits", ["training.lr=1e-3"]), ("smoke", [])):
+        with pytest.raises(SettingsError, match=f"no strategy of {preset} is finished here"):
+            load_results(preset, overrides, [], [0])
 
 
 def test_strategies_can_be_told_apart_without_colour():

@@ -11,7 +11,7 @@ import torch
 
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline.graph import open_phase, plan
-from incubate_lib.training.runs import Busy, PhaseFolder, Stopped, read_json
+from incubate_lib.training.runs import PhaseFolder, Stopped, read_json
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
@@ -214,17 +214,38 @@ def test_a_folder_of_other_settings_is_left_as_it_is(data_folder):
 
 
 def test_two_processes_never_train_the_same_phase(data_folder):
+    """The second waits for the first, and takes over when the first is killed."""
     node = open_phase("meta", "smoke")
-    holder = context.Process(target=hold, args=(str(data_folder),))
-    holder.start()
+    first = context.Process(target=hold, args=(str(data_folder),))
+    first.start()
     while node.folder.status()["state"] != "running":
         time.sleep(0.02)
-    with pytest.raises(Busy, match=f"process {holder.pid}"), node.folder.claim(node.settings, wait_seconds=0.5):
-        pass
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.join()
+    second = context.Process(target=run_meta, args=(str(data_folder),))
+    second.start()
+    second.join(timeout=3)
+    assert second.is_alive() and node.folder.status()["pid"] == first.pid and node.folder.status()["attempt"] == 1
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    second.join(timeout=60)
+    assert second.exitcode == 0
+    assert node.summary() and node.folder.status()["attempt"] == 2
+
+
+def test_a_killed_phase_is_told_as_interrupted(data_folder):
+    node = open_phase("meta", "smoke")
+    process = context.Process(target=hold, args=(str(data_folder),))
+    process.start()
+    while node.folder.status()["state"] != "running":
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
     assert node.folder.status()["state"] == "interrupted"
-    assert node.run()["accuracy"] > 0
+
+
+def run_meta(folder: str) -> None:
+    os.environ["INCUBATE_DATA"] = folder
+    torch.set_num_threads(1)
+    open_phase("meta", "smoke").run()
 
 
 def hold(folder: str) -> None:

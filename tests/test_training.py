@@ -1,9 +1,11 @@
 """The loop, the data, the costs."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn
 import timm
 import torch
 from torch import nn
@@ -12,9 +14,10 @@ from incubate_lib.config import DataSettings, SettingsError, TrainingSettings, l
 from incubate_lib.method.incubation import make_hybrid
 from incubate_lib.method.partition import split
 from incubate_lib.pipeline.graph import open_phase, plan
-from incubate_lib.training.costs import forward_flops_per_image, train_flops_per_image
+from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.data import ImageSet, augment, load_data, shift
 from incubate_lib.training.loop import evaluate, fit, make_optimizer
+from incubate_lib.training.phases import provenance
 from incubate_lib.training.runs import PhaseFolder
 from incubate_lib.training.schedule import derive_seed, lr_at, steps_per_epoch, total_steps
 
@@ -89,7 +92,7 @@ def image_set(n=50, classes=4):
 
 @pytest.mark.parametrize("n", [1, 50, 256, 257, 515])
 def test_evaluation_counts_every_sample_once(n):
-    data, model = image_set(n), vit().train()
+    data, model = image_set(n), vit(drop_path_rate=0.5).train()
     result = evaluate(model, data)
     assert model.training
     with torch.no_grad():
@@ -139,38 +142,48 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_settings(tmp_path):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+def test_weights_that_break_in_the_last_step_are_noticed(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"judged loss is (nan|inf) at step 1 of 1"):
+        run_fit(tmp_path, TrainingSettings(epochs=0.2, batch_size=10, lr=1e38, warmup_epochs=0.0))
+
+
+def test_a_machine_without_git_still_finishes(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert provenance(torch.device("cpu"))["commit"] is None
+
+
 def test_mixup_and_cutmix_train_on_soft_targets(tmp_path):
     _, result = run_fit(tmp_path, TrainingSettings(epochs=2.0, batch_size=10, mixup=0.8, cutmix=1.0))
     assert math.isfinite(result["train_loss"]) and result["images_seen"] == 100
 
 
-def test_every_parameter_of_the_target_gets_a_gradient_and_the_loss_falls(data_folder):
+def test_training_learns(data_folder):
     node = open_phase("end_to_end", "smoke", ["training.epochs=30", "training.drop_path=0.0", "strategies.end_to_end.match=null"])
     summary = node.run()
-    assert summary["accuracy"] > 0.75 > 3 * summary["start_accuracy"] * 0.75  # chance is 0.25
+    assert summary["accuracy"] > 0.75  # chance is 0.25
+    assert summary["start_accuracy"] < 0.4
     rows = node.folder.metrics()
     assert rows[-1]["train_loss"] < 0.7 * rows[1]["train_loss"]
 
 
-def test_data_is_the_same_for_every_seed_and_its_splits_are_apart():
-    tests = []
-    for split_name in ("test", "val"):
-        train, judge = load_data(DataSettings(eval_split=split_name))
-        both = torch.cat([train.images, judge.images]).flatten(1)
-        assert len(train) + len(judge) == (1797 if split_name == "test" else 1200)
-        counts = judge.labels.bincount() / train.labels.bincount()
-        assert counts.max() / counts.min() < 1.15  # class-balanced
-        tests.append((both, judge))
-    (_, test), (chosen_from, _) = tests
-    test_images = {row.numpy().tobytes() for row in test.images.flatten(1)}
-    leaked = sum(row.numpy().tobytes() in test_images for row in chosen_from)
-    doubled = 1797 - len(np.unique(load_all(), axis=0))  # the source itself holds the same picture twice
-    assert leaked <= doubled
+def rows(*sets):
+    """Return the images of some sets as a sorted list of bytes, to be compared as multisets."""
+    return sorted(image.numpy().tobytes() for data in sets for image in data.images)
 
 
-def load_all():
-    train, judge = load_data(DataSettings())
-    return torch.cat([train.images, judge.images]).flatten(1).numpy()
+def test_splits_are_class_balanced_and_apart():
+    """As multisets, because the source holds some pictures twice: nothing is lost, nothing stands in two splits."""
+    train, test = load_data(DataSettings())
+    smaller, val = load_data(DataSettings(eval_split="val"))
+    assert (len(train), len(test), len(smaller), len(val)) == (1200, 597, 1000, 200)
+    assert rows(smaller, val) == rows(train), "validation images come from the training images only"
+    table = np.loadtxt(Path(sklearn.__file__).parent / "datasets/data/digits.csv.gz", delimiter=",")
+    assert len(rows(train, test)) == len(table) == 1797
+    totals = sorted(int(image.sum()) for data in (train, test) for image in data.images)
+    assert totals == sorted(int((row * (255 / 16)).round().sum()) for row in table[:, :-1])
+    for part, rest in ((test, train), (val, smaller)):
+        share = part.labels.bincount() / rest.labels.bincount()
+        assert share.max() / share.min() < 1.15
 
 
 def test_images_are_normalised_by_the_training_images():
@@ -205,11 +218,10 @@ def test_augmentation_that_is_off_changes_nothing():
 
 
 def test_flops_of_vit_b_are_the_known_ones():
-    """The table of the paper's arithmetic, in GFLOP per image: forward, end to end, meta model, four hybrids."""
+    """In GFLOP per image: end to end, meta model, four hybrids (the released code would make them 43.9 on average)."""
     with torch.device("meta"):
         target, meta = timm.create_model("vit_base_patch16_224"), timm.create_model("vit_base_patch16_224", depth=4)
     shape = (3, 224, 224)
-    assert forward_flops_per_image(target, shape) / 1e9 == pytest.approx(35.13, abs=0.005)
     assert train_flops_per_image(target, shape) / 1e9 == pytest.approx(105.15, abs=0.005)
     assert train_flops_per_image(meta, shape) / 1e9 == pytest.approx(35.36, abs=0.005)
     for index, expected in enumerate([44.44, 41.18, 38.16, 35.13]):

@@ -49,17 +49,6 @@ class ViTModule(VisionTransformer):
         return self.forward_head(self.norm(x)) if self.is_last else x
 
 
-def even_depths(depth: int, num_modules: int) -> list[int]:
-    """Return the blocks of each of `num_modules` equal modules; ValueError unless `depth` divides evenly."""
-    if num_modules < 1:
-        raise ValueError(f"num_modules is {num_modules}; it must be at least 1")
-    if num_modules > depth:
-        raise ValueError(f"num_modules is {num_modules}, but the network has only {depth} blocks")
-    if depth % num_modules:
-        raise ValueError(f"depth {depth} is not divisible by num_modules {num_modules}; give explicit depths instead")
-    return [depth // num_modules] * num_modules
-
-
 def split(model: VisionTransformer, depths: Sequence[int]) -> list[ViTModule]:
     """Cut `model` into `len(depths)` modules of `depths[i]` blocks, which share its weights.
 

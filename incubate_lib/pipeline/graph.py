@@ -7,6 +7,7 @@ Planning checks everything that can be checked before anything is trained or wri
 (the meta model of several strategies) are one node.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -70,6 +71,7 @@ class Node:
         from incubate_lib.training.phases import run_phase
 
         if done := self.summary():
+            self.folder.drop_checkpoints()
             return done
         for node in self.inputs.values():
             node.run()
@@ -92,8 +94,10 @@ class Node:
         """Find the same phase, settings and inputs, finished in another experiment: it need not be trained again."""
         for path in sorted(self.experiment.path.parent.glob(f"*/seed-{self.settings.seed}/**/summary.json")):
             folder = PhaseFolder(path.parent)
-            if path.parent != self.folder.path and folder.summary(self.digest) and folder.weights.exists():
-                return folder
+            if path.parent != self.folder.path and folder.summary(self.digest):
+                with contextlib.suppress(SettingsError):  # damaged: no use
+                    folder.load_weights()
+                    return folder
         return None
 
     def _adopt(self, donor: PhaseFolder, about: dict[str, Any]) -> dict[str, Any]:
@@ -160,9 +164,9 @@ class Experiment:
     def check_writable(self) -> None:
         """Raise SettingsError unless the data folder can be read and written; leaves nothing behind."""
         place = self.path
-        while not place.exists() and place.parent != place:
-            place = place.parent
         try:
+            while not place.exists() and place.parent != place:
+                place = place.parent
             os.listdir(place)
             with tempfile.TemporaryFile(dir=place):
                 pass
@@ -264,7 +268,7 @@ class _Planner:
         if misfit := self.facts.misfits.get(strategy.start):
             raise SettingsError(f"strategies.{name}.start {strategy.start!r} is not possible: {misfit}")
         start = {field: getattr(strategy, field) for field in ("start", "inherit_stem", "inherit_head")}
-        own_meta = strategy.phases.meta.model_dump(exclude_none=True)
+        own_meta = strategy.phases.meta.model_fields_set
         meta = self._node(f"seed-{seed}/{name}/meta" if own_meta else f"seed-{seed}/meta", name, self._phase("meta", name, seed))
         modules = {}
         for i in range(len(self.facts.target_depths)):

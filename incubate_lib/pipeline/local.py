@@ -1,8 +1,11 @@
 """Run a plan on this machine: a pool of processes, one notebook each, side by side where the graph allows."""
 
+import contextlib
+import fcntl
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import Process
 from pathlib import Path
@@ -56,7 +59,7 @@ class Pool:
         order = _remaining_path(self.plan)
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with self._view() as show:
+            with _View(self) as show:
                 while self.running or (self.waiting and not self.stopping):
                     if self.stopping or self.stop_file.exists():
                         self.stopping = True
@@ -97,13 +100,13 @@ class Pool:
         if is_complete(node):
             return
         status = node.folder.status()
-        if status["state"] == "stopped" or (self.stopping and code < 0):
-            self.stopping = True
+        self.stopping = self.stopping or self.stop_file.exists()
+        if self.stopping and (status["state"] == "stopped" or code < 0):
             return
         if code == 0:
             self.failed[node.key] = "its notebook trained other settings: was the settings file changed meanwhile?"
         else:
-            self.failed[node.key] = status.get("error") or last_error(job.log) or f"ended with exit status {code}"
+            self.failed[node.key] = last_error(job.log) or status.get("error") or f"ended with exit status {code}"
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.stopping:  # the second time: at once
@@ -112,9 +115,6 @@ class Pool:
             return
         self.stopping = True
         self.console.print("\nStopping: phases save a checkpoint first (again: at once) …")
-
-    def _view(self) -> "_View":
-        return _View(self)
 
     def lines(self) -> list[Line]:
         lines = []
@@ -155,14 +155,34 @@ class _View:
             self.live.update(render(lines, self.pool.console.height), refresh=True)
             return
         for line in lines:
-            if self.states.get(line.title, line.state) != line.state and line.state in ("running", "done", "failed", "skipped"):
-                self.pool.console.print(line.plain(), soft_wrap=True, highlight=False)
-            self.states[line.title] = line.state
+            if self.states.get(line.key, line.state) != line.state and line.state in ("running", "done", "failed", "skipped"):
+                self._print(line)
+            self.states[line.key] = line.state
         if time.monotonic() - self.last > SUMMARY_SECONDS:
             self.last = time.monotonic()
             for line in lines:
                 if line.state == "running":
-                    self.pool.console.print(line.plain(), soft_wrap=True, highlight=False)
+                    self._print(line)
+
+    def _print(self, line: Line) -> None:
+        self.pool.console.print(line.plain(), soft_wrap=True, highlight=False, markup=False)
+
+
+@contextlib.contextmanager
+def only_run(path: Path) -> Iterator[None]:
+    """Hold an experiment for one pool; SettingsError while another one is at work in it."""
+    with open(path / "run.lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise SettingsError(f"another `incubate run` (process {file.read()}) is at work in {path}") from None
+        except OSError:
+            pass  # a file system without locks; each phase still has its heartbeat
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def is_complete(node: Node) -> bool:
@@ -195,6 +215,12 @@ def run(plan: Plan, source: dict[str, Any], jobs: int, console: Console) -> int:
     """Run a plan and its analysis; return the exit status: 0 all done, 1 something failed, 130 stopped."""
     experiment = plan.experiment
     experiment.create()
+    with only_run(experiment.path):
+        return _run(plan, source, jobs, console)
+
+
+def _run(plan: Plan, source: dict[str, Any], jobs: int, console: Console) -> int:
+    experiment = plan.experiment
     pool = Pool(plan, source, jobs, console)
     pool.stop_file.unlink(missing_ok=True)
     began = time.monotonic()
@@ -217,7 +243,7 @@ def run(plan: Plan, source: dict[str, Any], jobs: int, console: Console) -> int:
 def _analyse(plan: Plan, source: dict[str, Any], console: Console) -> int:
     """Run the analysis notebook unless it has seen exactly these results."""
     path = plan.experiment.path
-    seen = {f"{name} {seed}": node.digest for (name, seed), node in plan.finals.items()}
+    seen = {f"{name} {seed}": node.summary()["weights_sha256"] for (name, seed), node in plan.finals.items()}
     done = (path / f"{ANALYSIS}.ipynb").exists() and (path / "report.html").exists()
     if not done or read_json(path / "analysed.json") != seen:
         strategies, seeds = (list(dict.fromkeys(part)) for part in zip(*plan.finals, strict=True))
@@ -227,7 +253,7 @@ def _analyse(plan: Plan, source: dict[str, Any], console: Console) -> int:
             job.process.join()
         except KeyboardInterrupt:
             _kill(job)
-            return 130
+            raise
         if job.process.exitcode:
             console.print(f"FAILED analysis: {last_error(job.log)}\n       log: {job.log}", soft_wrap=True, markup=False)
             return 1

@@ -16,6 +16,7 @@ STYLE = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "ye
 class Line:
     """One phase as people see it."""
 
+    key: str
     title: str
     state: str
     epoch: str = ""
@@ -33,11 +34,13 @@ class Line:
 def node_line(node: Node) -> Line:
     """Read what a phase's folder says."""
     if summary := node.summary():
-        return Line(node.title, "done", f"{summary['epochs']:.1f}", f"{summary['loss']:.3f}", f"{summary['accuracy']:.1%}")
+        return Line(
+            node.key, node.title, "done", f"{summary['epochs']:.1f}", f"{summary['loss']:.3f}", f"{summary['accuracy']:.1%}"
+        )
     status = node.folder.status()
     if status["state"] == "done":  # finished with other settings: not this plan's
-        return Line(node.title, "waiting")
-    line = Line(node.title, status["state"], note=status.get("error") or "")
+        return Line(node.key, node.title, "waiting")
+    line = Line(node.key, node.title, status["state"], note=status.get("error") or "")
     progress = status.get("progress") or {}
     if progress:
         total = node.settings.training.epochs if node.settings.training else 0

@@ -8,6 +8,7 @@ processes of its own.
 
 import multiprocessing
 import os
+import signal
 import threading
 from multiprocessing import forkserver
 from typing import Any
@@ -32,11 +33,16 @@ context.set_forkserver_preload(PRELOAD)
 
 def prepare() -> None:
     """Begin to warm up, in the background; the first `start` does it otherwise."""
-    forkserver.ensure_running()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C must not end it while it warms up
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def start(name: str, output: str, parameters: dict[str, Any], *, log: str, env: dict[str, str]) -> multiprocessing.Process:
     """Execute a notebook in a fork of the warm process, its output appended to `log`; it ends with this process."""
+    prepare()
     process = context.Process(target=_notebook, args=(name, output, parameters, log, env))
     process.start()
     return process
@@ -54,7 +60,11 @@ def _notebook(name: str, output: str, parameters: dict[str, Any], log: str, env:
     kernel = _ForkedKernel()  # now: no thread runs yet
     _end_with_parent()
     manager = type("WarmKernelManager", (_WarmKernelManager,), {"forked": kernel})
-    raise SystemExit(run(name, output, parameters, kernel_manager_class=manager))
+    try:
+        code = run(name, output, parameters, kernel_manager_class=manager)
+    finally:
+        kernel.kill()  # it may never have been asked for, and waits
+    raise SystemExit(code)
 
 
 def _end_with_parent() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from incubate_lib.config import data_folder, load_settings, presets
+from incubate_lib.config import SettingsError, load_settings, presets
 from incubate_lib.pipeline.graph import Node, Plan, plan
 
 BASELINE = "end_to_end"
@@ -46,6 +46,7 @@ class Results:
     strategies: pd.DataFrame  # STRATEGY_COLUMNS
     phases: pd.DataFrame  # PHASE_COLUMNS; a shared phase stands in every strategy that needs it
     curves: pd.DataFrame  # CURVE_COLUMNS
+    published: bool = False  # read from the project's tracked tables, not from runs of this machine
 
     def verdict(self) -> str:
         """Say in words what the numbers say, whatever they are: each strategy against end-to-end, paired by seed."""
@@ -68,7 +69,8 @@ def from_plan(plan: Plan) -> Results:
             per_step = summary["train_flops"] / summary["steps"] if summary["steps"] else 0
             shared = {"strategy": name, "seed": seed, "phase": summary["phase"], "module_index": summary["module_index"]}
             curves += [shared | metric | {"flops": metric["step"] * per_step} for metric in node.folder.metrics()]
-        if summary := final.summary():
+        if all(node.summary() for node in _needed(final)):
+            summary = final.summary()
             strategies.append({"strategy": name, "seed": seed, **_strategy_row(final, summary)})
     return Results(
         plan.experiment.path.name,
@@ -80,11 +82,13 @@ def from_plan(plan: Plan) -> Results:
 
 def published(name: str) -> Results:
     """Read the tracked tables of an experiment."""
-    folder = data_folder() / "results"
-    if not (folder / f"{name}.csv").exists():
-        folder = Path(__file__).resolve().parents[2] / "data" / "results"
-    read = [pd.read_csv(folder / f"{name}{part}.csv") for part in ("", "_phases", "_curves")]
-    return Results(name, read[0], *(table.astype({"module_index": "Int64"}) for table in read[1:]))
+    read = [pd.read_csv(_results_folder() / f"{name}{part}.csv") for part in ("", "_phases", "_curves")]
+    return Results(name, read[0], *(table.astype({"module_index": "Int64"}) for table in read[1:]), published=True)
+
+
+def _results_folder() -> Path:
+    """The tracked tables belong to the project, whatever INCUBATE_DATA says."""
+    return Path(__file__).resolve().parents[2] / "data" / "results"
 
 
 def publish(results: Results) -> list[Path]:
@@ -94,7 +98,7 @@ def publish(results: Results) -> list[Path]:
     root = Path(__file__).resolve().parents[2]
     written = []
     for part, table in {"": results.strategies, "_phases": results.phases, "_curves": results.curves}.items():
-        path = root / "data" / "results" / f"{results.name}{part}.csv"
+        path = _results_folder() / f"{results.name}{part}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(path, index=False, float_format="%.6g")
         written.append(path)
@@ -150,9 +154,16 @@ def hardware(results: Results) -> str:
 
 
 def load_results(preset: str, overrides: list[str], strategies: list[str], seeds: list[int]) -> Results:
-    """Return what this machine has finished of an experiment; if that is nothing, the project's published tables."""
+    """Return what this machine has finished of an experiment; if that is nothing, the preset's published tables.
+
+    SettingsError if there is neither.
+    """
     results = from_plan(plan(load_settings(preset, overrides), strategies, seeds))
-    return published(preset) if results.strategies.empty and preset in presets() else results
+    if not results.strategies.empty:
+        return results
+    if overrides or preset not in presets() or not (_results_folder() / f"{preset}.csv").exists():
+        raise SettingsError(f"no strategy of {preset} is finished here; `incubate run {preset}` first")
+    return published(preset)
 
 
 def settings_table(node: Node) -> pd.DataFrame:
@@ -203,17 +214,21 @@ def spread(values: pd.Series) -> str:
 
 
 def _compare(table: pd.DataFrame, name: str) -> str:
+    from scipy import stats
+
     paired = table.pivot(index="seed", columns="strategy", values="accuracy").mul(100)
     if BASELINE not in paired or name not in paired:
         return ""
     gain = (paired[name] - paired[BASELINE]).dropna()
     cost = table.groupby("strategy")[["flops", "critical_flops"]].mean()
     ratio = cost.loc[name] / cost.loc[BASELINE]
+    if gain.empty:
+        return ""
     if len(gain) < 2:
         judged = "one seed only, so nothing is said about chance"
     else:
         error = gain.std() / math.sqrt(len(gain))
-        clear = abs(gain.mean()) > _t95(len(gain)) * error
+        clear = abs(gain.mean()) > stats.t.ppf(0.975, len(gain) - 1) * error
         judged = "clear" if clear else "inside the noise"
         judged += f" at 95 %, {int((gain > 0).sum())} of {len(gain)} seeds better"
     word = "better" if gain.mean() > 0 else "worse"
@@ -221,12 +236,6 @@ def _compare(table: pd.DataFrame, name: str) -> str:
         f"{label(name)}: {abs(gain.mean()):.1f} points {word} than end to end ({judged}), "
         f"for {ratio['flops']:.2f} times its training FLOPs, {ratio['critical_flops']:.2f} times on the critical path."
     )
-
-
-def _t95(n: int) -> float:
-    """Return the two-sided 95 % quantile of Student's t for n paired differences (from a table; 1.96 from 30 on)."""
-    quantiles = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
-    return quantiles[n - 2] if n - 2 < len(quantiles) else (2.09 if n < 30 else 1.96)
 
 
 def _strategy_row(final: Node, summary: dict) -> dict:

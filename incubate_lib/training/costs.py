@@ -18,11 +18,3 @@ def train_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, *image_shape, device="meta")).sum().backward()
     return counter.get_total_flops()
-
-
-def forward_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Return the exact FLOPs of one forward pass for one image [C, H, W]."""
-    model = copy.deepcopy(model).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *image_shape, device="meta"))
-    return counter.get_total_flops()

@@ -147,17 +147,19 @@ def fit(
     pending: list[Tensor] = []  # losses still on the device; reading one waits for it, so they are read together
     order, saved_at, looked_at = None, time.monotonic(), time.monotonic()
 
+    def not_finite(what: str, value: float, at: int) -> FloatingPointError:
+        return FloatingPointError(
+            f"{title}: {what} is {value} at step {at} of {steps} (lr {settings.lr}, warmup_epochs "
+            f"{settings.warmup_epochs}, clip_grad {settings.clip_grad}, batch_size {settings.batch_size}); "
+            "a lower lr, a longer warm-up or clip_grad: 1.0 usually cures it"
+        )
+
     def look() -> None:
         """Read the pending losses; the first that is not finite ends the phase with its step named."""
         nonlocal loss_sum, loss_steps
         for i, value in enumerate(torch.stack(pending).tolist() if pending else []):
             if not math.isfinite(value):
-                bad = step - len(pending) + i
-                raise FloatingPointError(
-                    f"{title}: loss is {value} at step {bad} of {steps} (lr {settings.lr}, warmup_epochs "
-                    f"{settings.warmup_epochs}, clip_grad {settings.clip_grad}, batch_size {settings.batch_size}); "
-                    "a lower lr, a longer warm-up or clip_grad: 1.0 usually cures it"
-                )
+                raise not_finite("loss", value, step - len(pending) + i)
             loss_sum += value
             loss_steps += 1
         pending.clear()
@@ -174,6 +176,8 @@ def fit(
         began = time.perf_counter()
         result = evaluate(model, judge)
         eval_seconds += time.perf_counter() - began
+        if not math.isfinite(result["loss"]):
+            raise not_finite("the judged loss", result["loss"], step)
         row = {"step": step, "epoch": step / per_epoch, "images": step * settings.batch_size, **result}
         row |= {"train_loss": loss_sum / loss_steps if loss_steps else None, "train_seconds": clock.seconds}
         folder.add_metrics(row)

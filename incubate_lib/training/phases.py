@@ -152,7 +152,12 @@ def run_phase(
 
 
 def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the GPU if there is one, told to repeat itself bit for bit; else the CPU, which does so anyway."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device("cuda")
 
 
 def load_trained(s: PhaseSettings, folder: PhaseFolder, num_classes: int) -> VisionTransformer:
@@ -166,14 +171,17 @@ def load_trained(s: PhaseSettings, folder: PhaseFolder, num_classes: int) -> Vis
 def provenance(device: torch.device) -> dict[str, Any]:
     """Return what a number must carry: date, code, versions, hardware."""
     root = Path(__file__).resolve().parents[2]
-    git = {
-        name: subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=False).stdout.strip()
-        for name, command in {"commit": ["rev-parse", "HEAD"], "changes": ["status", "--porcelain", "-uno"]}.items()
-    }
+
+    def git(*command: str) -> str:
+        try:
+            return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git here: the number is still good
+            return ""
+
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git["commit"] or None,
-        "dirty": bool(git["changes"]),
+        "commit": git("rev-parse", "HEAD") or None,
+        "dirty": bool(git("status", "--porcelain", "-uno")),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),

@@ -28,10 +28,6 @@ class Stopped(Exception):
     """The phase was asked to stop; its checkpoint is saved and the next run goes on from it."""
 
 
-class Busy(SettingsError):
-    """Another living process is training this phase."""
-
-
 class PhaseFolder:
     """Files of one phase: config, status, metrics, checkpoints, result, summary."""
 
@@ -73,15 +69,15 @@ class PhaseFolder:
     # -- how it changes -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def claim(self, settings: PhaseSettings, *, wait_seconds: float = 10.0) -> Iterator[None]:
+    def claim(self, settings: PhaseSettings) -> Iterator[None]:
         """Hold the folder for training these settings; whatever goes wrong inside is written into status.json.
 
-        Raises Busy when another process holds it, SettingsError when the folder belongs to other settings. The lock
+        Waits while another process holds it. Raises SettingsError when the folder belongs to other settings. The lock
         is the kernel's, so a killed process never leaves it behind; where the file system has none, heartbeats judge.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "lock", "a") as lock:
-            _lock(lock, self, wait_seconds)
+            _lock(lock, self)
             for half_written in self.path.glob("*.tmp"):  # by a process that was killed
                 half_written.unlink()
             config = self.config()
@@ -156,9 +152,13 @@ class PhaseFolder:
         write_atomic(self.weights, blob)
         summary = summary | {"weights_sha256": hashlib.sha256(blob).hexdigest()}
         write_json(self.path / "summary.json", summary)
+        self.drop_checkpoints()
+        return summary
+
+    def drop_checkpoints(self) -> None:
+        """Delete what a finished phase no longer needs; again after a kill between summary and this."""
         for name in ("checkpoint.pt", "checkpoint.previous.pt"):
             (self.path / name).unlink(missing_ok=True)
-        return summary
 
     def load_weights(self) -> dict[str, Any]:
         """Return the finished phase's tensors; SettingsError if the file is not the one the summary speaks of."""
@@ -189,9 +189,11 @@ def write_atomic(path: Path, blob: bytes) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; None if it is not there or not whole."""
+    """Return the content of a JSON file; None if it is not there or not whole, SettingsError if it may not be read."""
     try:
         return json.loads(path.read_text())
+    except PermissionError:
+        raise SettingsError(f"cannot read {path}: permission denied") from None
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
 
@@ -208,19 +210,19 @@ def _is_alive(status: dict[str, Any]) -> bool:
     return True
 
 
-def _lock(file: Any, folder: PhaseFolder, wait_seconds: float) -> None:
-    """Take the folder's lock; a dying process may need a moment to let go of it."""
-    deadline = time.monotonic() + wait_seconds
+def _lock(file: Any, folder: PhaseFolder) -> None:
+    """Take the folder's lock; wait, and say so once, while another process trains the phase."""
+    told = False
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            held = True
+            pass
         except OSError:  # a file system without locks
-            held = folder.status()["state"] == "running"
-            if not held:
+            if folder.status()["state"] != "running":
                 return None
-        if held and time.monotonic() > deadline:
-            status = folder.status()
-            raise Busy(f"{folder.path} is being trained by process {status.get('pid')} on {status.get('host')}")
+        status = folder.status()
+        if not told and status["state"] == "running":
+            print(f"waiting for process {status.get('pid')} on {status.get('host')}, which trains {folder.path.name}", flush=True)
+            told = True
         time.sleep(0.2)
