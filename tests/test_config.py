@@ -201,7 +201,8 @@ def test_a_phases_hash_knows_everything_in_it():
     )  # fmt: skip
     other = {
         "phase": "meta", "seed": 1, "data": DataSettings(test_images=500), "model": ModelSettings(depth=4),
-        "target_depths": [1, 3], "meta_depths": [2, 1], "module_index": 1, "start": "stack", "inherit_stem": True, "inherit_head": True,
+        "target_depths": [1, 3], "meta_depths": [2, 1], "module_index": 1,
+        "start": "stack", "inherit_stem": True, "inherit_head": True,
         "training": TrainingSettings(lr=2e-3), "inputs": {"meta": "abd"}, "format": 99,
     }  # fmt: skip
     assert set(other) == set(PhaseSettings.model_fields), "a new field must be part of the hash"
