@@ -13,7 +13,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 lab: .venv/ready
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks
 
 # uv, from inside the venv: links packages out of its cache instead of copying 5 GB. The constraints are what passed the tests.
 .venv/ready: pyproject.toml constraints.txt

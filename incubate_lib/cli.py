@@ -61,6 +61,7 @@ def _run(options: argparse.Namespace) -> int:
     experiment.check_writable()
     if not experiment.is_known():
         warm.prepare()  # planning something new takes torch too, on another core
+        print("Planning: reading the images, building the networks, counting FLOPs …", flush=True)
     todo = plan(settings, options.strategies, [0] if options.seeds is None else options.seeds)
     preset = options.preset if options.preset in presets() else str(Path(options.preset).absolute())
     code = local.run(todo, {"preset": preset, "overrides": options.set}, jobs, Console())
@@ -135,7 +136,7 @@ def _print_table(todo) -> None:
     from incubate_lib.report.tables import comparison, from_plan
 
     results = from_plan(todo)
-    print(comparison(results).T.to_string(header=False))
+    print(comparison(results).to_string())
     print(results.verdict())
     print(f"report: {todo.experiment.path / 'report.html'}")
 

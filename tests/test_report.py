@@ -42,9 +42,9 @@ def test_comparison_gives_mean_spread_and_ratios():
     table = comparison(
         results({"end_to_end": [0.5, 0.6], "deep_incubation": [0.7, 0.8]}, {"end_to_end": 1e12, "deep_incubation": 3e12})
     )
-    row = table.set_index("strategy").loc["Deep Incubation, random start (paper)"]
+    row = table["Deep Incubation, random start (paper)"]
     assert row["top-1 %"] == "75.0 ± 7.1" and row["TFLOP"] == "3.00 (3.00×)" and row["critical path TFLOP"] == "1.50 (3.00×)"
-    assert table["seeds"].tolist() == [2, 2]
+    assert table.loc["seeds"].tolist() == [2, 2]
 
 
 def test_spread_marks_a_single_seed():

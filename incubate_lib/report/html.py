@@ -20,6 +20,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 .wide { overflow-x: auto; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
+tbody th { font-weight: normal; border-bottom: 1px solid #ddd !important; }
 th { border-bottom: 2px solid #555; }
 img { max-width: 100%; height: auto; }
 .note { color: #555; font-size: .92rem; }
@@ -46,7 +47,7 @@ def write_report(results: Results, path: Path) -> Path:
     title = f"Deep Incubation report: {results.name}"
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts.append("<blockquote>" + "<br>".join(html.escape(line) for line in results.verdict().splitlines()) + "</blockquote>")
-    parts.append("<h2>Strategies</h2>" + _table(comparison(results)))
+    parts.append("<h2>Strategies</h2>" + _table(comparison(results), index=True))
     parts.append(
         f'<p class="note">Measured on {html.escape(hardware(results))}. Mean ± standard deviation over seeds; in brackets '
         "relative to end to end. “Meta model” is the accuracy of the small shared network, “assembled” that of the "
@@ -84,8 +85,8 @@ def _phase_table(results: Results):
     ]
 
 
-def _table(table) -> str:
-    return f'<div class="wide">{table.to_html(index=False, border=0)}</div>'
+def _table(table, index: bool = False) -> str:
+    return f'<div class="wide">{table.to_html(index=index, border=0)}</div>'
 
 
 def _image(figure: Figure, name: str) -> str:

@@ -111,7 +111,7 @@ def publish(results: Results) -> list[Path]:
 
 
 def comparison(results: Results) -> pd.DataFrame:
-    """Return the table people look at: one row a strategy, mean ± std over seeds, costs relative to end-to-end."""
+    """Return the table people look at: a column a strategy, mean ± std over seeds, costs relative to end-to-end."""
     table, rows = results.strategies, []
     costs = ["flops", "critical_flops", "seconds", "critical_seconds"]
     means = table.groupby("strategy", sort=False)[costs].mean()
@@ -134,7 +134,7 @@ def comparison(results: Results) -> pd.DataFrame:
             "training s": f"{mean['seconds']:.0f}" + ratio("seconds"),
             "critical path s": f"{mean['critical_seconds']:.0f}" + ratio("critical_seconds"),
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).set_index("strategy").T.rename_axis(columns=None)
 
 
 def hardware(results: Results) -> str:
