@@ -22,7 +22,7 @@ def results(accuracies: dict[str, list[float]], flops: dict[str, float]) -> Resu
     ]  # fmt: skip
     table = pd.DataFrame(rows)
     table["assembled_accuracy"] = table["meta_accuracy"] = float("nan")
-    return Results("t", table, pd.DataFrame(), pd.DataFrame())
+    return Results("t", table, pd.DataFrame(columns=["phase"]), pd.DataFrame())
 
 
 def test_the_verdict_follows_the_numbers():
@@ -36,6 +36,14 @@ def test_the_verdict_follows_the_numbers():
     single = results({"end_to_end": [0.5], "deep_incubation": [0.6]}, flops).verdict()
     assert "one seed only" in single
     assert "Nothing to compare" in results({"end_to_end": [0.5]}, flops).verdict()
+
+
+def test_the_verdict_tells_when_the_small_network_is_enough():
+    made = results({"end_to_end": [0.5, 0.5], "deep_incubation": [0.7, 0.7]}, {"end_to_end": 1e12, "deep_incubation": 1e12})
+    for accuracy, words in [(0.6, "not better on average: end to end."), (0.4, "every strategy is better on average")]:
+        meta = pd.DataFrame([{"phase": "meta", "seed": s, "accuracy": accuracy, "flops": 2e11} for s in (0, 1)])
+        told = Results("t", made.strategies, meta, made.curves).verdict()
+        assert f"meta model alone has {100 * accuracy:.1f} % for 0.20 times" in told and words in told
 
 
 def test_comparison_gives_mean_spread_and_ratios():

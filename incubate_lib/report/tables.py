@@ -51,6 +51,8 @@ class Results:
     def verdict(self) -> str:
         """Say in words what the numbers say, whatever they are: each strategy against end-to-end, paired by seed."""
         lines = [_compare(self.strategies, name) for name in self.strategies["strategy"].unique() if name != BASELINE]
+        if any(lines):
+            lines.append(_meta_alone(self.strategies, self.phases))
         return "\n".join(line for line in lines if line) or "Nothing to compare yet: it takes end_to_end and another strategy."
 
 
@@ -236,6 +238,18 @@ def _compare(table: pd.DataFrame, name: str) -> str:
         f"{label(name)}: {abs(gain.mean()):.1f} points {word} than end to end ({judged}), "
         f"for {ratio['flops']:.2f} times its training FLOPs, {ratio['critical_flops']:.2f} times on the critical path."
     )
+
+
+def _meta_alone(table: pd.DataFrame, phases: pd.DataFrame) -> str:
+    """Say what the small shared network reaches by itself: the depth must be worth its cost."""
+    meta = phases[phases["phase"] == "meta"].drop_duplicates("seed")
+    if meta.empty:
+        return ""
+    means = table.groupby("strategy")[["accuracy", "flops"]].mean()
+    share = meta["flops"].mean() / means.loc[BASELINE, "flops"]
+    told = f"The meta model alone has {100 * meta['accuracy'].mean():.1f} % for {share:.2f} times end to end's training FLOPs"
+    behind = [label(name) for name in means.index if means.loc[name, "accuracy"] <= meta["accuracy"].mean()]
+    return told + (f"; not better on average: {', '.join(behind)}." if behind else ", and every strategy is better on average.")
 
 
 def _strategy_row(final: Node, summary: dict) -> dict:
