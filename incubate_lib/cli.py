@@ -109,7 +109,8 @@ def _stop(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from incubate_lib.config import SettingsError
     from incubate_lib.report.html import write_report
-    from incubate_lib.report.tables import from_plan, publish
+    from incubate_lib.report.publish import publish
+    from incubate_lib.report.tables import from_plan
 
     todo = _started(options)
     results = from_plan(todo)

@@ -3,9 +3,10 @@
 import pandas as pd
 import pytest
 
-from incubate_lib.config import SettingsError
+from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.pipeline.graph import plan
 from incubate_lib.pipeline.notebook import ROOT
-from incubate_lib.report import plots
+from incubate_lib.report import plots, publish, tables
 from incubate_lib.report.html import write_report
 from incubate_lib.report.tables import Results, comparison, flop_unit, from_plan, load_results, published, spread
 
@@ -65,9 +66,6 @@ def test_flop_unit(flops, unit):
 
 
 def test_sum_and_critical_path_are_those_of_the_graph(data_folder):
-    from incubate_lib.config import load_settings
-    from incubate_lib.pipeline.graph import plan
-
     todo = plan(load_settings("smoke"), ["deep_incubation", "deep_incubation_stack"])
     todo.run()
     table = from_plan(todo).strategies.set_index("strategy")
@@ -80,6 +78,21 @@ def test_sum_and_critical_path_are_those_of_the_graph(data_folder):
     assert cost == todo.flops, "what was planned is what was spent"
     phases = from_plan(todo).phases
     assert (phases["phase"] == "meta").groupby(phases["strategy"]).sum().tolist() == [1, 1], "the meta model counts in both"
+
+
+def test_publishing_keeps_every_number_and_draws_from_the_files(data_folder, tmp_path, monkeypatch):
+    todo = plan(load_settings("smoke"), ["end_to_end", "deep_incubation"])
+    todo.run()
+    for module in (tables, publish):
+        monkeypatch.setattr(module, "results_folder", lambda: tmp_path / "data" / "results")
+    measured = from_plan(todo)
+    files = publish.publish(measured)
+    assert [f.name for f in files] == [
+        "smoke.csv", "smoke_phases.csv", "smoke_curves.csv", "smoke_accuracy_vs_cost.png", "smoke_convergence.png",
+    ]  # fmt: skip
+    assert all(f.is_relative_to(tmp_path) and f.stat().st_size > 200 for f in files)
+    assert comparison(published("smoke")).equals(comparison(measured))
+    assert published("smoke").verdict() == measured.verdict()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -84,32 +84,13 @@ def from_plan(plan: Plan) -> Results:
 
 def published(name: str) -> Results:
     """Read the tracked tables of an experiment."""
-    read = [pd.read_csv(_results_folder() / f"{name}{part}.csv") for part in ("", "_phases", "_curves")]
+    read = [pd.read_csv(results_folder() / f"{name}{part}.csv") for part in ("", "_phases", "_curves")]
     return Results(name, read[0], *(table.astype({"module_index": "Int64"}) for table in read[1:]), published=True)
 
 
-def _results_folder() -> Path:
+def results_folder() -> Path:
     """The tracked tables belong to the project, whatever INCUBATE_DATA says."""
     return Path(__file__).resolve().parents[2] / "data" / "results"
-
-
-def publish(results: Results) -> list[Path]:
-    """Write the tables to data/results and the figures drawn from them to figures/; return the files."""
-    from incubate_lib.report import plots
-
-    root = Path(__file__).resolve().parents[2]
-    written = []
-    for part, table in {"": results.strategies, "_phases": results.phases, "_curves": results.curves}.items():
-        path = _results_folder() / f"{results.name}{part}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(path, index=False, float_format="%.6g")
-        written.append(path)
-    for figure_name, draw in plots.PUBLISHED.items():
-        path = root / "figures" / f"{results.name}_{figure_name}.png"
-        path.parent.mkdir(exist_ok=True)
-        draw(published(results.name)).savefig(path, dpi=150)
-        written.append(path)
-    return written
 
 
 def comparison(results: Results) -> pd.DataFrame:
@@ -163,7 +144,7 @@ def load_results(preset: str, overrides: list[str], strategies: list[str], seeds
     results = from_plan(plan(load_settings(preset, overrides), strategies, seeds))
     if not results.strategies.empty:
         return results
-    if overrides or preset not in presets() or not (_results_folder() / f"{preset}.csv").exists():
+    if overrides or preset not in presets() or not (results_folder() / f"{preset}.csv").exists():
         raise SettingsError(f"no strategy of {preset} is finished here; `incubate run {preset}` first")
     return published(preset)
 
