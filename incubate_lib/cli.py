@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from incubate_lib import __version__
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
+    began = time.monotonic()
     from rich.console import Console
 
     from incubate_lib.config import load_settings, presets
@@ -64,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
         print("Planning: reading the images, building the networks, counting FLOPs …", flush=True)
     todo = plan(settings, options.strategies, [0] if options.seeds is None else options.seeds)
     preset = options.preset if options.preset in presets() else str(Path(options.preset).absolute())
-    code = local.run(todo, {"preset": preset, "overrides": options.set}, jobs, Console())
+    code = local.run(todo, {"preset": preset, "overrides": options.set}, jobs, Console(), began)
     if code == 0:
         _print_table(todo)
     return code
@@ -80,6 +82,7 @@ def _started(options: argparse.Namespace):
     strategies, seeds = experiment.started()
     if not seeds:
         raise SettingsError(f"there is no run of these settings in {experiment.path}; start one with `incubate run`")
+    strategies = list(dict.fromkeys([*settings.run, *strategies]))
     return plan(settings, options.strategies or strategies, seeds if options.seeds is None else options.seeds)
 
 
@@ -90,19 +93,26 @@ def _status(options: argparse.Namespace) -> int:
 
     todo = _started(options)
     Console().print(render([node_line(node) for node in todo.nodes]))
+    for node in todo.nodes:
+        if node.folder.status()["state"] == "failed":
+            print(f"log of {node.key}: {node.folder.path / 'log.txt'}")
     print(f"folder: {todo.experiment.path}")
     return 0
 
 
 def _stop(options: argparse.Namespace) -> int:
     from incubate_lib.config import SettingsError, load_settings
+    from incubate_lib.pipeline import local
     from incubate_lib.pipeline.graph import STOP_FILE, Experiment
 
     experiment = Experiment.of(load_settings(options.preset, options.set))
     if not experiment.is_known():
         raise SettingsError(f"nothing to stop: there is no run in {experiment.path}")
     (experiment.path / STOP_FILE).touch()
-    print(f"asked {experiment.path.name} to stop; its phases save a checkpoint first")
+    if local.is_running(experiment.path):
+        print(f"asked {experiment.path.name} to stop; its phases save a checkpoint first")
+    else:
+        print(f"no `incubate run` is at work in {experiment.path}; phases that notebooks train there are asked to stop")
     return 0
 
 
@@ -117,7 +127,8 @@ def _report(options: argparse.Namespace) -> int:
     if results.strategies.empty:
         raise SettingsError(f"no strategy is finished yet in {todo.experiment.path}; `incubate status` shows how far it is")
     write_report(results, todo.experiment.path / "report.html")
-    (todo.experiment.path / "analysed.json").unlink(missing_ok=True)  # the next run writes a report of its own
+    if options.strategies or options.seeds is not None:
+        (todo.experiment.path / "analysed.json").unlink(missing_ok=True)  # the next run writes a whole report again
     if options.publish:
         for path in publish(results):
             print(f"wrote {path}")

@@ -39,8 +39,8 @@ class DataSettings(Frozen):
 
     source: Literal["digits", "synthetic"] = "digits"
     eval_split: Literal["val", "test"] = "test"  # "val" is cut from the training images, for choosing settings
-    test_images: Positive = 597  # of the source, class-balanced
-    val_images: Positive = 200  # cut from the training images, only when eval_split is "val"
+    test_images: Positive | None = None  # of the source, class-balanced; a third if left out
+    val_images: Positive | None = None  # cut from the training images, only when eval_split is "val"; a sixth if left out
     # generated images only:
     num_images: Positive = 384  # training and test together
     num_classes: Annotated[int, Field(ge=2)] = 4
@@ -309,6 +309,8 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
     path = presets().get(preset)
     if path is None:
         path = Path(preset)
+        if path.is_dir():
+            raise SettingsError(f"{preset} is a folder; give a preset ({', '.join(presets())}) or a .yaml file")
         if path.suffix not in (".yaml", ".yml") and not path.is_file():
             raise SettingsError(f"unknown preset {preset!r}; {nearest(preset, presets())}, or give a .yaml file")
     raw = _read_yaml(path)

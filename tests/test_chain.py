@@ -121,13 +121,15 @@ def test_the_identity_start_begins_where_the_meta_model_ended(chain):
 
 
 def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
-    """SIGKILL of the command line, then Ctrl-C, then `incubate stop`, then the same command to its end."""
+    """SIGKILL of the command line, Ctrl-C, SIGTERM, `incubate stop`, then the same command to its end."""
     command = ["run", "smoke", *ALL, "--jobs", "2"]
     env = os.environ | {"INCUBATE_DATA": str(tmp_path)}
     done = lambda: len(list(tmp_path.rglob("summary.json")))  # noqa: E731
 
     def begin():
-        return subprocess.Popen([*INCUBATE, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        return subprocess.Popen(
+            [*INCUBATE, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True
+        )
 
     def wait_for(condition):
         deadline = time.monotonic() + 300
@@ -145,8 +147,9 @@ def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
         return any((read_json(p) or {}).get("state") == "running" for p in tmp_path.rglob("status.json"))
 
     for finished, stop in [
-        (6, lambda process: process.send_signal(signal.SIGINT)),
-        (10, lambda process: incubate("stop", "smoke", folder=tmp_path)),
+        (6, lambda process: os.killpg(process.pid, signal.SIGINT)),  # as a terminal does it
+        (9, lambda process: os.killpg(process.pid, signal.SIGTERM)),  # as a scheduler does it
+        (12, lambda process: incubate("stop", "smoke", folder=tmp_path)),
     ]:
         process = begin()
         wait_for(lambda finished=finished: done() >= finished and running())

@@ -11,6 +11,7 @@ import torch
 
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline.graph import open_phase, plan
+from incubate_lib.training import phases
 from incubate_lib.training.runs import PhaseFolder, Stopped, read_json
 
 context = multiprocessing.get_context("forkserver")
@@ -182,14 +183,22 @@ def test_changed_settings_get_a_folder_of_their_own_and_share_what_is_the_same(d
     changed = open_phase("incubate", "smoke", ["phases.incubate.lr=1e-3"], module_index=1)
     assert changed.experiment.path != original.experiment.path
     trained = []
-    import incubate_lib.training.phases as phases
-
     original_fit = phases.fit
     monkeypatch.setattr(phases, "fit", lambda *a, **k: trained.append(k["title"]) or original_fit(*a, **k))
     changed.run()
     assert len(trained) == 1 and "module 2" in trained[0]  # the meta model was copied, not trained again
     assert changed.inputs["meta"].summary()["copied_from"] == "smoke/seed-0/meta"
     assert {p: p.read_bytes() for p in before} == before
+
+
+def test_another_fine_tuning_copies_everything_before_it(data_folder, monkeypatch):
+    open_phase("assemble", "smoke").run()
+    trained, original_fit = [], phases.fit
+    monkeypatch.setattr(phases, "fit", lambda *a, **k: trained.append(k["title"]) or original_fit(*a, **k))
+    node = open_phase("finetune", "smoke", ["phases.finetune.epochs=1"])
+    assert node.run()["steps"] == 12
+    assert trained == ["seed 0 finetune, deep_incubation"]
+    assert node.inputs["assemble"].summary()["copied_from"] == "smoke/seed-0/deep_incubation/assemble"
 
 
 def test_an_edited_file_never_reuses_the_old_run(data_folder, tmp_path):

@@ -103,7 +103,8 @@ class Node:
     def _adopt(self, donor: PhaseFolder, about: dict[str, Any]) -> dict[str, Any]:
         with self.folder.claim(self.settings):
             for name in ("metrics.jsonl", "model.safetensors"):
-                shutil.copy2(donor.path / name, self.folder.path / name)
+                if (donor.path / name).exists():  # assembly has no metrics
+                    shutil.copy2(donor.path / name, self.folder.path / name)
             summary = donor.summary() | about | {"copied_from": str(donor.path.relative_to(self.experiment.path.parent))}
             write_json(self.folder.path / "summary.json", summary)
         return summary

@@ -54,6 +54,9 @@ class Pool:
         """Run everything that is missing; fills `failed` and `skipped`."""
         nodes = {node.key: node for node in self.plan.nodes}
         self.waiting = {key: node for key, node in nodes.items() if not is_complete(node)}
+        done = len(nodes) - len(self.waiting)
+        told = f"{self.plan.experiment.path.name}: {done} of {len(nodes)} phases are done already"
+        self.console.print(told, highlight=False, markup=False)
         if not self.waiting:
             return
         order = _remaining_path(self.plan)
@@ -185,6 +188,15 @@ def only_run(path: Path) -> Iterator[None]:
         yield
 
 
+def is_running(path: Path) -> bool:
+    """Whether a pool is at work in this experiment."""
+    try:
+        with only_run(path):
+            return False
+    except SettingsError:
+        return True
+
+
 def is_complete(node: Node) -> bool:
     """Whether a phase is finished and its executed notebook is there."""
     return node.summary() is not None and (node.folder.path / "notebook.ipynb").exists()
@@ -211,19 +223,21 @@ def last_error(log: Path) -> str | None:
     return errors[-1].removeprefix("error: ") if errors else None
 
 
-def run(plan: Plan, source: dict[str, Any], jobs: int, console: Console) -> int:
-    """Run a plan and its analysis; return the exit status: 0 all done, 1 something failed, 130 stopped."""
+def run(plan: Plan, source: dict[str, Any], jobs: int, console: Console, began: float | None = None) -> int:
+    """Run a plan and its analysis; return the exit status: 0 all done, 1 something failed, 130 stopped.
+
+    `began` is the time.monotonic() from which the seconds told at the end are counted.
+    """
     experiment = plan.experiment
     experiment.create()
     with only_run(experiment.path):
-        return _run(plan, source, jobs, console)
+        return _run(plan, source, jobs, console, time.monotonic() if began is None else began)
 
 
-def _run(plan: Plan, source: dict[str, Any], jobs: int, console: Console) -> int:
+def _run(plan: Plan, source: dict[str, Any], jobs: int, console: Console, began: float) -> int:
     experiment = plan.experiment
     pool = Pool(plan, source, jobs, console)
     pool.stop_file.unlink(missing_ok=True)
-    began = time.monotonic()
     pool.run()
     for key, reason in pool.failed.items():
         log = experiment.path / key / "log.txt"

@@ -34,9 +34,8 @@ class Line:
 def node_line(node: Node) -> Line:
     """Read what a phase's folder says."""
     if summary := node.summary():
-        return Line(
-            node.key, node.title, "done", f"{summary['epochs']:.1f}", f"{summary['loss']:.3f}", f"{summary['accuracy']:.1%}"
-        )
+        epochs = f"{summary['epochs']:.1f}" if summary["steps"] else ""
+        return Line(node.key, node.title, "done", epochs, f"{summary['loss']:.3f}", f"{summary['accuracy']:.1%}")
     status = node.folder.status()
     if status["state"] == "done":  # finished with other settings: not this plan's
         return Line(node.key, node.title, "waiting")

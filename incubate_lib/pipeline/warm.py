@@ -33,11 +33,12 @@ context.set_forkserver_preload(PRELOAD)
 
 def prepare() -> None:
     """Begin to warm up, in the background; the first `start` does it otherwise."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C must not end it while it warms up
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        forkserver.ensure_running()
+        forkserver.ensure_running()  # it inherits these: what is sent to all of the terminal's group is for the pool alone
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start(name: str, output: str, parameters: dict[str, Any], *, log: str, env: dict[str, str]) -> multiprocessing.Process:
@@ -51,7 +52,9 @@ def start(name: str, output: str, parameters: dict[str, Any], *, log: str, env: 
 def _notebook(name: str, output: str, parameters: dict[str, Any], log: str, env: dict[str, str]) -> None:
     from incubate_lib.pipeline.notebook import run
 
-    os.setsid()  # Ctrl-C in the terminal is for the pool alone
+    os.setsid()  # out of the terminal's group
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from incubate_lib.report import plots
-from incubate_lib.report.tables import Results, comparison, hardware
+from incubate_lib.report.tables import Results, comparison, hardware, label
 from incubate_lib.training.runs import read_json, write_atomic
 
 _CSS = """
@@ -32,7 +32,8 @@ _FIGURES = {
     "Accuracy against cost": (
         plots.accuracy_vs_cost,
         "Left: all training on one machine, the meta model included. Right: the longest chain of phases that must "
-        "follow one another, when every module has a machine of its own. Small marks are seeds; large ones mean ± std.",
+        "follow one another, when every module has a machine of its own. Small marks are seeds; large ones mean ± std. "
+        "Equal costs are drawn side by side.",
     ),
     "Convergence": (
         plots.convergence,
@@ -58,7 +59,7 @@ def write_report(results: Results, path: Path) -> Path:
         parts.append(f"<h2>{name}</h2>{_image(draw(results), name)}<p class='note'>{caption}</p>")
     for strategy, phases in results.phases.groupby("strategy", sort=False):
         if (phases["phase"] == "incubate").any():
-            name = f"Modules of {strategy}"
+            name = f"Modules: {label(strategy)}"
             parts.append(f"<h2>{html.escape(name)}</h2>{_image(plots.module_bars(phases), name)}")
     parts.append("<h2>Every phase</h2>" + _table(_phase_table(results)))
     settings = (read_json(path.parent / "experiment.json") or {}).get("settings")
@@ -76,12 +77,13 @@ def _phase_table(results: Results):
     table["module"] = (table["module_index"] + 1).astype("Int64").astype(object).where(table["module_index"].notna(), "")
     table["top-1 %"] = (100 * table["accuracy"]).map("{:.1f}".format)
     table["before %"] = (100 * table["start_accuracy"]).map("{:.1f}".format)
-    table["GFLOP"] = (table["flops"] / 1e9).map("{:.1f}".format)
+    table["GFLOP"] = (table["flops"] / 1e9).map("{:.3g}".format)
+    table["images seen"] = table["images_seen"]
     table["s"] = table["seconds"].map("{:.1f}".format)
     table["epochs"] = table["epochs"].map("{:.1f}".format)
     table["lr"] = table["lr"].map(lambda v: "" if v != v or v is None else f"{v:g}")
     return table[
-        ["strategy", "seed", "phase", "module", "before %", "top-1 %", "epochs", "steps", "images_seen", "lr", "GFLOP", "s"]
+        ["strategy", "seed", "phase", "module", "before %", "top-1 %", "epochs", "steps", "images seen", "lr", "GFLOP", "s"]
     ]
 
 

@@ -129,7 +129,7 @@ def module_bars(phases: pd.DataFrame) -> Figure:
     for axis in (left, right):
         axis.set_xticks(place, names)
     seeds = phases["seed"].nunique()
-    right.set_title(f"mean of {seeds} seeds, bars ± std" if seeds > 1 else "one seed", fontsize=8)
+    figure.suptitle(f"mean of {seeds} seeds, bars ± std" if seeds > 1 else "one seed", fontsize=8)
     return figure
 
 
@@ -138,7 +138,7 @@ def accuracy_vs_cost(results: Results) -> Figure:
 
     Strategies that are matched in cost would hide one another: their marks are drawn side by side.
     """
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     table = results.strategies
     unit, factor = flop_unit(table["flops"].max())
     widest = table["flops"].max() / factor
@@ -158,7 +158,7 @@ def accuracy_vs_cost(results: Results) -> Figure:
         axis.set(title=title, xlabel=f"training cost ({unit}), equal ones drawn side by side", xlim=(0, 1.12 * widest))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"top-1, {table['judged_on'].iloc[0]} split (%)")
-    axes[0].legend(fontsize=8, loc="lower left")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

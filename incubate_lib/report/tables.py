@@ -114,8 +114,8 @@ def comparison(results: Results) -> pd.DataFrame:
             "assembled %": spread(100 * group["assembled_accuracy"].dropna()),
             unit: f"{mean['flops'] / factor:.2f}" + ratio("flops"),
             f"critical path {unit}": f"{mean['critical_flops'] / factor:.2f}" + ratio("critical_flops"),
-            "training s": f"{mean['seconds']:.0f}" + ratio("seconds"),
-            "critical path s": f"{mean['critical_seconds']:.0f}" + ratio("critical_seconds"),
+            "training s": seconds_text(mean["seconds"]) + ratio("seconds"),
+            "critical path s": seconds_text(mean["critical_seconds"]) + ratio("critical_seconds"),
         })  # fmt: skip
     return pd.DataFrame(rows).set_index("strategy").T.rename_axis(columns=None)
 
@@ -187,6 +187,10 @@ def flop_unit(flops: float) -> tuple[str, float]:
         if flops >= size:
             return unit, size
     return "GFLOP", 1e9
+
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
 
 
 def spread(values: pd.Series) -> str:

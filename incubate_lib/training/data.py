@@ -46,10 +46,10 @@ def load_data(settings: DataSettings, device: torch.device | str = "cpu") -> tup
     """
     images, labels = _SOURCES[settings.source](settings)
     num_classes = int(labels.max()) + 1
-    rest, test = _cut(labels, np.arange(len(labels)), settings.test_images, "data.test_images")
+    rest, test = _cut(labels, np.arange(len(labels)), settings.test_images or len(labels) // 3, "data.test_images")
     train, judge = rest, test
     if settings.eval_split == "val":
-        train, judge = _cut(labels, rest, settings.val_images, "data.val_images")
+        train, judge = _cut(labels, rest, settings.val_images or len(rest) // 6, "data.val_images")
     x = torch.from_numpy(images).to(device)
     y = torch.from_numpy(labels).to(device)
     pixels = x[train].double() / 255

@@ -33,7 +33,8 @@ def build_model(settings: ModelSettings, depth: int | None, num_classes: int, dr
     try:
         model = timm.create_model(settings.name, num_classes=num_classes, drop_path_rate=drop_path, **arguments)
     except Exception as error:  # timm checks its arguments by asserts and by failing somewhere inside
-        raise SettingsError(f"timm cannot build model.name {settings.name!r} with {arguments}: {error}") from None
+        told = f"timm cannot build model.name {settings.name!r} with {arguments}: {error}"
+        raise SettingsError(f"{told} (only plain Vision Transformers can be taken apart)") from None
     if type(model) is not VisionTransformer:
         raise SettingsError(f"model.name {settings.name!r} is a {type(model).__name__}, not a plain timm VisionTransformer")
     return model
