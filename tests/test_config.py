@@ -118,7 +118,7 @@ def test_a_data_folder_that_cannot_be_used(place, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used before"])
 def test_a_data_folder_that_is_not_ours(mode, used):
     """As an ordinary user, also where the tests run as root."""
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+    with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
         data = Path(place) / "data"
         (data / "runs" / "smoke").mkdir(parents=True)
