@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -142,25 +143,31 @@ def flip(blob: bytes) -> bytes:
     return blob[:middle] + bytes([blob[middle] ^ 1]) + blob[middle + 1 :]
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A meta model trained without interruption, in a data folder that the damaged ones copy their facts from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INCUBATE_DATA", str(tmp_path_factory.mktemp("sound")))
+        node = open_phase("meta", "smoke", FREQUENT, seed=5)
+        return node.run(), node.experiment.path / "experiment.json"
+
+
+FREQUENT = ["checkpoint_seconds=0.0"]
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("both", [False, True], ids=["newest", "both"])
-def test_a_damaged_checkpoint_is_named_and_what_is_sound_is_used(damage, both, tmp_path, monkeypatch, capsys):
-    def node():
-        return open_phase("meta", "smoke", ["checkpoint_seconds=0.0"], seed=5)
-
-    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "sound"))
-    expected = node().run()
-    monkeypatch.undo()
-    os.environ["INCUBATE_DATA"], before = str(tmp_path / "damaged"), os.environ["INCUBATE_DATA"]
-    try:
-        folder = stop_after_checkpoints(node(), monkeypatch, 3)
-        DAMAGE[damage](folder.path / "checkpoint.pt")
-        if both:
-            DAMAGE[damage](folder.path / "checkpoint.previous.pt")
-        capsys.readouterr()
-        summary = node().run()
-    finally:
-        os.environ["INCUBATE_DATA"] = before
+def test_a_damaged_checkpoint_is_named_and_what_is_sound_is_used(damage, both, sound, data_folder, capsys):
+    expected, known = sound
+    (data_folder / "runs" / known.parent.name).mkdir(parents=True)
+    shutil.copy(known, data_folder / "runs" / known.parent.name)
+    with pytest.MonkeyPatch.context() as patch:
+        folder = stop_after_checkpoints(open_phase("meta", "smoke", FREQUENT, seed=5), patch, 3)
+    DAMAGE[damage](folder.path / "checkpoint.pt")
+    if both:
+        DAMAGE[damage](folder.path / "checkpoint.previous.pt")
+    capsys.readouterr()
+    summary = open_phase("meta", "smoke", FREQUENT, seed=5).run()
     told = capsys.readouterr().out
     assert "checkpoint.pt is not sound" in told and ("checkpoint.previous.pt is not sound" in told) == both
     assert ("resumed_at" in folder.status()) == (not both)

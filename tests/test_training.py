@@ -173,8 +173,8 @@ def rows(*sets):
 
 def test_splits_are_class_balanced_and_apart():
     """As multisets, because the source holds some pictures twice: nothing is lost, nothing stands in two splits."""
-    train, test = load_data(DataSettings())
-    smaller, val = load_data(DataSettings(eval_split="val"))
+    train, test = load_data(load_settings("digits").data)
+    smaller, val = load_data(load_settings("digits", ["data.eval_split=val"]).data)
     assert (len(train), len(test), len(smaller), len(val)) == (1200, 597, 1000, 200)
     assert rows(smaller, val) == rows(train), "validation images come from the training images only"
     table = np.loadtxt(Path(sklearn.__file__).parent / "datasets/data/digits.csv.gz", delimiter=",")
