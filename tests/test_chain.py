@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -167,18 +168,18 @@ def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
 
 def test_the_warm_process_survives_signals_to_the_whole_group():
     """Terminals and schedulers signal every process of a group; only the pool may act on it, even while it warms up."""
-    code = """
-import os, signal, time
-from multiprocessing import forkserver
-from incubate_lib.pipeline import warm
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda *_: None)
-warm.prepare()
-for number in (signal.SIGINT, signal.SIGTERM):
-    os.killpg(0, number)
-time.sleep(0.5)
-print(os.waitpid(forkserver._forkserver._forkserver_pid, os.WNOHANG))
-"""
+    code = textwrap.dedent("""
+        import os, signal, time
+        from multiprocessing import forkserver
+        from incubate_lib.pipeline import warm
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        warm.prepare()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.killpg(0, number)
+        time.sleep(0.5)
+        print(os.waitpid(forkserver._forkserver._forkserver_pid, os.WNOHANG))
+    """)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True, timeout=60)
     assert result.stdout == "(0, 0)\n", result.stdout + result.stderr
 
