@@ -2,6 +2,7 @@
 
     end_to_end            end_to_end
     deep_incubation*      meta ─→ incubate-0 … incubate-K-1 ─→ assemble ─→ finetune
+    finetune              finetune, from a file of weights
 
 Planning checks everything that can be checked before anything is trained or written. Phases with the same settings
 (the meta model of several strategies) are one node.
@@ -11,8 +12,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,7 @@ class Node:
     settings: PhaseSettings
     experiment: "Experiment"
     inputs: dict[str, "Node"] = field(default_factory=dict)
+    weights: str | None = None  # a file it starts from
 
     @property
     def folder(self) -> PhaseFolder:
@@ -79,15 +80,16 @@ class Node:
         about = {"strategy": self.strategy, "inputs": {name: node.key for name, node in self.inputs.items()}}
         if donor := self._donor():
             return self._adopt(donor, about)
+        inputs = {name: node.folder.path for name, node in self.inputs.items()}
         return run_phase(
             self.settings,
             self.folder,
-            {name: node.folder for name, node in self.inputs.items()},
+            inputs | ({"weights": Path(self.weights)} if self.weights else {}),
             title=self.title,
             about=about,
             flops_per_image=self.experiment.facts.flops_of(self.settings),
-            checkpoint_seconds=self.experiment.settings.checkpoint_seconds,
-            should_stop=self.experiment.stop_asked_since(time.time()),
+            machine=self.experiment.settings.machine,
+            stop_file=self.experiment.path / STOP_FILE,
         )
 
     def _donor(self) -> PhaseFolder | None:
@@ -122,7 +124,7 @@ class Experiment:
         """Find the folder for these settings: `<name>`; `<name>-<hash>` for a variant, made by `--set` or by an edited file."""
         runs = data_folder() / "runs"
         plain, variant = runs / settings.name, runs / f"{settings.name}-{settings.digest()[:6]}"
-        return cls(settings, plain if not settings.overrides and _owner(plain) in (None, settings.digest()) else variant)
+        return cls(settings, plain if not settings.is_variant and _owner(plain) in (None, settings.digest()) else variant)
 
     @cached_property
     def facts(self) -> Facts:
@@ -149,18 +151,6 @@ class Experiment:
             write_json(self.path / "experiment.json", {"hash": self.settings.digest(), "settings": settings, "facts": facts})
         if _owner(self.path) != self.settings.digest():
             raise SettingsError(f"{self.path} belongs to other settings; give yours another name (--set name=…)")
-
-    def stop_asked_since(self, began: float) -> Callable[[], bool]:
-        """Return a function that tells whether somebody asked this experiment to stop after that moment."""
-        path = self.path / STOP_FILE
-
-        def asked() -> bool:
-            try:
-                return path.stat().st_mtime >= began
-            except FileNotFoundError:
-                return False
-
-        return asked
 
     def check_writable(self) -> None:
         """Raise SettingsError unless the data folder can be read and written; leaves nothing behind."""
@@ -269,8 +259,11 @@ class _Planner:
         if misfit := self.facts.misfits.get(strategy.start):
             raise SettingsError(f"strategies.{name}.start {strategy.start!r} is not possible: {misfit}")
         start = {field: getattr(strategy, field) for field in ("start", "inherit_stem", "inherit_head")}
-        own_meta = strategy.phases.meta.model_fields_set
-        meta = self._node(f"seed-{seed}/{name}/meta" if own_meta else f"seed-{seed}/meta", name, self._phase("meta", name, seed))
+        own_meta = strategy.phases.meta.model_fields_set or strategy.weights
+        training = None if strategy.weights else self.settings.training_of(name, "meta")
+        phase = self._phase("meta", name, seed, training=training, weights=strategy.weights)
+        key = f"seed-{seed}/{name}/meta" if own_meta else f"seed-{seed}/meta"
+        meta = self._node(key, name, phase, weights=strategy.weights)
         modules = {}
         for i in range(len(self.facts.target_depths)):
             phase = self._phase("incubate", name, seed, inputs={"meta": meta}, module_index=i, **start)
@@ -279,22 +272,33 @@ class _Planner:
         tuned = self._phase("finetune", name, seed, inputs={"assemble": joined})
         return self._node(f"seed-{seed}/{name}/finetune", name, tuned, {"assemble": joined})
 
-    def _phase(self, phase: str, name: str, seed: int, *, inputs: dict[str, Node] | None = None, **more: Any) -> PhaseSettings:
+    def _finetune(self, name: str, seed: int) -> Node:
+        weights = self.settings.strategy(name).weights
+        phase = self._phase("finetune", name, seed, weights=weights)
+        return self._node(f"seed-{seed}/{name}", name, phase, weights=weights)
+
+    def _phase(
+        self, phase: str, name: str, seed: int, *, inputs: dict[str, Node] | None = None, weights: str | None = None, **more: Any
+    ) -> PhaseSettings:
         if phase != "assemble":
             training = more.setdefault("training", self.settings.training_of(name, phase))
-            if training.batch_size > self.facts.num_images:
+            if training and training.batch_size > self.facts.num_images:
                 raise SettingsError(
                     f"training.batch_size is {training.batch_size} in phase {phase}, "
                     f"but there are only {self.facts.num_images} training images"
                 )
         hashes = {key: node.digest for key, node in (inputs or {}).items()}
+        hashes |= {"weights": self.facts.weights[weights]} if weights else {}
         return PhaseSettings(
             phase=phase, seed=seed, data=self.settings.data, model=self.settings.model, inputs=hashes,
-            target_depths=self.facts.target_depths, meta_depths=self.facts.meta_depths, **more,
+            precision=self.settings.precision, target_depths=self.facts.target_depths,
+            meta_depths=self.facts.meta_depths, **more,
         )  # fmt: skip
 
-    def _node(self, key: str, name: str, phase: PhaseSettings, inputs: dict[str, Node] | None = None) -> Node:
-        return self.nodes.setdefault(key, Node(key, name, phase, self.experiment, inputs or {}))
+    def _node(
+        self, key: str, name: str, phase: PhaseSettings, inputs: dict[str, Node] | None = None, weights: str | None = None
+    ) -> Node:
+        return self.nodes.setdefault(key, Node(key, name, phase, self.experiment, inputs or {}, weights))
 
     def flops(self, phase: PhaseSettings) -> int:
         """Return the training FLOPs of a whole phase."""

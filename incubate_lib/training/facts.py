@@ -4,7 +4,7 @@ Measuring imports torch and timm and reads the images (10 s on a slow machine); 
 sees in a moment that everything is done. This module itself does not import torch.
 """
 
-from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError
+from incubate_lib.config import PHASES_OF, Frozen, PhaseSettings, Settings, SettingsError
 
 
 class Facts(Frozen):
@@ -16,10 +16,11 @@ class Facts(Frozen):
     meta_depths: list[int]
     flops_per_image: dict[str, int]  # training FLOPs of one image: meta, target (fine-tuning too), incubate-0 …
     misfits: dict[str, str]  # starts that these networks cannot have, and why
+    weights: dict[str, str] = {}  # files that strategies start from → SHA-256
 
     def flops_of(self, phase: PhaseSettings) -> int:
-        """Return the training FLOPs of one image in this phase; assembly trains nothing."""
-        return 0 if phase.phase == "assemble" else self.flops_per_image[_kind_of(phase)]
+        """Return the training FLOPs of one image in this phase; 0 where nothing is trained."""
+        return 0 if phase.training is None else self.flops_per_image[_kind_of(phase)]
 
 
 def _kind_of(phase: PhaseSettings) -> str:
@@ -32,18 +33,21 @@ def measure(settings: Settings) -> Facts:
 
     from incubate_lib.method.incubation import start_module
     from incubate_lib.training.data import load_data
-    from incubate_lib.training.phases import build_model, build_parts, phase_flops_per_image
+    from incubate_lib.training.phases import build_model, build_parts, model_shape, phase_flops_per_image
+    from incubate_lib.training.weights import load_into, sha256, weights_file
 
-    train, _ = load_data(settings.data)
-    image_shape = tuple(train.images.shape[1:])
+    shape = model_shape(settings.model)
+    train, _ = load_data(settings.data, shape=shape, machine=settings.machine)
+    if train.shape != shape:
+        raise SettingsError(
+            f"the model takes images of {shape} (channels, height, width: model.in_chans, model.img_size), "
+            f"but data.source {settings.data.source!r} has {train.shape}"
+        )
+    for name, strategy in settings.strategies.items():
+        for phase in PHASES_OF[strategy.kind]:
+            train.preview(1, settings.training_of(name, phase))  # an augmentation that cannot work fails now
     with torch.device("meta"):
         model = build_model(settings.model, settings.model.depth, train.num_classes)
-        shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-        if shape != image_shape:
-            raise SettingsError(
-                f"the model takes images of {shape} (channels, height, width: model.in_chans, model.img_size), "
-                f"but data.source {settings.data.source!r} has {image_shape}"
-            )
         target_depths, meta_depths = settings.partition.depths(len(model.blocks))
 
         def phase(name: str, module_index: int | None = None) -> PhaseSettings:
@@ -54,7 +58,7 @@ def measure(settings: Settings) -> Facts:
             )  # fmt: skip
 
         phases = [phase("meta"), phase("end_to_end"), *(phase("incubate", i) for i in range(len(target_depths)))]
-        flops = {_kind_of(p): phase_flops_per_image(p, train.num_classes, image_shape) for p in phases}
+        flops = {_kind_of(p): phase_flops_per_image(p, train.num_classes, shape) for p in phases}
         misfits = {}
         for start in ("stack", "identity"):
             pairs = zip(*(build_parts(phases[0], which, train.num_classes) for which in ("target", "meta")), strict=True)
@@ -63,7 +67,13 @@ def measure(settings: Settings) -> Facts:
                     start_module(target, meta, start, inherit_stem=True, inherit_head=True)
             except ValueError as error:
                 misfits[start] = str(error)
+    weights = {}
+    for strategy in settings.strategies.values():
+        if strategy.weights:
+            depths = {"finetune": target_depths}.get(strategy.kind, meta_depths)
+            load_into(build_model(settings.model, sum(depths), train.num_classes), strategy.weights)
+            weights[strategy.weights] = sha256(weights_file(strategy.weights))
     return Facts(
         num_images=len(train), num_classes=train.num_classes, target_depths=target_depths, meta_depths=meta_depths,
-        flops_per_image=flops, misfits=misfits,
+        flops_per_image=flops, misfits=misfits, weights=weights,
     )  # fmt: skip

@@ -1,14 +1,16 @@
 """The one training loop of every phase, and evaluation.
 
 A phase decides only the model and which of its parameters require gradients. Everything random follows from the seed:
-the order of the images from (seed, epoch), the rest from the global generators, whose states are in each checkpoint.
-So a phase that was killed and resumed ends in the same bits as one that was not (same device, same threads).
+the order of the images from (seed, epoch), each streamed image's augmentation from (seed, epoch, place), all else from
+generators that are seeded anew for every micro-batch from (seed, update, micro-batch). So a phase that was killed and
+resumed ends in the same bits as one that was not (same device, same threads), and N devices see what one would.
 """
 
+import contextlib
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,49 +18,30 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from incubate_lib.config import TrainingSettings
-from incubate_lib.training.data import ImageSet, augment
+from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, TrainingSettings
+from incubate_lib.training.data import ImageSet, Order, StreamedSet
 from incubate_lib.training.progress import Progress
 from incubate_lib.training.runs import HEARTBEAT_SECONDS, PhaseFolder, Stopped
-from incubate_lib.training.schedule import derive_seed, lr_at, steps_per_epoch, total_steps
+from incubate_lib.training.schedule import derive_seed, lr_at, micro_batches, steps_per_epoch, total_steps
+from incubate_lib.training.team import ALONE, Team
 
 NO_DECAY = {"pos_embed", "cls_token", "reg_token", "dist_token"}  # besides biases and norms, in every phase
-EVAL_BATCH = 256
+DATA_SHARE_WARNED = 0.1  # of training time spent waiting for images
+SAVING_SHARE = 0.05  # checkpoints are spaced so that saving takes at most this share of the time
+DataSet = ImageSet | StreamedSet
 
 
-# -- random states --------------------------------------------------------------------------------------------------------
-
-
-def seed_everything(seed: int) -> None:
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Seed all generators that a micro-batch may draw from. (torch.manual_seed takes a stack trace without a GPU.)"""
     random.seed(seed)
     np.random.seed(seed)  # timm's Mixup draws from numpy
-    torch.manual_seed(seed)
-
-
-def random_states() -> dict[str, Any]:
-    """Return the states of all generators, as plain values that `weights_only` loading accepts."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-# -- training -------------------------------------------------------------------------------------------------------------
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 class Chrono:
@@ -82,156 +65,269 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.
     """Return AdamW over exactly the trainable parameters, without decay on biases, norms, embeddings and tokens."""
     exempt = [name for name, _ in model.named_parameters() if name.split(".")[-1] in NO_DECAY]
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=exempt)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.peak_lr, betas=settings.betas, weight_decay=0.0, fused=True)
+
+
+def compiled(model: nn.Module, mode: str, backend: str = "inductor") -> nn.Module:
+    """Return `model`, or a compiled callable for its present set of trainable parameters that shares its weights.
+
+    Everything compiled before is forgotten: torch.compile may otherwise reuse a graph made for another set of
+    trainable parameters (pytorch issue 139476). The weights are always read from `model`, so that no file ever has
+    the prefix of a compiled one.
+    """
+    if mode == "off":
+        return model
+    torch._dynamo.reset()
+    return torch.compile(model, mode=None if mode == "default" else mode, backend=backend)
+
+
+class Trainer:
+    """One update of a model's trainable parameters at a time: data, forward, backward, clip, step.
+
+    With several devices each holds a replica; gradients are averaged over all micro-batches of all devices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: DataSet,
+        settings: TrainingSettings,
+        *,
+        seed: int,
+        precision: str = "float32",
+        machine: MachineSettings = DEFAULT_MACHINE,
+        team: Team = ALONE,
+    ) -> None:
+        self.model, self.train, self.settings, self.seed, self.team = model, train, settings, seed, team
+        self.device = next(model.parameters()).device
+        self.autocast = torch.bfloat16 if precision == "bfloat16" else None
+        self.number, self.micro = micro_batches(settings.batch_size, settings.micro_batch, team.devices)
+        self.steps = total_steps(settings.epochs, len(train), settings.batch_size)
+        self.warmup = round(settings.warmup_epochs * steps_per_epoch(len(train), settings.batch_size))
+        self.optimizer = make_optimizer(model, settings)
+        self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.ema = ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None
+        self.mix = None
+        if settings.mixup or settings.cutmix:
+            self.mix = Mixup(
+                settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=train.num_classes
+            )
+        replica = model
+        if team.devices > 1:  # what is frozen is frozen already, so no gradient is waited for in vain
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            replica = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.replica, self.runner = replica, compiled(replica, machine.compile)
+        self.wait_seconds = 0.0  # for images
+        self.batches: Iterator[tuple[Tensor, Tensor]] | None = None
+
+    def begin(self, step: int) -> None:
+        """Take up the images from update `step` on."""
+        order = Order(len(self.train), self.settings, self.seed, step, self.steps, rank=self.team.rank, devices=self.team.devices)
+        self.batches = self.train.batches(order)
+
+    def step(self, step: int) -> Tensor:
+        """Do update `step` (0-based) and return this device's mean loss, without waiting for the device."""
+        losses = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for k in range(self.number):
+            began = time.perf_counter()
+            x, y = next(self.batches)
+            self.wait_seconds += time.perf_counter() - began
+            seed_everything(derive_seed(self.seed, "draw", step, k * self.team.devices + self.team.rank), self.device)
+            x = self.train.finish(x, self.settings)
+            if self.mix is not None:
+                x, y = self.mix(x, y)
+            last = k == self.number - 1  # gradients travel once, after the last micro-batch
+            with self.replica.no_sync() if self.team.devices > 1 and not last else contextlib.nullcontext():
+                loss = self._loss(x, y)
+                (loss / self.number).backward()
+            losses.append(loss.detach().clone())  # a captured graph would overwrite it
+        if self.settings.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.trainable, self.settings.clip_grad)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(step, self.steps, self.warmup, self.settings.peak_lr, self.settings.min_lr)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model, step)
+        return losses[0] if self.number == 1 else torch.stack(losses).mean()
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        with autocast(self.device, self.autocast):
+            logits = self.runner(x)
+        smoothing = 0.0 if self.mix else self.settings.label_smoothing  # Mixup smooths its own targets
+        return F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The weights that count: the moving average if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint needs; no random states, because all randomness follows from seed and step."""
+        ema = {} if self.ema is None else {"ema": self.ema.module.state_dict()}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **ema}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Return the context in which matrix products run in `dtype`; None leaves everything in float32."""
+    return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: ImageSet) -> dict[str, float]:
-    """Return mean loss and accuracy (0 … 1): sums over all samples, divided once. The model's mode is left as it was."""
+def evaluate(model: nn.Module, data: DataSet, precision: str = "float32", team: Team = ALONE) -> dict[str, float]:
+    """Return mean loss and accuracy (0 … 1): sums over all samples, divided once. The model's mode is left as it was.
+
+    Each image is counted exactly once, however many devices share the work.
+    """
     was_training = model.training
     model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=data.images.device)
-    correct = torch.zeros((), dtype=torch.int64, device=data.images.device)
-    for index in torch.arange(len(data), device=data.images.device).split(EVAL_BATCH):
-        x, y = data.batch(index)
-        logits = model(x).float()
-        loss += F.cross_entropy(logits, y, reduction="sum").double()
-        correct += (logits.argmax(1) == y).sum()
+    device = next(model.parameters()).device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
+    for x, y in data.judged(team.rank, team.devices):
+        with autocast(device, torch.bfloat16 if precision == "bfloat16" else None):
+            logits = model(x).float()
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        sums += torch.stack([loss.double(), (logits.argmax(1) == y).sum().double(), torch.ones_like(loss).double() * len(y)])
+    loss, correct, images = team.add_up(sums).tolist()
     model.train(was_training)
-    return {"loss": loss.item() / len(data), "accuracy": correct.item() / len(data)}
+    assert images == len(data), f"{images} images judged, not {len(data)}"
+    return {"loss": loss / len(data), "accuracy": correct / len(data)}
 
 
 def fit(
     model: nn.Module,
-    train: ImageSet,
-    judge: ImageSet,
+    train: DataSet,
+    judge: DataSet,
     settings: TrainingSettings,
     *,
     seed: int,
     folder: PhaseFolder,
     title: str,
-    checkpoint_seconds: float,
+    precision: str = "float32",
+    machine: MachineSettings = DEFAULT_MACHINE,
+    team: Team = ALONE,
     should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """Train the parameters of `model` that require gradients; return steps, images seen, seconds and the last evaluation.
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train the parameters of `model` that require gradients; return the model to keep (the moving average of its weights
+    if the recipe asks for one) and steps, images seen, seconds, the last evaluation.
 
     Goes on from the folder's checkpoint if there is a sound one. Raises Stopped when `should_stop()` says so, after a
     checkpoint, and FloatingPointError at the step whose loss is not finite, without saving it.
     """
-    device = train.images.device
-    per_epoch = steps_per_epoch(len(train), settings.batch_size)
-    steps = total_steps(settings.epochs, len(train), settings.batch_size)
-    warmup = round(settings.warmup_epochs * per_epoch)
-    optimizer = make_optimizer(model, settings)
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    mix = None
-    if settings.mixup or settings.cutmix:
-        mix = Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=train.num_classes)
-
-    seed_everything(seed)
+    trainer = Trainer(model, train, settings, seed=seed, precision=precision, machine=machine, team=team)
+    steps, per_epoch = trainer.steps, steps_per_epoch(len(train), settings.batch_size)
     step, loss_sum, loss_steps, seconds, eval_seconds = 0, 0.0, 0, 0.0, 0.0
     state, complaints = folder.load_checkpoint()
     for complaint in complaints:
         print(f"{title}: {complaint}; going back to what is sound", flush=True)
     if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        trainer.load_state(state)
         step, loss_sum, loss_steps = state["step"], state["loss_sum"], state["loss_steps"]
-        seconds, eval_seconds = state["train_seconds"], state["eval_seconds"]
-        set_random_states(state["random"])
-        folder.set_status(resumed_at=step)
-    folder.start_metrics(step)
-    rows = folder.metrics()
-    clock = Chrono(device, seconds)
-    progress = Progress(folder, title, steps, step)
+        seconds, eval_seconds, trainer.wait_seconds = state["train_seconds"], state["eval_seconds"], state["wait_seconds"]
+    team.barrier()  # all have read the checkpoint and the metrics before one of them writes
+    if team.is_first:
+        if state is not None:
+            folder.set_status(resumed_at=step)
+        folder.start_metrics(step)
+    rows = [row for row in folder.metrics() if row["step"] <= step]
+    clock = Chrono(trainer.device, seconds)
+    progress = Progress(folder, title, steps, step) if team.is_first else None
     pending: list[Tensor] = []  # losses still on the device; reading one waits for it, so they are read together
-    order, saved_at, looked_at = None, time.monotonic(), time.monotonic()
+    saved_at = looked_at = time.monotonic()
+    saving_seconds = 0.0
 
     def not_finite(what: str, value: float, at: int) -> FloatingPointError:
         return FloatingPointError(
-            f"{title}: {what} is {value} at step {at} of {steps} (lr {settings.lr}, warmup_epochs "
+            f"{title}: {what} is {value} at step {at} of {steps} (lr {settings.peak_lr:g}, warmup_epochs "
             f"{settings.warmup_epochs}, clip_grad {settings.clip_grad}, batch_size {settings.batch_size}); "
             "a lower lr, a longer warm-up or clip_grad: 1.0 usually cures it"
         )
 
-    def look() -> None:
-        """Read the pending losses; the first that is not finite ends the phase with its step named."""
+    def look() -> float | None:
+        """Read the pending losses and return the last; the first that is not finite ends the phase with its step named."""
         nonlocal loss_sum, loss_steps
-        for i, value in enumerate(torch.stack(pending).tolist() if pending else []):
+        values = (team.add_up(torch.stack(pending)) / team.devices).tolist() if pending else []
+        for i, value in enumerate(values):
             if not math.isfinite(value):
                 raise not_finite("loss", value, step - len(pending) + i)
             loss_sum += value
             loss_steps += 1
         pending.clear()
+        return values[-1] if values else None
 
     def save() -> None:
-        folder.save_checkpoint({
-            "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "random": random_states(), "loss_sum": loss_sum, "loss_steps": loss_steps,
-            "train_seconds": clock.seconds, "eval_seconds": eval_seconds,
-        })  # fmt: skip
+        nonlocal saved_at, saving_seconds
+        began = time.monotonic()
+        if team.is_first:
+            folder.save_checkpoint({
+                "step": step, **trainer.state(), "loss_sum": loss_sum, "loss_steps": loss_steps,
+                "train_seconds": clock.seconds, "eval_seconds": eval_seconds, "wait_seconds": trainer.wait_seconds,
+            })  # fmt: skip
+        saved_at = time.monotonic()
+        saving_seconds = saved_at - began
 
     def judge_now() -> None:
         nonlocal loss_sum, loss_steps, eval_seconds
         began = time.perf_counter()
-        result = evaluate(model, judge)
+        result = evaluate(trainer.judged, judge, precision, team)
         eval_seconds += time.perf_counter() - began
         if not math.isfinite(result["loss"]):
             raise not_finite("the judged loss", result["loss"], step)
         row = {"step": step, "epoch": step / per_epoch, "images": step * settings.batch_size, **result}
         row |= {"train_loss": loss_sum / loss_steps if loss_steps else None, "train_seconds": clock.seconds}
-        folder.add_metrics(row)
+        row |= {"lr": trainer.optimizer.param_groups[0]["lr"] if step else None}
+        if team.is_first:
+            folder.add_metrics(row)
         rows.append(row)
         loss_sum, loss_steps = 0.0, 0
 
     model.train()
     if not rows:
         judge_now()
+    trainer.begin(step)
     while step < steps:
         if clock.since is None:
             clock.start()
-        # data
-        epoch, place = divmod(step, per_epoch)
-        if order is None or place == 0:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-            order = torch.randperm(len(train), generator=generator).to(device)
-        index = order[place * settings.batch_size : (place + 1) * settings.batch_size]
-        x, y = train.normalise(augment(train.images[index], settings)), train.labels[index]
-        if mix is not None:
-            x, y = mix(x, y)
-        # forward, backward, clip, step
-        smoothing = 0.0 if mix else settings.label_smoothing  # Mixup smooths its own targets
-        loss = F.cross_entropy(model(x), y, label_smoothing=smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if settings.clip_grad is not None:
-            nn.utils.clip_grad_norm_(trainable, settings.clip_grad)
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, steps, warmup, settings.lr, settings.min_lr)
-        optimizer.step()
-        pending.append(loss.detach())
+        pending.append(trainer.step(step))
         step += 1
         # record
-        now = time.monotonic()
         due = step == steps or step % (settings.eval_every * per_epoch) == 0
-        if due or now - looked_at >= HEARTBEAT_SECONDS or now - saved_at >= checkpoint_seconds:
-            last_loss = pending[-1]
-            look()
+        if not due and step % team.look_every:
+            continue
+        now = time.monotonic()
+        save_due = now - saved_at >= max(machine.checkpoint_seconds, saving_seconds / SAVING_SHARE)
+        if team.agree(due or save_due or now - looked_at >= HEARTBEAT_SECONDS):
+            last_loss = look()
             clock.pause()
             if due:
                 judge_now()
-            progress.tell(step, epoch=step / per_epoch, loss=last_loss.item(), accuracy=rows[-1]["accuracy"])
-            stop = should_stop() and step < steps
-            if stop or now - saved_at >= checkpoint_seconds:
+            if progress:
+                progress.tell(step, epoch=step / per_epoch, loss=last_loss, accuracy=rows[-1]["accuracy"])
+            stop = team.agree(step < steps and should_stop())
+            if stop or team.agree(save_due):
                 save()
-                saved_at = time.monotonic()
             if stop:
-                progress.close()
+                if progress:
+                    progress.close()
                 raise Stopped(f"{title}: stopped at step {step} of {steps}; the next run goes on from here")
             looked_at = time.monotonic()
-    progress.close()
-    return {
+    if progress:
+        progress.close()
+    data_share = trainer.wait_seconds / clock.seconds if clock.seconds else 0.0
+    if data_share > DATA_SHARE_WARNED and team.is_first:
+        print(f"{title}: {data_share:.0%} of the training time was spent waiting for images; more machine.workers, a faster "
+              "disk or data.in_memory would help", flush=True)  # fmt: skip
+    return trainer.judged, {
         "steps": steps, "images_seen": steps * settings.batch_size, "epochs": steps / per_epoch,
-        "train_seconds": clock.seconds, "eval_seconds": eval_seconds, "start_accuracy": rows[0]["accuracy"],
-        "accuracy": rows[-1]["accuracy"], "loss": rows[-1]["loss"], "train_loss": rows[-1]["train_loss"],
+        "distinct_images_per_epoch": math.ceil(per_epoch * settings.batch_size / settings.repeats),
+        "train_seconds": clock.seconds, "eval_seconds": eval_seconds, "data_share": data_share,
+        "broken_images": len(getattr(train, "broken", ())), "devices": team.devices,
+        "start_accuracy": rows[0]["accuracy"], "accuracy": rows[-1]["accuracy"], "loss": rows[-1]["loss"],
+        "train_loss": rows[-1]["train_loss"],
     }  # fmt: skip

@@ -1,9 +1,11 @@
 """The phases: what each builds, what of it trains, what it leaves behind. One recipe each, one way to run them all."""
 
 import datetime
+import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,19 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from incubate_lib.config import ModelSettings, PhaseSettings, SettingsError, nearest
+from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, ModelSettings, PhaseSettings, SettingsError, nearest
 from incubate_lib.method.incubation import assemble, make_hybrid, start_module
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.data import load_data
+from incubate_lib.training.launch import train_on_devices
 from incubate_lib.training.loop import evaluate, fit
 from incubate_lib.training.runs import PhaseFolder
 from incubate_lib.training.schedule import derive_seed
+from incubate_lib.training.team import Team
+from incubate_lib.training.weights import load_into
 
-Inputs = dict[str, PhaseFolder]
+Inputs = dict[str, Path]  # folders of the phases that a phase starts from; "weights": a folder or file of weights
 
 
 def build_model(settings: ModelSettings, depth: int | None, num_classes: int, drop_path: float = 0.0) -> VisionTransformer:
@@ -58,6 +63,8 @@ def build_parts(s: PhaseSettings, which: str, num_classes: int) -> list[ViTModul
 
 def _meta(s: PhaseSettings, inputs: Inputs, classes: int) -> tuple[nn.Module, nn.Module]:
     model = assemble(build_parts(s, "meta", classes))
+    if "weights" in inputs:
+        load_into(model, inputs["weights"], s.inputs["weights"])
     return model, model
 
 
@@ -69,7 +76,7 @@ def _end_to_end(s: PhaseSettings, inputs: Inputs, classes: int) -> tuple[nn.Modu
 def _incubate(s: PhaseSettings, inputs: Inputs, classes: int) -> tuple[nn.Module, nn.Module]:
     meta = build_parts(s, "meta", classes)
     if inputs:  # none when only costs are counted
-        assemble(meta).load_state_dict(inputs["meta"].load_weights())
+        assemble(meta).load_state_dict(PhaseFolder(inputs["meta"]).load_weights())
     target = build_parts(s, "target", classes)[s.module_index]
     start_module(target, meta[s.module_index], s.start, s.inherit_stem, s.inherit_head)
     return make_hybrid(meta, target, s.module_index), target
@@ -78,15 +85,17 @@ def _incubate(s: PhaseSettings, inputs: Inputs, classes: int) -> tuple[nn.Module
 def _assemble(s: PhaseSettings, inputs: Inputs, classes: int) -> tuple[nn.Module, nn.Module]:
     modules = build_parts(s, "target", classes)
     for module in modules:
-        module.load_state_dict(inputs[f"module-{module.index}"].load_weights())
+        module.load_state_dict(PhaseFolder(inputs[f"module-{module.index}"]).load_weights())
     model = assemble(modules)
     return model, model
 
 
 def _finetune(s: PhaseSettings, inputs: Inputs, classes: int) -> tuple[nn.Module, nn.Module]:
     model = assemble(build_parts(s, "target", classes))
-    if inputs:
-        model.load_state_dict(inputs["assemble"].load_weights())
+    if "weights" in inputs:
+        load_into(model, inputs["weights"], s.inputs["weights"])
+    elif inputs:  # none when only costs are counted
+        model.load_state_dict(PhaseFolder(inputs["assemble"]).load_weights())
     return model, model
 
 
@@ -110,55 +119,119 @@ def phase_flops_per_image(s: PhaseSettings, num_classes: int, image_shape: tuple
 def run_phase(
     s: PhaseSettings,
     folder: PhaseFolder,
-    inputs: Inputs,
+    inputs: dict[str, Path],
     *,
     title: str,
     about: dict[str, Any],
     flops_per_image: int,
-    checkpoint_seconds: float = 20.0,
-    should_stop: Callable[[], bool] = lambda: False,
+    machine: MachineSettings = DEFAULT_MACHINE,
+    stop_file: Path | None = None,
 ) -> dict[str, Any]:
     """Train one phase to its end, or go on from its checkpoint, and return its summary; a finished one is only read.
 
-    `about` is added to the summary (strategy, names of the inputs' folders); `flops_per_image` is the counted training
-    cost of this phase.
+    `inputs` are the folders of the phases it starts from, or a file of weights; `about` is added to the summary
+    (strategy, names of the inputs' folders); `flops_per_image` is the counted training cost. The phase stops when
+    `stop_file` is touched after this call. On several devices it trains in a subprocess.
     """
+    began = time.time()
     if done := folder.summary(s.digest()):
         return done
     with folder.claim(s):
         if done := folder.summary(s.digest()):  # finished by another process while this one waited
             return done
+        job = {
+            "settings": s.model_dump(mode="json", exclude_unset=True), "folder": str(folder.path), "title": title, "about": about,
+            "inputs": {name: str(path) for name, path in inputs.items()}, "flops_per_image": flops_per_image,
+            "machine": machine.model_dump(mode="json"), "stop_file": stop_file and str(stop_file), "began": began,
+        }  # fmt: skip
+        if machine.devices > 1 and s.training is not None:
+            return train_on_devices(job, folder, machine.devices, title)
         if threads := os.environ.get("INCUBATE_THREADS"):  # this phase's share of the cores, when several run side by side
             torch.set_num_threads(int(threads))
-        device = pick_device()
-        train, judge = load_data(s.data, device)
-        model, result = prepare(s, inputs, train.num_classes)
-        model.to(device)
-        if s.training is None:
-            numbers = evaluate(model, judge) | {"steps": 0, "images_seen": 0, "epochs": 0.0, "train_seconds": 0.0}
-            numbers |= {"eval_seconds": 0.0, "start_accuracy": numbers["accuracy"], "train_loss": None}
-        else:
-            numbers = fit(
-                model, train, judge, s.training, seed=derive_seed(s.seed, s.phase, s.module_index or 0), folder=folder,
-                title=title, checkpoint_seconds=checkpoint_seconds, should_stop=should_stop,
-            )  # fmt: skip
-        numbers |= {"flops_per_image": flops_per_image, "train_flops": flops_per_image * numbers["images_seen"]}
-        numbers |= {
-            "parameters": sum(p.numel() for p in result.parameters()),
-            "train_images": len(train),
-            "judge_images": len(judge),
-        }
-        identity = {"phase": s.phase, "module_index": s.module_index, "seed": s.seed, "hash": s.digest()}
-        return folder.finish(identity | about | numbers | {"provenance": provenance(device)}, result.state_dict())
+        return train_phase(**job, team=Team(device=pick_device()))
+
+
+def train_phase(
+    settings: dict[str, Any],
+    folder: str,
+    title: str,
+    about: dict[str, Any],
+    inputs: dict[str, str],
+    flops_per_image: int,
+    machine: dict[str, Any],
+    stop_file: str | None,
+    began: float,
+    team: Team,
+) -> dict[str, Any] | None:
+    """Be one device of a phase, or its only one: load, train, and if it is the first, write the result.
+
+    Arguments are JSON values, so that a job file can hold them. Returns the summary, None for other devices.
+    """
+    s, home = PhaseSettings.model_validate_json(json.dumps(settings)), PhaseFolder(Path(folder))
+    how = MachineSettings.model_validate_json(json.dumps(machine))
+    repeat_exactly(team.device)
+    train, judge = load_data(s.data, team.device, model_shape(s.model), how)
+    model, result = prepare(s, {name: Path(path) for name, path in inputs.items()}, train.num_classes)
+    model.to(team.device)
+    kept, numbers = model, UNTRAINED
+    if s.training is None:
+        numbers = UNTRAINED | evaluate(model, judge, s.precision, team)
+        numbers |= {"start_accuracy": numbers["accuracy"]}
+    else:
+        kept, numbers = fit(
+            model, train, judge, s.training, seed=derive_seed(s.seed, s.phase, s.module_index or 0), folder=home,
+            title=title, precision=s.precision, machine=how, team=team, should_stop=_stop_asked(stop_file, began),
+        )  # fmt: skip
+    if not team.is_first:
+        return None
+    numbers = numbers | {
+        "flops_per_image": flops_per_image if s.training else 0,
+        "train_flops": flops_per_image * numbers["images_seen"],
+        "parameters": sum(p.numel() for p in result.parameters()),
+        "train_images": len(train),
+        "judge_images": len(judge),
+    }
+    identity = {"phase": s.phase, "module_index": s.module_index, "seed": s.seed, "hash": s.digest()}
+    tensors = kept.target.state_dict() if s.phase == "incubate" else kept.state_dict()
+    return home.finish(identity | about | numbers | {"provenance": provenance(team.device)}, tensors)
+
+
+UNTRAINED = {
+    "steps": 0, "images_seen": 0, "epochs": 0.0, "distinct_images_per_epoch": 0, "train_seconds": 0.0, "eval_seconds": 0.0,
+    "data_share": 0.0, "broken_images": 0, "devices": 1, "train_loss": None,
+}  # fmt: skip
+
+
+def _stop_asked(stop_file: str | None, began: float) -> Callable[[], bool]:
+    """Return a function that tells whether somebody asked for a stop after that moment."""
+
+    def asked() -> bool:
+        try:
+            return stop_file is not None and Path(stop_file).stat().st_mtime >= began
+        except FileNotFoundError:
+            return False
+
+    return asked
+
+
+def model_shape(settings: ModelSettings) -> tuple[int, int, int]:
+    """Return the images that a model takes: C, H, W."""
+    with torch.device("meta"):
+        model = build_model(settings, 1, 2)
+    return (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
 
 
 def pick_device() -> torch.device:
-    """Return the GPU if there is one, told to repeat itself bit for bit; else the CPU, which does so anyway."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    return torch.device("cuda")
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def repeat_exactly(device: torch.device) -> None:
+    """Have a GPU give the same bits again for the same work; a CPU does so anyway."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every new tensor once more
 
 
 def load_trained(s: PhaseSettings, folder: PhaseFolder, num_classes: int) -> VisionTransformer:

@@ -10,8 +10,14 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
 
 
 def total_steps(epochs: float, num_images: int, batch_size: int) -> int:
-    """Return the updates of a phase, at least one."""
-    return max(1, round(epochs * steps_per_epoch(num_images, batch_size)))
+    """Return the updates of a phase: at least one, none for 0 epochs."""
+    return max(1, round(epochs * steps_per_epoch(num_images, batch_size))) if epochs else 0
+
+
+def micro_batches(batch_size: int, micro_batch: int | None, devices: int) -> tuple[int, int]:
+    """Return how many micro-batches each device takes one after another in an update, and the images of each."""
+    micro = micro_batch or batch_size // devices
+    return batch_size // (micro * devices), micro
 
 
 def lr_at(step: int, steps: int, warmup: int, lr: float, min_lr: float) -> float:

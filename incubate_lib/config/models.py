@@ -1,23 +1,19 @@
-"""Settings: small frozen pydantic models, read from a preset or a user's own YAML file, overridden by `--set a.b=c`.
+"""Settings: small frozen pydantic models with a comment a field and the checks that need more than one of them.
 
-Nothing here imports torch, so that a misspelt name is told in a fraction of a second. Three layers make the training
-settings of one phase: `training` (every phase) ← `phases.<phase>` ← `strategies.<name>.phases.<phase>`.
+Three layers make the training settings of one phase: `training` (every phase) ← `phases.<phase>` ←
+`strategies.<name>.phases.<phase>`. What a result depends on is in its phase's hash; `machine` says only how it is
+computed, and is not.
 """
 
 import difflib
 import hashlib
 import json
-import os
-import re
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 PhaseName = Literal["meta", "incubate", "assemble", "finetune", "end_to_end"]
-FORMAT = 1  # of everything a phase's result depends on besides its settings; raise it when old results must not be reused
+FORMAT = 2  # of everything a phase's result depends on besides its settings; raise it when old results must not be reused
 
 Positive = Annotated[int, Field(ge=1)]
 StrategyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -34,25 +30,55 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class DataSettings(Frozen):
-    """Which images, and which of them judge. The split is the same for every seed of a run."""
+ARRAYS = ("cifar10", "cifar100", "fashion_mnist")  # whole sets of small images, held on the device
+MADE = ("digits", "synthetic")  # need no folder
+TIMM = ("torch/", "hfds/", "wds/")  # prefixes of timm's create_dataset
+SPECIAL = {  # fields that only some sources know
+    ("num_images", "num_classes", "image_size", "channels"): lambda source: source == "synthetic",
+    ("folder",): lambda source: source not in MADE,
+    ("train_split", "test_split", "in_memory", "crop_pct", "skip_broken"): lambda source: source not in (*MADE, *ARRAYS),
+}
 
-    source: Literal["digits", "synthetic"] = "digits"
+
+class DataSettings(Frozen):
+    """Which images, and which of them judge. The splits are the same for every seed of a run."""
+
+    source: str = "digits"  # digits, synthetic, cifar10, cifar100, fashion_mnist, folder, or timm's torch/…, hfds/…, wds/…
+    folder: str | None = None  # where the images are; data/datasets/<source> if left out
     eval_split: Literal["val", "test"] = "test"  # "val" is cut from the training images, for choosing settings
-    test_images: Positive | None = None  # of the source, class-balanced; a third if left out
+    test_images: Positive | None = None  # class-balanced; of a source without a test split a third if left out, else all
     val_images: Positive | None = None  # cut from the training images, only when eval_split is "val"; a sixth if left out
-    # generated images only:
+    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the training images, class-balanced
+    split_seed: Annotated[int, Field(ge=0)] = 0  # which images fall into a split or a share
+    # folder and timm's sources:
+    train_split: str = "train"  # name of the split; of the subfolder or, with wildcards, of the shards
+    test_split: str = "val"
+    in_memory: bool = False  # hold all images on the device as uint8; they must have the model's size
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # of a judged image's shorter side that the centre crop keeps
+    skip_broken: bool = False  # take the next image in place of one that cannot be read, and count it
+    # generated images:
     num_images: Positive = 384  # training and test together
     num_classes: Annotated[int, Field(ge=2)] = 4
     image_size: Positive = 8
     channels: Positive = 1
 
     @model_validator(mode="after")
-    def _used(self) -> "DataSettings":
-        generated = {"num_images", "num_classes", "image_size", "channels"} & self.model_fields_set
-        if generated and self.source != "synthetic":
-            raise ValueError(f"{', '.join(sorted(generated))} is only for source 'synthetic', not {self.source!r}")
+    def _known(self) -> "DataSettings":
+        known = (*MADE, *ARRAYS, "folder")
+        if self.source not in known and not self.source.startswith(TIMM):
+            told = nearest(self.source, [*known, *TIMM])
+            raise ValueError(f"unknown source {self.source!r}; {told} ({', '.join(TIMM)} are followed by timm's name)")
+        for fields, belong in SPECIAL.items():
+            if not belong(self.source) and (idle := set(fields) & self.model_fields_set):
+                raise ValueError(f"{', '.join(sorted(idle))} has no meaning for source {self.source!r}")
+        if self.in_memory and "crop_pct" in self.model_fields_set:
+            raise ValueError("crop_pct has no meaning with in_memory: the images are used as they are")
         return self
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether worker processes read the images as they are needed, instead of once."""
+        return self.source not in (*MADE, *ARRAYS) and not self.in_memory
 
 
 class ModelSettings(Frozen):
@@ -128,30 +154,46 @@ class PartitionSettings(Frozen):
 class TrainingSettings(Frozen):
     """The recipe of one phase: AdamW, cosine with linear warm-up per step, timm's mixup and cutmix."""
 
-    epochs: Annotated[float, Field(gt=0)] = 10.0  # passes over the training images; fractions are fine
-    batch_size: Positive = 32  # images of an update; the last incomplete batch of an epoch is left out
+    epochs: Annotated[float, Field(ge=0)] = 10.0  # passes over the training images; fractions are fine; 0: judge only
+    batch_size: Positive = 32  # images of an update, on all devices together; an epoch's incomplete last one is left out
+    micro_batch: Positive | None = None  # images that one device takes at once, gradients add up; none: its whole share
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    min_lr: Annotated[float, Field(ge=0)] = 1e-5  # where the cosine ends
+    lr_for_batch: Positive | None = None  # lr is meant for this batch size and scaled linearly to batch_size
+    min_lr: Annotated[float, Field(ge=0)] = 1e-5  # where the cosine ends; never scaled
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # linear, from zero
     weight_decay: Annotated[float, Field(ge=0)] = 0.05  # not on biases, norms, position embedding, class token
     betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False)
     clip_grad: Annotated[float, Field(gt=0)] | None = None  # largest norm of the gradient; none: no clipping
+    ema: Share | None = None  # decay of the moving average of weights, which is judged and kept; none: the last weights
     label_smoothing: Share = 0.1
     drop_path: Share = 0.0
     mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of the beta distribution; 0: off
     cutmix: Annotated[float, Field(ge=0)] = 0.0
-    shift: Annotated[int, Field(ge=0)] = 0  # pixels; random translation of each image
     hflip: bool = False  # random mirroring of each image
+    shift: Annotated[int, Field(ge=0)] = 0  # pixels; random translation; images held in memory only
+    randaugment: str | None = None  # timm's notation, e.g. rand-m9-mstd0.5-inc1; streamed images only, as the next two
+    color_jitter: Annotated[float, Field(ge=0)] = 0.0  # only without randaugment, which has its own, as in timm
+    erase: Share = 0.0  # probability of a rectangle of noise
+    repeats: Positive = 1  # augmentations of an image within a batch; an epoch then shows 1/repeats of the images
     eval_every: Positive = 1  # epochs between evaluations; the last step is always evaluated
 
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up, scaled to the batch."""
+        return self.lr * self.batch_size / (self.lr_for_batch or self.batch_size)
+
     @model_validator(mode="after")
-    def _ordered(self) -> "TrainingSettings":
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr} is larger than lr {self.lr}")
+    def _agrees(self) -> "TrainingSettings":
+        if self.min_lr > self.peak_lr:
+            raise ValueError(f"min_lr {self.min_lr} is larger than lr {self.peak_lr:g}")
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} is more than epochs {self.epochs}")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise ValueError(f"batch_size {self.batch_size} is odd; mixup and cutmix pair the images of a batch")
+        micro = self.micro_batch or self.batch_size
+        if self.batch_size % micro:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by micro_batch {micro}")
+        if (self.mixup or self.cutmix) and micro % 2:
+            field = "micro_batch" if self.micro_batch else "batch_size"
+            raise ValueError(f"{field} {micro} is odd; mixup and cutmix pair the images of a batch")
         return self
 
 
@@ -175,28 +217,30 @@ class PhaseChanges(Frozen):
 class StrategySettings(Frozen):
     """A named way from nothing to a trained network."""
 
-    kind: Literal["end_to_end", "deep_incubation"]
+    kind: Literal["end_to_end", "deep_incubation", "finetune"]
     start: Literal["random", "stack", "identity"] = "random"  # of each target module
     inherit_stem: bool = False  # module 1 starts with the meta model's embedding
     inherit_head: bool = False  # module K starts with the meta model's norm and head
+    weights: str | None = None  # deep_incubation: a trained meta model, finetune: the network; folder or .safetensors file
     match: str | None = None  # end_to_end: as many steps as cost the training FLOPs of that strategy
     phases: PhaseChanges = PhaseChanges()
 
     @model_validator(mode="after")
     def _used(self) -> "StrategySettings":
-        others = {"start", "inherit_stem", "inherit_head"} if self.kind == "end_to_end" else {"match"}
-        idle = others & self.model_fields_set
-        idle |= {
-            f"phases.{p}"
-            for p in PhaseChanges.model_fields
-            if p not in PHASES_OF[self.kind] and p in self.phases.model_fields_set
-        }
+        own = {"end_to_end": {"match"}, "finetune": {"weights"}}.get(self.kind)
+        own = own or {"start", "inherit_stem", "inherit_head", "weights"}
+        idle = ({"start", "inherit_stem", "inherit_head", "weights", "match"} - own) & self.model_fields_set
+        phases = [p for p in PHASES_OF[self.kind] if not (p == "meta" and self.weights)]
+        idle |= {f"phases.{p}" for p in PhaseChanges.model_fields if p not in phases and p in self.phases.model_fields_set}
         if idle:
-            raise ValueError(f"{', '.join(sorted(idle))} has no meaning for kind {self.kind!r}")
+            given = f"kind {self.kind!r}" + (" with weights" if self.weights and self.kind == "deep_incubation" else "")
+            raise ValueError(f"{', '.join(sorted(idle))} has no meaning for {given}")
+        if self.kind == "finetune" and not self.weights:
+            raise ValueError("kind 'finetune' needs weights: the folder or .safetensors file of the network to start from")
         return self
 
 
-PHASES_OF = {"end_to_end": ["end_to_end"], "deep_incubation": ["meta", "incubate", "finetune"]}
+PHASES_OF = {"end_to_end": ["end_to_end"], "deep_incubation": ["meta", "incubate", "finetune"], "finetune": ["finetune"]}
 STRATEGIES = {
     "end_to_end": {"kind": "end_to_end", "match": "deep_incubation"},
     "deep_incubation": {"kind": "deep_incubation", "start": "random"},  # the paper's
@@ -209,6 +253,20 @@ STRATEGIES = {
 }  # fmt: skip
 
 
+class MachineSettings(Frozen):
+    """How phases are computed: none of this belongs to a phase's identity."""
+
+    devices: Positive = 1  # that train one phase together, data-parallel; --devices sets it
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"  # mode of torch.compile
+    workers: Annotated[int, Field(ge=0)] | None = None  # processes a device that read streamed images; none: its cores
+    start_method: Literal["forkserver", "spawn", "fork"] = "forkserver"  # of these processes; fork is unsafe beside CUDA
+    download: bool = False  # fetch torchvision's sets where they are missing
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0  # between checkpoints
+
+
+DEFAULT_MACHINE = MachineSettings()
+
+
 class Settings(Frozen):
     """Everything one experiment needs. Presets and users' files have exactly these fields."""
 
@@ -217,13 +275,14 @@ class Settings(Frozen):
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     partition: PartitionSettings
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; weights and optimiser stay float32
     training: TrainingSettings = TrainingSettings()
     phases: PhaseChanges = PhaseChanges()
     strategies: dict[StrategyName, StrategySettings] = {}
     run: list[str] = Field(
         min_length=1, default=["end_to_end", "deep_incubation", "deep_incubation_stack"]
     )  # strategies run by default
-    checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0  # between checkpoints, never changes a result
+    machine: MachineSettings = DEFAULT_MACHINE
     overrides: list[str] = []  # the `--set` values already applied, for the record
 
     @model_validator(mode="after")
@@ -232,12 +291,30 @@ class Settings(Frozen):
             self.partition.depths(self.model.depth)
         if "meta" in self.strategies:
             raise ValueError("strategies.meta: that name is taken, for the folder of the shared meta model")
+        if self.machine.download and self.data.source not in ARRAYS and not self.data.source.startswith("torch/"):
+            raise ValueError(f"machine.download is for torchvision's sets, not for data.source {self.data.source!r}")
         for name, strategy in self.strategies.items():
             if strategy.match and self.strategies.get(strategy.match, strategy).kind == "end_to_end":
                 raise ValueError(f"strategies.{name}.match is {strategy.match!r}; name a deep_incubation strategy")
             for phase in PHASES_OF[strategy.kind]:
-                self.training_of(name, phase)
+                self._check_fits(self.training_of(name, phase), f"phase {phase} of strategy {name}")
         return self
+
+    def _check_fits(self, training: TrainingSettings, where: str) -> None:
+        """Raise ValueError when a recipe asks for what these images or this many devices cannot give."""
+        idle = ["shift"] if self.data.is_streamed else ["randaugment", "color_jitter", "erase"]
+        for field in idle:
+            if getattr(training, field):
+                kind = "streamed" if self.data.is_streamed else "held in memory"
+                raise ValueError(f"{field} in {where}: not for images that are {kind} (data.source {self.data.source!r})")
+        devices, micro = self.machine.devices, training.micro_batch
+        if training.batch_size % ((micro or 1) * devices):
+            told = f"batch_size {training.batch_size} in {where} is not divisible by machine.devices {devices}"
+            raise ValueError(told + (f" times micro_batch {micro}" if micro else ""))
+        if (training.mixup or training.cutmix) and (micro or training.batch_size // devices) % 2:
+            raise ValueError(
+                f"batch_size {training.batch_size} in {where} gives each device an odd number, which mixup cannot pair"
+            )
 
     def strategy(self, name: str) -> StrategySettings:
         """Return the strategy of that name; SettingsError with the nearest names if there is none."""
@@ -253,7 +330,7 @@ class Settings(Frozen):
         try:
             return TrainingSettings.model_validate(merged)
         except ValidationError as error:
-            raise SettingsError(f"settings of phase {phase} of strategy {strategy}: {_told(error)}") from None
+            raise SettingsError(f"settings of phase {phase} of strategy {strategy}: {told(error)}") from None
 
     def is_matched(self, name: str) -> bool:
         """Whether the length of this end-to-end strategy follows from the cost of another one."""
@@ -261,9 +338,15 @@ class Settings(Frozen):
         explicit = (self.phases.end_to_end.epochs, strategy.phases.end_to_end.epochs)
         return strategy.match is not None and explicit == (None, None)
 
+    @property
+    def is_variant(self) -> bool:
+        """Whether an override can have made other results than the file alone."""
+        neutral = ("machine.", "run=", "description=")
+        return any(not override.replace(" ", "").startswith(neutral) for override in self.overrides)
+
     def digest(self) -> str:
         """Return the hash that names an experiment: of all settings that can change a result."""
-        settings = self.model_dump(mode="json", include={"data", "model", "partition"})
+        settings = self.model_dump(mode="json", include={"data", "model", "partition", "precision"})
         for name, strategy in self.strategies.items():
             used = {phase: self.training_of(name, phase).model_dump(mode="json") for phase in PHASES_OF[strategy.kind]}
             matched = self.is_matched(name) and strategy.match
@@ -284,8 +367,9 @@ class PhaseSettings(Frozen):
     start: Literal["random", "stack", "identity"] | None = None  # incubate only
     inherit_stem: bool = False
     inherit_head: bool = False
-    training: TrainingSettings | None = None  # none for assemble
-    inputs: dict[str, str] = {}  # hashes of the phases it starts from
+    precision: Literal["float32", "bfloat16"] = "float32"
+    training: TrainingSettings | None = None  # none for assemble, and for a meta model that is read from a file
+    inputs: dict[str, str] = {}  # hashes of the phases it starts from; "weights": of a file
     format: int = FORMAT
 
     def digest(self) -> str:
@@ -298,107 +382,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def presets() -> dict[str, Path]:
-    """Return the presets in the package: name → file."""
-    folder = Path(str(resources.files("incubate_lib") / "presets"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...] = ()) -> Settings:
-    """Read a preset by name or a YAML file by path, and apply `a.b=value` overrides; SettingsError if anything is off."""
-    path = presets().get(preset)
-    if path is None:
-        path = Path(preset)
-        if path.is_dir():
-            raise SettingsError(f"{preset} is a folder; give a preset ({', '.join(presets())}) or a .yaml file")
-        if path.suffix not in (".yaml", ".yml") and not path.is_file():
-            raise SettingsError(f"unknown preset {preset!r}; {nearest(preset, presets())}, or give a .yaml file")
-    raw = _read_yaml(path)
-    raw.setdefault("name", path.stem)
-    raw.setdefault("strategies", {})
-    if isinstance(raw["strategies"], dict) and all(v is None or isinstance(v, dict) for v in raw["strategies"].values()):
-        raw["strategies"] = {
-            name: STRATEGIES.get(name, {}) | (raw["strategies"].get(name) or {})
-            for name in [*STRATEGIES, *(n for n in raw["strategies"] if n not in STRATEGIES)]
-        }
-    for override in overrides:
-        _override(raw, override)
-    raw["overrides"] = list(overrides)
-    settings = _validate(raw, " ".join([path.name, *(f"--set {override}" for override in overrides)]))
-    for name in settings.run:
-        settings.strategy(name)
-    for override in overrides:
-        _refuse_idle(settings, override.partition("=")[0].strip())
-    return settings
-
-
-def _refuse_idle(settings: Settings, where: str) -> None:
-    """Refuse to set a training field that every phase overrides: it would silently do nothing."""
-    section, _, field = where.partition(".")
-    if section != "training" or not field:
-        return
-
-    def overridden(name: str, phase: str) -> bool:
-        layers = (settings.phases, settings.strategies[name].phases)
-        computed = field == "epochs" and phase == "end_to_end" and settings.is_matched(name)
-        return computed or any(field in getattr(layer, phase).model_fields_set for layer in layers)
-
-    if all(overridden(name, phase) for name, s in settings.strategies.items() for phase in PHASES_OF[s.kind]):
-        raise SettingsError(f"{where} has no effect: every phase sets its own {field}; use phases.<phase>.{field}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without python objects or doubled keys, and with 1e-3 read as a number (YAML 1.1 wants a dot)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if doubled := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{doubled[0]!r} stands there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.load(path.read_text(), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"cannot read settings file {path}: {getattr(error, 'strerror', None) or error}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise SettingsError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise SettingsError(f"{path} must be a mapping of settings, not a {type(raw).__name__}")
-    return raw
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    where, equals, text = override.partition("=")
-    keys = where.strip().split(".")
-    if not equals or not all(keys):
-        raise SettingsError(f"--set {override!r}: write it as field=value, for example training.epochs=20")
-    try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError):
-        raise SettingsError(f"--set {override!r}: {text!r} is not a plain value") from None
-    for key in keys[:-1]:
-        if raw.get(key) is None:
-            raw[key] = {}
-        raw = raw[key]
-        if not isinstance(raw, dict):
-            raise SettingsError(f"--set {override!r}: {key} has no fields")
-    raw[keys[-1]] = value
-
-
-def _validate(raw: dict[str, Any], where: str) -> Settings:
-    try:
-        return Settings.model_validate(raw)
-    except ValidationError as error:
-        raise SettingsError(f"{where}: {_told(error)}") from None
-
-
-def _told(error: ValidationError) -> str:
+def told(error: ValidationError) -> str:
     """Say in a line or two what is wrong: field, value, and what would be right."""
     lines = []
     for item in error.errors()[:3]:
@@ -426,10 +410,6 @@ def _fields_at(loc: tuple) -> list[str]:
 
 
 def nearest(name: str, known: Any) -> str:
+    """Return the most similar names, or all of them, as the end of an error message."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known)}"
-
-
-def data_folder() -> Path:
-    """Return the folder of datasets, runs and results: $INCUBATE_DATA, or `data/` of the project."""
-    return Path(os.environ.get("INCUBATE_DATA") or Path(__file__).resolve().parents[1] / "data").absolute()

@@ -1,0 +1,18 @@
+"""Everything that can be set: the models, and the files they are read from. Nothing here imports torch, so that a
+misspelt name is told in a fraction of a second.
+"""
+
+from incubate_lib.config.files import data_folder as data_folder
+from incubate_lib.config.files import load_settings as load_settings
+from incubate_lib.config.files import presets as presets
+from incubate_lib.config.models import DEFAULT_MACHINE as DEFAULT_MACHINE
+from incubate_lib.config.models import PHASES_OF as PHASES_OF
+from incubate_lib.config.models import DataSettings as DataSettings
+from incubate_lib.config.models import Frozen as Frozen
+from incubate_lib.config.models import MachineSettings as MachineSettings
+from incubate_lib.config.models import ModelSettings as ModelSettings
+from incubate_lib.config.models import PhaseSettings as PhaseSettings
+from incubate_lib.config.models import Settings as Settings
+from incubate_lib.config.models import SettingsError as SettingsError
+from incubate_lib.config.models import TrainingSettings as TrainingSettings
+from incubate_lib.config.models import nearest as nearest

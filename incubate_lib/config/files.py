@@ -1,0 +1,117 @@
+"""Settings files: presets and users' own, read, overridden by `--set a.b=c`, checked; and where data lies."""
+
+import os
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from incubate_lib.config.models import PHASES_OF, STRATEGIES, Settings, SettingsError, nearest, told
+
+
+def presets() -> dict[str, Path]:
+    """Return the presets in the package: name → file."""
+    folder = Path(str(resources.files("incubate_lib") / "presets"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...] = ()) -> Settings:
+    """Read a preset by name or a YAML file by path, and apply `a.b=value` overrides; SettingsError if anything is off."""
+    path = presets().get(preset)
+    if path is None:
+        path = Path(preset)
+        if path.is_dir():
+            raise SettingsError(f"{preset} is a folder; give a preset ({', '.join(presets())}) or a .yaml file")
+        if path.suffix not in (".yaml", ".yml") and not path.is_file():
+            raise SettingsError(f"unknown preset {preset!r}; {nearest(preset, presets())}, or give a .yaml file")
+    raw = _read_yaml(path)
+    raw.setdefault("name", path.stem)
+    raw.setdefault("strategies", {})
+    if isinstance(raw["strategies"], dict) and all(v is None or isinstance(v, dict) for v in raw["strategies"].values()):
+        raw["strategies"] = {
+            name: STRATEGIES.get(name, {}) | (raw["strategies"].get(name) or {})
+            for name in [*STRATEGIES, *(n for n in raw["strategies"] if n not in STRATEGIES)]
+        }
+    for override in overrides:
+        _override(raw, override)
+    raw["overrides"] = list(overrides)
+    settings = _validate(raw, " ".join([path.name, *(f"--set {override}" for override in overrides)]))
+    for name in settings.run:
+        settings.strategy(name)
+    for override in overrides:
+        _refuse_idle(settings, override.partition("=")[0].strip())
+    return settings
+
+
+def _refuse_idle(settings: Settings, where: str) -> None:
+    """Refuse to set a training field that every phase overrides: it would silently do nothing."""
+    section, _, field = where.partition(".")
+    if section != "training" or not field:
+        return
+
+    def overridden(name: str, phase: str) -> bool:
+        layers = (settings.phases, settings.strategies[name].phases)
+        computed = field == "epochs" and phase == "end_to_end" and settings.is_matched(name)
+        return computed or any(field in getattr(layer, phase).model_fields_set for layer in layers)
+
+    if all(overridden(name, phase) for name, s in settings.strategies.items() for phase in PHASES_OF[s.kind]):
+        raise SettingsError(f"{where} has no effect: every phase sets its own {field}; use phases.<phase>.{field}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without python objects or doubled keys, and with 1e-3 read as a number (YAML 1.1 wants a dot)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if doubled := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{doubled[0]!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read settings file {path}: {getattr(error, 'strerror', None) or error}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise SettingsError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path} must be a mapping of settings, not a {type(raw).__name__}")
+    return raw
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    where, equals, text = override.partition("=")
+    keys = where.strip().split(".")
+    if not equals or not all(keys):
+        raise SettingsError(f"--set {override!r}: write it as field=value, for example training.epochs=20")
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):
+        raise SettingsError(f"--set {override!r}: {text!r} is not a plain value") from None
+    for key in keys[:-1]:
+        if raw.get(key) is None:
+            raw[key] = {}
+        raw = raw[key]
+        if not isinstance(raw, dict):
+            raise SettingsError(f"--set {override!r}: {key} has no fields")
+    raw[keys[-1]] = value
+
+
+def _validate(raw: dict[str, Any], where: str) -> Settings:
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(f"{where}: {told(error)}") from None
+
+
+def data_folder() -> Path:
+    """Return the folder of datasets, runs and results: $INCUBATE_DATA, or `data/` of the project."""
+    return Path(os.environ.get("INCUBATE_DATA") or Path(__file__).resolve().parents[2] / "data").absolute()

@@ -1,0 +1,128 @@
+"""One phase on several devices: `python -m torch.distributed.run` as a subprocess over the phase's job file.
+
+The caller, a notebook's kernel as well as a command line, only waits: it starts no CUDA, survives whatever happens to
+the ranks, and gets a failed rank's traceback. Ranks end when their caller does, because their standard input closes.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from incubate_lib.config import SettingsError
+from incubate_lib.training.runs import PhaseFolder, Stopped, read_json, write_json
+
+NOISE = re.compile(r"^[WEI]\d{4} |torch/distributed|^\s*$|^\*+$")  # the launcher's own log, of which errors are told by us
+KINDS = {error.__name__: error for error in (SettingsError, FloatingPointError, Stopped, MemoryError)}
+
+
+class RankFailed(RuntimeError):
+    """A rank of a data-parallel phase died; the message has its number and reason, `rank_traceback` where it happened."""
+
+    rank_traceback = ""
+
+
+def train_on_devices(job: dict[str, Any], folder: PhaseFolder, devices: int, title: str) -> dict[str, Any]:
+    """Train a phase on `devices` devices of this machine and return its summary; its folder must be claimed.
+
+    `job` holds the arguments of `phases.train_phase` as JSON values. Raises what the first failing rank raised, if
+    that is bad input, a loss that is not finite or a stop, else RankFailed.
+    """
+    for old in folder.path.glob("rank-*.json"):
+        old.unlink()
+    write_json(folder.path / "job.json", job)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+    command += ["--local-addr=127.0.0.1", "-m", "incubate_lib.training.launch", str(folder.path / "job.json")]
+    cores = int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // devices)), "INCUBATE_HEADLESS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    told = []
+    try:
+        for line in process.stdout:
+            told.append(line)
+            if not NOISE.search(line):
+                print(line, end="", flush=True)
+        process.wait()
+    finally:
+        process.stdin.close()
+        if process.poll() is None:
+            process.kill()  # the ranks see their input close
+            process.wait()
+        process.stdout.close()
+    if process.returncode == 0 and (summary := folder.summary()):
+        return summary
+    raise _failure(folder, devices, title, "".join(told[-200:]))
+
+
+def _failure(folder: PhaseFolder, devices: int, title: str, told: str) -> Exception:
+    """Make the exception of the rank that failed first."""
+    reports = {path: read_json(path) for path in folder.path.glob("rank-*.json")}
+    reports = sorted((r for r in reports.values() if r), key=lambda report: report["time"])
+    if not reports:
+        killed = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", told, re.S)
+        if killed:
+            return RankFailed(
+                f"{title}: rank {killed[1]} of {devices} died (exit code {killed[2]}; -9: killed, often out of memory)"
+            )
+        return RankFailed(f"{title}: torch.distributed.run failed:\n{told.strip()[-2000:]}")
+    first = reports[0]
+    if first["kind"] in KINDS:
+        return KINDS[first["kind"]](first["message"])
+    print(f"rank {first['rank']} of {devices}:\n{first['traceback']}", flush=True)
+    error = RankFailed(f"{title}: rank {first['rank']} of {devices}: {first['kind']}: {first['message']}")
+    error.rank_traceback = first["traceback"]
+    return error
+
+
+def _rank(path: Path) -> int:
+    """Be one rank of a job; whatever goes wrong is left in `rank-<n>.json` beside the job file."""
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+    rank = int(os.environ["RANK"])
+    try:
+        _train(json.loads(path.read_text()))
+    except BaseException as error:
+        report = {"rank": rank, "time": time.time(), "kind": type(error).__name__, "message": str(error)}
+        write_json(path.with_name(f"rank-{rank}.json"), report | {"traceback": traceback.format_exc()})
+        sys.stdout.flush()
+        os._exit(1)  # at once: other threads may wait for ranks that are gone
+    return 0
+
+
+def _train(job: dict[str, Any]) -> None:
+    import torch
+    from torch import distributed as dist
+
+    from incubate_lib.training.phases import train_phase
+    from incubate_lib.training.team import Team
+
+    cuda = torch.cuda.is_available()
+    local = int(os.environ["LOCAL_RANK"])
+    if cuda and local >= torch.cuda.device_count():
+        raise SettingsError(f"machine.devices: rank {local} has no GPU; this machine has {torch.cuda.device_count()}")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not resolve
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    team = Team(dist.get_rank(), dist.get_world_size(), device)
+    train_phase(**job, team=team)
+    dist.destroy_process_group()
+
+
+def _end_with_caller() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(_rank(Path(sys.argv[1])))

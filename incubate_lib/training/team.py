@@ -1,0 +1,47 @@
+"""The devices that train one phase together: one process each, all with the same weights."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process's place among `devices` that train together; alone by default, and then nothing is communicated."""
+
+    rank: int = 0
+    devices: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # of this process
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    @property
+    def look_every(self) -> int:
+        """Updates between two looks at losses and clock; together they must be the same ones for all."""
+        return 1 if self.devices == 1 else 8
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        if self.devices > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, decision: bool) -> bool:
+        """Return what the first process decided: clocks and files may look different to each."""
+        if self.devices == 1:
+            return decision
+        decided = torch.tensor([decision], dtype=torch.int32, device=self.device)
+        dist.broadcast(decided, 0)
+        return bool(decided.item())
+
+    def barrier(self) -> None:
+        if self.devices > 1:
+            dist.barrier()
+
+
+ALONE = Team()
