@@ -52,11 +52,37 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--seeds", "0", "1", "0"], "seed 0 is given twice"),
     ([*RUN, "--seeds", "-1"], "seed -1 is negative"),
     ([*RUN, "--jobs", "0"], "--jobs is 0"),
+    ([*RUN, "--devices", "0"], "machine.devices is 0"),
+    ([*RUN, "--devices", "3"], "batch_size 32 in phase end_to_end of strategy end_to_end is not divisible by machine.devices 3"),
+    ([*RUN, "--set", "training.micro_batch=5"], "batch_size 32 is not divisible by micro_batch 5"),
+    ([*RUN, "--set", "training.micro_batch=16", "--devices", "4"], "machine.devices 4 times micro_batch 16"),
+    ([*RUN, "--set", "training.mixup=0.5", "--set", "training.micro_batch=1"], "micro_batch 1 is odd"),
+    ([*RUN, "--set", "training.mixup=0.5", "--devices", "32"], "gives each device an odd number"),
+    (
+        [*RUN, "--set", "training.lr_for_batch=64", "--set", "training.min_lr=9e-4", "--set", "training.lr=1e-3"],
+        "min_lr 0.0009 is larger than lr 0.0005",
+    ),
+    ([*RUN, "--set", "training.ema=1.0"], "training.ema is 1.0"),
+    (
+        [*RUN, "--set", "training.randaugment=rand-m9"],
+        "randaugment in phase end_to_end of strategy end_to_end: not for images that are held",
+    ),
+    ([*RUN, "--set", "precision=float16"], "precision is 'float16'"),
+    ([*RUN, "--set", "machine.compile=fast"], "machine.compile is 'fast'"),
+    ([*RUN, "--set", "machine.download=true"], "machine.download is for torchvision's sets, not for data.source 'digits'"),
+    ([*RUN, "--set", "data.source=cifar"], "unknown source 'cifar'; did you mean cifar10 or cifar100"),
+    ([*RUN, "--set", "data.folder=x"], "folder has no meaning for source 'digits'"),
+    ([*RUN, "--set", "data.source=cifar10", "--set", "data.test_images=null"], "/datasets/cifar10 is not there"),
+    ([*RUN, "--set", "data.train_share=0"], "data.train_share is 0"),
+    ([*RUN, "--set", "data.train_share=0.001"], "data.train_share is 0.001; of 1200 images in 10 classes"),
+    ([*RUN, "--set", "strategies.tune={kind: finetune}"], "kind 'finetune' needs weights"),
+    ([*RUN, "--set", "strategies.tune={kind: finetune, weights: nowhere}"], "weights nowhere: there is no nowhere"),
+    ([*RUN, "--set", "strategies.end_to_end.weights=x"], "weights has no meaning for kind 'end_to_end'"),
     ([*RUN, "--set", "training.epochs=.inf"], "training.epochs is inf"),
     ([*RUN, "--set", "run=[]"], "run is []"),
     ([*RUN, "--set", "name=2024-99-99"], "is not a plain value"),
     ([*RUN, "--set", "phases.meta.lr=null"], "lr is None"),
-    ([*RUN, "--set", "data.num_classes=3"], "num_classes is only for source 'synthetic'"),
+    ([*RUN, "--set", "data.num_classes=3"], "num_classes has no meaning for source 'digits'"),
     ([*RUN, "--set", "model.options={depth: 3}"], "options.depth is a field of its own"),
     ([*RUN, "--set", "training.mixup=0.5", "--set", "training.batch_size=33"], "batch_size 33 is odd"),
     ([*RUN, "--set", "strategies.end_to_end.start=stack"], "start has no meaning for kind 'end_to_end'"),
@@ -189,7 +215,7 @@ def test_a_setting_that_could_have_no_effect_is_refused(tmp_path):
 
 def test_the_experiments_hash_knows_what_changes_a_result():
     plain = load_settings("smoke")
-    same = ["checkpoint_seconds=9", "run=[end_to_end]", "description=x", "training.lr=0.002"]
+    same = ["machine.checkpoint_seconds=9", "run=[end_to_end]", "description=x", "training.lr=0.002"]
     assert plain.digest() == load_settings("smoke", same).digest()
     changes = ["training.lr=3e-3", "phases.meta.clip_grad=null", "partition.meta_depths=[1,1,2]", "data.num_images=300"]
     changes += ["strategies.end_to_end.match=deep_incubation_stack", "strategies.deep_incubation.inherit_stem=true"]
@@ -205,7 +231,7 @@ def test_a_phases_hash_knows_everything_in_it():
         "phase": "meta", "seed": 1, "data": DataSettings(test_images=500), "model": ModelSettings(depth=4),
         "target_depths": [1, 3], "meta_depths": [2, 1], "module_index": 1,
         "start": "stack", "inherit_stem": True, "inherit_head": True,
-        "training": TrainingSettings(lr=2e-3), "inputs": {"meta": "abd"}, "format": 99,
+        "training": TrainingSettings(lr=2e-3), "inputs": {"meta": "abd"}, "format": 99, "precision": "bfloat16",
     }  # fmt: skip
     assert set(other) == set(PhaseSettings.model_fields), "a new field must be part of the hash"
     changed = {plain.model_copy(update={name: value}).digest() for name, value in other.items()}

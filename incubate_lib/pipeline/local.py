@@ -290,10 +290,10 @@ def _remaining_path(plan: Plan) -> dict[str, int]:
     return longest
 
 
-def check_jobs(jobs: int | None) -> int:
-    """Return the number of notebooks to run side by side; by default one per core, at most four."""
+def check_jobs(jobs: int | None, devices: int = 1) -> int:
+    """Return the number of notebooks to run side by side; by default one per core, at most four, over `devices` each."""
     if jobs is None:
-        return min(4, len(os.sched_getaffinity(0)))
+        return max(1, min(4, len(os.sched_getaffinity(0))) // devices)
     if jobs < 1:
         raise SettingsError(f"--jobs is {jobs}; it must be at least 1")
     return jobs

@@ -217,10 +217,10 @@ class StreamedSet:
                 "them, data.skip_broken=true takes the next image in place of each"
             )
 
-    def _sound(self, item: tuple[np.ndarray, int, list]) -> Tensor:
+    def _sound(self, item: tuple[Tensor, int, list]) -> Tensor:
         image, _, broken = item
         self._note(broken)
-        return torch.from_numpy(image)
+        return image
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class _Reader(torch.utils.data.Dataset):
     mode: str
     skip_broken: bool
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray | None, int, list[tuple[str, str]]]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor | None, int, list[tuple[str, str]]]:
         i, seed = item
         random.seed(seed)
         np.random.seed(seed)
@@ -256,7 +256,7 @@ class _Reader(torch.utils.data.Dataset):
             at = (i + step) % len(self.index)
             image, error = self.open(at)
             if image is not None:
-                return np.array(self.transform(image)), int(self.labels[self.index[at]]), broken
+                return torch.as_tensor(self.transform(image)), int(self.labels[self.index[at]]), broken  # older timm: an array
             broken.append(error)
         return None, 0, broken
 
@@ -270,7 +270,7 @@ class _Reader(torch.utils.data.Dataset):
 
 
 def _collate(items: list) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-    images = [torch.from_numpy(image) for image, _, _ in items if image is not None]
+    images = [image for image, _, _ in items if image is not None]
     labels = [label for image, label, _ in items if image is not None]
     broken = [error for _, _, errors in items for error in errors]
     return torch.stack(images) if images else torch.empty(0), torch.tensor(labels), broken
@@ -360,16 +360,14 @@ def _pixels(settings: DataSettings, source: Source, index: np.ndarray) -> tuple[
     for i in map(int, index):
         try:
             image = source.opener(i)
-            image.load()
         except Exception as error:
             raise SettingsError(f"{source.opener.name(i)} cannot be read ({type(error).__name__}: {error})") from None
         looks = image.size, image.mode
         first = first or looks
         if looks != first or image.mode not in ("L", "RGB"):
             told = f"{source.opener.name(i)} is {image.size[0]} × {image.size[1]} pixels of mode {image.mode}"
-            raise SettingsError(
-                f"{told}; with data.in_memory all must be alike, L or RGB, and the first has {first[0]}, {first[1]}"
-            )
+            alike = f"and the first is {first[0][0]} × {first[0][1]}, {first[1]}"
+            raise SettingsError(f"{told}; with data.in_memory all must be L or RGB and alike, {alike}")
         pixels = np.asarray(image)
         images.append(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
     return np.stack(images), source.labels[index]

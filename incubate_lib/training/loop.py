@@ -115,7 +115,7 @@ class Trainer:
         replica = model
         if team.devices > 1:  # what is frozen is frozen already, so no gradient is waited for in vain
             ids = [self.device.index] if self.device.type == "cuda" else None
-            replica = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            replica = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
         self.replica, self.runner = replica, compiled(replica, machine.compile)
         self.wait_seconds = 0.0  # for images
         self.batches: Iterator[tuple[Tensor, Tensor]] | None = None

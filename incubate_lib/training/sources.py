@@ -24,7 +24,7 @@ Opener = Callable[[int], Image.Image]  # picklable: worker processes get a copy
 
 @dataclass(frozen=True)
 class Source:
-    """Labelled images of one split: all pixels, or a way to open image i."""
+    """Labelled images of one split: all pixels, or a way to open and decode image i."""
 
     labels: np.ndarray  # [N] int64
     classes: list[str]
@@ -140,6 +140,14 @@ def _torchvision(settings: DataSettings, cls: Any, download: bool, **arguments: 
         raise SettingsError(f"data.folder {folder}: torchvision cannot read {settings.source!r}: {error}{hint}") from None
 
 
+def _decoded(file: Any) -> Image.Image:
+    """Read an image to its end and close the file, whether it is sound or not."""
+    with file:
+        image = Image.open(file)
+        image.load()
+        return image
+
+
 # -- images opened one by one -----------------------------------------------------------------------------------------------
 
 
@@ -150,7 +158,7 @@ class Files:
     paths: list[str]
 
     def __call__(self, i: int) -> Image.Image:
-        return Image.open(self.paths[i])
+        return _decoded(open(self.paths[i], "rb"))
 
     def name(self, i: int) -> str:
         return self.paths[i]
@@ -165,7 +173,7 @@ class Indexed:
 
     def __call__(self, i: int) -> Image.Image:
         image = self.items[i][0]
-        return image if isinstance(image, Image.Image) else Image.open(image)
+        return image if isinstance(image, Image.Image) else _decoded(image)
 
     def name(self, i: int) -> str:
         return f"{self.label}, image {i}"
@@ -183,7 +191,7 @@ class Shards:
         which, offset, size = self.places[i]
         with open(self.tars[which], "rb") as file:
             file.seek(offset)
-            return Image.open(io.BytesIO(file.read(size)))
+            return _decoded(io.BytesIO(file.read(size)))
 
     def name(self, i: int) -> str:
         return f"{self.names[i]} in {self.tars[self.places[i][0]]}"
@@ -200,7 +208,7 @@ def _image_folder(settings: DataSettings, download: bool) -> tuple[Source, Sourc
         if not place.is_dir():
             there = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())[:8]) or "nothing"
             raise SettingsError(
-                f"data.folder {folder} has no subfolder {split!r}; there is {there} (data.train_split, data.test_split)"
+                f"data.folder {folder} has no subfolder {split!r} but {there} (data.train_split, data.test_split)"
             )
         classes = sorted(p.name for p in place.iterdir() if p.is_dir())
         if not classes:
