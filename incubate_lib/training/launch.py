@@ -45,11 +45,12 @@ def train_on_devices(job: dict[str, Any], folder: PhaseFolder, devices: int, tit
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
-    told = []
+    told, quiet = [], False
     try:
         for line in process.stdout:
             told.append(line)
-            if not NOISE.search(line):
+            quiet = quiet or line.startswith("Traceback")  # the launcher's own; a rank's is in its report
+            if not quiet and not NOISE.search(line):
                 print(line, end="", flush=True)
         process.wait()
     finally:
@@ -68,7 +69,7 @@ def _failure(folder: PhaseFolder, devices: int, title: str, told: str) -> Except
     reports = {path: read_json(path) for path in folder.path.glob("rank-*.json")}
     reports = sorted((r for r in reports.values() if r), key=lambda report: report["time"])
     if not reports:
-        killed = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", told, re.S)
+        killed = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", told, re.S)
         if killed:
             return RankFailed(
                 f"{title}: rank {killed[1]} of {devices} died (exit code {killed[2]}; -9: killed, often out of memory)"
@@ -106,8 +107,6 @@ def _train(job: dict[str, Any]) -> None:
 
     cuda = torch.cuda.is_available()
     local = int(os.environ["LOCAL_RANK"])
-    if cuda and local >= torch.cuda.device_count():
-        raise SettingsError(f"machine.devices: rank {local} has no GPU; this machine has {torch.cuda.device_count()}")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

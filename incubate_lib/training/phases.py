@@ -136,6 +136,8 @@ def run_phase(
     began = time.time()
     if done := folder.summary(s.digest()):
         return done
+    if torch.cuda.is_available() and machine.devices > torch.cuda.device_count():
+        raise SettingsError(f"machine.devices is {machine.devices}, but this machine has {torch.cuda.device_count()} GPU(s)")
     with folder.claim(s):
         if done := folder.summary(s.digest()):  # finished by another process while this one waited
             return done

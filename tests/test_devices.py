@@ -1,0 +1,232 @@
+"""Several devices for one phase: gloo on two processes of this machine, and the real torch.distributed.run."""
+
+import multiprocessing
+import os
+import signal
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from incubate_lib.config import MachineSettings, SettingsError, TrainingSettings, load_settings
+from incubate_lib.pipeline.graph import open_phase, plan
+from incubate_lib.training import launch
+from incubate_lib.training.launch import RankFailed
+from incubate_lib.training.loop import evaluate
+from incubate_lib.training.phases import train_phase
+from incubate_lib.training.runs import PhaseFolder, read_json
+from incubate_lib.training.team import ALONE, Team
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
+# everything at once: accumulation, moving average, mixup and cutmix, drop-path (preset), shift, clipping, odd evaluation
+EVERYTHING = [
+    "training.micro_batch=4", "training.ema=0.95", "training.mixup=0.4", "training.cutmix=0.5", "training.epochs=40",
+    "training.warmup_epochs=1", "training.eval_every=10", "data.test_images=95", "machine.checkpoint_seconds=0.1",
+]  # fmt: skip
+
+
+def together(target, devices: int, *arguments) -> None:
+    """Run `target(rank, devices, …)` in that many processes that know each other."""
+    processes = [context.Process(target=target, args=(rank, devices, *arguments)) for rank in range(devices)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * devices
+
+
+def join_team(rank: int, devices: int, meeting: str) -> Team:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=devices)
+    return Team(rank, devices)
+
+
+def job_of(node) -> dict:
+    """The job that a node would hand to its ranks."""
+    node.folder.path.mkdir(parents=True, exist_ok=True)
+    inputs = {name: str(before.folder.path) for name, before in node.inputs.items()}
+    return {
+        "settings": node.settings.model_dump(mode="json", exclude_unset=True), "folder": str(node.folder.path),
+        "title": node.title, "about": {}, "inputs": inputs, "flops_per_image": 1, "stop_file": None, "began": time.time(),
+        "machine": node.experiment.settings.machine.model_dump(mode="json"),
+    }  # fmt: skip
+
+
+def rank_of_a_phase(rank: int, devices: int, meeting: str, job: dict) -> None:
+    team = join_team(rank, devices, meeting) if devices > 1 else ALONE
+    torch.set_num_threads(1)
+    train_phase(**job, team=team)
+
+
+def losses(folder: PhaseFolder) -> list[tuple]:
+    return [(row["step"], row["train_loss"], row["loss"], row["accuracy"]) for row in folder.metrics()]
+
+
+@pytest.mark.parametrize("phase", ["meta", "incubate"])
+def test_two_devices_train_as_one(phase, tmp_path, monkeypatch):
+    """Same batch, same data, everything random on: the loss curve of one process, within float32 rounding."""
+    nodes, index = [], 1 if phase == "incubate" else None
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "meta"))
+    shared = open_phase("meta", "smoke", [*EVERYTHING, "training.epochs=1", "training.warmup_epochs=0"])
+    if phase == "incubate":
+        shared.run()
+    for devices in (1, 2):
+        monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / str(devices)))
+        node = open_phase(phase, "smoke", [*EVERYTHING, "training.epochs=4", "training.eval_every=1"], module_index=index)
+        job = job_of(node)
+        if phase == "incubate":
+            job["inputs"] = {"meta": str(shared.folder.path)}
+        together(rank_of_a_phase, devices, str(tmp_path / f"meeting-{devices}"), job)
+        nodes.append(node)
+    one, two = (losses(node.folder) for node in nodes)
+    assert len(one) == 5 and one[-1][2] != one[0][2]
+    for a, b in zip(one, two, strict=True):
+        assert a[0] == b[0]
+        assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=3e-4)
+    weights = [node.folder.load_weights() for node in nodes]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=2e-4)
+    assert [node.summary()["devices"] for node in nodes] == [1, 2]
+
+
+def rank_that_evaluates(rank: int, devices: int, meeting: str, out: str) -> None:
+    from incubate_lib.training.data import load_data
+
+    team = join_team(rank, devices, meeting)
+    _, judge = load_data(load_settings("smoke", ["data.test_images=95"]).data)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
+    Path(f"{out}-{rank}").write_text(repr(evaluate(model, judge, team=team)))
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_evaluation_counts_every_image_once_whatever_the_number_of_devices(devices, tmp_path):
+    from incubate_lib.training.data import load_data
+
+    together(rank_that_evaluates, devices, str(tmp_path / "meeting"), str(tmp_path / "out"))
+    _, judge = load_data(load_settings("smoke", ["data.test_images=95"]).data)
+    torch.manual_seed(0)
+    expected = evaluate(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4)), judge)
+    for rank in range(devices):
+        told = eval((tmp_path / f"out-{rank}").read_text())
+        assert told["accuracy"] == expected["accuracy"] and told["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+def run_node(data: str) -> None:
+    """The caller: a kernel or a command line."""
+    os.environ["INCUBATE_DATA"] = data
+    open_phase("meta", "smoke", [*EVERYTHING, "machine.devices=2"]).run()
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Return the process ids of the ranks of a job, the first rank first."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (place / "cmdline").read_bytes().split(b"\0")
+            environment = dict(line.partition(b"=")[::2] for line in (place / "environ").read_bytes().split(b"\0"))
+        except OSError:
+            continue
+        if str(folder / "job.json").encode() in command and b"RANK" in environment:
+            found[int(environment[b"RANK"])] = int(place.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.xdist_group("torchrun")
+def test_killed_and_resumed_on_two_devices_equals_uninterrupted(tmp_path, monkeypatch):
+    """The caller is killed, then a rank, then it runs to its end: the same bits as without; nobody is left behind."""
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "whole"))
+    whole = open_phase("meta", "smoke", EVERYTHING)
+    together(rank_of_a_phase, 2, str(tmp_path / "meeting"), job_of(whole))
+
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "killed"))
+    node = open_phase("meta", "smoke", [*EVERYTHING, "machine.devices=2"])
+    saved = lambda: (node.folder.path / "checkpoint.pt").exists()  # noqa: E731
+    caller = context.Process(target=run_node, args=(str(tmp_path / "killed"),))
+    caller.start()
+    wait_for(saved)
+    ranks = ranks_of(node.folder.path)
+    assert len(ranks) == 2
+    caller.kill()
+    caller.join()
+    wait_for(lambda: not ranks_of(node.folder.path), 20)
+    assert not node.folder.summary() and node.folder.status()["state"] == "interrupted"
+
+    def kill_second_rank():
+        wait_for(lambda: len(ranks_of(node.folder.path)) == 2)
+        before = read_json(node.folder.path / "status.json").get("progress", {}).get("step", 0)
+        wait_for(lambda: read_json(node.folder.path / "status.json").get("progress", {}).get("step", 0) > before)
+        os.kill(ranks_of(node.folder.path)[1], signal.SIGKILL)
+
+    killer = multiprocessing.get_context("fork").Process(target=kill_second_rank)
+    killer.start()
+    with pytest.raises(RankFailed, match=r"rank 1 of 2 died \(exit code -9; -9: killed|rank 0 of 2: RuntimeError"):
+        node.run()
+    killer.join()
+    assert node.folder.status()["state"] == "failed"
+
+    summary = node.run()
+    assert node.folder.status()["resumed_at"] > 0 and node.folder.status()["attempt"] == 3
+    assert losses(node.folder) == losses(whole.folder)
+    assert summary["weights_sha256"] == whole.summary()["weights_sha256"]
+    assert summary["devices"] == 2
+
+
+@pytest.mark.xdist_group("torchrun")
+def test_a_rank_that_fails_ends_the_phase_with_its_traceback(tmp_path, data_folder, monkeypatch, capsys):
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent("""
+        import os
+        if os.environ.get("RANK") == "1":
+            from incubate_lib.training.loop import Trainer
+            original = Trainer.step
+            def step(self, number):
+                if number == 5:
+                    raise OSError("the disk is on fire")
+                return original(self, number)
+            Trainer.step = step
+    """)
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    node = open_phase("meta", "smoke", ["machine.devices=2"])
+    with pytest.raises(RankFailed, match="seed 0 meta: rank 1 of 2: OSError: the disk is on fire") as caught:
+        node.run()
+    assert "trainer.step(step)" in caught.value.rank_traceback and "on fire" in capsys.readouterr().out
+    assert node.folder.status()["state"] == "failed" and "on fire" in node.folder.status()["error"]
+    assert not ranks_of(node.folder.path)
+
+
+def test_what_the_first_failing_rank_said_is_raised(tmp_path):
+    folder = PhaseFolder(tmp_path)
+    for rank, kind, moment in [(0, "ConnectionError", 2.0), (1, "FloatingPointError", 1.0)]:
+        report = {"rank": rank, "time": moment, "kind": kind, "message": f"{kind} of {rank}", "traceback": "here"}
+        launch.write_json(tmp_path / f"rank-{rank}.json", report)
+    error = launch._failure(folder, 2, "t", "")
+    assert type(error) is FloatingPointError and str(error) == "FloatingPointError of 1"
+
+
+def test_more_devices_than_there_are_is_told(data_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    node = plan(load_settings("smoke", ["machine.devices=2"])).nodes[0]
+    with pytest.raises(SettingsError, match=r"machine\.devices is 2, but this machine has 1 GPU"):
+        node.run()
+    assert not node.folder.path.exists()
+
+
+def test_the_number_of_devices_is_no_part_of_a_phases_identity(data_folder):
+    one, two = (open_phase("meta", "smoke", overrides) for overrides in ([], ["machine.devices=2"]))
+    assert one.digest == two.digest and one.folder.path == two.folder.path
+    assert MachineSettings().devices == 1 and TrainingSettings().micro_batch is None
