@@ -32,11 +32,31 @@ def _parser() -> argparse.ArgumentParser:
     for name, (function, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
-        if name == "presets":
+        if name == "import":
+            command.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint, or one for each target module, in order")
+            command.add_argument("folder", metavar="DIR", help="new folder for config.json and model.safetensors")
+            command.add_argument("--model", metavar="NAME", help="timm architecture (default: inferred from shapes)")
+            command.add_argument("--num-heads", type=int, metavar="N", help="attention heads, which shapes do not show")
+        if name in ("presets", "import"):
             continue
-        command.add_argument("preset", nargs="?", default="digits", help="a preset, or a YAML file of yours (default: digits)")
+        command.add_argument(
+            "preset", nargs=None if name == "export" else "?", default="digits",
+            help="a preset, or a YAML file of yours" + (" (default: digits)" if name != "export" else ""),
+        )  # fmt: skip
         command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="e.g. training.epochs=20")
-        if name == "stop":
+        if name == "bench":
+            command.add_argument("--growth", action="store_true", help="time against FLOPs over depth and image size, no preset")
+            command.add_argument("--batch", type=int, metavar="N", help="images of a step (default: the preset's, where it fits)")
+            command.add_argument("--rounds", type=int, metavar="N", help="default: 5; with --growth 3")
+            command.add_argument("--classes", type=int, metavar="N", help="default: those of the preset's data, or 1000")
+            command.add_argument("--save", metavar="NAME", help="also write data/results/bench_NAME.csv (and --growth's figure)")
+            command.set_defaults(preset=None)  # not the digits: --growth must know whether one was given
+            continue
+        if name == "export":
+            command.add_argument("folder", metavar="DIR", help="new folder for config.json, model.safetensors and README.md")
+            command.add_argument("--strategy", metavar="NAME", help="default: the first finished one of Deep Incubation")
+            command.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+        if name in ("stop", "check", "export"):
             continue
         fresh = name == "run"
         which, seeds = ("those the preset runs", "0") if fresh else ("those that were run", "those that were run")
@@ -44,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seeds", nargs="+", type=int, metavar="N", help=f"default: {seeds}")
         if name == "run":
             command.add_argument("--jobs", type=int, metavar="N", help="notebooks side by side (default: one a core, at most 4)")
+            command.add_argument("--devices", type=int, metavar="N", help="devices that train each phase together (default: 1)")
         if name == "report":
             command.add_argument("--publish", action="store_true", help="also write data/results/*.csv and figures/*.png")
     return parser
@@ -57,8 +78,10 @@ def _run(options: argparse.Namespace) -> int:
     from incubate_lib.pipeline import local, warm
     from incubate_lib.pipeline.graph import Experiment, plan
 
-    jobs = local.check_jobs(options.jobs)
+    if options.devices is not None:
+        options.set.append(f"machine.devices={options.devices}")
     settings = load_settings(options.preset, options.set)
+    jobs = local.check_jobs(options.jobs, settings.machine.devices)
     experiment = Experiment.of(settings)
     experiment.check_writable()
     if not experiment.is_known():
@@ -136,11 +159,84 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check(options: argparse.Namespace) -> int:
+    from incubate_lib.config import load_settings
+    from incubate_lib.training.data import StreamedSet, load_data
+    from incubate_lib.training.phases import model_shape
+
+    settings = load_settings(options.preset, options.set)
+    parts = load_data(settings.data, shape=model_shape(settings.model), machine=settings.machine)
+    bad = 0
+    for what, part in zip(("train", settings.data.eval_split), parts, strict=True):
+        opened, broken = part.check() if isinstance(part, StreamedSet) else (len(part), {})
+        print(f"{what}: {len(part)} images in {part.num_classes} classes; {opened} opened, {len(broken)} cannot be read")
+        for name, reason in broken.items():
+            print(f"  {name}: {reason}")
+        bad += len(broken)
+    return 1 if bad else 0
+
+
 def _presets(options: argparse.Namespace) -> int:
     from incubate_lib.config import load_settings, presets
 
+    width = max(map(len, presets()))
     for name in presets():
-        print(f"{name:<12} {load_settings(name).description}")
+        print(f"{name:<{width}}  {load_settings(name).description}")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from incubate_lib.training.released import import_released
+
+    settings, depths = import_released(options.files, options.folder, name=options.model, num_heads=options.num_heads)
+    model = settings.model_dump(exclude_unset=True, exclude={"depth"} | ({"options"} if not settings.options else set()))
+    print(f"wrote {options.folder}: {settings.depth} blocks, {' + '.join(map(str, depths))} in {len(depths)} module(s)")
+    print("To use it as a trained meta model, a settings file needs:")
+    print(f"  model: {model}\n  strategies: {{deep_incubation: {{weights: {options.folder}}}}}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from incubate_lib.config import load_settings
+    from incubate_lib.report.export import export
+
+    name = export(load_settings(options.preset, options.set), options.folder, strategy=options.strategy, seed=options.seed)
+    print(f"wrote strategy {name}, seed {options.seed}: timm.create_model('local-dir:{options.folder}', pretrained=True)")
+    print(f"Before you publish it, read {options.folder}/README.md and fill in the licence.")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from incubate_lib.config import SettingsError, load_settings
+
+    settings = load_settings(options.preset or "digits", options.set)
+    idle = [o for o in options.set if not o.lstrip().startswith(("precision", "machine"))]
+    if options.growth and (options.preset or options.classes or idle):
+        raise SettingsError("--growth has a network of its own; besides it --set precision=…, --set machine.compile=…, "
+                            "--batch, --rounds and --save have a meaning")  # fmt: skip
+    import pandas as pd
+
+    from incubate_lib.report import bench as text
+    from incubate_lib.report.publish import check_name, publish_bench
+    from incubate_lib.training import bench
+
+    if options.save:
+        check_name(options.save)
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    rounds = {"rounds": options.rounds} if options.rounds is not None else {}
+    how = {"batch": options.batch, "tell": console.print, **rounds}
+    if options.growth:
+        table = pd.DataFrame(bench.growth(settings.precision, settings.machine, **how))
+        shown, words = text.growth_table(table), text.growth_in_words(table)
+    else:
+        table = pd.DataFrame(bench.bench(settings, classes=options.classes, **how))
+        shown, words = text.bench_table(table), text.ratios_in_words(table)
+    console.print("", shown, "")
+    console.print(*words, *text.doubts(table), text.machine_line(table), sep="\n", soft_wrap=True)
+    for path in publish_bench(table, options.save) if options.save else []:
+        console.print(f"wrote {path}")
     return 0
 
 
@@ -158,6 +254,10 @@ COMMANDS = {
     "status": (_status, "show the state of every phase"),
     "stop": (_stop, "stop a run cleanly: its phases save a checkpoint first"),
     "report": (_report, "write the HTML report of what is finished, and print its table"),
+    "check": (_check, "open every image of a preset's data and name those that cannot be read"),
+    "import": (_import, "turn a released checkpoint, or K with one target module each, into a folder that timm loads"),
+    "export": (_export, "write a finished network as a folder that timm loads, with a model card"),
+    "bench": (_bench, "time a training step: ours, a bare loop, the released freezing; FLOPs and memory too"),
     "presets": (_presets, "list the presets"),
 }
 

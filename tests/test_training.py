@@ -1,6 +1,9 @@
 """The loop, the data, the costs."""
 
+import copy
+import itertools
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +15,14 @@ from torch import nn
 
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings, load_settings
 from incubate_lib.method.incubation import make_hybrid
-from incubate_lib.method.partition import split
+from incubate_lib.method.partition import join, split
 from incubate_lib.pipeline.graph import open_phase, plan
+from incubate_lib.training import loop
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.data import ImageSet, augment, load_data, shift
-from incubate_lib.training.loop import evaluate, fit, make_optimizer
+from incubate_lib.training.loop import Trainer, evaluate, fit, make_optimizer
 from incubate_lib.training.phases import provenance
-from incubate_lib.training.runs import PhaseFolder
+from incubate_lib.training.runs import PhaseFolder, Stopped
 from incubate_lib.training.schedule import derive_seed, lr_at, steps_per_epoch, total_steps
 
 
@@ -237,3 +241,157 @@ def test_strategies_have_equal_flops_the_meta_model_counted(preset, data_folder)
     assert len(totals) == 3
     assert max(totals.values()) / min(totals.values()) < 1.03
     assert any(key.endswith("/meta") and flops for key, flops in todo.flops.items())
+
+
+# -- numerics ---------------------------------------------------------------------------------------------------------------
+
+
+def trainer(settings, model=None, **more):
+    torch.manual_seed(0)
+    made = Trainer(model or vit(drop_path_rate=settings.drop_path), image_set(48), settings, seed=3, **more)
+    made.model.train()
+    made.begin(0)
+    return made
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """Without anything random in it, the size of micro-batches changes nothing but rounding."""
+    found = []
+    for micro in (None, 4, 6, 12):
+        one = trainer(TrainingSettings(batch_size=12, micro_batch=micro, lr_for_batch=None))
+        losses = torch.stack([one.step(k) for k in range(3)])
+        found.append((losses, gradients(one.model)))
+    for losses, grads in found[1:]:
+        torch.testing.assert_close(losses, found[0][0], rtol=1e-5, atol=1e-6)
+        for name, value in grads.items():
+            torch.testing.assert_close(value, found[0][1][name], rtol=1e-3, atol=1e-6)
+
+
+def test_everything_random_follows_from_seed_and_step():
+    """A trainer that begins in the middle draws what one from the start would have drawn there."""
+    settings = TrainingSettings(
+        batch_size=12, micro_batch=6, mixup=0.5, cutmix=0.5, drop_path=0.5, shift=2, hflip=True, lr=1e-9, min_lr=0
+    )
+    whole, late = trainer(settings), trainer(settings)
+    torch.rand(5)  # whoever draws in between changes nothing
+    losses = [whole.step(k).item() for k in range(6)]
+    late.begin(4)
+    assert [late.step(k).item() for k in (4, 5)] == pytest.approx(losses[4:], rel=1e-5)
+    other = Trainer(vit(), image_set(48), settings, seed=4)
+    other.begin(0)
+    assert other.step(0).item() != losses[0]
+
+
+def test_the_linear_rule_scales_the_learning_rate():
+    settings = TrainingSettings(batch_size=2048, lr=5e-4, lr_for_batch=512)
+    assert settings.peak_lr == 2e-3 and TrainingSettings(lr=3e-4).peak_lr == 3e-4
+    scaled = trainer(TrainingSettings(batch_size=24, lr=1e-3, lr_for_batch=12, epochs=4, warmup_epochs=1))
+    for step in range(2):
+        scaled.step(step)
+    assert scaled.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3)
+
+
+def test_bfloat16_is_close_and_weights_stay_float32():
+    settings = TrainingSettings(batch_size=12)
+    plain, half = trainer(settings), trainer(settings, precision="bfloat16")
+    kinds = []
+    half.model.blocks[0].mlp.fc1.register_forward_hook(lambda *a: kinds.append(a[2].dtype))
+    a, b = (torch.stack([t.step(k) for k in range(4)]) for t in (plain, half))
+    assert set(kinds) == {torch.bfloat16}
+    assert not torch.equal(a, b)
+    torch.testing.assert_close(b, a, rtol=2e-2, atol=2e-2)
+    tensors = [*half.model.parameters(), *(v for s in half.optimizer.state.values() for v in s.values())]
+    assert {t.dtype for t in tensors} == {torch.float32}
+    told = evaluate(half.model, image_set(), "bfloat16")
+    assert told["loss"] == pytest.approx(evaluate(half.model, image_set())["loss"], rel=2e-2)
+
+
+def test_the_moving_average_is_the_one_of_its_definition_and_is_what_counts(tmp_path):
+    settings = TrainingSettings(batch_size=10, ema=0.9, epochs=2.0)
+    averaged = Trainer(vit(), image_set(), settings, seed=3)
+    averaged.model.train()
+    averaged.begin(0)
+    expected = {n: p.detach().clone() for n, p in averaged.model.named_parameters()}
+    for step in range(10):
+        averaged.step(step)
+        decay = 0.0 if step < 2 else min(0.9, 1 - step ** (-2 / 3))  # timm's warm-up: early weights are soon forgotten
+        for name, p in averaged.model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * p.detach()
+    for name, p in averaged.judged.named_parameters():
+        torch.testing.assert_close(p, expected[name], rtol=1e-4, atol=1e-6)
+    torch.manual_seed(7)
+    model = vit()
+    kept, result = run_fit(tmp_path, settings, model)
+    assert kept is not model and result["accuracy"] == evaluate(kept, image_set())["accuracy"]
+    assert result["loss"] == pytest.approx(evaluate(kept, image_set())["loss"])
+    assert any(not torch.equal(a, b) for a, b in zip(kept.parameters(), model.parameters(), strict=True))
+
+
+def test_compiled_gradients_equal_eager_ones_after_every_change_of_phase(monkeypatch):
+    """The trap of pytorch issue 139476: one network, other parameters trainable; each phase gets a callable of its own.
+
+    aot_eager traces forward and backward as inductor does, and needs no C++ compiler.
+    """
+    original = loop.compiled
+    monkeypatch.setattr(loop, "compiled", lambda model, mode: original(model, mode, "aot_eager"))
+    meta, target = split(vit(2), [1, 1]), split(vit(4), [2, 2])
+    phases = {
+        "meta": lambda: join(meta),
+        "module 1": lambda: make_hybrid(meta, target[0], 0),
+        "module 2": lambda: make_hybrid(meta, target[1], 1),
+        "module 1 again": lambda: make_hybrid(meta, target[0], 0),
+        "finetune": lambda: join(target),
+    }
+    for name, make in phases.items():
+        model = make()
+        if name == "meta":
+            model.requires_grad_(True)
+        found = []
+        for mode in ("off", "default"):
+            tried = trainer(TrainingSettings(batch_size=12), copy.deepcopy(model), machine=MachineSettings(compile=mode))
+            loss = tried.step(0)
+            found.append((loss, gradients(tried.model), tried))
+        (loss, eager, _), (same, grads, tried) = found
+        torch.testing.assert_close(same, loss)
+        assert set(grads) == set(eager) == {n for n, p in model.named_parameters() if p.requires_grad}, name
+        for parameter, value in eager.items():
+            torch.testing.assert_close(grads[parameter], value, rtol=1e-3, atol=1e-5, msg=f"{name}: {parameter}")
+        assert not any("_orig_mod" in key for part in ("model", "optimizer") for key in map(str, tried.state()[part]))
+    loop.compiled(torch.nn.Identity(), "default")  # forgets what was compiled here
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")
+def test_a_compiled_phase_leaves_ordinary_files(data_folder):
+    node = open_phase("meta", "smoke", ["machine.compile=default", "training.ema=0.9", "training.epochs=1"])
+    node.run()
+    plain = open_phase("meta", "smoke", ["training.ema=0.9", "training.epochs=1"])
+    assert node.digest == plain.digest, "how it was computed is no part of what it is"
+    arguments = load_settings("smoke").model.timm_arguments() | {"depth": 3}
+    stock = timm.create_model("vit_tiny_patch16_224", num_classes=4, **arguments)
+    stock.load_state_dict(node.folder.load_weights(), strict=True)
+
+
+def test_resumed_with_average_and_accumulation_equals_uninterrupted(tmp_path):
+    settings = TrainingSettings(batch_size=12, micro_batch=6, mixup=0.5, ema=0.9, drop_path=0.3, epochs=6, clip_grad=1.0)
+    results = []
+    for name, stops in {"whole": [], "stopped": [3, 11]}.items():
+        (tmp_path / name).mkdir()
+        for stop in [*stops, None]:
+            seen = itertools.count(1)
+            asked = lambda stop=stop, seen=seen: stop is not None and next(seen) >= stop  # noqa: E731
+            torch.manual_seed(1)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(loop, "HEARTBEAT_SECONDS", 0.0)
+                try:
+                    kept, result = run_fit(tmp_path / name, settings, should_stop=asked)
+                except Stopped:
+                    continue
+        rows = [{k: v for k, v in row.items() if k != "train_seconds"} for row in PhaseFolder(tmp_path / name).metrics()]
+        results.append((kept.state_dict(), rows, {k: v for k, v in result.items() if "seconds" not in k and k != "data_share"}))
+    (weights, rows, numbers), (again, same_rows, same_numbers) = results
+    assert rows == same_rows and numbers == same_numbers and numbers["steps"] == 24
+    assert all(torch.equal(weights[name], again[name]) for name in weights)

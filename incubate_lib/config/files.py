@@ -62,7 +62,7 @@ def _refuse_idle(settings: Settings, where: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without python objects or doubled keys, and with 1e-3 read as a number (YAML 1.1 wants a dot)."""
+    """YAML without python objects or doubled keys, with 1e-3 read as a number (YAML 1.1 wants a dot) and `off` as a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -72,6 +72,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+for _first in "yYnNtTfFoO":
+    _Loader.yaml_implicit_resolvers[_first] = [r for r in _Loader.yaml_implicit_resolvers[_first] if not r[0].endswith(":bool")]
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.I), list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 

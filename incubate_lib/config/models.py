@@ -44,7 +44,7 @@ class DataSettings(Frozen):
     """Which images, and which of them judge. The splits are the same for every seed of a run."""
 
     source: str = "digits"  # digits, synthetic, cifar10, cifar100, fashion_mnist, folder, or timm's torch/…, hfds/…, wds/…
-    folder: str | None = None  # where the images are; data/datasets/<source> if left out
+    folder: str | None = None  # where the images are, relative to data/datasets; the source's name if left out
     eval_split: Literal["val", "test"] = "test"  # "val" is cut from the training images, for choosing settings
     test_images: Positive | None = None  # class-balanced; of a source without a test split a third if left out, else all
     val_images: Positive | None = None  # cut from the training images, only when eval_split is "val"; a sixth if left out
@@ -185,7 +185,8 @@ class TrainingSettings(Frozen):
     @model_validator(mode="after")
     def _agrees(self) -> "TrainingSettings":
         if self.min_lr > self.peak_lr:
-            raise ValueError(f"min_lr {self.min_lr} is larger than lr {self.peak_lr:g}")
+            scaled = f" (lr {self.lr:g} × batch_size {self.batch_size} / lr_for_batch {self.lr_for_batch})"
+            raise ValueError(f"min_lr {self.min_lr} is larger than lr {self.peak_lr:g}" + (scaled if self.lr_for_batch else ""))
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} is more than epochs {self.epochs}")
         micro = self.micro_batch or self.batch_size
@@ -261,6 +262,7 @@ class MachineSettings(Frozen):
     workers: Annotated[int, Field(ge=0)] | None = None  # processes a device that read streamed images; none: its cores
     start_method: Literal["forkserver", "spawn", "fork"] = "forkserver"  # of these processes; fork is unsafe beside CUDA
     download: bool = False  # fetch torchvision's sets where they are missing
+    data_folder: str | None = None  # a copy of data.folder on this machine, e.g. on a local disk
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0  # between checkpoints
 
 

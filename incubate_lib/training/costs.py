@@ -13,8 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def train_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Return the exact FLOPs of forward and backward for one image [C, H, W] with today's requires_grad."""
-    model = copy.deepcopy(model).to("meta").train()
+    """Return the exact FLOPs of forward and backward for one image [C, H, W] with today's requires_grad.
+
+    The model is left as it is; one on the meta device gets gradients there, which cost nothing.
+    """
+    if any(parameter.device.type != "meta" for parameter in model.parameters()):
+        model = copy.deepcopy(model).to("meta")
+    model.train()
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, *image_shape, device="meta")).sum().backward()
     return counter.get_total_flops()

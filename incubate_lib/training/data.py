@@ -288,7 +288,7 @@ def load_data(
     is wrong with folder, classes, images or the sizes of splits.
     """
     device = torch.device(device)
-    train, test = open_source(settings, machine.download)
+    train, test = open_source(settings, machine)
     num_classes = max(len(train.classes), int(train.labels.max()) + 1)
     learn, judge = _splits(settings, train, test)
     if settings.is_streamed:

@@ -31,9 +31,10 @@ def measure(settings: Settings) -> Facts:
     """Read the images, build the networks on the meta device and count; SettingsError if they do not fit together."""
     import torch
 
-    from incubate_lib.method.incubation import start_module
+    from incubate_lib.method.incubation import assemble, make_hybrid, start_module
+    from incubate_lib.training.costs import train_flops_per_image
     from incubate_lib.training.data import load_data
-    from incubate_lib.training.phases import build_model, build_parts, model_shape, phase_flops_per_image
+    from incubate_lib.training.phases import build_model, build_parts, model_shape
     from incubate_lib.training.weights import load_into, sha256, weights_file
 
     shape = model_shape(settings.model)
@@ -50,28 +51,29 @@ def measure(settings: Settings) -> Facts:
         model = build_model(settings.model, settings.model.depth, train.num_classes)
         target_depths, meta_depths = settings.partition.depths(len(model.blocks))
 
-        def phase(name: str, module_index: int | None = None) -> PhaseSettings:
-            start = None if module_index is None else "random"
-            return PhaseSettings(
-                phase=name, seed=0, data=settings.data, model=settings.model, target_depths=target_depths,
-                meta_depths=meta_depths, module_index=module_index, start=start, training=settings.training,
-            )  # fmt: skip
-
-        phases = [phase("meta"), phase("end_to_end"), *(phase("incubate", i) for i in range(len(target_depths)))]
-        flops = {_kind_of(p): phase_flops_per_image(p, train.num_classes, shape) for p in phases}
+        any_phase = PhaseSettings(
+            phase="meta", seed=0, data=settings.data, model=settings.model, target_depths=target_depths,
+            meta_depths=meta_depths, training=settings.training,
+        )  # fmt: skip
+        targets, metas = (build_parts(any_phase, which, train.num_classes) for which in ("target", "meta"))
+        flops = {"meta": train_flops_per_image(assemble(metas), shape), "target": train_flops_per_image(assemble(targets), shape)}
+        for i, target in enumerate(targets):
+            flops[f"incubate-{i}"] = train_flops_per_image(make_hybrid(metas, target, i), shape)
         misfits = {}
         for start in ("stack", "identity"):
-            pairs = zip(*(build_parts(phases[0], which, train.num_classes) for which in ("target", "meta")), strict=True)
             try:
-                for target, meta in pairs:
+                for target, meta in zip(targets, metas, strict=True):
                     start_module(target, meta, start, inherit_stem=True, inherit_head=True)
             except ValueError as error:
                 misfits[start] = str(error)
     weights = {}
-    for strategy in settings.strategies.values():
+    for name, strategy in settings.strategies.items():
         if strategy.weights:
             depths = {"finetune": target_depths}.get(strategy.kind, meta_depths)
-            load_into(build_model(settings.model, sum(depths), train.num_classes), strategy.weights)
+            try:
+                load_into(build_model(settings.model, sum(depths), train.num_classes), strategy.weights)
+            except SettingsError as error:
+                raise SettingsError(f"strategies.{name}.weights: {error}") from None
             weights[strategy.weights] = sha256(weights_file(strategy.weights))
     return Facts(
         num_images=len(train), num_classes=train.num_classes, target_depths=target_depths, meta_depths=meta_depths,

@@ -18,7 +18,6 @@ from torch import nn
 from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, ModelSettings, PhaseSettings, SettingsError, nearest
 from incubate_lib.method.incubation import assemble, make_hybrid, start_module
 from incubate_lib.method.partition import ViTModule, split
-from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.data import load_data
 from incubate_lib.training.launch import train_on_devices
 from incubate_lib.training.loop import evaluate, fit
@@ -107,15 +106,6 @@ def prepare(s: PhaseSettings, inputs: Inputs, num_classes: int) -> tuple[nn.Modu
     return RECIPES[s.phase](s, inputs, num_classes)
 
 
-def phase_flops_per_image(s: PhaseSettings, num_classes: int, image_shape: tuple[int, int, int]) -> int:
-    """Return the exact training FLOPs of one image in this phase, counted on the meta device; 0 for assembly."""
-    if s.phase == "assemble":
-        return 0
-    with torch.device("meta"):
-        model, _ = prepare(s, {}, num_classes)
-        return train_flops_per_image(model, image_shape)
-
-
 def run_phase(
     s: PhaseSettings,
     folder: PhaseFolder,
@@ -179,6 +169,10 @@ def train_phase(
     if s.training is None:
         numbers = UNTRAINED | evaluate(model, judge, s.precision, team)
         numbers |= {"start_accuracy": numbers["accuracy"]}
+        if s.phase == "meta" and team.is_first:  # read from a file: a single point, where others have a curve
+            home.start_metrics(-1)
+            row = {"step": 0, "epoch": 0.0, "images": 0, "train_seconds": 0.0, "train_loss": None, "lr": None}
+            home.add_metrics(row | {name: numbers[name] for name in ("loss", "accuracy")})
     else:
         kept, numbers = fit(
             model, train, judge, s.training, seed=derive_seed(s.seed, s.phase, s.module_index or 0), folder=home,

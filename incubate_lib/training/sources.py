@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from incubate_lib.config import DataSettings, SettingsError, data_folder
+from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, data_folder
 
 Opener = Callable[[int], Image.Image]  # picklable: worker processes get a copy
 
@@ -32,13 +32,15 @@ class Source:
     opener: Any = None  # has __call__(i) → PIL image and name(i) → what people can look up
 
 
-def open_source(settings: DataSettings, download: bool = False) -> tuple[Source, Source | None]:
+def open_source(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE) -> tuple[Source, Source | None]:
     """Return the training images and those of the official test split; None where there is only one pool of images.
 
     Raises SettingsError when folder, split or classes are not what they must be.
     """
     kind = settings.source.split("/")[0]
-    opened = _SOURCES[kind](settings) if kind in ("digits", "synthetic") else _SOURCES[kind](settings, download)
+    if machine.data_folder:
+        settings = settings.model_copy(update={"folder": machine.data_folder})
+    opened = _SOURCES[kind](settings) if kind in ("digits", "synthetic") else _SOURCES[kind](settings, machine.download)
     train, test = opened
     for split, source in {"train": train, "test": test}.items():
         if source is not None and not len(source.labels):
@@ -51,11 +53,16 @@ def open_source(settings: DataSettings, download: bool = False) -> tuple[Source,
 
 def _folder(settings: DataSettings) -> Path:
     """Return the folder of a source; SettingsError if there is none."""
-    folder = Path(settings.folder or data_folder() / "datasets" / settings.source.strip("/").replace("/", "-")).expanduser()
+    folder = _place(settings)
     if not folder.is_dir():
         told = "is not there" if not folder.exists() else "is not a folder"
         raise SettingsError(f"data.folder {folder} {told}; it must hold the images of data.source {settings.source!r}")
     return folder
+
+
+def _place(settings: DataSettings) -> Path:
+    name = settings.folder or settings.source.strip("/").replace("/", "-")
+    return data_folder() / "datasets" / Path(name).expanduser()
 
 
 # -- arrays ---------------------------------------------------------------------------------------------------------------
@@ -129,7 +136,7 @@ def _idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
 def _torchvision(settings: DataSettings, cls: Any, download: bool, **arguments: Any) -> Any:
     """Make a torchvision set of a local folder; downloading only when asked."""
     if download:
-        folder = Path(settings.folder or data_folder() / "datasets" / settings.source.strip("/").replace("/", "-"))
+        folder = _place(settings)
         folder.mkdir(parents=True, exist_ok=True)
     else:
         folder = _folder(settings)

@@ -1,0 +1,321 @@
+"""The presets with the paper's numbers: recipes, networks, and every cost that their comments state.
+
+Nothing is trained and no image is read: networks live on the meta device, and the sizes of the sets are given here.
+"""
+
+import functools
+import re
+import shlex
+
+import pytest
+import torch
+import yaml
+
+from incubate_lib.cli import _parser
+from incubate_lib.config import load_settings, presets
+from incubate_lib.method.incubation import assemble, make_hybrid, start_module
+from incubate_lib.method.partition import split
+from incubate_lib.pipeline import graph
+from incubate_lib.training.costs import train_flops_per_image
+from incubate_lib.training.facts import Facts
+from incubate_lib.training.phases import build_model, model_shape, prepare
+
+pytestmark = pytest.mark.xdist_group("presets")  # one process, so that each network is counted once
+
+IMAGES = {"folder": (1_281_167, 1000), "cifar100": (50_000, 100), "fashion_mnist": (60_000, 10)}  # to train on, classes
+IMAGENET = ["imagenet-vit-b", "imagenet-vit-l", "imagenet-vit-h"]
+PRESETS = [*IMAGENET, "cifar100-deit-t-32", "cifar100-deit-t-128", "fashion-deit-t-32"]
+H200 = 790e12  # FLOP/s, dense bf16
+SECONDS = {"hours": 3600, "minutes": 60}
+PREFIX = {"E": 1e18, "P": 1e15}
+
+# What the paper or its released code states (arXiv 2212.04129); drop-path for ViT-B, -L, -H.
+EVERY_PHASE = {
+    "batch_size": 2048, "lr": 5e-4, "lr_for_batch": 512, "peak_lr": 2e-3, "min_lr": 1e-5, "weight_decay": 0.05,
+    "betas": (0.9, 0.999), "label_smoothing": 0.1, "randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8,
+    "cutmix": 1.0, "hflip": True, "repeats": 3, "shift": 0, "ema": None,
+}  # fmt: skip
+PHASES = {
+    "meta": ({"epochs": 300, "warmup_epochs": 20, "clip_grad": None}, (0, 0, 0)),
+    "incubate": ({"epochs": 100, "warmup_epochs": 20, "clip_grad": None}, (0.1, 0.1, 0.1)),
+    "finetune": ({"epochs": 100, "warmup_epochs": 0, "clip_grad": 1.0}, (0.1, 0.5, 0.6)),
+}
+RELATIVE = {  # FLOPs at 100+100, 50+50, 25+25 with a meta model of 300 epochs; 300 epochs of end-to-end training are 1
+    "imagenet-vit-b": (1.17, 0.75, 0.55), "imagenet-vit-l": (0.92, 0.54, 0.36), "imagenet-vit-h": (0.86, 0.49, 0.31),
+}  # fmt: skip
+VIT_B = {"target": 105.15, "meta": 35.36, "incubate-0": 44.44, "incubate-1": 41.18, "incubate-2": 38.16, "incubate-3": 35.13}
+NETWORKS = {  # blocks, width, heads, tokens; parameters as published, in millions
+    "imagenet-vit-b": (12, 768, 12, 197, 87), "imagenet-vit-l": (24, 1024, 16, 197, 304),
+    "imagenet-vit-h": (32, 1280, 16, 257, 632), "cifar100-deit-t-32": (32, 192, 3, 65, None),
+    "cifar100-deit-t-128": (128, 192, 3, 65, None), "fashion-deit-t-32": (32, 192, 3, 50, None),
+}  # fmt: skip
+STATED = {  # settings that the authors state; all others are marked on their line as our own choice
+    "imagenet": r"model\..*|partition\..*|phases\.(meta|incubate|finetune)\..*|strategies\.\w+\.phases\.\w+\.epochs|training\."
+    r"(warmup_epochs|batch_size|lr|lr_for_batch|min_lr|weight_decay|label_smoothing|randaugment|erase|mixup|cutmix)",
+    "cifar100": r"model\..*",
+    "fashion": r"nothing",
+}
+STRUCTURE = r"description|run\b.*|data\.(source|folder)|strategies\.\w+\.(kind|start|match)"  # no numbers
+
+
+# -- counting -------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def networks(preset):
+    """Return the target network and the meta model on the meta device, and the blocks of their modules."""
+    settings = load_settings(preset)
+    classes = IMAGES[settings.data.source][1]
+    with torch.device("meta"):
+        target = build_model(settings.model, settings.model.depth, classes)
+        target_depths, meta_depths = settings.partition.depths(len(target.blocks))
+        return target, build_model(settings.model, sum(meta_depths), classes), target_depths, meta_depths
+
+
+@functools.cache
+def facts_of(preset):
+    """Return what planning would measure, had it the images.
+
+    All blocks of a network are alike, so its FLOPs are linear in their number: networks with one block a module are
+    counted, and one block more. `test_flops_are_the_known_ones` counts a whole ViT-B.
+    """
+    settings = load_settings(preset)
+    images, classes = IMAGES[settings.data.source]
+    _, meta, target_depths, meta_depths = networks(preset)
+    count = functools.partial(train_flops_per_image, image_shape=model_shape(settings.model))
+    with torch.device("meta"):
+        short, longer = (build_model(settings.model, len(target_depths) + more, classes) for more in (0, 1))
+    flops = {"meta": count(meta.requires_grad_(True)), "target": count(short)}
+    block = count(longer) - flops["target"]
+    flops["target"] += block * (sum(target_depths) - len(target_depths))
+    for i, module in enumerate(split(short, [1] * len(target_depths))):
+        hybrid = make_hybrid(split(meta, meta_depths), module, i)
+        flops[f"incubate-{i}"] = count(hybrid) + block * (target_depths[i] - 1)
+    return Facts(
+        num_images=images, num_classes=classes, target_depths=target_depths, meta_depths=meta_depths, flops_per_image=flops,
+        misfits={},
+    )  # fmt: skip
+
+
+@functools.cache
+def planned(preset, overrides=()):
+    """Return the plan of all strategies of a preset, and for each strategy its nodes by phase."""
+    settings, facts = load_settings(preset, overrides), facts_of(preset)
+    facts = facts.model_copy(update={"num_images": round(facts.num_images * settings.data.train_share)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "measure", lambda _: facts)
+        todo = graph.plan(settings, list(settings.strategies))
+    phases = {}
+    for name in settings.strategies:
+        for node in graph._closure([todo.finals[name, 0]]):
+            phases.setdefault(name, {}).setdefault(node.settings.phase, []).append(node)
+    return todo, phases
+
+
+def total(preset, strategy, overrides=()):
+    """Return the FLOPs of all phases of a strategy."""
+    todo, phases = planned(preset, overrides)
+    return sum(todo.flops[node.key] for nodes in phases[strategy].values() for node in nodes)
+
+
+def critical(todo, node):
+    """Return the FLOPs of the longest way to the end of a phase: modules are trained side by side."""
+    return todo.flops[node.key] + max((critical(todo, before) for before in node.inputs.values()), default=0)
+
+
+def expected_table(preset, strategies, unit, label_of_time, reference, share):
+    """Return the table of a preset's comment: label → for each strategy a number, a text, or None where there is nothing."""
+    todo, phases = planned(preset)
+    time, scale = share * H200 * SECONDS[label_of_time], PREFIX[unit[0]]
+    modules = len(facts_of(preset).target_depths)
+    labels = ["epochs", "meta model", *(f"module {i + 1}" for i in range(modules)), "fine-tuning", "end to end"]
+    table = {label: [] for label in labels}
+    sums = {"in all": [], "critical path": []}
+    for name in strategies:
+        own = phases[name]
+
+        def epochs(phase, own=own):
+            return own[phase][0].settings.training.epochs
+
+        whole = "end_to_end" in own
+        nodes = [None] * (modules + 2) + own["end_to_end"] if whole else [*own["meta"], *own["incubate"], *own["finetune"], None]
+        table["epochs"].append(epochs("end_to_end") if whole else f"{epochs('incubate'):g}+{epochs('finetune'):g}")
+        for label, node in zip(labels[1:], nodes, strict=True):
+            table[label].append(node and todo.flops[node.key] / scale)
+        sums["in all"].append(total(preset, name))
+        sums["critical path"].append(critical(todo, todo.finals[name, 0]))
+    for label, values in sums.items():
+        table[label] = [value / scale for value in values]
+        table[f"{label}, of {reference}"] = [value / total(preset, reference) for value in values]
+        table[f"{label}, GPU-{label_of_time}"] = [value / time for value in values]
+    return table
+
+
+# -- what the comments say ------------------------------------------------------------------------------------------------
+
+
+def comment(preset):
+    """Return the comment at the head of a preset, a line with a backslash at its end joined to the next."""
+    head = re.match(r"(#.*\n)+", presets()[preset].read_text()).group()
+    return re.sub(r" \\\n#\s*", " ", head)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_cost_in_the_comment_is_the_counted_one(preset):
+    head = comment(preset)
+    share = int(re.search(r"at (\d+) % of its 790 TFLOP/s", head).group(1)) / 100
+    lines = head.splitlines()
+    start = next(i for i, line in enumerate(lines) if re.match(r"#\s+[EP]FLOP of training", line))
+    rows = {}
+    for line in lines[start:]:
+        if line == "#":
+            break
+        label, *cells = re.split(r"\s{2,}", line.removeprefix("#").strip())
+        assert label not in rows
+        rows[label] = cells
+    (unit, strategies), *_ = rows.items()
+    del rows[unit]
+    reference = re.search(r"in all, of (\w+)", head).group(1)
+    expected = expected_table(preset, strategies, unit, re.search(r"GPU-(hours|minutes)", head).group(1), reference, share)
+    assert list(rows) == list(expected)
+    for label, values in expected.items():
+        assert len(rows[label]) == len(values) == len(strategies), label
+        for strategy, told, value in zip(strategies, rows[label], values, strict=True):
+            where = f"{label} of {strategy}: {told}, counted {value}"
+            if value is None or isinstance(value, str):
+                assert told == (value or "–"), where
+                continue
+            digits = len(told.partition(".")[2])
+            assert told == f"{value:,.{digits}f}", where
+            assert label == "epochs" or len(told.replace(".", "").replace(",", "").lstrip("0")) >= 3, f"{where}; too few digits"
+    kinds = {name: strategy.kind for name, strategy in load_settings(preset).strategies.items()}
+    assert kinds[reference] == "end_to_end" and not load_settings(preset).is_matched(reference)
+    flops = facts_of(preset).flops_per_image
+    hybrid = sum(flops[f"incubate-{i}"] for i in range(4)) / 4
+    if speeds := re.findall(r"([\d,]+) images a second", head):
+        assert speeds == [f"{share * H200 / cost:,.0f}" for cost in (hybrid, flops["target"])]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_command_in_the_comment_is_good(preset):
+    commands = re.findall(r"(incubate run .*?)(?=  |$)", comment(preset), re.M)
+    assert commands and f"incubate run {preset}" in commands[0]
+    for command in commands:
+        options = _parser().parse_args(shlex.split(command)[1:])
+        assert options.preset == preset
+        todo, phases = planned(preset, tuple(options.set))
+        assert set(options.strategies or load_settings(preset).run) <= set(phases) and sum(todo.flops.values())
+
+
+def test_the_cost_of_the_subset_for_a_cpu():
+    head = comment("fashion-deit-t-32")
+    command = next(c for c in re.findall(r"incubate run .*", head) if "train_share" in c)
+    options = _parser().parse_args(shlex.split(command)[1:])
+    told = re.search(r"(\d+) TFLOP for each strategy, about (\d+) minutes each on two cores that do (\d+) GFLOP/s", head)
+    for strategy in load_settings("fashion-deit-t-32").run:
+        flops = total("fashion-deit-t-32", strategy, tuple(options.set))
+        assert told.groups()[:2] == (f"{flops / 1e12:.0f}", f"{flops / (float(told.group(3)) * 1e9) / 60:.0f}")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_the_authors_do_not_state_is_marked_on_its_line(preset):
+    text = presets()[preset].read_text()
+    stated = re.compile(f"({STATED[preset.split('-')[0]]}|{STRUCTURE})$")
+    on_line = {}
+    for path, line in _leaves(yaml.compose(text)):
+        on_line.setdefault(line, []).append(path)
+    for number, paths in on_line.items():
+        line = text.splitlines()[number]
+        own = [path for path in paths if not stated.match(path)]
+        assert ("own choice" in line) == bool(own), f"{line.strip()!r} sets {', '.join(own) or 'only what is stated'}"
+
+
+def _leaves(node, path=""):
+    """Yield (dotted path, line) of every value in a YAML document."""
+    if not isinstance(node, yaml.MappingNode) or not node.value:
+        yield path, node.start_mark.line
+        return
+    for key, value in node.value:
+        yield from _leaves(value, f"{path}.{key.value}".removeprefix("."))
+
+
+# -- recipes and networks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", IMAGENET)
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_recipe_on_imagenet_is_the_papers(preset, phase):
+    settings = load_settings(preset)
+    recipe = settings.training_of("deep_incubation", phase)
+    own, drop_path = PHASES[phase]
+    expected = EVERY_PHASE | own | {"drop_path": drop_path[IMAGENET.index(preset)]}
+    assert {name: getattr(recipe, name) for name in expected} == expected
+    assert settings.strategies["deep_incubation"].start == "random"
+    assert not settings.strategies["deep_incubation"].inherit_stem and not settings.strategies["deep_incubation"].inherit_head
+
+
+@pytest.mark.parametrize("preset", IMAGENET)
+def test_shorter_budgets_change_the_epochs_alone_and_share_the_meta_model(preset):
+    settings, (todo, phases) = load_settings(preset), planned(preset)
+    assert [key for key in todo.flops if key.endswith("meta")] == ["seed-0/meta"]
+    for epochs in (50, 25):
+        short = f"deep_incubation_{epochs}"
+        assert phases[short]["meta"] == phases["deep_incubation"]["meta"]
+        for phase in ("incubate", "finetune"):
+            long = settings.training_of("deep_incubation", phase)
+            changed = {"epochs": epochs, "warmup_epochs": long.warmup_epochs * epochs / 100}
+            assert settings.training_of(short, phase) == long.model_copy(update=changed)
+
+
+def test_flops_are_the_known_ones():
+    counted = facts_of("imagenet-vit-b").flops_per_image
+    assert {name: round(flops / 1e9, 2) for name, flops in counted.items()} == VIT_B
+    _, phases = planned("imagenet-vit-b")
+    own = phases["deep_incubation"]
+    nodes = {"meta": own["meta"][0], "target": own["finetune"][0]} | {f"incubate-{i}": n for i, n in enumerate(own["incubate"])}
+    for name, node in nodes.items():  # as planning counts them, all blocks
+        with torch.device("meta"):
+            assert train_flops_per_image(prepare(node.settings, {}, 1000)[0], (3, 224, 224)) == counted[name]
+    for preset, shares in RELATIVE.items():
+        budgets = ("deep_incubation", "deep_incubation_50", "deep_incubation_25")
+        baseline = total(preset, "end_to_end_300")
+        assert tuple(round(total(preset, name) / baseline, 2) for name in budgets) == shares
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_matched_baseline_costs_what_deep_incubation_costs(preset):
+    assert load_settings(preset).is_matched("end_to_end") and {"end_to_end", "deep_incubation"} <= set(load_settings(preset).run)
+    assert total(preset, "end_to_end") == pytest.approx(total(preset, "deep_incubation"), rel=2e-3)  # to a whole step
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_network_is_the_published_one_and_comes_apart(preset):
+    settings = load_settings(preset)
+    target, meta, target_depths, meta_depths = networks(preset)
+    blocks, width, heads, tokens, millions = NETWORKS[preset]
+    assert (len(target.blocks), target.embed_dim, target.blocks[0].attn.num_heads) == (blocks, width, heads)
+    assert target.pos_embed.shape == meta.pos_embed.shape == (1, tokens, width)
+    assert (target_depths, meta_depths) == ([blocks // 4] * 4, [1] * 4)
+    parameters = sum(p.numel() for p in target.parameters())
+    assert millions is None or round(parameters / 1e6) == millions
+    is_huge = preset == "imagenet-vit-h"
+    assert {block.attn.qkv.bias is None for block in target.blocks} == {is_huge}
+    norms = [target.norm, *(norm for block in target.blocks for norm in (block.norm1, block.norm2))]
+    assert {norm.eps for norm in norms} == {1e-5 if is_huge else 1e-6}
+    assert isinstance(target.norm_pre, torch.nn.Identity) and target.patch_embed.proj.bias is not None
+    for name in (n for n, s in settings.strategies.items() if s.kind == "deep_incubation"):
+        strategy = settings.strategies[name]
+        modules = split(target, target_depths)
+        for i, module in enumerate(modules):
+            metas = split(meta, meta_depths)
+            start_module(module, metas[i], strategy.start, strategy.inherit_stem, strategy.inherit_head)
+            hybrid = make_hybrid(metas, module, i)
+            trained = sum(p.numel() for p in hybrid.parameters() if p.requires_grad)
+            assert trained == sum(p.numel() for p in module.parameters())
+        assert sum(p.numel() for p in assemble(modules).parameters()) == parameters
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_a_node_of_up_to_eight_devices_can_share_a_phase(preset, devices):
+    assert load_settings(preset, [f"machine.devices={devices}"]).machine.devices == devices
