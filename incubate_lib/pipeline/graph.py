@@ -63,6 +63,17 @@ class Node:
     def digest(self) -> str:
         return self.settings.digest()
 
+    def data(self) -> tuple[Any, Any]:
+        """Return the images to train on and to judge by, as this phase's network takes them."""
+        from incubate_lib.training.data import load_data
+        from incubate_lib.training.phases import model_shape
+
+        return load_data(self.settings.data, shape=model_shape(self.settings.model), machine=self.experiment.settings.machine)
+
+    def upstream(self, phase: str) -> list["Node"]:
+        """Return the nodes of that phase which this one starts from, directly or not."""
+        return [node for node in _closure([self])[:-1] if node.settings.phase == phase]
+
     def summary(self) -> dict[str, Any] | None:
         """Return the summary if this phase is finished with these settings."""
         return self.folder.summary(self.digest)

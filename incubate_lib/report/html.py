@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from incubate_lib.report import plots
@@ -79,12 +80,13 @@ def _phase_table(results: Results):
     table["before %"] = (100 * table["start_accuracy"]).map("{:.1f}".format)
     table["GFLOP"] = (table["flops"] / 1e9).map("{:.3g}".format)
     table["images seen"] = table["images_seen"]
+    table["different an epoch"] = table["distinct_images_per_epoch"].astype("Int64").astype(object)
+    table["waiting for images"] = table["data_share"].map(lambda v: "" if v != v else f"{v:.0%}")
     table["s"] = table["seconds"].map("{:.1f}".format)
     table["epochs"] = table["epochs"].map("{:.1f}".format)
     table["lr"] = table["lr"].map(lambda v: "" if v != v or v is None else f"{v:g}")
-    return table[
-        ["strategy", "seed", "phase", "module", "before %", "top-1 %", "epochs", "steps", "images seen", "lr", "GFLOP", "s"]
-    ]
+    shown = ["strategy", "seed", "phase", "module", "before %", "top-1 %", "epochs", "steps", "images seen", "different an epoch"]
+    return table[[*shown, "lr", "GFLOP", "s", "waiting for images"]].replace({pd.NA: ""})
 
 
 def _table(table, index: bool = False) -> str:

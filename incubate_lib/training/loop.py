@@ -200,6 +200,23 @@ def evaluate(model: nn.Module, data: DataSet, precision: str = "float32", team: 
     return {"loss": loss / len(data), "accuracy": correct / len(data)}
 
 
+@torch.no_grad()
+def mistakes(model: nn.Module, data: DataSet, num: int = 10) -> tuple[Tensor, list[int], list[int]]:
+    """Return the first images that the model gets wrong, uint8 [num, C, H, W], their labels and what it says."""
+    model.eval()
+    device = next(model.parameters()).device
+    images, labels, guesses = [], [], []
+    for x, y in data.judged():
+        guess = model(x.to(device)).argmax(1).to(y.device)
+        wrong = guess != y
+        images.append((255 * (x[wrong] * data.std + data.mean)).round().clamp(0, 255).to(torch.uint8).cpu())
+        labels += y[wrong].tolist()
+        guesses += guess[wrong].tolist()
+        if len(labels) >= num:
+            break
+    return torch.cat(images)[:num], labels[:num], guesses[:num]
+
+
 def fit(
     model: nn.Module,
     train: DataSet,
