@@ -192,7 +192,7 @@ def _import(options: argparse.Namespace) -> int:
     model = settings.model_dump(exclude_unset=True, exclude={"depth"} | ({"options"} if not settings.options else set()))
     print(f"wrote {options.folder}: {settings.depth} blocks, {' + '.join(map(str, depths))} in {len(depths)} module(s)")
     print("To use it as a trained meta model, a settings file needs:")
-    print(f"  model: {model}\n  strategies: {{deep_incubation: {{weights: {options.folder}}}}}")
+    print(f"  model: {model}\n  strategies: {{deep_incubation: {{weights: {Path(options.folder).absolute()}}}}}")
     return 0
 
 

@@ -222,7 +222,7 @@ class StrategySettings(Frozen):
     start: Literal["random", "stack", "identity"] = "random"  # of each target module
     inherit_stem: bool = False  # module 1 starts with the meta model's embedding
     inherit_head: bool = False  # module K starts with the meta model's norm and head
-    weights: str | None = None  # deep_incubation: a trained meta model, finetune: the network; folder or .safetensors file
+    weights: str | None = None  # deep_incubation: a trained meta model, finetune: the network; relative to data/
     match: str | None = None  # end_to_end: as many steps as cost the training FLOPs of that strategy
     phases: PhaseChanges = PhaseChanges()
 

@@ -262,6 +262,11 @@ class _Planner:
             budget = sum(self.flops(node.settings) for node in _closure([final]))
             per_step = self.facts.flops_per_image["target"] * training.batch_size
             epochs = budget / per_step / steps_per_epoch(self.facts.num_images, training.batch_size)
+            if epochs < training.warmup_epochs:
+                raise SettingsError(
+                    f"strategies.{name} is as long as {self.settings.strategies[name].match} costs, {epochs:.3g} epochs, but "
+                    f"its warmup_epochs is {training.warmup_epochs:g}; set phases.end_to_end.warmup_epochs"
+                )
             training = training.model_copy(update={"epochs": round(epochs, 3)})
         return self._node(f"seed-{seed}/{name}", name, self._phase("end_to_end", name, seed, training=training))
 

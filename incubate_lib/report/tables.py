@@ -21,7 +21,7 @@ STRATEGY_COLUMNS = [
 ]  # fmt: skip
 PHASE_COLUMNS = [
     "strategy", "seed", "phase", "module_index", "start_accuracy", "accuracy", "loss", "train_loss", "epochs", "steps",
-    "images_seen", "flops", "seconds", "eval_seconds", "lr", "parameters",
+    "images_seen", "distinct_images_per_epoch", "flops", "seconds", "eval_seconds", "data_share", "devices", "lr", "parameters",
 ]  # fmt: skip
 CURVE_COLUMNS = [
     "strategy",
@@ -53,7 +53,10 @@ class Results:
         lines = [_compare(self.strategies, name) for name in self.strategies["strategy"].unique() if name != BASELINE]
         if any(lines):
             lines.append(_meta_alone(self.strategies, self.phases))
-        return "\n".join(line for line in lines if line) or "Nothing to compare yet: it takes end_to_end and another strategy."
+        told = [line for line in lines if line] or ["Nothing to compare yet: it takes end_to_end and another strategy."]
+        if names := not_from_nothing(self.phases):
+            told.append(f"Weights read from a file, whose training is not counted here: {', '.join(map(label, names))}.")
+        return "\n".join(told)
 
 
 def from_plan(plan: Plan) -> Results:
@@ -66,7 +69,7 @@ def from_plan(plan: Plan) -> Results:
                 continue
             row = summary | {"strategy": name}  # a shared phase is recorded under the first strategy that needed it
             row |= {"flops": summary["train_flops"], "seconds": summary["train_seconds"]}
-            row["lr"] = node.settings.training.lr if node.settings.training else None
+            row["lr"] = node.settings.training.peak_lr if node.settings.training else None
             phases.append(row)
             per_step = summary["train_flops"] / summary["steps"] if summary["steps"] else 0
             shared = {"strategy": name, "seed": seed, "phase": summary["phase"], "module_index": summary["module_index"]}
@@ -85,7 +88,8 @@ def from_plan(plan: Plan) -> Results:
 def published(name: str) -> Results:
     """Read the tracked tables of an experiment."""
     read = [pd.read_csv(results_folder() / f"{name}{part}.csv") for part in ("", "_phases", "_curves")]
-    return Results(name, read[0], *(table.astype({"module_index": "Int64"}) for table in read[1:]), published=True)
+    phases, curves = (table.astype({"module_index": "Int64"}) for table in read[1:])
+    return Results(name, read[0], phases.reindex(columns=PHASE_COLUMNS), curves, published=True)
 
 
 def results_folder() -> Path:
@@ -152,6 +156,8 @@ def load_results(preset: str, overrides: list[str], strategies: list[str], seeds
 def settings_table(node: Node) -> pd.DataFrame:
     """Return the resolved settings of a phase, one row a field."""
     flat = pd.json_normalize(node.settings.model_dump(mode="json", exclude={"inputs", "format"}))
+    if node.settings.training and node.settings.training.lr_for_batch:
+        flat["training.lr × batch_size / lr_for_batch"] = node.settings.training.peak_lr
     flat = flat.dropna(axis="columns").T.rename(columns={0: "value"})
     return flat[flat["value"].map(lambda value: value not in ({}, []))].rename_axis("setting")
 
@@ -163,6 +169,14 @@ def costs_table(node: Node) -> pd.DataFrame:
     names = {"meta": "meta model", "target": "end to end, fine-tuning"}
     table.index = [names.get(k) or f"hybrid, module {int(k.split('-')[1]) + 1}" for k in table.index]
     return table
+
+
+def spent(summary: dict) -> str:
+    """Say what a phase took, so that neither repeated augmentation nor left-out batches can hide anything."""
+    told = f"Cost: {summary['train_flops'] / 1e9:.4g} GFLOP, {summary['train_seconds']:.3g} s "
+    told += f"({summary['data_share']:.0%} of it waiting for images); {summary['steps']:,} updates, "
+    told += f"{summary['images_seen']:,} images seen, "
+    return told + f"{summary['distinct_images_per_epoch']:,} different ones an epoch."
 
 
 def curves_of(node: Node) -> pd.DataFrame:
@@ -225,6 +239,13 @@ def _compare(table: pd.DataFrame, name: str) -> str:
     )
 
 
+def not_from_nothing(phases: pd.DataFrame) -> list[str]:
+    """Return the strategies that start from weights of a file: no meta model and no network was trained from random ones."""
+    table = phases.reindex(columns=PHASE_COLUMNS).dropna(subset="strategy")
+    begun = table[table["phase"].isin(["meta", "end_to_end"]) & (table["steps"] > 0)]
+    return [name for name in table["strategy"].unique() if name not in set(begun["strategy"])]
+
+
 def _meta_alone(table: pd.DataFrame, phases: pd.DataFrame) -> str:
     """Say what the small shared network reaches by itself: the depth must be worth its cost."""
     meta = phases[phases["phase"] == "meta"].drop_duplicates("seed")
@@ -232,7 +253,8 @@ def _meta_alone(table: pd.DataFrame, phases: pd.DataFrame) -> str:
         return ""
     means = table.groupby("strategy")[["accuracy", "flops"]].mean()
     share = meta["flops"].mean() / means.loc[BASELINE, "flops"]
-    told = f"The meta model alone has {100 * meta['accuracy'].mean():.1f} % for {share:.2f} times end to end's training FLOPs"
+    told = f"The meta model alone has {100 * meta['accuracy'].mean():.1f} %"
+    told += f" for {share:.2f} times end to end's training FLOPs" if share else ""
     behind = [label(name) for name in means.index if means.loc[name, "accuracy"] <= meta["accuracy"].mean()]
     return told + (f"; not better on average: {', '.join(behind)}." if behind else ", and every strategy is better on average.")
 

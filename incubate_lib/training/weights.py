@@ -1,15 +1,24 @@
-"""Weights from a file: found, checked against what was planned, brought to the model's resolution, never unpickled."""
+"""Weights from a file: found, checked against what was planned, brought to the model's resolution, never unpickled.
+And into a file: a network as a folder that timm loads, whole or not at all.
+"""
 
 import hashlib
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.config import SettingsError
+from incubate_lib.config import SettingsError, data_folder
+from incubate_lib.training.runs import read_json
 
 
 def weights_file(path: str | Path) -> Path:
-    """Return the .safetensors file that a user means: the file, or `model.safetensors` in a folder (of a phase, of timm)."""
-    path = Path(path).expanduser()
+    """Return the .safetensors file that a user means: the file, or `model.safetensors` in a folder (of a phase, of timm).
+
+    A relative path begins in the data folder, so that nothing depends on where a notebook's kernel was started.
+    """
+    path = data_folder() / Path(path).expanduser()
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise SettingsError(f"weights {path}: there is no {file}; give a .safetensors file or a folder with model.safetensors")
@@ -43,16 +52,88 @@ def load_into(model: Any, path: str | Path, expected_sha256: str | None = None) 
     if "pos_embed" in given and given["pos_embed"].ndim == 3:
         given = checkpoint_filter_fn(given, model, interpolation="bicubic", antialias=True)
     check_fits(model.state_dict(), given, str(file))
+    _check_config(model, file)
     model.load_state_dict(given)
     return model
 
 
-def check_fits(own: dict[str, Any], given: dict[str, Any], what: str) -> None:
+def check_fits(own: dict[str, Any], given: dict[str, Any], what: str, whose: str = "the model") -> None:
     """Raise SettingsError with the first names and shapes that differ between a model and what should go into it."""
-    wrong = [f"{name}: the file has {tuple(given[name].shape)}, the model {tuple(own[name].shape)}"
+    wrong = [f"{name}: the file has {tuple(given[name].shape)}, {whose} {tuple(own[name].shape)}"
              for name in own if name in given and given[name].shape != own[name].shape]  # fmt: skip
     wrong += [f"{name} is missing" for name in own if name not in given]
-    wrong += [f"{name} is not in the model" for name in given if name not in own]
+    wrong += [f"{name} is not in {whose}" for name in given if name not in own]
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise SettingsError(f"{what} does not fit the model: {'; '.join(wrong[:3])}{more}")
+        raise SettingsError(f"{what} does not fit {whose}: {'; '.join(wrong[:3])}{more}")
+
+
+def _check_config(model: Any, file: Path) -> None:
+    """Raise SettingsError where shapes agree and the network is another one: heads, eps, pooling, activation.
+
+    What the file's network was stands in the config.json beside it, of timm or of a phase; without one there is no knowing.
+    """
+    import timm
+    import torch
+
+    config = read_json(file.with_name("config.json"))
+    config = config if isinstance(config, dict) else {}
+    name, arguments = config.get("architecture"), config.get("model_args") or {}
+    if "phase" in config:
+        name, arguments = config["model"]["name"], config["model"] | config["model"]["options"]
+    if not isinstance(name, str) or not timm.is_model(name):
+        return
+    unseen = ("embed_dim", "num_heads", "global_pool", "norm_layer", "act_layer")
+    told = {key: arguments[key] for key in unseen if arguments.get(key) is not None}
+    with torch.device("meta"):
+        other = timm.create_model(name, depth=1, **told)
+    ours, theirs = ({
+        "num_heads": m.blocks[0].attn.num_heads, "LayerNorm's eps": getattr(m.blocks[0].norm1, "eps", None),
+        "global_pool": m.global_pool, "activation": type(m.blocks[0].mlp.act).__name__,
+    } for m in (model, other))  # fmt: skip
+    if wrong := [f"{key} {theirs[key]}, the model {ours[key]}" for key in ours if ours[key] != theirs[key]]:
+        raise SettingsError(f"{file} does not fit the model: by its config.json ({name}) it has {'; '.join(wrong)}")
+
+
+def check_free(folder: str | Path) -> Path:
+    """Return the path of a folder to be written; SettingsError if something is there already."""
+    folder = Path(folder).expanduser().absolute()
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise SettingsError(f"{folder} is there already, and not an empty folder; it is left as it is: give another name")
+    except OSError as error:
+        raise SettingsError(f"cannot write {folder}: {error.strerror}") from None
+    return folder
+
+
+def save_timm(
+    model: Any, folder: str | Path, arguments: dict[str, Any], mean: Sequence[float], std: Sequence[float], crop_pct: float,
+    card: str | None = None,
+) -> Path:  # fmt: skip
+    """Write a timm ViT as timm does (config.json, model.safetensors), and a README.md if a card is given; return the path.
+
+    `arguments` are those that `timm.create_model` needs besides the name. The folder appears whole or not at all. Raises
+    SettingsError if something is there already or it cannot be written.
+    """
+    from timm.models import save_for_hf
+
+    folder = check_free(folder)
+    channels, size = model.patch_embed.proj.in_channels, model.patch_embed.img_size
+    model.pretrained_cfg = {  # nothing of the weights that timm has under this name
+        "architecture": model.pretrained_cfg["architecture"], "num_classes": model.num_classes,
+        "input_size": [channels, *size], "fixed_input_size": True, "mean": list(mean), "std": list(std),
+        "crop_pct": crop_pct, "crop_mode": "center", "interpolation": "bicubic", "classifier": "head",
+    } | ({"first_conv": "patch_embed.proj"} if channels == 3 else {})  # fmt: skip  # timm < 1.0.31 would adapt any other
+    half = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        half.mkdir(parents=True)
+        save_for_hf(model, half, model_args=arguments, safe_serialization=True)
+        shutil.copymode(half / "config.json", half / "model.safetensors")  # which safetensors lets only its owner read
+        if card is not None:
+            (half / "README.md").write_text(card)
+        os.replace(half, folder)
+    except OSError as error:
+        raise SettingsError(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return folder

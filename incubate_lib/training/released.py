@@ -1,0 +1,203 @@
+"""Checkpoints of the released Deep Incubation code become networks of ours; so do other torch files of plain timm ViTs.
+
+A released file holds `model`, the flat state dict with everything again under `stages.I.…`, and `model_stages`, a list
+of one state dict a stage with blocks counted within it: the names of our modules. It is read without running any code
+that may be in it, and refused unless all copies agree. Architecture and sizes follow from names and shapes. What shapes
+do not show follows from the released code: ViT-B and -L have LayerNorm eps 1e-6, ViT-H has no qkv bias and eps 1e-5,
+as no architecture of timm but vit_huge_patch14_clip_224, once its first norm is left out.
+"""
+
+import argparse
+import math
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from incubate_lib.config import ModelSettings, SettingsError
+from incubate_lib.method.incubation import assemble
+from incubate_lib.method.partition import ViTModule, split
+from incubate_lib.training.phases import build_model
+from incubate_lib.training.weights import check_fits, check_free, save_timm
+
+State = dict[str, Tensor]
+NAMES = {width: f"vit_{size}_patch16_224" for width, size in {192: "tiny", 384: "small", 768: "base", 1024: "large"}.items()}
+NAMES[1280] = "vit_huge_patch14_224"
+WITHOUT_QKV_BIAS = "vit_huge_patch14_clip_224"
+
+
+def import_released(
+    files: Sequence[str | Path], folder: str | Path, *, name: str | None = None, num_heads: int | None = None
+) -> tuple[ModelSettings, list[int]]:
+    """Write the network of one file, or the one assembled from K files, as a timm folder; return settings and depths.
+
+    Images are to be normalised as in the released recipe, by ImageNet's mean and deviation. Raises SettingsError as
+    `read_released` does, and if the folder is not free.
+    """
+    check_free(folder)
+    settings, modules = read_released(files, name=name, num_heads=num_heads)
+    model = assemble(modules).eval()
+    arguments = settings.timm_arguments() | {"num_classes": model.num_classes}
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if settings.in_chans != 3:
+        mean, std = ([sum(values) / 3] * settings.in_chans for values in (mean, std))
+    save_timm(model, folder, arguments, mean, std, DEFAULT_CROP_PCT)
+    return settings, list(modules[0].depths)
+
+
+def read_released(
+    files: Sequence[str | Path], *, name: str | None = None, num_heads: int | None = None
+) -> tuple[ModelSettings, list[ViTModule]]:
+    """Return the modules in one checkpoint (a plain state dict is one module), or those of K hybrids: stage i of file i.
+
+    `name` is the timm architecture and `num_heads` the number of heads, where they cannot be inferred. Raises
+    SettingsError for a file that cannot be read safely, whose copies disagree, or that is not a plain ViT classifier,
+    with the first names and shapes, and for files in another order than their target modules.
+    """
+    found = [_read(Path(path).expanduser()) for path in files]
+    stages = found[0]
+    if len(files) > 1:
+        _check_order(files, found)
+        stages = [file[i] for i, file in enumerate(found)]
+    whole = _joined(stages)
+    settings = _settings(whole, str(files[0]), name, num_heads)
+    depths = [_depth(stage) for stage in stages]
+    if not all(depths):
+        raise SettingsError(f"{files[0]}: stage {depths.index(0)} has no blocks")
+    with torch.device("meta"):  # random weights would take longer than everything else
+        model = build_model(settings, settings.depth, len(whole["head.weight"]))
+    modules = split(model.to_empty(device="cpu"), depths)
+    for i, (module, stage) in enumerate(zip(modules, stages, strict=True)):
+        path = files[i if len(files) > 1 else 0]
+        check_fits(module.state_dict(), stage, f"{path}, stage {i}" if len(stages) > 1 else str(path))
+        module.load_state_dict(stage)
+    return settings, modules
+
+
+def _read(path: Path) -> list[State]:
+    """Return the state dicts of a checkpoint's stages; all copies of a weight in it must be equal."""
+    raw = _load(path)
+    stages = [_tensors(path, stage) for stage in raw.get("model_stages") or []]
+    given = raw.get("model", raw.get("state_dict", None if stages else raw))
+    flat, copies = {}, {}
+    for key, tensor in ({} if given is None else _tensors(path, given)).items():
+        in_stage = re.fullmatch(r"stages\.(\d+)\.(.+)", key)
+        place = copies.setdefault(int(in_stage[1]), {}) if in_stage else flat
+        place[in_stage[2] if in_stage else key] = tensor
+    copies = [copies[i] for i in sorted(copies)]
+    whole = flat or _joined(stages or copies)
+    for what, parts in {"model_stages": stages, "stages.*": copies}.items():
+        if not parts:
+            continue
+        again = _joined(parts)
+        check_fits(whole, again, f"{path}: {what}", "the flat state dict")
+        if unequal := [f"{key} {tuple(again[key].shape)}" for key in whole if not _equal(whole[key], again[key])]:
+            more = f", and {len(unequal) - 3} more" if len(unequal) > 3 else ""
+            raise SettingsError(f"{path}: {what} disagrees with the flat state dict in {', '.join(unequal[:3])}{more}")
+    return stages or copies or [whole]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Return what is in a torch file, without running anything that is in it."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the released code's options; a class without code
+            raw = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # unpickling a damaged file raises anything
+        if culprit := re.search(r"GLOBAL (\S+)", str(error)):
+            raise SettingsError(
+                f"{path} is refused: it holds {culprit[1]}, and reading that could run code; "
+                "only tensors, plain values and argparse.Namespace are read"
+            ) from None
+        raise SettingsError(f"{path} is not a sound torch checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path} holds a {type(raw).__name__}, not a checkpoint or state dict")
+    return raw
+
+
+def _tensors(path: Path, state: Any) -> State:
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise SettingsError(f"{path} holds no state dict where one should be (under model, state_dict or model_stages, or alone)")
+    return {str(key).removeprefix("module.").removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _depth(stage: State) -> int:
+    return max((int(m[1]) + 1 for m in (re.match(r"blocks\.(\d+)\.", key) for key in stage) if m), default=0)
+
+
+def _joined(stages: Sequence[State]) -> State:
+    """Return one flat state dict of all stages, blocks counted through."""
+    whole, before = {}, 0
+    for stage in stages:
+        for key, tensor in stage.items():
+            key = re.sub(r"^blocks\.(\d+)\.", lambda m, before=before: f"blocks.{before + int(m[1])}.", key)
+            if key in whole:
+                raise SettingsError(f"two stages hold {key}")
+            whole[key] = tensor
+        before += _depth(stage)
+    return whole
+
+
+def _check_order(files: Sequence[str | Path], found: list[list[State]]) -> None:
+    """Raise SettingsError unless file i can be the hybrid of target module i.
+
+    The meta stages of all hybrids are the same and shallow, so a stage i that stands in another file too, or deeper, is
+    not the target: shells sort module 10 before module 2.
+    """
+    for path, stages in zip(files, found, strict=True):
+        if len(stages) != len(files):
+            raise SettingsError(f"{path} has {len(stages)} stages, but {len(files)} files are given; give one for each stage")
+    for i, path in enumerate(files):
+        own = found[i][i]
+        for j, other in enumerate(stages[i] for stages in found):
+            same = i != j and own.keys() == other.keys() and all(_equal(own[key], other[key]) for key in own)
+            if same or _depth(own) < _depth(other):
+                told = "the same as" if same else f"of {_depth(own)} blocks, {_depth(other)}"
+                raise SettingsError(
+                    f"{path} is given as number {i + 1}, but its stage {i} is {told} in {files[j]}; "
+                    "give the files in the order of their target modules"
+                )
+
+
+def _settings(whole: State, path: str, name: str | None, num_heads: int | None) -> ModelSettings:
+    """Infer the architecture from names and shapes."""
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight")
+    if missing := [key for key in needed if key not in whole]:
+        raise SettingsError(f"{path} is not a Vision Transformer's classifier: {', '.join(missing)} is missing")
+    patches, positions = whole["patch_embed.proj.weight"].shape, whole["pos_embed"].shape
+    grid = math.isqrt(max(0, positions[1] - 1)) if len(positions) == 3 else 0
+    if not grid or grid**2 + 1 != positions[1] or len(patches) != 4 or patches[2] != patches[3]:
+        raise SettingsError(
+            f"{path}: pos_embed {tuple(positions)} and patch_embed.proj.weight {tuple(patches)} are not those of a class "
+            "token and a square grid of square patches"
+        )
+    width, hidden = positions[2], len(whole["blocks.0.mlp.fc1.weight"])
+    qkv_bias, pre_norm = "blocks.0.attn.qkv.bias" in whole, "norm_pre.weight" in whole
+    name = name or (NAMES.get(width, NAMES[768]) if qkv_bias else WITHOUT_QKV_BIAS)
+    with torch.device("meta"):
+        usual = build_model(ModelSettings(name=name), 1, 2)
+    if num_heads is None:
+        num_heads = usual.blocks[0].attn.num_heads if usual.embed_dim == width else width // 64
+        if usual.embed_dim != width and width % 64:
+            raise SettingsError(f"{path}: width {width} does not tell the number of heads; give --num-heads")
+    options = {} if qkv_bias else {"qkv_bias": False}
+    if pre_norm == isinstance(usual.norm_pre, nn.Identity):
+        options["pre_norm"] = pre_norm
+    if hidden != 4 * width:
+        options["mlp_ratio"] = hidden / width
+    if num_heads < 1 or width % num_heads:
+        raise SettingsError(f"--num-heads {num_heads} does not divide the width, {width}")
+    return ModelSettings(
+        name=name, img_size=grid * patches[2], patch_size=patches[2], embed_dim=width, depth=_depth(whole),
+        num_heads=num_heads, in_chans=patches[1], options=options,
+    )  # fmt: skip
