@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -230,3 +232,14 @@ def test_the_number_of_devices_is_no_part_of_a_phases_identity(data_folder):
     one, two = (open_phase("meta", "smoke", overrides) for overrides in ([], ["machine.devices=2"]))
     assert one.digest == two.digest and one.folder.path == two.folder.path
     assert MachineSettings().devices == 1 and TrainingSettings().micro_batch is None
+
+
+@pytest.mark.xdist_group("torchrun")
+def test_the_command_line_trains_on_two_devices_through_the_notebook(tmp_path):
+    environment = os.environ | {"INCUBATE_DATA": str(tmp_path), "COLUMNS": "200"}
+    command = [str(Path(sys.executable).parent / "incubate"), "run", "smoke", "--devices", "2", "--strategies", "end_to_end"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = PhaseFolder(tmp_path / "runs" / "smoke" / "seed-0" / "end_to_end")  # the plain name: devices make no variant
+    assert folder.summary()["devices"] == 2 and (folder.path / "notebook.ipynb").exists()
+    assert not ranks_of(folder.path)
