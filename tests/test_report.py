@@ -10,7 +10,11 @@ from incubate_lib.report import plots, publish, tables
 from incubate_lib.report.html import write_report
 from incubate_lib.report.tables import Results, comparison, flop_unit, from_plan, load_results, published, spread
 
-PUBLISHED = sorted(p.stem for p in (ROOT / "data" / "results").glob("*.csv") if not p.stem.endswith(("_phases", "_curves")))
+PUBLISHED = sorted(
+    p.stem
+    for p in (ROOT / "data" / "results").glob("*.csv")
+    if not p.stem.endswith(("_phases", "_curves")) and not p.stem.startswith("bench_")
+)
 
 
 def results(accuracies: dict[str, list[float]], flops: dict[str, float]) -> Results:

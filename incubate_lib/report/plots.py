@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib import figure as mpl_figure
 from matplotlib.patches import FancyBboxPatch, Patch
 
+from incubate_lib.report import bench
 from incubate_lib.report.tables import BASELINE, Results, flop_unit, label
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
@@ -223,3 +224,36 @@ def _line(axis, curves: pd.DataFrame, offset: float, factor: float, look: dict, 
 
 
 PUBLISHED = {"accuracy_vs_cost": accuracy_vs_cost, "convergence": convergence}
+
+
+def growth(table: pd.DataFrame) -> Figure:
+    """Draw the measured time of a step against its counted FLOPs, over depth and over image size, both axes logarithmic.
+
+    `table` has the rows of `training.bench.growth`. Bars span the rounds; the grey line has slope 1.
+    """
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    series = table["series"].unique()
+    axes = figure.subplots(1, len(series), squeeze=False)[0]
+    for axis, name in zip(axes, series, strict=True):
+        part = table[table["series"] == name]
+        for variant, points in part.groupby("variant", sort=False):
+            look = style("end_to_end" if variant == "end_to_end" else "deep_incubation")
+            time, cost = points["step_seconds"], points["step_flops"] / 1e9
+            spread = [time - points["step_seconds_min"], points["step_seconds_max"] - time]
+            look = {"color": look["color"], "marker": look["marker"], "linestyle": "none"}
+            told = f"{bench.label(variant)}: time ∝ FLOPs^{bench.exponent(points):.2f}"
+            axis.errorbar(cost, time, yerr=spread, capsize=3, label=told, **look)
+        for size, points in part.groupby("size"):
+            top = points.sort_values("step_flops").iloc[-1]
+            place = (top["step_flops"] / 1e9, top["step_seconds"])
+            axis.annotate(f"{size}", place, (-4, 6), textcoords="offset points", ha="right", fontsize=8)
+        ends = np.array([part["step_flops"].min(), part["step_flops"].max()])
+        slope_one = ends * (part["step_seconds"] / part["step_flops"]).median()
+        axis.plot(ends / 1e9, slope_one, color="#777777", linewidth=1, zorder=0, label="as FLOPs (slope 1), through the median")
+        title = f"{name.replace('_', ' ')} (numbers at the points: {bench.SERIES[name]})"
+        axis.set(xscale="log", yscale="log", xlabel="counted cost of a step (GFLOP)", title=title)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("measured time of a step (s)")
+    figure.suptitle(bench.machine_line(table).replace("; ", "\n", 1), fontsize=8)
+    return figure

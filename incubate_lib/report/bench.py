@@ -1,0 +1,168 @@
+"""What `incubate bench` says: its tables for the terminal, and its ratios in words. Reads rows, measures nothing."""
+
+import math
+
+import numpy as np
+import pandas as pd
+from rich.table import Table
+
+from incubate_lib.report.tables import flop_unit
+
+LOOP_LIMIT = 1.03  # what our loop may cost end to end, against a bare one
+BUSY = 1.3  # slowest round against fastest
+STEEP = 1.1  # an exponent of time against FLOPs from here on is clearly above 1
+OURS, TWIN = r"incubate-\d+", r"incubate-\d+-released"
+NAMES = {"end_to_end": "end to end", "meta": "meta model"}
+ENDS = {"": "", "bare": ", bare loop", "released": ", released freezing"}
+SERIES = {"depth": "blocks", "image_size": "px"}
+
+
+def label(variant: str) -> str:
+    """Return a variant's name for people, modules counted from one."""
+    what, _, number = variant.partition("-")
+    number, _, end = number.partition("-") if what == "incubate" else ("", "", number)
+    return (NAMES.get(what) or f"hybrid, module {int(number) + 1}") + ENDS[end]
+
+
+def machine_line(table: pd.DataFrame) -> str:
+    """Return what was measured where and when, in one line."""
+    first = table.iloc[0]
+    rate = table["matmul_flops_per_second"].median() / 1e9
+    return (
+        f"{first['model']}, {first['precision']}, compile {first['compile']}, batch {first['batch']}, rounds {first['rounds']}; "
+        f"{first['device']}, {first['threads']} thread(s), torch {first['torch']}, {first['date'][:10]}; "
+        f"a large matrix product here: {rate:,.0f} GFLOP/s"
+    )
+
+
+def doubts(table: pd.DataFrame) -> list[str]:
+    """Say so, in a line, if the rounds differ so much that the figures cannot be trusted."""
+    spread = (table["step_seconds_max"] / table["step_seconds_min"]).max()
+    told = f"Rounds differ by up to {spread:.1f} times: this machine was busy with other things; measure again when it is quiet."
+    return [told] if spread > BUSY else []
+
+
+def bench_table(table: pd.DataFrame) -> Table:
+    """Return the rows of `training.bench.bench` as a table: medians over rounds, in brackets the extremes."""
+    cells = {
+        "": table["variant"].map(label),
+        "images/s": (table["batch"] / table["step_seconds"]).map("{:,.1f}".format),
+        "GFLOP/image": (table["step_flops"] / table["batch"] / 1e9).map("{:,.5g}".format),
+        **_shared(table),
+        "time": [
+            "" if math.isnan(row.ratio) else f"{row.ratio:.3f} × {'bare' if row.against.endswith('bare') else 'ours'}"
+            for row in table.itertuples()
+        ],
+    }
+    return _rich(cells)
+
+
+def growth_table(table: pd.DataFrame) -> Table:
+    """Return the rows of `training.bench.growth` as a table."""
+    cells = {
+        "size": [f"{row.size} {SERIES[row.series]}" for row in table[["series", "size"]].itertuples(index=False, name="Row")],
+        "": table["variant"].map(label),
+        "GFLOP/step": (table["step_flops"] / 1e9).map("{:,.4g}".format),
+        **_shared(table),
+    }
+    return _rich(cells)
+
+
+def _shared(table: pd.DataFrame) -> dict[str, list[str]]:
+    """Return the columns that both tables have; those that are not known here are left out."""
+    unit, size = flop_unit(table["flops_per_second"].max())
+    times = table[["step_seconds", "step_seconds_min", "step_seconds_max"]].mul(1e3)
+    columns = {
+        "ms/step": ["{} ({} – {})".format(*map(_digits, row)) for row in times.itertuples(index=False)],
+        f"{unit}/s": (table["flops_per_second"] / size).map("{:,.4g}".format),
+        "of matmul": table["share_of_matmul"].map("{:.0%}".format),
+    }
+    if table["peak_flops_per_second"].notna().all():
+        columns["of peak"] = (table["flops_per_second"] / table["peak_flops_per_second"]).map("{:.0%}".format)
+    if table["peak_memory_bytes"].notna().all():
+        columns["peak MiB"] = (table["peak_memory_bytes"] / 2**20).map("{:,.1f}".format)
+    return columns
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _rich(cells: dict[str, list[str]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in cells:
+        table.add_column(name, justify="left" if name in ("", "size") else "right", no_wrap=True)
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def ratios_in_words(table: pd.DataFrame) -> list[str]:
+    """Say what our loop costs, what right freezing saves, and what pieces cost against the whole."""
+    rows = table.set_index("variant")
+    whole, meta = rows.loc["end_to_end"], rows.loc["meta"]
+    ours, twins = (table[table["variant"].str.fullmatch(pattern)] for pattern in (OURS, TWIN))
+    if whole["ratio"] <= LOOP_LIMIT:
+        verdict = "kept"
+    elif whole["ratio_min"] <= LOOP_LIMIT and whole["rounds"] > 1:
+        verdict = "not kept here, but rounds disagree: repeat it with more --rounds on a quiet machine"
+    else:
+        verdict = "not kept"
+    lines = [
+        f"Our loop: end to end takes {_span(whole)} times as long as a bare loop over the same network, the meta model "
+        f"{_span(meta)} times; end to end at most {LOOP_LIMIT} is allowed: {verdict}."
+    ]
+    told = [f"module {i + 1} {_span(row)}, FLOPs {row['flops_ratio']:.3f}" for i, (_, row) in enumerate(twins.iterrows())]
+    share = ours["step_flops"].to_numpy() / ours["step_flops"].sum()  # as weights, so that drift between modules does no harm
+    seconds, flops = (float((share * twins[column]).sum()) for column in ("ratio", "flops_ratio"))
+    memory = ""
+    if ours["peak_memory_bytes"].notna().all():
+        most = twins["peak_memory_bytes"].to_numpy() / ours["peak_memory_bytes"].to_numpy()
+        memory = f" and up to {most.max():.3f} times the memory"
+    lines.append(
+        f"Right freezing: with the released code's freezing all {len(ours)} hybrids together take {seconds:.3f} times as long as "
+        f"ours (FLOPs {flops:.3f}){memory}; {', '.join(told)}."
+    )
+    cost = {name: (part["step_seconds"] / whole["step_seconds"], part["step_flops"] / whole["step_flops"])
+            for name, part in {"meta model": meta, "hybrids": ours[["step_seconds", "step_flops"]].sum(),
+                               "dearest hybrid": ours[["step_seconds", "step_flops"]].max()}.items()}  # fmt: skip
+    lines.append(
+        "In pieces: an image costs, against end to end, "
+        + "; ".join(f"{name} {time:.3f} of the time (FLOPs {count:.3f})" for name, (time, count) in cost.items())
+        + ". Time above FLOPs means that small pieces use this machine less well."
+    )
+    return lines
+
+
+def _span(row: pd.Series) -> str:
+    spread = f" ({row['ratio_min']:.3f} – {row['ratio_max']:.3f})" if row["rounds"] > 1 else ""
+    return f"{row['ratio']:.3f}{spread}"
+
+
+def exponent(points: pd.DataFrame, column: str = "step_seconds") -> float:
+    """Return p of the best fit seconds ∝ FLOPs^p, in logarithms; NaN for fewer than two sizes."""
+    flops, seconds = np.log(points["step_flops"]), np.log(points[column])
+    return float(np.polyfit(flops, seconds, 1)[0]) if flops.nunique() > 1 else math.nan
+
+
+def growth_in_words(table: pd.DataFrame) -> list[str]:
+    """Say how time grows with the counted FLOPs: over the whole series, and over its three largest sizes."""
+    lines = []
+    for (series, variant), points in table.groupby(["series", "variant"], sort=False):
+        points = points.sort_values("size")
+        parts = points, points.tail(3)  # small sizes, where overheads fade, must not hide what the large ones do
+        whole, large = map(exponent, parts)
+        if not math.isfinite(whole):
+            judged = "one size says nothing"
+        elif max(whole, large) < STEEP:
+            judged = "no faster than FLOPs do"
+        elif max(exponent(part, "step_seconds_min") for part in parts) < STEEP:
+            judged = "the fastest rounds grow no faster than FLOPs do, so this may be noise"
+        else:
+            judged = "FASTER than FLOPs do: see where the rate falls"
+        lowest, highest = points["size"].iloc[[0, -1]]
+        lines.append(
+            f"{label(variant)}, {lowest} to {highest} {SERIES[series]}: time grows as FLOPs^{whole:.2f}, over the three "
+            f"largest as FLOPs^{large:.2f}: {judged}."
+        )
+    return lines

@@ -1,0 +1,243 @@
+"""What a training step costs on this machine: ours beside two references, and its growth with depth and image size.
+
+Ours is `loop.Trainer.step`, the very function that trains. The references are a bare hand-written loop over the same
+stock timm model, and the same hybrids frozen as in the released code of arXiv 2212.04129. All run in one process, on
+one device and in turn, on random images that lie there. What only some recipes have (clipping, EMA, mixup, drop-path)
+is off in all of them. Nothing is printed and no file is touched.
+"""
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from incubate_lib.config import (
+    DEFAULT_MACHINE,
+    MachineSettings,
+    ModelSettings,
+    PhaseSettings,
+    Settings,
+    SettingsError,
+    TrainingSettings,
+)
+from incubate_lib.method.incubation import Hybrid
+from incubate_lib.training.costs import train_flops_per_image
+from incubate_lib.training.data import ImageSet
+from incubate_lib.training.loop import Trainer, autocast, compiled, make_optimizer
+from incubate_lib.training.phases import build_model, model_shape, pick_device, prepare, provenance, repeat_exactly
+from incubate_lib.training.schedule import micro_batches
+from incubate_lib.training.stopwatch import Variant, measure, peak_flops, yardstick
+
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "fashion_mnist": 10}  # of data sources; others count as 1000
+GPU_BATCH = 256  # images of a step, unless the settings have fewer
+CPU_STEP = 5e11  # FLOPs of a step end to end on a CPU: some ten seconds
+LR = 1e-5  # so small that random labels do no harm
+NARROW = ModelSettings(name="vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=96, depth=8, num_heads=3)
+DEPTHS = (12, 24, 48, 96, 128)  # blocks
+SIZES = (32, 64, 96, 128, 160, 224)  # pixels: 17 to 785 tokens, where attention has 3 to 58 % of the FLOPs
+Tell = Callable[[str], None]
+
+
+class Bench:
+    """Builds the variants of one network on one device at one batch size; SettingsError if there is no such network."""
+
+    def __init__(self, settings: Settings, *, batch: int, classes: int, device: torch.device) -> None:
+        self.settings, self.batch, self.classes, self.device = settings, batch, classes, device
+        self.shape = model_shape(settings.model)
+        with torch.device("meta"):
+            depth = len(build_model(settings.model, settings.model.depth, classes).blocks)
+        self.target_depths, self.meta_depths = settings.partition.depths(depth)
+        self.recipe = TrainingSettings(epochs=1e9, batch_size=batch, lr=LR, warmup_epochs=0.0, label_smoothing=0.0)
+        images = torch.randint(256, (batch, *self.shape), dtype=torch.uint8, device=device)
+        labels = torch.randint(classes, (batch,), device=device)
+        half = torch.full((self.shape[0], 1, 1), 0.5, device=device)
+        self.data = ImageSet(images, labels, half, half, classes)
+
+    def build(self, phase: str, index: int | None = None) -> nn.Module:
+        """Return the model that a phase trains, freshly initialised, on the device that is default here."""
+        s = PhaseSettings(
+            phase=phase, seed=0, data=self.settings.data, model=self.settings.model, target_depths=self.target_depths,
+            meta_depths=self.meta_depths, module_index=index, start=None if index is None else "random", training=self.recipe,
+        )  # fmt: skip
+        return prepare(s, {}, self.classes)[0]
+
+    def ours(self, phase: str, index: int | None = None) -> Variant:
+        """Return a phase in our loop."""
+        with self.device:
+            model = self.build(phase, index)
+        return self._in_our_loop(phase if index is None else f"{phase}-{index}", model, trains=model)
+
+    def bare(self, ours: Variant) -> Variant:
+        """Return the same network, straight from timm, in a loop as short as a loop can be; ours is compared with it.
+
+        Its images are normalised beforehand, and it does not ask a GPU to repeat itself bit for bit.
+        """
+        with self.device:
+            model = build_model(self.settings.model, len(ours.model.blocks), self.classes).train()
+        model.load_state_dict(ours.model.state_dict())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+        runner = compiled(model, self.settings.machine.compile)
+        x, y = self.data.normalise(self.data.images), self.data.labels
+        dtype = torch.bfloat16 if self.settings.precision == "bfloat16" else None
+
+        def step() -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            with autocast(self.device, dtype):
+                logits = runner(x)
+            loss = F.cross_entropy(logits.float(), y)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        ours.against = Variant(f"{ours.name}-bare", step, ours.flops, model, optimizer, ours.compiled)
+        return ours.against
+
+    def released(self, ours: Variant) -> Variant:
+        """Return a copy of our hybrid with the released code's freezing, in our loop; it is compared with ours."""
+        model = released_freezing(copy.deepcopy(ours.model))
+        twin = self._in_our_loop(f"{ours.name}-released", model, trains=model[1])
+        twin.against = ours
+        return twin
+
+    def _in_our_loop(self, name: str, model: nn.Module, *, trains: nn.Module) -> Variant:
+        """Return a model in our loop; the optimiser holds the trainable parameters of `trains` alone."""
+        flops = self.batch * train_flops_per_image(model, self.shape)
+        machine = self.settings.machine
+        trainer = Trainer(model, self.data, self.recipe, seed=0, precision=self.settings.precision, machine=machine)
+        if trains is not model:
+            trainer.optimizer = make_optimizer(trains, self.recipe)
+        trainer.begin(0)
+        number = itertools.count()
+        return Variant(name, lambda: trainer.step(next(number)), flops, model, trainer.optimizer,
+                       compiled=machine.compile != "off", exact=True)  # fmt: skip
+
+
+def released_freezing(hybrid: Hybrid) -> nn.Sequential:
+    """Return prefix, target and suffix of a hybrid, sharing its weights, as the released code treats them.
+
+    The prefix runs in train mode and under autograd. The suffix is not frozen: its weight gradients are computed, and
+    because the optimiser holds the target, `[1]`, alone, nothing uses or clears them.
+    """
+    model = nn.Sequential(hybrid.prefix, hybrid.target, hybrid.suffix).train()
+    model[2].requires_grad_(True)
+    return model
+
+
+def bench(
+    settings: Settings,
+    *,
+    batch: int | None = None,
+    rounds: int = 5,
+    classes: int | None = None,
+    tell: Tell = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Measure end to end and the meta model beside bare loops, and each hybrid beside the released code's freezing.
+
+    Returns one row a variant. Two variants live at a time; `tell` is given a line before each two. Raises SettingsError
+    for numbers that make no sense and for a batch that the device cannot hold.
+    """
+    _check(batch=batch, rounds=rounds, classes=classes)
+    device = pick_device()
+    repeat_exactly(device)
+    known = {**CLASSES, "synthetic": settings.data.num_classes}
+    classes = classes or known.get(settings.data.source, 1000)
+    if batch is None:
+        fits = GPU_BATCH if device.type == "cuda" else max(4, int(CPU_STEP / _flops_per_image(settings, classes)))
+        recipe, devices = settings.training, settings.machine.devices
+        batch = min(micro_batches(recipe.batch_size, recipe.micro_batch, devices)[1], fits)
+    made = Bench(settings, batch=batch, classes=classes, device=device)
+
+    def pair(phase: str, index: int | None) -> Iterator[Variant]:
+        yield (ours := made.ours(phase, index))
+        yield made.bare(ours) if index is None else made.released(ours)
+
+    pairs = [("end_to_end", None), ("meta", None), *(("incubate", i) for i in range(len(made.target_depths)))]
+    rows = []
+    with _oom_told(batch):
+        matmul = yardstick(device, settings.precision)
+        for n, (phase, index) in enumerate(pairs):
+            what = phase.replace("_", " ") if index is None else f"module {index + 1}"
+            tell(f"{n + 1} of {len(pairs)}: {what}, batch {batch}, rounds {rounds}")
+            rows += measure(pair(phase, index), rounds=rounds, device=device, matmul=matmul)
+    return [about(settings, device) | {"batch": batch} | row for row in rows]
+
+
+def _flops_per_image(settings: Settings, classes: int) -> int:
+    """Return the FLOPs of training on one image end to end, before anything is built for real."""
+    with torch.device("meta"):
+        one = Bench(settings, batch=1, classes=classes, device=torch.device("meta"))
+        return train_flops_per_image(one.build("end_to_end"), one.shape)
+
+
+def growth(
+    precision: str = "float32",
+    machine: MachineSettings = DEFAULT_MACHINE,
+    *,
+    batch: int | None = None,
+    rounds: int = 3,
+    depths: Sequence[int] = DEPTHS,
+    sizes: Sequence[int] = SIZES,
+    tell: Tell = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Measure end to end and one hybrid of a narrow ViT over its depth (blocks) and over the image size (pixels).
+
+    Returns one row a point, with its `series` (depth or image_size) and `size`; a series is measured in turn as a whole.
+    """
+    _check(batch=batch, rounds=rounds)
+    device = pick_device()
+    repeat_exactly(device)
+    batch = batch or (GPU_BATCH if device.type == "cuda" else 4)
+    base = Settings(name="growth", model=NARROW, partition={"num_modules": 4}, precision=precision, machine=machine)
+    if machine.compile != "off":  # beyond the limit torch would quietly run the later ones uncompiled
+        torch._dynamo.config.recompile_limit = 8 * (len(depths) + len(sizes))
+
+    def points(field: str, values: Sequence[int]) -> Iterator[Variant]:
+        for value in values:
+            model = NARROW.model_copy(update={field: value})
+            made = Bench(base.model_copy(update={"model": model}), batch=batch, classes=10, device=device)
+            yield made.ours("end_to_end")
+            yield made.ours("incubate", 1)  # which has a prefix and a suffix
+
+    rows = []
+    with _oom_told(batch):
+        matmul = yardstick(device, precision)
+        for series, field, values in (("depth", "depth", depths), ("image_size", "img_size", sizes)):
+            tell(f"{series} {', '.join(map(str, values))}: batch {batch}, rounds {rounds}")
+            measured = measure(points(field, values), rounds=rounds, device=device, matmul=matmul)
+            places = [{"series": series, "size": value} for value in values for _ in range(2)]
+            rows += [place | row for place, row in zip(places, measured, strict=True)]
+    return [about(base, device) | {"batch": batch} | row for row in rows]
+
+
+def about(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Return what every row must carry: settings, machine, date."""
+    where = provenance(device)
+    model = " ".join([settings.model.name, *(f"{name}={value}" for name, value in settings.model.timm_arguments().items())])
+    return {
+        "settings": settings.name, "model": model, "precision": settings.precision,
+        "compile": settings.machine.compile, "peak_flops_per_second": peak_flops(where["device"], settings.precision),
+        "device": where["device"], "threads": where["threads"], "torch": where["versions"]["torch"], "date": where["date"],
+        "commit": (where["commit"] or "")[:10] + ("+" if where["dirty"] else ""),
+    }  # fmt: skip
+
+
+def _check(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        least = 2 if name == "classes" else 1
+        if value is not None and value < least:
+            raise SettingsError(f"--{name} is {value}; it must be at least {least}")
+
+
+@contextlib.contextmanager
+def _oom_told(batch: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise SettingsError(
+            f"a batch of {batch} does not fit into the device's memory; give a smaller one with --batch"
+        ) from None

@@ -1,0 +1,235 @@
+"""What `incubate bench` counts, builds and tells. No time is asserted here."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from incubate_lib import cli
+from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.report import bench as text
+from incubate_lib.report import publish
+from incubate_lib.training import bench, stopwatch
+from incubate_lib.training.costs import train_flops_per_image
+from incubate_lib.training.stopwatch import LiveBytes, peak_flops, step_memory
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+TINY = """
+data: {source: synthetic}
+model: {name: vit_tiny_patch16_224, img_size: 16, patch_size: 4, embed_dim: 32, depth: 6, num_heads: 2, in_chans: 1}
+partition: {num_modules: 3}
+training: {epochs: 1, warmup_epochs: 0, batch_size: 8}
+"""
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    monkeypatch.setattr(stopwatch, "PIECE_SECONDS", 1e-3)
+    monkeypatch.setattr(stopwatch, "WARMUP_STEPS", 1)
+    monkeypatch.setattr(stopwatch, "MATMUL_SIZE", {"cpu": 64, "cuda": 64})
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return str(path)
+
+
+@pytest.fixture
+def made(tiny):
+    return bench.Bench(load_settings(tiny), batch=8, classes=4, device=CPU)
+
+
+def test_released_freezing_costs_what_method_says_at_vit_b():
+    """In GFLOP an image; its suffix has weight gradients, its last module has no suffix."""
+    vit_b = ["model={name: vit_base_patch16_224, img_size: 224, patch_size: 16, depth: 12}", "partition={num_modules: 4}"]
+    made = bench.Bench(load_settings("digits", vit_b), batch=1, classes=1000, device=META)
+    ours, released = [], []
+    with META:
+        for i in range(4):
+            hybrid = made.build("incubate", i)
+            ours.append(train_flops_per_image(hybrid, made.shape) / 1e9)
+            released.append(train_flops_per_image(bench.released_freezing(hybrid), made.shape) / 1e9)
+    assert ours == pytest.approx([44.44, 41.18, 38.16, 35.13], abs=0.005)
+    assert (sum(ours), sum(released)) == pytest.approx((158.9, 175.6), abs=0.05)
+    assert released[3] == pytest.approx(ours[3])
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_the_released_twin_computes_the_same_and_trains_the_target_alone(made, index):
+    ours = made.ours("incubate", index)
+    twin = made.released(ours)
+    prefix, target, suffix = twin.model
+    assert twin.against is ours and twin.model.training and all(m.training for m in prefix.modules())
+    assert not any(p.requires_grad for p in prefix.parameters())
+    assert all(p.requires_grad for p in [*target.parameters(), *suffix.parameters()])
+    before = {name: p.clone() for name, p in twin.model.named_parameters()}
+    for seen in (1, 2):
+        torch.testing.assert_close(twin.step(), ours.step())
+        gradients = [p.grad.clone() for p in suffix.parameters()]
+        if seen == 1:
+            first = gradients
+    moved = {name.split(".")[0] for name, p in twin.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"1"}
+    assert len(first) == len(list(suffix.parameters())), "computed"
+    assert all(torch.linalg.norm(b) > 1.5 * torch.linalg.norm(a) for a, b in zip(first, gradients) if a.any()), "never cleared"
+    assert all(p.grad is None for p in [*ours.model.suffix.parameters(), *ours.model.prefix.parameters()])
+
+
+def test_the_bare_loop_trains_the_same_network(made):
+    for phase in ("end_to_end", "meta"):
+        ours = made.ours(phase)
+        bare = made.bare(ours)
+        assert ours.against is bare and bare.flops == ours.flops
+        for _ in range(2):
+            torch.testing.assert_close(bare.step(), ours.step())
+
+
+def test_live_bytes_are_counted():
+    kilobyte = 1000
+    with LiveBytes() as counted:
+        x = torch.ones(kilobyte // 4, requires_grad=True)
+        y = (x * 2).exp()  # the product is gone, the result is saved for the gradient
+        z = y.sin()  # and so is y once more
+        view = z.view(2, -1)
+        del y
+        assert counted.live == 3 * kilobyte
+        view.sum().backward()
+        del z, view
+    assert counted.live == 2 * kilobyte, "x and its gradient"
+    assert counted.peak >= 5 * kilobyte
+
+
+def test_right_freezing_needs_less_memory(made):
+    for index in (0, 1):
+        ours = made.ours("incubate", index)
+        twin = made.released(ours)
+        for variant in (ours, twin):
+            variant.step()  # its optimiser has states from here on
+        suffix = sum(p.numel() * 4 for p in twin.model[2].parameters())
+        assert step_memory(twin, CPU) > step_memory(ours, CPU) + suffix
+
+
+def test_memory_of_a_step_is_that_of_its_parts():
+    """One linear layer: weights, gradient, two moments, steps, and what AdamW needs no more of."""
+    model = nn.Linear(100, 100, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    x = torch.ones(1, 100)
+
+    def step():
+        optimizer.zero_grad()
+        loss = model(x).sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    variant = stopwatch.Variant("linear", step, 0, model, optimizer)
+    step()
+    assert step_memory(variant, CPU) == pytest.approx(4 * 100 * 100 * 4, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA A10", 125),
+     ("NVIDIA A10G", None), ("Tesla V100-SXM2-32GB", None), ("some CPU", None)],
+)  # fmt: skip
+def test_peaks_are_found_by_name(name, expected):
+    assert peak_flops(name, "bfloat16") == (expected and expected * 1e12)
+
+
+def test_the_command_measures_every_variant(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(publish, "results_folder", lambda: tmp_path / "data" / "results")
+    assert cli.main(["bench", tiny, "--set", "partition.num_modules=2", "--rounds", "2", "--save", "t"]) == 0
+    told = capsys.readouterr().out
+    rows = ["end to end", "meta model", *(f"hybrid, module {i}" for i in (1, 2))]
+    ends = [", bare loop"] * 2 + [", released freezing"] * 2
+    for row, end in zip(rows, ends):
+        assert any(line.startswith(f"{row}  ") for line in told.splitlines()), row
+        assert any(line.startswith(row + end) for line in told.splitlines()), row + end
+    assert "at most 1.03 is allowed" in told and "Right freezing: " in told and "In pieces: " in told
+    table = pd.read_csv(tmp_path / "data" / "results" / "bench_t.csv")
+    assert len(table) == 8 and (table["batch"] == 8).all() and (table["rounds"] == 2).all()
+    assert (table[["step_seconds", "step_flops", "share_of_matmul", "peak_memory_bytes"]] > 0).all(axis=None)
+    twins = table[table["variant"].str.fullmatch(text.TWIN)]
+    assert twins["against"].tolist() == ["incubate-0", "incubate-1"]
+    assert (twins["flops_ratio"] > 1).tolist() == [True, False]
+    assert table["date"].notna().all() and table["torch"].eq(torch.__version__).all()
+
+
+def test_growth_has_every_size_and_a_finite_exponent(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "results_folder", lambda: tmp_path / "data" / "results")
+    table = pd.DataFrame(bench.growth(batch=1, rounds=1, depths=(4, 8), sizes=(16, 32)))
+    for series, sizes in {"depth": [4, 4, 8, 8], "image_size": [16, 16, 32, 32]}.items():
+        assert table.loc[table["series"] == series, "size"].tolist() == sizes
+    assert set(table["variant"]) == {"end_to_end", "incubate-1"}
+    told = "\n".join(text.growth_in_words(table))
+    assert "hybrid, module 2, 16 to 32 px: time grows as FLOPs^" in told and "nan" not in told
+    assert math.isfinite(text.exponent(table[(table["series"] == "depth") & (table["variant"] == "end_to_end")]))
+    assert text.growth_table(table).row_count == 8
+    files = publish.publish_bench(table, "t")
+    assert [f.name for f in files] == ["bench_t.csv", "bench_t.png"] and files[1].stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fastest", "told"),
+    [
+        ([1, 2, 4, 8], None, "FLOPs^1.00, over the three largest as FLOPs^1.00: no faster than FLOPs do."),
+        ([3, 4, 6, 10], None, "no faster than FLOPs do"),
+        ([1, 4, 16, 64], None, "FLOPs^2.00, over the three largest as FLOPs^2.00: FASTER than FLOPs do"),
+        ([5, 5.1, 6, 30], None, "FASTER than FLOPs do"),  # small sizes must not hide it
+        ([1, 2, 4, 12], [1, 2, 4, 8], "may be noise"),
+        ([1], None, "one size says nothing"),
+    ],
+)
+def test_growth_faster_than_flops_is_told(seconds, fastest, told):
+    table = pd.DataFrame({"series": "depth", "size": range(len(seconds)), "variant": "end_to_end"})
+    table["step_flops"] = [1e9, 2e9, 4e9, 8e9][: len(seconds)]
+    table["step_seconds"], table["step_seconds_min"] = seconds, fastest or seconds
+    assert told in text.growth_in_words(table)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--rounds", "0"], "--rounds is 0; it must be at least 1"),
+        (["--batch", "-1"], "--batch is -1; it must be at least 1"),
+        (["--classes", "1"], "--classes is 1; it must be at least 2"),
+        (["--save", "a/b"], "--save 'a/b'"),
+        (["digits", "--growth"], "--growth has a network of its own"),
+        (["--growth", "--set", "model.depth=8"], "--growth has a network of its own"),
+        (["nosuch"], "unknown preset 'nosuch'"),
+    ],
+)
+def test_bad_input_ends_in_a_line(arguments, told, capsys):
+    assert cli.main(["bench", *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_memory_that_does_not_suffice_is_told(tiny, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "measure", full)
+    with pytest.raises(SettingsError, match=r"a batch of 8 does not fit .* --batch"):
+        bench.bench(load_settings(tiny), rounds=1)
+
+
+def test_no_images_are_needed(monkeypatch):
+    """Presets of large sets are measured on machines that do not have them: FLOPs of the default batch and its size."""
+    measured = []
+    monkeypatch.setattr(bench, "measure", lambda *_, **how: measured.append(how) or [])
+    monkeypatch.setattr(bench, "yardstick", lambda *_: None)
+    bench.bench(load_settings("imagenet-vit-b", ["data.folder=/nowhere"]))
+    assert len(measured) == 6
+
+
+def test_help_needs_no_torch():
+    code = "import sys, incubate_lib.cli as c; c._parser().parse_args(['bench', '--growth']); print('torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    assert told.stdout.strip() == "False"
