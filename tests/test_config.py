@@ -69,7 +69,10 @@ BAD = [  # command line → what the message must name
     ),
     ([*RUN, "--set", "precision=float16"], "precision is 'float16'"),
     ([*RUN, "--set", "machine.compile=fast"], "machine.compile is 'fast'"),
-    ([*RUN, "--set", "machine.download=true"], "machine.download is for torchvision's sets, not for data.source 'digits'"),
+    (
+        [*RUN, "--set", "machine.download=true"],
+        "machine.download is for torchvision's and Hugging Face's sets, not for data.source 'digits'",
+    ),
     ([*RUN, "--set", "data.source=cifar"], "unknown source 'cifar'; did you mean cifar10 or cifar100"),
     ([*RUN, "--set", "data.folder=x"], "folder has no meaning for source 'digits'"),
     ([*RUN, "--set", "data.source=cifar10", "--set", "data.test_images=null"], "/datasets/cifar10 is not there"),

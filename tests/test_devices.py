@@ -54,7 +54,8 @@ def job_of(node) -> dict:
     inputs = {name: str(before.folder.path) for name, before in node.inputs.items()}
     return {
         "settings": node.settings.model_dump(mode="json", exclude_unset=True), "folder": str(node.folder.path),
-        "title": node.title, "about": {}, "inputs": inputs, "flops_per_image": 1, "stop_file": None, "began": time.time(),
+        "title": node.title, "about": {"inputs_sha256": {}}, "inputs": inputs, "flops_per_image": 1,
+        "expected": [node.experiment.facts.num_images, 4], "stop_file": None, "began": time.time(),
         "machine": node.experiment.settings.machine.model_dump(mode="json"),
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 PhaseName = Literal["meta", "incubate", "assemble", "finetune", "end_to_end"]
-FORMAT = 2  # of everything a phase's result depends on besides its settings; raise it when old results must not be reused
+FORMAT = 3  # of everything a phase's result depends on besides its settings; raise it when old results must not be reused
 
 Positive = Annotated[int, Field(ge=1)]
 StrategyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -258,10 +258,11 @@ class MachineSettings(Frozen):
     """How phases are computed: none of this belongs to a phase's identity."""
 
     devices: Positive = 1  # that train one phase together, data-parallel; --devices sets it
+    deterministic: bool = True  # a GPU gives the same bits again; false: a little faster, and no promise
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"  # mode of torch.compile
     workers: Annotated[int, Field(ge=0)] | None = None  # processes a device that read streamed images; none: its cores
     start_method: Literal["forkserver", "spawn", "fork"] = "forkserver"  # of these processes; fork is unsafe beside CUDA
-    download: bool = False  # fetch torchvision's sets where they are missing
+    download: bool = False  # fetch torchvision's and Hugging Face's sets where they are missing
     data_folder: str | None = None  # a copy of data.folder on this machine, e.g. on a local disk
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0  # between checkpoints
 
@@ -293,8 +294,10 @@ class Settings(Frozen):
             self.partition.depths(self.model.depth)
         if "meta" in self.strategies:
             raise ValueError("strategies.meta: that name is taken, for the folder of the shared meta model")
-        if self.machine.download and self.data.source not in ARRAYS and not self.data.source.startswith("torch/"):
-            raise ValueError(f"machine.download is for torchvision's sets, not for data.source {self.data.source!r}")
+        if self.machine.download and self.data.source not in ARRAYS and not self.data.source.startswith(("torch/", "hfds/")):
+            raise ValueError(
+                f"machine.download is for torchvision's and Hugging Face's sets, not for data.source {self.data.source!r}"
+            )
         for name, strategy in self.strategies.items():
             if strategy.match and self.strategies.get(strategy.match, strategy).kind == "end_to_end":
                 raise ValueError(f"strategies.{name}.match is {strategy.match!r}; name a deep_incubation strategy")
@@ -313,6 +316,11 @@ class Settings(Frozen):
         if training.batch_size % ((micro or 1) * devices):
             told = f"batch_size {training.batch_size} in {where} is not divisible by machine.devices {devices}"
             raise ValueError(told + (f" times micro_batch {micro}" if micro else ""))
+        if micro and training.batch_size > micro * devices and self.machine.compile in ("reduce-overhead", "max-autotune"):
+            raise ValueError(
+                f"machine.compile {self.machine.compile!r} captures CUDA graphs, which overwrite gradients that micro-batches "
+                f"add up (micro_batch {micro} in {where}); use compile: default, or a batch_size of {micro * devices}"
+            )
         if (training.mixup or training.cutmix) and (micro or training.batch_size // devices) % 2:
             raise ValueError(
                 f"batch_size {training.batch_size} in {where} gives each device an odd number, which mixup cannot pair"

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.config import PhaseSettings, Settings, SettingsError, data_folder, load_settings
+from incubate_lib.config import PhaseSettings, Settings, SettingsError, TrainingSettings, data_folder, load_settings
 from incubate_lib.training.facts import Facts, measure
 from incubate_lib.training.runs import PhaseFolder, read_json, write_json
 from incubate_lib.training.schedule import steps_per_epoch, total_steps
@@ -75,8 +75,13 @@ class Node:
         return [node for node in _closure([self])[:-1] if node.settings.phase == phase]
 
     def summary(self) -> dict[str, Any] | None:
-        """Return the summary if this phase is finished with these settings."""
-        return self.folder.summary(self.digest)
+        """Return the summary if this phase is finished, with these settings and from the inputs that are there."""
+        return self.folder.summary(self.digest, self._used())
+
+    def _used(self) -> dict[str, str]:
+        """Return the SHA-256 of each input's weights; inputs that are not there (any more) cannot contradict."""
+        done = {name: node.folder.summary(node.digest) for name, node in self.inputs.items()}
+        return {name: summary["weights_sha256"] for name, summary in done.items() if summary}
 
     def run(self) -> dict[str, Any]:
         """Train what is missing, inputs first, in this process; return the summary of this phase."""
@@ -88,8 +93,10 @@ class Node:
         for node in self.inputs.values():
             node.run()
         self.experiment.create()
+        used = self._used() | ({"weights": self.settings.inputs["weights"]} if self.weights else {})
         about = {"strategy": self.strategy, "inputs": {name: node.key for name, node in self.inputs.items()}}
-        if donor := self._donor():
+        about["inputs_sha256"] = used
+        if donor := self._donor(used):
             return self._adopt(donor, about)
         inputs = {name: node.folder.path for name, node in self.inputs.items()}
         return run_phase(
@@ -99,22 +106,25 @@ class Node:
             title=self.title,
             about=about,
             flops_per_image=self.experiment.facts.flops_of(self.settings),
+            expected=(self.experiment.facts.num_images, self.experiment.facts.num_classes),
             machine=self.experiment.settings.machine,
             stop_file=self.experiment.path / STOP_FILE,
         )
 
-    def _donor(self) -> PhaseFolder | None:
+    def _donor(self, used: dict[str, str]) -> PhaseFolder | None:
         """Find the same phase, settings and inputs, finished in another experiment: it need not be trained again."""
         for path in sorted(self.experiment.path.parent.glob(f"*/seed-{self.settings.seed}/**/summary.json")):
             folder = PhaseFolder(path.parent)
-            if path.parent != self.folder.path and folder.summary(self.digest):
+            if path.parent != self.folder.path and folder.summary(self.digest, used):
                 with contextlib.suppress(SettingsError):  # damaged: no use
                     folder.load_weights()
                     return folder
         return None
 
     def _adopt(self, donor: PhaseFolder, about: dict[str, Any]) -> dict[str, Any]:
-        with self.folder.claim(self.settings):
+        with self.folder.claim(self.settings, about["inputs_sha256"]):
+            if done := self.folder.summary(self.digest, about["inputs_sha256"]):  # finished while this one waited
+                return done
             for name in ("metrics.jsonl", "model.safetensors"):
                 if (donor.path / name).exists():  # assembly has no metrics
                     shutil.copy2(donor.path / name, self.folder.path / name)
@@ -260,6 +270,7 @@ class _Planner:
         if self.settings.is_matched(name):
             final = self.strategy(self.settings.strategies[name].match, seed)
             budget = sum(self.flops(node.settings) for node in _closure([final]))
+            self._check_batch("end_to_end", training)
             per_step = self.facts.flops_per_image["target"] * training.batch_size
             epochs = budget / per_step / steps_per_epoch(self.facts.num_images, training.batch_size)
             if epochs < training.warmup_epochs:
@@ -298,18 +309,26 @@ class _Planner:
     ) -> PhaseSettings:
         if phase != "assemble":
             training = more.setdefault("training", self.settings.training_of(name, phase))
-            if training and training.batch_size > self.facts.num_images:
-                raise SettingsError(
-                    f"training.batch_size is {training.batch_size} in phase {phase}, "
-                    f"but there are only {self.facts.num_images} training images"
-                )
+            if training:
+                self._check_batch(phase, training)
         hashes = {key: node.digest for key, node in (inputs or {}).items()}
         hashes |= {"weights": self.facts.weights[weights]} if weights else {}
+        model, target, meta = self.settings.model, self.facts.target_depths, self.facts.meta_depths
+        if phase == "meta":  # what a phase does not depend on is no part of its identity
+            model, target = model.model_copy(update={"depth": None}), []
+        elif phase == "end_to_end":
+            target, meta = [sum(target)], []
         return PhaseSettings(
-            phase=phase, seed=seed, data=self.settings.data, model=self.settings.model, inputs=hashes,
-            precision=self.settings.precision, target_depths=self.facts.target_depths,
-            meta_depths=self.facts.meta_depths, **more,
+            phase=phase, seed=seed, data=self.settings.data, model=model, inputs=hashes, precision=self.settings.precision,
+            target_depths=target, meta_depths=meta, **more,
         )  # fmt: skip
+
+    def _check_batch(self, phase: str, training: TrainingSettings) -> None:
+        if training.batch_size > self.facts.num_images:
+            raise SettingsError(
+                f"training.batch_size is {training.batch_size} in phase {phase}, "
+                f"but there are only {self.facts.num_images} training images"
+            )
 
     def _node(
         self, key: str, name: str, phase: PhaseSettings, inputs: dict[str, Node] | None = None, weights: str | None = None

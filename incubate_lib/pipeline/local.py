@@ -5,6 +5,7 @@ import fcntl
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import Process
@@ -30,6 +31,7 @@ class Job:
 
     process: Process
     log: Path
+    gpus: list[str] = field(default_factory=list)  # that it may use
 
 
 @dataclass
@@ -90,7 +92,10 @@ class Pool:
             parameters = self.source | {"strategy": node.strategy, "seed": node.settings.seed}
             if node.settings.module_index is not None:
                 parameters["module_index"] = node.settings.module_index
-            self.running[node.key] = start(node.notebook, node.folder.path, "notebook.ipynb", parameters, self.jobs)
+            devices = self.plan.experiment.settings.machine.devices
+            busy = Counter(gpu for job in self.running.values() for gpu in job.gpus)
+            free = sorted(gpus(), key=lambda gpu: busy[gpu])[:devices]  # stable: the first of the least busy
+            self.running[node.key] = start(node.notebook, node.folder.path, "notebook.ipynb", parameters, self.jobs, free)
             del self.waiting[node.key]
 
     def _look_after(self, node: Node) -> None:
@@ -202,8 +207,8 @@ def is_complete(node: Node) -> bool:
     return node.summary() is not None and (node.folder.path / "notebook.ipynb").exists()
 
 
-def start(notebook: str, folder: Path, output: str, parameters: dict[str, Any], jobs: int) -> Job:
-    """Start one notebook in a process of its own, with a fair share of the cores; its output goes to log.txt."""
+def start(notebook: str, folder: Path, output: str, parameters: dict[str, Any], jobs: int, own: list[str] | None = None) -> Job:
+    """Start one notebook in a process of its own, with a fair share of the cores, and GPUs; its output goes to log.txt."""
     from incubate_lib.pipeline import warm
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +216,9 @@ def start(notebook: str, folder: Path, output: str, parameters: dict[str, Any], 
     log.write_bytes(b"")
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     env = os.environ | {"INCUBATE_THREADS": str(threads), "INCUBATE_HEADLESS": "1"}
-    return Job(warm.start(notebook, str(folder / output), parameters, log=str(log), env=env), log)
+    if own:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    return Job(warm.start(notebook, str(folder / output), parameters, log=str(log), env=env), log, own or [])
 
 
 def last_error(log: Path) -> str | None:
@@ -290,10 +297,21 @@ def _remaining_path(plan: Plan) -> dict[str, int]:
     return longest
 
 
+def gpus() -> list[str]:
+    """Return this machine's GPUs, as CUDA_VISIBLE_DEVICES names them, without starting CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
 def check_jobs(jobs: int | None, devices: int = 1) -> int:
-    """Return the number of notebooks to run side by side; by default one per core, at most four, over `devices` each."""
+    """Return the number of notebooks to run side by side.
+
+    By default so many that each phase has its `devices` GPUs for itself; without GPUs one per core, at most four.
+    """
     if jobs is None:
-        return max(1, min(4, len(os.sched_getaffinity(0))) // devices)
+        return max(1, (len(gpus()) or min(4, len(os.sched_getaffinity(0)))) // devices)
     if jobs < 1:
         raise SettingsError(f"--jobs is {jobs}; it must be at least 1")
     return jobs

@@ -10,6 +10,7 @@ Letters: B batch, C channels, H and W pixels.
 import multiprocessing
 import os
 import random
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from incubate_lib.training.sources import Opener, Source, open_source
 
 EVAL_BATCH = 256
 PREFETCH = 4  # batches that each worker reads ahead
+MAX_BROKEN = 100  # unreadable images in a row that are passed over; more, and something else is wrong
 Shape = tuple[int, int, int]  # C, H, W
 
 
@@ -98,7 +100,8 @@ class ImageSet:
     def batches(self, order: Order) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield micro-batches to train on: uint8 images [B, C, H, W] and labels [B]; `finish` makes them ready."""
         for _, _, index in order:
-            index = index.to(self.labels.device)
+            if self.labels.is_cuda:  # or the copy would wait for all work that is queued
+                index = index.pin_memory().to(self.labels.device, non_blocking=True)
             yield self.images[index], self.labels[index]
 
     def finish(self, images: Tensor, recipe: TrainingSettings) -> Tensor:
@@ -146,8 +149,9 @@ class StreamedSet:
     def batches(self, order: Order) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield micro-batches to train on: uint8 images [B, C, H, W] and labels [B]; `finish` makes them ready."""
         sampler = _Seeded(order, derive_seed(order.seed, "augment"))
+        _, micro = micro_batches(order.settings.batch_size, order.settings.micro_batch, order.devices)
         for images, labels, broken in self._loader(order.settings, sampler, order.devices):
-            self._note(broken)
+            self._note(broken, passed_over=self.settings.skip_broken and len(labels) == micro)
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def finish(self, images: Tensor, recipe: TrainingSettings) -> Tensor:
@@ -171,9 +175,12 @@ class StreamedSet:
         """Open every n-th image; return how many were opened, and name → reason of those that cannot be read."""
         reader = self._reader(None)
         some = range(0, len(self), every)
+        broken = {}
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            found = pool.map(lambda i: reader.open(i)[1], some)
-        return len(some), dict(error for error in found if error)
+            for start in range(0, len(some), 10_000):  # a pool holds all that it was given
+                found = pool.map(lambda i: reader.open(i)[1], some[start : start + 10_000])
+                broken.update(error for error in found if error)
+        return len(some), broken
 
     def _reader(self, recipe: TrainingSettings | None) -> "_Reader":
         """Return what worker processes run; without a recipe the centre crop by which images are judged."""
@@ -190,31 +197,34 @@ class StreamedSet:
                 f"training.randaugment {recipe and recipe.randaugment!r}: {error or 'not timm notation'}"
             ) from None
         mode = "L" if self.shape[0] == 1 else "RGB"
-        return _Reader(self.opener, self.labels, self.index, transform, mode, self.settings.skip_broken)
+        skip = self.settings.skip_broken and recipe is not None  # judging by another image would count that one twice
+        return _Reader(self.opener, self.labels, self.index, transform, mode, skip)
 
     def _loader(self, recipe: TrainingSettings | None, batches: Any, devices: int) -> DataLoader:
         workers = self.machine.workers
         if workers is None:
-            workers = max(1, len(os.sched_getaffinity(0)) // devices)
+            cores = int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))  # this phase's share of them
+            workers = max(1, cores // devices)
         how = {}
         if workers:
             context = multiprocessing.get_context(self.machine.start_method)
             if self.machine.start_method == "forkserver":
                 context.set_forkserver_preload(["incubate_lib.training.data"])  # so that workers need not import torch each
             how = {"multiprocessing_context": context, "persistent_workers": True, "prefetch_factor": PREFETCH}
+            how["worker_init_fn"] = _end_with_reader
         return DataLoader(
             self._reader(recipe), batch_sampler=batches, num_workers=workers, collate_fn=_collate,
             pin_memory=self.device.type == "cuda", **how,
         )  # fmt: skip
 
-    def _note(self, broken: list[tuple[str, str]]) -> None:
-        """Remember images that cannot be read; SettingsError unless the user wants them passed over."""
+    def _note(self, broken: list[tuple[str, str]], passed_over: bool = False) -> None:
+        """Remember images that cannot be read; SettingsError unless others were taken in their place."""
         self.broken.update(broken)
-        if broken and not self.settings.skip_broken:
+        if broken and not passed_over:
             name, reason = broken[0]
             raise SettingsError(
                 f"{len(self.broken)} image(s) cannot be read, the first: {name} ({reason}); `incubate check` names all of "
-                "them, data.skip_broken=true takes the next image in place of each"
+                "them, data.skip_broken=true takes the next image in place of each that is to be trained on"
             )
 
     def _sound(self, item: tuple[Tensor, int, list]) -> Tensor:
@@ -252,7 +262,7 @@ class _Reader(torch.utils.data.Dataset):
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
         broken = []
-        for step in range(len(self.index) if self.skip_broken else 1):
+        for step in range(min(MAX_BROKEN, len(self.index)) if self.skip_broken else 1):
             at = (i + step) % len(self.index)
             image, error = self.open(at)
             if image is not None:
@@ -267,6 +277,16 @@ class _Reader(torch.utils.data.Dataset):
             return self.opener(at).convert(self.mode), None
         except Exception as error:  # damaged files make decoders raise anything
             return None, (self.opener.name(at), f"{type(error).__name__}: {error}")
+
+
+def _end_with_reader(worker: int) -> None:
+    """End a worker when the process that reads from it is gone; torch watches its parent, which may be a fork server."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _collate(items: list) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
@@ -297,7 +317,8 @@ def load_data(
             for source, index in (learn, judge)
         ]
         for part in sets:
-            part._note(list(part.check(every=max(1, len(part) // 64))[1].items()))  # all of a large set would take hours
+            found = list(part.check(every=max(1, len(part) // 64))[1].items())  # all of a large set would take hours
+            part._note(found, passed_over=settings.skip_broken)
         return tuple(sets)
     (x, y), (judged_x, judged_y) = (_pixels(settings, *part) for part in (learn, judge))
     levels = np.arange(256) / 255

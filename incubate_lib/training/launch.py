@@ -43,7 +43,7 @@ def train_on_devices(job: dict[str, Any], folder: PhaseFolder, devices: int, tit
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // devices)), "INCUBATE_HEADLESS": "1"}
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        errors="replace", start_new_session=True,
     )  # fmt: skip
     told, quiet = [], False
     try:

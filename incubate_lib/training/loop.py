@@ -240,6 +240,7 @@ def fit(
     trainer = Trainer(model, train, settings, seed=seed, precision=precision, machine=machine, team=team)
     steps, per_epoch = trainer.steps, steps_per_epoch(len(train), settings.batch_size)
     step, loss_sum, loss_steps, seconds, eval_seconds = 0, 0.0, 0, 0.0, 0.0
+    startup_seconds, startup_wait = 0.0, 0.0  # of each attempt's first update: compiling, starting workers
     state, complaints = folder.load_checkpoint()
     for complaint in complaints:
         print(f"{title}: {complaint}; going back to what is sound", flush=True)
@@ -247,14 +248,18 @@ def fit(
         trainer.load_state(state)
         step, loss_sum, loss_steps = state["step"], state["loss_sum"], state["loss_steps"]
         seconds, eval_seconds, trainer.wait_seconds = state["train_seconds"], state["eval_seconds"], state["wait_seconds"]
-    team.barrier()  # all have read the checkpoint and the metrics before one of them writes
+        startup_seconds, startup_wait = state["startup_seconds"], state["startup_wait"]
+    resumed, state = state is not None, None  # its tensors are copied; they would stay in memory
+    if team.add_up(torch.tensor([step], device=trainer.device)).item() != step * team.devices:  # also: all have read it
+        raise RuntimeError(f"{title}: the devices read different checkpoints (this one is at step {step}); run again")
     if team.is_first:
-        if state is not None:
+        if resumed:
             folder.set_status(resumed_at=step)
         folder.start_metrics(step)
     rows = [row for row in folder.metrics() if row["step"] <= step]
     clock = Chrono(trainer.device, seconds)
     progress = Progress(folder, title, steps, step) if team.is_first else None
+    waited = trainer.wait_seconds
     pending: list[Tensor] = []  # losses still on the device; reading one waits for it, so they are read together
     saved_at = looked_at = time.monotonic()
     saving_seconds = 0.0
@@ -285,6 +290,7 @@ def fit(
             folder.save_checkpoint({
                 "step": step, **trainer.state(), "loss_sum": loss_sum, "loss_steps": loss_steps,
                 "train_seconds": clock.seconds, "eval_seconds": eval_seconds, "wait_seconds": trainer.wait_seconds,
+                "startup_seconds": startup_seconds, "startup_wait": startup_wait,
             })  # fmt: skip
         saved_at = time.monotonic()
         saving_seconds = saved_at - began
@@ -308,11 +314,18 @@ def fit(
     if not rows:
         judge_now()
     trainer.begin(step)
+    first = step
     while step < steps:
         if clock.since is None:
             clock.start()
         pending.append(trainer.step(step))
         step += 1
+        if step == first + 1:
+            startup_wait += trainer.wait_seconds - waited
+            before = clock.seconds
+            clock.pause()
+            clock.start()
+            startup_seconds += clock.seconds - before
         # record
         due = step == steps or step % (settings.eval_every * per_epoch) == 0
         if not due and step % team.look_every:
@@ -330,13 +343,16 @@ def fit(
             if stop or team.agree(save_due):
                 save()
             if stop:
+                team.barrier()  # nobody leaves before it is on disk: a rank that ends takes the others with it
                 if progress:
                     progress.close()
                 raise Stopped(f"{title}: stopped at step {step} of {steps}; the next run goes on from here")
             looked_at = time.monotonic()
     if progress:
         progress.close()
-    data_share = trainer.wait_seconds / clock.seconds if clock.seconds else 0.0
+    steady = clock.seconds - startup_seconds
+    data_share = (trainer.wait_seconds - startup_wait) / steady if steady > 0 else 0.0
+    broken = team.gather(sorted(getattr(train, "broken", ())))
     if data_share > DATA_SHARE_WARNED and team.is_first:
         print(f"{title}: {data_share:.0%} of the training time was spent waiting for images; more machine.workers, a faster "
               "disk or data.in_memory would help", flush=True)  # fmt: skip
@@ -344,7 +360,7 @@ def fit(
         "steps": steps, "images_seen": steps * settings.batch_size, "epochs": steps / per_epoch,
         "distinct_images_per_epoch": math.ceil(per_epoch * settings.batch_size / settings.repeats),
         "train_seconds": clock.seconds, "eval_seconds": eval_seconds, "data_share": data_share,
-        "broken_images": len(getattr(train, "broken", ())), "devices": team.devices,
+        "broken_images": len(broken), "startup_seconds": startup_seconds, "devices": team.devices,
         "start_accuracy": rows[0]["accuracy"], "accuracy": rows[-1]["accuracy"], "loss": rows[-1]["loss"],
         "train_loss": rows[-1]["train_loss"],
     }  # fmt: skip

@@ -114,27 +114,31 @@ def run_phase(
     title: str,
     about: dict[str, Any],
     flops_per_image: int,
+    expected: tuple[int, int],
     machine: MachineSettings = DEFAULT_MACHINE,
     stop_file: Path | None = None,
 ) -> dict[str, Any]:
     """Train one phase to its end, or go on from its checkpoint, and return its summary; a finished one is only read.
 
     `inputs` are the folders of the phases it starts from, or a file of weights; `about` is added to the summary
-    (strategy, names of the inputs' folders); `flops_per_image` is the counted training cost. The phase stops when
+    (strategy, names of the inputs' folders, SHA-256 of their weights); `flops_per_image` is the counted training cost,
+    `expected` the number of training images and classes that was planned with. The phase stops when
     `stop_file` is touched after this call. On several devices it trains in a subprocess.
     """
     began = time.time()
-    if done := folder.summary(s.digest()):
+    used = about["inputs_sha256"]
+    if done := folder.summary(s.digest(), used):
         return done
     if torch.cuda.is_available() and machine.devices > torch.cuda.device_count():
         raise SettingsError(f"machine.devices is {machine.devices}, but this machine has {torch.cuda.device_count()} GPU(s)")
-    with folder.claim(s):
-        if done := folder.summary(s.digest()):  # finished by another process while this one waited
+    with folder.claim(s, used):
+        if done := folder.summary(s.digest(), used):  # finished by another process while this one waited
             return done
         job = {
             "settings": s.model_dump(mode="json", exclude_unset=True), "folder": str(folder.path), "title": title, "about": about,
             "inputs": {name: str(path) for name, path in inputs.items()}, "flops_per_image": flops_per_image,
-            "machine": machine.model_dump(mode="json"), "stop_file": stop_file and str(stop_file), "began": began,
+            "expected": list(expected), "machine": machine.model_dump(mode="json"), "began": began,
+            "stop_file": stop_file and str(stop_file),
         }  # fmt: skip
         if machine.devices > 1 and s.training is not None:
             return train_on_devices(job, folder, machine.devices, title)
@@ -150,6 +154,7 @@ def train_phase(
     about: dict[str, Any],
     inputs: dict[str, str],
     flops_per_image: int,
+    expected: list[int],
     machine: dict[str, Any],
     stop_file: str | None,
     began: float,
@@ -161,8 +166,13 @@ def train_phase(
     """
     s, home = PhaseSettings.model_validate_json(json.dumps(settings)), PhaseFolder(Path(folder))
     how = MachineSettings.model_validate_json(json.dumps(machine))
-    repeat_exactly(team.device)
+    repeat_exactly(team.device, how.deterministic)
     train, judge = load_data(s.data, team.device, model_shape(s.model), how)
+    if [len(train), train.num_classes] != expected:
+        raise SettingsError(
+            f"there are {len(train)} training images in {train.num_classes} classes, but {expected[0]} in {expected[1]} when "
+            "this experiment began; look at data.folder (machine.data_folder), or give the experiment another name"
+        )
     model, result = prepare(s, {name: Path(path) for name, path in inputs.items()}, train.num_classes)
     model.to(team.device)
     kept, numbers = model, UNTRAINED
@@ -222,11 +232,14 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def repeat_exactly(device: torch.device) -> None:
-    """Have a GPU give the same bits again for the same work; a CPU does so anyway."""
-    if device.type == "cuda":
+def repeat_exactly(device: torch.device, wanted: bool = True) -> None:
+    """Have a GPU give the same bits again for the same work; a CPU does so anyway.
+
+    Strictly: told only to warn, torch's attention takes the faster backward pass, which does not repeat itself.
+    """
+    if device.type == "cuda" and wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every new tensor once more
 
 

@@ -39,10 +39,16 @@ class PhaseFolder:
     def config(self) -> dict[str, Any] | None:
         return read_json(self.path / "config.json")
 
-    def summary(self, digest: str | None = None) -> dict[str, Any] | None:
-        """Return the summary of a finished phase; None unless finished, with these settings if a hash is given."""
+    def summary(self, digest: str | None = None, used: dict[str, str] | None = None) -> dict[str, Any] | None:
+        """Return the summary of a finished phase; None unless finished, with these settings if a hash is given.
+
+        `used` are the SHA-256 of the weights it must have started from; those that are not given may be any.
+        """
         summary = read_json(self.path / "summary.json")
-        return summary if summary and (digest is None or summary["hash"] == digest) else None
+        if not summary or (digest is not None and summary["hash"] != digest):
+            return None
+        made_from = summary.get("inputs_sha256", {})
+        return summary if all(made_from.get(name) == sha for name, sha in (used or {}).items()) else None
 
     def status(self) -> dict[str, Any]:
         """Return state, progress and heartbeat; a phase whose process is gone is told as `interrupted`."""
@@ -69,11 +75,13 @@ class PhaseFolder:
     # -- how it changes -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def claim(self, settings: PhaseSettings) -> Iterator[None]:
+    def claim(self, settings: PhaseSettings, used: dict[str, str] | None = None) -> Iterator[None]:
         """Hold the folder for training these settings; whatever goes wrong inside is written into status.json.
 
-        Waits while another process holds it. Raises SettingsError when the folder belongs to other settings. The lock
-        is the kernel's, so a killed process never leaves it behind; where the file system has none, heartbeats judge.
+        `used` are the SHA-256 of the weights it starts from: what was made from others is forgotten, or modules of two
+        meta models could meet. Waits while another process holds it. Raises SettingsError when the folder belongs to
+        other settings. The lock is the kernel's, so a killed process never leaves it behind; where the file system has
+        none, heartbeats judge.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "lock", "a") as lock:
@@ -81,10 +89,13 @@ class PhaseFolder:
             for half_written in self.path.glob("*.tmp"):  # by a process that was killed
                 half_written.unlink()
             config = self.config()
-            if config is None:
-                write_json(self.path / "config.json", settings.model_dump(mode="json") | {"hash": settings.digest()})
-            elif config["hash"] != settings.digest():
+            if config is not None and config["hash"] != settings.digest():
                 raise SettingsError(f"{self.path} belongs to other settings (hash {config['hash']}); it is left as it is")
+            if config is None or config.get("inputs_sha256") != (used or {}):
+                for made_from_others in ("summary.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt"):
+                    (self.path / made_from_others).unlink(missing_ok=True)
+                about = {"hash": settings.digest(), "inputs_sha256": used or {}}
+                write_json(self.path / "config.json", settings.model_dump(mode="json") | about)
             attempt = (read_json(self.path / "status.json") or {}).get("attempt", 0) + 1
             self.set_status("running", attempt=attempt, progress={}, error=None, pid=os.getpid(), host=socket.gethostname())
             try:
@@ -140,6 +151,8 @@ class PhaseFolder:
                 if damaged:
                     raise ValueError(f"{damaged} is damaged")
                 return torch.load(path, map_location="cpu", weights_only=True), complaints
+            except (PermissionError, MemoryError):  # not damage: what is there must not be given up for it
+                raise
             except Exception as error:  # any damage ends the same way: say so and fall back
                 complaints.append(f"{path.name} is not sound ({type(error).__name__}: {error})")
         return None, complaints

@@ -8,6 +8,7 @@ import glob
 import gzip
 import importlib.util
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, data_folder
@@ -45,6 +47,8 @@ def open_source(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHI
     for split, source in {"train": train, "test": test}.items():
         if source is not None and not len(source.labels):
             raise SettingsError(f"data.source {settings.source!r}: the {split} split holds no images")
+        if source is not None and source.labels.min() < 0:
+            raise SettingsError(f"data.source {settings.source!r}: the {split} split has images without a label (-1)")
     if test is not None and (strange := sorted(set(test.classes) - set(train.classes))):
         some = ", ".join(strange[:5])
         raise SettingsError(f"data.folder {_folder(settings)}: {settings.test_split} has classes that training lacks: {some}")
@@ -81,7 +85,6 @@ def _digits(settings: DataSettings) -> tuple[Source, None]:
 
 def _synthetic(settings: DataSettings) -> tuple[Source, None]:
     """Generated images: a smooth random pattern a class, under noise. Learnable, not trivial."""
-    import torch
     import torch.nn.functional as F
 
     rng = np.random.default_rng(settings.split_seed)
@@ -158,11 +161,23 @@ def _decoded(file: Any) -> Image.Image:
 # -- images opened one by one -----------------------------------------------------------------------------------------------
 
 
+class Names:
+    """A list of strings in two tensors, which worker processes share: 1.3 million of Python's would take 150 MB in each."""
+
+    def __init__(self, names: list[str]) -> None:
+        blobs = [os.fsencode(name) for name in names]
+        self.ends = torch.from_numpy(np.cumsum([0, *map(len, blobs)]))
+        self.text = torch.frombuffer(bytearray(b"".join(blobs)), dtype=torch.uint8)
+
+    def __getitem__(self, i: int) -> str:
+        return os.fsdecode(self.text[self.ends[i] : self.ends[i + 1]].numpy().tobytes())
+
+
 @dataclass(frozen=True)
 class Files:
     """Image files."""
 
-    paths: list[str]
+    paths: Names
 
     def __call__(self, i: int) -> Image.Image:
         return _decoded(open(self.paths[i], "rb"))
@@ -192,7 +207,7 @@ class Shards:
 
     tars: list[str]
     places: np.ndarray  # [N, 3]: which tar, offset, size
-    names: list[str]
+    names: Names
 
     def __call__(self, i: int) -> Image.Image:
         which, offset, size = self.places[i]
@@ -230,7 +245,7 @@ def _image_folder(settings: DataSettings, download: bool) -> tuple[Source, Sourc
 
     classes, train = scan(settings.train_split)
     _, test = scan(settings.test_split, classes)
-    return tuple(Source(np.array([label for _, label in part]), classes, opener=Files([path for path, _ in part]))
+    return tuple(Source(np.array([label for _, label in part]), classes, opener=Files(Names([path for path, _ in part])))
                  for part in (train, test))  # fmt: skip
 
 
@@ -255,7 +270,11 @@ def _torch(settings: DataSettings, download: bool) -> tuple[Source, Source]:
 def _hfds(settings: DataSettings, download: bool) -> tuple[Source, Source]:
     """timm's `hfds/<name or folder>`: Hugging Face datasets, from its cache or a local folder; `folder` is the cache."""
     try:
+        import datasets
+        import huggingface_hub
         from timm.data import create_dataset
+
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = not download
 
         sources = []
         for split in (settings.train_split, settings.test_split):
@@ -298,9 +317,12 @@ def _wds(settings: DataSettings, download: bool) -> tuple[Source, Source]:
                 names.append(image.name)
                 with open(tar, "rb") as file:
                     file.seek(members["cls"].offset_data)
-                    labels.append(int(file.read(members["cls"].size)))
+                    text = file.read(members["cls"].size).strip()
+                if not text.isdigit():
+                    raise SettingsError(f"{tar}: {members['cls'].name} holds {text[:20]!r}, not the number of a class")
+                labels.append(int(text))
         classes = [str(i) for i in sorted(set(labels))]
-        sources.append(Source(np.array(labels, dtype=np.int64), classes, opener=Shards(tars, np.array(places), names)))
+        sources.append(Source(np.array(labels, dtype=np.int64), classes, opener=Shards(tars, np.array(places), Names(names))))
     return tuple(sources)
 
 

@@ -39,6 +39,14 @@ class Team:
         dist.broadcast(decided, 0)
         return bool(decided.item())
 
+    def gather(self, names: list[str]) -> set[str]:
+        """Return all names that any process has."""
+        parts = [names]
+        if self.devices > 1:
+            parts = [None] * self.devices
+            dist.all_gather_object(parts, names)
+        return {name for part in parts for name in part}
+
     def barrier(self) -> None:
         if self.devices > 1:
             dist.barrier()
