@@ -224,6 +224,30 @@ def test_one_run_at_a_time_in_an_experiment(tmp_path, monkeypatch):
     assert result.returncode == 2 and f"another `incubate run` (process {os.getpid()})" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("visible", "devices", "jobs"), [("0,1,2,3", 1, 4), ("0,1,2,3,4,5,6,7", 4, 2), ("2", 1, 1), ("0,1", 4, 1), ("", 1, None)]
+)
+def test_each_phase_has_its_gpus_for_itself(visible, devices, jobs, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cores = min(4, len(os.sched_getaffinity(0)))
+    assert local.check_jobs(None, devices) == (cores if jobs is None else jobs)
+    assert local.gpus() == [gpu for gpu in visible.split(",") if gpu]
+
+
+def test_phases_side_by_side_see_different_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    todo = plan(load_settings("smoke", ["machine.devices=2"]), ["end_to_end", "deep_incubation"])
+    seen = []
+    monkeypatch.setattr(local, "start", lambda *a: seen.append(a[-1]) or local.Job(None, tmp_path, a[-1]))
+    pool = local.Pool(todo, {}, 2, Console())
+    for key in ("seed-0/meta", "seed-0/end_to_end"):
+        node = next(node for node in todo.nodes if node.key == key)
+        pool.waiting[key] = node
+        pool._consider(node)
+    assert seen == [["4", "5"], ["6", "7"]]
+
+
 def is_done(path: Path) -> bool:
     return (path / "summary.json").exists() and (path / "notebook.ipynb").exists()
 

@@ -63,6 +63,9 @@ BAD = [  # command line → what the message must name
         "min_lr 0.0009 is larger than lr 0.0005",
     ),
     ([*RUN, "--set", "training.ema=1.0"], "training.ema is 1.0"),
+    ([*RUN, "--set", "phases.end_to_end.batch_size=5000"], "training.batch_size is 5000 in phase end_to_end"),
+    ([*RUN, "--set", "training.micro_batch=8", "--set", "machine.compile=reduce-overhead"], "captures CUDA graphs"),
+    ([*RUN, "--set", "phases.end_to_end.warmup_epochs=99"], "but its warmup_epochs is 99; set phases.end_to_end.warmup_epochs"),
     (
         [*RUN, "--set", "training.randaugment=rand-m9"],
         "randaugment in phase end_to_end of strategy end_to_end: not for images that are held",

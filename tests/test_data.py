@@ -3,8 +3,12 @@
 import gzip
 import hashlib
 import io
+import multiprocessing
 import pickle
+import re
 import tarfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,6 +301,25 @@ def test_a_damaged_idx_file_is_told(tmp_path):
             load_data(DataSettings(source="fashion_mnist", folder=str(tmp_path / "set")))
 
 
+def test_shards_that_are_not_what_they_should_be_are_told(tmp_path):
+    for files, message in [
+        ({"a.jpg": b"x", "a.cls": b"cat"}, "holds b'cat', not the number of a class"),
+        ({"a.jpg": b"x"}, "it needs an image and a .cls file"),
+        ({"a.cls": b"1"}, "it needs an image and a .cls file"),
+    ]:
+        for split in ("train", "val"):
+            with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+                for name, blob in files.items():
+                    member = tarfile.TarInfo(name)
+                    member.size = len(blob)
+                    tar.addfile(member, io.BytesIO(blob))
+        with pytest.raises(SettingsError, match=re.escape(message)):
+            load_data(DataSettings(source="wds/", folder=str(tmp_path)))
+    (tmp_path / "train.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(SettingsError, match=r"shard .*train\.tar cannot be read"):
+        load_data(DataSettings(source="wds/", folder=str(tmp_path)))
+
+
 def test_broken_images_are_named_counted_and_passed_over_on_request_only(tmp_path, capsys):
     write_folder(tmp_path / "set", train=40)
     train, _ = open_folder(tmp_path / "set")
@@ -308,6 +331,10 @@ def test_broken_images_are_named_counted_and_passed_over_on_request_only(tmp_pat
     patient, _ = open_folder(tmp_path / "set", skip_broken=True)
     assert [len(y) for _, y in batches(patient)] == [40] * 3
     assert [name.endswith("bee/3.png") for name in patient.broken] == [True]
+    (tmp_path / "set" / "val" / "cat" / "0.png").write_bytes(b"")
+    with pytest.raises(SettingsError, match=r"val/cat/0\.png"):  # judging by another in its place would count that one twice
+        list(open_folder(tmp_path / "set", skip_broken=True)[1].judged())
+    picture(2).save(tmp_path / "set" / "val" / "cat" / "0.png")
     (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set", ", skip_broken: true"))
     assert main(["check", str(tmp_path / "mine.yaml")]) == 1
     told = capsys.readouterr().out
@@ -358,6 +385,42 @@ def test_worker_processes_change_nothing(tmp_path):
     assert len(alone) == 9 and all(map(torch.equal, alone, helped))
     assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(judged, same, strict=True))
     assert all(map(torch.equal, stream(2, 4)[0], alone[4:]))
+
+
+def read_for_ever(folder: str, told: str) -> None:
+    settings = DataSettings(source="folder", folder=folder)
+    train, _ = load_data(settings, shape=(3, 16, 16), machine=MachineSettings(workers=2))
+    reader = iter(train._loader(TrainingSettings(), [[(0, 0)]] * 10_000, 1))
+    next(reader)
+    Path(told).write_text(" ".join(str(worker.pid) for worker in reader._workers))
+    time.sleep(60)
+
+
+def test_worker_processes_end_with_the_process_that_reads_from_them(tmp_path):
+    """Killed, not asked: nothing of it can clean up."""
+    write_folder(tmp_path / "set")
+    process = multiprocessing.get_context("forkserver").Process(
+        target=read_for_ever, args=(str(tmp_path / "set"), str(tmp_path / "told"))
+    )
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "told").exists() or not (tmp_path / "told").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = [int(pid) for pid in (tmp_path / "told").read_text().split()]
+    assert len(workers) == 2 and all(is_there(pid) for pid in workers)
+    process.kill()
+    process.join()
+    while any(is_there(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_there(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
 
 
 def test_every_image_is_judged_once_whatever_the_number_of_devices(tmp_path):

@@ -285,6 +285,46 @@ def test_a_damaged_result_is_refused_by_what_needs_it(data_folder):
         node.run()
 
 
+def test_modules_of_two_meta_models_never_meet(data_folder):
+    """Same settings, other weights (another device, a retrained meta model): what was made from the first is made again."""
+    node, other = (open_phase("incubate", "smoke", module_index=i) for i in (1, 2))
+    first, meta = node.run(), node.inputs["meta"]
+    assert node.summary() == first and first["inputs_sha256"] == {"meta": meta.summary()["weights_sha256"]}
+    tensors = {name: tensor + 0.1 for name, tensor in meta.folder.load_weights().items()}
+    meta.folder.finish(meta.summary(), tensors)
+    assert node.summary() is None
+    variant = open_phase("incubate", "smoke", ["phases.finetune.epochs=1"], module_index=1)
+    second = node.run()
+    assert second["weights_sha256"] != first["weights_sha256"] and node.folder.status()["attempt"] == 2
+    assert second["inputs_sha256"] == other.run()["inputs_sha256"] == {"meta": meta.summary()["weights_sha256"]}
+    assert variant.run()["copied_from"] == "smoke/seed-0/deep_incubation/incubate-1"
+    shutil.rmtree(meta.folder.path)  # to save space: what is finished stays finished
+    assert node.summary() == second
+
+
+def test_other_images_than_planned_with_are_told(data_folder, tmp_path):
+    text = "model: {img_size: 8, patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2, in_chans: 1}\n"
+    text += "data: {source: synthetic, test_images: 96}\npartition: {num_modules: 2}\ntraining: {batch_size: 16}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    node = open_phase("meta", str(tmp_path / "mine.yaml"))
+    node.experiment.create()
+    file = node.experiment.path / "experiment.json"
+    file.write_text(file.read_text().replace('"num_images": 288', '"num_images": 300'))
+    with pytest.raises(
+        SettingsError, match=r"there are 288 training images in 4 classes, but 300 in 4 when this experiment began"
+    ):
+        open_phase("meta", str(tmp_path / "mine.yaml")).run()
+
+
+def test_a_phase_does_not_depend_on_what_does_not_concern_it(data_folder):
+    plain, halves = (
+        open_phase("end_to_end", "smoke", ["phases.end_to_end.epochs=1", *more]) for more in ([], ["partition.num_modules=2"])
+    )
+    assert plain.digest == halves.digest
+    deep = open_phase("meta", "smoke", ["model.depth=9"])
+    assert deep.digest == open_phase("meta", "smoke").digest
+
+
 def test_nothing_is_unpickled(tmp_path):
     """A checkpoint that would run code when unpickled is refused, and its code is not run."""
     ran = tmp_path / "ran"
