@@ -24,6 +24,7 @@ from incubate_lib.pipeline.graph import plan
 from incubate_lib.pipeline.local import is_complete
 from incubate_lib.training.runs import read_json
 
+pytestmark = pytest.mark.xdist_group("chain")  # one process, so that the chain runs once
 INCUBATE = [str(Path(sys.executable).parent / "incubate")]
 ALL = ["--strategies", "end_to_end", "deep_incubation", "deep_incubation_stack", "deep_incubation_identity"]
 

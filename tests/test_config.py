@@ -21,6 +21,8 @@ from incubate_lib.config import (
 )
 
 RUN = ["run", "digits"]
+SHORT = [part for phase in ("meta", "incubate", "finetune") for part in ("--set", f"phases.{phase}.epochs=1")]
+SHORT += [part for phase in ("meta", "incubate") for part in ("--set", f"phases.{phase}.warmup_epochs=0")]
 BAD = [  # command line → what the message must name
     (["run", "digit"], "unknown preset 'digit'; did you mean digits"),
     ([*RUN, "--set", "training.epoch=3"], "unknown field 'training.epoch'; did you mean epochs"),
@@ -65,7 +67,7 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--set", "training.ema=1.0"], "training.ema is 1.0"),
     ([*RUN, "--set", "phases.end_to_end.batch_size=5000"], "training.batch_size is 5000 in phase end_to_end"),
     ([*RUN, "--set", "training.micro_batch=8", "--set", "machine.compile=reduce-overhead"], "captures CUDA graphs"),
-    ([*RUN, "--set", "phases.end_to_end.warmup_epochs=99"], "but its warmup_epochs is 99; set phases.end_to_end.warmup_epochs"),
+    ([*RUN, *SHORT, "--set", "phases.end_to_end.warmup_epochs=9"], "epochs, but its warmup_epochs is 9; set phases.end_to_end.w"),
     (
         [*RUN, "--set", "training.randaugment=rand-m9"],
         "randaugment in phase end_to_end of strategy end_to_end: not for images that are held",

@@ -19,6 +19,7 @@ from incubate_lib.pipeline.graph import NOTEBOOKS, open_phase
 from incubate_lib.training.runs import write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMEOUTS = {"06_analysis": 900}  # seconds a cell; it only reads, so a longer one hangs. Training takes what it takes
 TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list}
 
 
@@ -66,7 +67,7 @@ def execute(name: str, output: Path, parameters: dict[str, Any], **client: Any) 
         try:
             papermill.execute_notebook(
                 str(notebook_path(name)), str(working), parameters, kernel_name="python3", progress_bar=False,
-                log_output=True, coalesce_streams=True, config=config, **client,
+                log_output=True, coalesce_streams=True, config=config, execution_timeout=TIMEOUTS.get(name), **client,
             )  # fmt: skip
         except BaseException:
             place = failed
