@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from incubate_lib.report import plots
-from incubate_lib.report.tables import Results, comparison, hardware, label
+from incubate_lib.report.tables import Results, comparison, flop_unit, hardware, label
 from incubate_lib.training.runs import read_json, write_atomic
 
 _CSS = """
@@ -78,7 +78,8 @@ def _phase_table(results: Results):
     table["module"] = (table["module_index"] + 1).astype("Int64").astype(object).where(table["module_index"].notna(), "")
     table["top-1 %"] = (100 * table["accuracy"]).map("{:.1f}".format)
     table["before %"] = (100 * table["start_accuracy"]).map("{:.1f}".format)
-    table["GFLOP"] = (table["flops"] / 1e9).map("{:.3g}".format)
+    unit, factor = flop_unit(table["flops"].max() if len(table) else 1)
+    table[unit] = (table["flops"] / factor).map("{:.3f}".format)
     table["images seen"] = table["images_seen"]
     table["different an epoch"] = table["distinct_images_per_epoch"].astype("Int64").astype(object)
     table["waiting for images"] = table["data_share"].map(lambda v: "" if v != v else f"{v:.0%}")
@@ -86,7 +87,7 @@ def _phase_table(results: Results):
     table["epochs"] = table["epochs"].map("{:.1f}".format)
     table["lr"] = table["lr"].map(lambda v: "" if v != v or v is None else f"{v:g}")
     shown = ["strategy", "seed", "phase", "module", "before %", "top-1 %", "epochs", "steps", "images seen", "different an epoch"]
-    return table[[*shown, "lr", "GFLOP", "s", "waiting for images"]].replace({pd.NA: ""})
+    return table[[*shown, "lr", unit, "s", "waiting for images"]].replace({pd.NA: ""})
 
 
 def _table(table, index: bool = False) -> str:
