@@ -29,7 +29,7 @@ def test_conda_environment_is_in_step_with_pyproject():
     wanted["python"] = PROJECT["requires-python"]
     assert conda.pop("pip") == ""
     assert conda == wanted
-    assert environment["dependencies"][-1] == {"pip": ["--no-deps --editable ."]}
+    assert environment["dependencies"][-1] == {"pip": ["--editable ."]}, "conda writes these lines to a requirements file"
 
 
 def test_the_cards_packages_are_required():

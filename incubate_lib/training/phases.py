@@ -129,7 +129,7 @@ def run_phase(
     used = about["inputs_sha256"]
     if done := folder.summary(s.digest(), used):
         return done
-    if torch.cuda.is_available() and machine.devices > torch.cuda.device_count():
+    if pick_device().type == "cuda" and machine.devices > torch.cuda.device_count():
         raise SettingsError(f"machine.devices is {machine.devices}, but this machine has {torch.cuda.device_count()} GPU(s)")
     with folder.claim(s, used):
         if done := folder.summary(s.digest(), used):  # finished by another process while this one waited
@@ -228,8 +228,14 @@ def model_shape(settings: ModelSettings) -> tuple[int, int, int]:
 
 
 def pick_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the GPU if there is one, else the CPU; says so if a GPU is there and torch cannot use it."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if any(Path("/dev").glob("nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        print(
+            "warning: this machine has a GPU that torch cannot use (is the driver too old for it?); on the CPU then", flush=True
+        )
+    return torch.device("cpu")
 
 
 def repeat_exactly(device: torch.device, wanted: bool = True) -> None:
