@@ -161,8 +161,9 @@ def _report(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from incubate_lib.config import load_settings
-    from incubate_lib.training.data import StreamedSet, load_data
+    from incubate_lib.training.data import load_data
     from incubate_lib.training.phases import model_shape
+    from incubate_lib.training.stream import StreamedSet
 
     settings = load_settings(options.preset, options.set)
     parts = load_data(settings.data, shape=model_shape(settings.model), machine=settings.machine)

@@ -19,8 +19,10 @@ from torchvision import datasets
 from incubate_lib.cli import main
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings, load_settings
 from incubate_lib.pipeline.graph import open_phase
-from incubate_lib.training.data import ImageSet, Order, StreamedSet, load_data
+from incubate_lib.training.data import ImageSet, load_data
 from incubate_lib.training.loop import evaluate
+from incubate_lib.training.order import Order
+from incubate_lib.training.stream import StreamedSet
 
 RNG = np.random.default_rng(0)
 HERE = MachineSettings(workers=0)  # no worker processes unless a test is about them

@@ -107,8 +107,8 @@ def test_evaluation_counts_every_sample_once(n):
 
 def run_fit(folder, settings, model=None, **more):
     model = model or vit(drop_path_rate=settings.drop_path)
-    machine = MachineSettings(checkpoint_seconds=1e9)
-    return fit(model, image_set(), image_set(), settings, seed=3, folder=PhaseFolder(folder), title="t", machine=machine, **more)
+    made = Trainer(model, image_set(), settings, seed=3, machine=MachineSettings(checkpoint_seconds=1e9))
+    return fit(made, image_set(), folder=PhaseFolder(folder), title="t", **more)
 
 
 def test_clipping_clips(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from incubate_lib.config.models import PHASES_OF, STRATEGIES, Settings, SettingsError, nearest, told
+from incubate_lib.config.models import PHASES_OF, STRATEGIES, Settings, told
+from incubate_lib.config.sections import SettingsError, nearest
 
 
 def presets() -> dict[str, Path]:

@@ -83,11 +83,10 @@ class Bench:
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
         runner = compiled(model, self.settings.machine.compile)
         x, y = self.data.normalise(self.data.images), self.data.labels
-        dtype = torch.bfloat16 if self.settings.precision == "bfloat16" else None
 
         def step() -> Tensor:
             optimizer.zero_grad(set_to_none=True)
-            with autocast(self.device, dtype):
+            with autocast(self.device, self.settings.precision):
                 logits = runner(x)
             loss = F.cross_entropy(logits.float(), y)
             loss.backward()

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, TrainingSettings
-from incubate_lib.training.data import ImageSet, Order, StreamedSet
+from incubate_lib.training.data import ImageSet
+from incubate_lib.training.order import Order
 from incubate_lib.training.progress import Progress
 from incubate_lib.training.runs import HEARTBEAT_SECONDS, PhaseFolder, Stopped
 from incubate_lib.training.schedule import derive_seed, lr_at, micro_batches, steps_per_epoch, total_steps
+from incubate_lib.training.stream import StreamedSet
 from incubate_lib.training.team import ALONE, Team
 
 NO_DECAY = {"pos_embed", "cls_token", "reg_token", "dist_token"}  # besides biases and norms, in every phase
@@ -100,7 +102,7 @@ class Trainer:
     ) -> None:
         self.model, self.train, self.settings, self.seed, self.team = model, train, settings, seed, team
         self.device = next(model.parameters()).device
-        self.autocast = torch.bfloat16 if precision == "bfloat16" else None
+        self.precision, self.machine = precision, machine
         self.number, self.micro = micro_batches(settings.batch_size, settings.micro_batch, team.devices)
         self.steps = total_steps(settings.epochs, len(train), settings.batch_size)
         self.warmup = round(settings.warmup_epochs * steps_per_epoch(len(train), settings.batch_size))
@@ -152,7 +154,7 @@ class Trainer:
         return losses[0] if self.number == 1 else torch.stack(losses).mean()
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        with autocast(self.device, self.autocast):
+        with autocast(self.device, self.precision):
             logits = self.runner(x)
         smoothing = 0.0 if self.mix else self.settings.label_smoothing  # Mixup smooths its own targets
         return F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
@@ -174,9 +176,9 @@ class Trainer:
             self.ema.module.load_state_dict(state["ema"])
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Return the context in which matrix products run in `dtype`; None leaves everything in float32."""
-    return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Return the context in which matrix products run in that precision; weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
 
 
 @torch.no_grad()
@@ -190,7 +192,7 @@ def evaluate(model: nn.Module, data: DataSet, precision: str = "float32", team: 
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
     for x, y in data.judged(team.rank, team.devices):
-        with autocast(device, torch.bfloat16 if precision == "bfloat16" else None):
+        with autocast(device, precision):
             logits = model(x).float()
         loss = F.cross_entropy(logits, y, reduction="sum")
         sums += torch.stack([loss.double(), (logits.argmax(1) == y).sum().double(), torch.ones_like(loss).double() * len(y)])
@@ -218,26 +220,20 @@ def mistakes(model: nn.Module, data: DataSet, num: int = 10) -> tuple[Tensor, li
 
 
 def fit(
-    model: nn.Module,
-    train: DataSet,
+    trainer: Trainer,
     judge: DataSet,
-    settings: TrainingSettings,
     *,
-    seed: int,
     folder: PhaseFolder,
     title: str,
-    precision: str = "float32",
-    machine: MachineSettings = DEFAULT_MACHINE,
-    team: Team = ALONE,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Train the parameters of `model` that require gradients; return the model to keep (the moving average of its weights
-    if the recipe asks for one) and steps, images seen, seconds, the last evaluation.
+    """Do all updates of a trainer; return the model to keep (the moving average of its weights if the recipe asks for
+    one) and steps, images seen, seconds, the last evaluation.
 
     Goes on from the folder's checkpoint if there is a sound one. Raises Stopped when `should_stop()` says so, after a
     checkpoint, and FloatingPointError at the step whose loss is not finite, without saving it.
     """
-    trainer = Trainer(model, train, settings, seed=seed, precision=precision, machine=machine, team=team)
+    model, train, settings, team = trainer.model, trainer.train, trainer.settings, trainer.team
     steps, per_epoch = trainer.steps, steps_per_epoch(len(train), settings.batch_size)
     step, loss_sum, loss_steps, seconds, eval_seconds = 0, 0.0, 0, 0.0, 0.0
     startup_seconds, startup_wait = 0.0, 0.0  # of each attempt's first update: compiling, starting workers
@@ -298,7 +294,7 @@ def fit(
     def judge_now() -> None:
         nonlocal loss_sum, loss_steps, eval_seconds
         began = time.perf_counter()
-        result = evaluate(trainer.judged, judge, precision, team)
+        result = evaluate(trainer.judged, judge, trainer.precision, team)
         eval_seconds += time.perf_counter() - began
         if not math.isfinite(result["loss"]):
             raise not_finite("the judged loss", result["loss"], step)
@@ -331,7 +327,7 @@ def fit(
         if not due and step % team.look_every:
             continue
         now = time.monotonic()
-        save_due = now - saved_at >= max(machine.checkpoint_seconds, saving_seconds / SAVING_SHARE)
+        save_due = now - saved_at >= max(trainer.machine.checkpoint_seconds, saving_seconds / SAVING_SHARE)
         if team.agree(due or save_due or now - looked_at >= HEARTBEAT_SECONDS):
             last_loss = look()
             clock.pause()

@@ -20,7 +20,7 @@ from incubate_lib.method.incubation import assemble, make_hybrid, start_module
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.training.data import load_data
 from incubate_lib.training.launch import train_on_devices
-from incubate_lib.training.loop import evaluate, fit
+from incubate_lib.training.loop import Trainer, evaluate, fit
 from incubate_lib.training.runs import PhaseFolder
 from incubate_lib.training.schedule import derive_seed
 from incubate_lib.training.team import Team
@@ -184,10 +184,9 @@ def train_phase(
             row = {"step": 0, "epoch": 0.0, "images": 0, "train_seconds": 0.0, "train_loss": None, "lr": None}
             home.add_metrics(row | {name: numbers[name] for name in ("loss", "accuracy")})
     else:
-        kept, numbers = fit(
-            model, train, judge, s.training, seed=derive_seed(s.seed, s.phase, s.module_index or 0), folder=home,
-            title=title, precision=s.precision, machine=how, team=team, should_stop=_stop_asked(stop_file, began),
-        )  # fmt: skip
+        seed = derive_seed(s.seed, s.phase, s.module_index or 0)
+        trainer = Trainer(model, train, s.training, seed=seed, precision=s.precision, machine=how, team=team)
+        kept, numbers = fit(trainer, judge, folder=home, title=title, should_stop=_stop_asked(stop_file, began))
     if not team.is_first:
         return None
     numbers = numbers | {

@@ -1,0 +1,206 @@
+"""The sections of a settings file: images, network, partition, recipe, machine; each checks what is within it."""
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class SettingsError(ValueError):
+    """Bad input from the user: the message names the field, the value and what would be right. Exit status 2."""
+
+
+class Frozen(BaseModel):
+    """Base of all settings: immutable, no unknown names, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+ARRAYS = ("cifar10", "cifar100", "fashion_mnist")  # whole sets of small images, held on the device
+MADE = ("digits", "synthetic")  # need no folder
+TIMM = ("torch/", "hfds/", "wds/")  # prefixes of timm's create_dataset
+SPECIAL = {  # fields that only some sources know
+    ("num_images", "num_classes", "image_size", "channels"): lambda source: source == "synthetic",
+    ("folder",): lambda source: source not in MADE,
+    ("train_split", "test_split", "in_memory", "crop_pct", "skip_broken"): lambda source: source not in (*MADE, *ARRAYS),
+}
+
+
+class DataSettings(Frozen):
+    """Which images, and which of them judge. The splits are the same for every seed of a run."""
+
+    source: str = "digits"  # digits, synthetic, cifar10, cifar100, fashion_mnist, folder, or timm's torch/…, hfds/…, wds/…
+    folder: str | None = None  # where the images are, relative to data/datasets; the source's name if left out
+    eval_split: Literal["val", "test"] = "test"  # "val" is cut from the training images, for choosing settings
+    test_images: Positive | None = None  # class-balanced; of a source without a test split a third if left out, else all
+    val_images: Positive | None = None  # cut from the training images, only when eval_split is "val"; a sixth if left out
+    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the training images, class-balanced
+    split_seed: Annotated[int, Field(ge=0)] = 0  # which images fall into a split or a share
+    # folder and timm's sources:
+    train_split: str = "train"  # name of the split; of the subfolder or, with wildcards, of the shards
+    test_split: str = "val"
+    in_memory: bool = False  # hold all images on the device as uint8; they must have the model's size
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # of a judged image's shorter side that the centre crop keeps
+    skip_broken: bool = False  # take the next image in place of one that cannot be read, and count it
+    # generated images:
+    num_images: Positive = 384  # training and test together
+    num_classes: Annotated[int, Field(ge=2)] = 4
+    image_size: Positive = 8
+    channels: Positive = 1
+
+    @model_validator(mode="after")
+    def _known(self) -> "DataSettings":
+        known = (*MADE, *ARRAYS, "folder")
+        if self.source not in known and not self.source.startswith(TIMM):
+            told = nearest(self.source, [*known, *TIMM])
+            raise ValueError(f"unknown source {self.source!r}; {told} ({', '.join(TIMM)} are followed by timm's name)")
+        for fields, belong in SPECIAL.items():
+            if not belong(self.source) and (idle := set(fields) & self.model_fields_set):
+                raise ValueError(f"{', '.join(sorted(idle))} has no meaning for source {self.source!r}")
+        if self.in_memory and "crop_pct" in self.model_fields_set:
+            raise ValueError("crop_pct has no meaning with in_memory: the images are used as they are")
+        return self
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether worker processes read the images as they are needed, instead of once."""
+        return self.source not in (*MADE, *ARRAYS) and not self.in_memory
+
+
+class ModelSettings(Frozen):
+    """Any timm Vision Transformer by name; a field left out keeps timm's value for that name."""
+
+    name: str = "vit_tiny_patch16_224"
+    img_size: Positive | None = None  # pixels
+    patch_size: Positive | None = None  # pixels
+    embed_dim: Positive | None = None
+    depth: Positive | None = None  # blocks
+    num_heads: Positive | None = None
+    in_chans: Positive | None = None
+    options: dict[str, Any] = {}  # any further argument of the timm model, e.g. {qkv_bias: false}
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelSettings":
+        if self.img_size and self.patch_size and self.img_size % self.patch_size:
+            raise ValueError(f"img_size {self.img_size} is not divisible by patch_size {self.patch_size}")
+        if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+        if doubled := sorted(set(self.options) & set(type(self).model_fields)):
+            raise ValueError(f"options.{doubled[0]} is a field of its own: set model.{doubled[0]}")
+        return self
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """Return the arguments that were set, for `timm.create_model`."""
+        return {k: v for k, v in self.model_dump(exclude={"name", "options"}).items() if v is not None} | self.options
+
+
+class PartitionSettings(Frozen):
+    """How the network is cut: `num_modules` equal parts, or the blocks of every part."""
+
+    num_modules: Positive | None = None
+    target_depths: list[Positive] | None = None  # blocks of each target module
+    meta_depths: list[Positive] | None = None  # blocks of each meta module; one each if left out
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "PartitionSettings":
+        given = {
+            "num_modules": self.num_modules,
+            "len(target_depths)": self.target_depths and len(self.target_depths),
+            "len(meta_depths)": self.meta_depths and len(self.meta_depths),
+        }
+        given = {name: count for name, count in given.items() if count}
+        if self.num_modules is None and self.target_depths is None:
+            raise ValueError("give num_modules or target_depths")
+        if len(set(given.values())) > 1:
+            raise ValueError(", ".join(f"{name} is {count}" for name, count in given.items()) + "; they must be equal")
+        return self
+
+    def depths(self, depth: int) -> tuple[list[int], list[int]]:
+        """Return the blocks of each target and each meta module of a network of `depth` blocks."""
+        if self.target_depths:
+            if sum(self.target_depths) != depth:
+                raise SettingsError(
+                    f"partition.target_depths {self.target_depths} add up to {sum(self.target_depths)}, "
+                    f"but model.depth is {depth}"
+                )
+            target = list(self.target_depths)
+        else:
+            k = self.num_modules
+            if k > depth:
+                raise SettingsError(f"partition.num_modules is {k}, but the network has only {depth} blocks (model.depth)")
+            if depth % k:
+                raise SettingsError(
+                    f"model.depth {depth} is not divisible by partition.num_modules {k}; "
+                    "change one of them or give partition.target_depths"
+                )
+            target = [depth // k] * k
+        return target, list(self.meta_depths or [1] * len(target))
+
+
+class TrainingSettings(Frozen):
+    """The recipe of one phase: AdamW, cosine with linear warm-up per step, timm's mixup and cutmix."""
+
+    epochs: Annotated[float, Field(ge=0)] = 10.0  # passes over the training images; fractions are fine; 0: judge only
+    batch_size: Positive = 32  # images of an update, on all devices together; an epoch's incomplete last one is left out
+    micro_batch: Positive | None = None  # images that one device takes at once, gradients add up; none: its whole share
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr_for_batch: Positive | None = None  # lr is meant for this batch size and scaled linearly to batch_size
+    min_lr: Annotated[float, Field(ge=0)] = 1e-5  # where the cosine ends; never scaled
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # linear, from zero
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # not on biases, norms, position embedding, class token
+    betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False)
+    clip_grad: Annotated[float, Field(gt=0)] | None = None  # largest norm of the gradient; none: no clipping
+    ema: Share | None = None  # decay of the moving average of weights, which is judged and kept; none: the last weights
+    label_smoothing: Share = 0.1
+    drop_path: Share = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of the beta distribution; 0: off
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    hflip: bool = False  # random mirroring of each image
+    shift: Annotated[int, Field(ge=0)] = 0  # pixels; random translation; images held in memory only
+    randaugment: str | None = None  # timm's notation, e.g. rand-m9-mstd0.5-inc1; streamed images only, as the next two
+    color_jitter: Annotated[float, Field(ge=0)] = 0.0  # only without randaugment, which has its own, as in timm
+    erase: Share = 0.0  # probability of a rectangle of noise
+    repeats: Positive = 1  # augmentations of an image within a batch; an epoch then shows 1/repeats of the images
+    eval_every: Positive = 1  # epochs between evaluations; the last step is always evaluated
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up, scaled to the batch."""
+        return self.lr * self.batch_size / (self.lr_for_batch or self.batch_size)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "TrainingSettings":
+        if self.min_lr > self.peak_lr:
+            scaled = f" (lr {self.lr:g} × batch_size {self.batch_size} / lr_for_batch {self.lr_for_batch})"
+            raise ValueError(f"min_lr {self.min_lr} is larger than lr {self.peak_lr:g}" + (scaled if self.lr_for_batch else ""))
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} is more than epochs {self.epochs}")
+        micro = self.micro_batch or self.batch_size
+        if self.batch_size % micro:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by micro_batch {micro}")
+        if (self.mixup or self.cutmix) and micro % 2:
+            field = "micro_batch" if self.micro_batch else "batch_size"
+            raise ValueError(f"{field} {micro} is odd; mixup and cutmix pair the images of a batch")
+        return self
+
+
+class MachineSettings(Frozen):
+    """How phases are computed: none of this belongs to a phase's identity."""
+
+    devices: Positive = 1  # that train one phase together, data-parallel; --devices sets it
+    deterministic: bool = True  # a GPU gives the same bits again; false: a little faster, and no promise
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"  # mode of torch.compile
+    workers: Annotated[int, Field(ge=0)] | None = None  # processes a device that read streamed images; none: its cores
+    start_method: Literal["forkserver", "spawn", "fork"] = "forkserver"  # of these processes; fork is unsafe beside CUDA
+    download: bool = False  # fetch torchvision's and Hugging Face's sets where they are missing
+    data_folder: str | None = None  # a copy of data.folder on this machine, e.g. on a local disk
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0  # between checkpoints
+
+
+def nearest(name: str, known: Any) -> str:
+    """Return the most similar names, or all of them, as the end of an error message."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known)}"

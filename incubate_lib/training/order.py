@@ -1,0 +1,48 @@
+"""Which images each micro-batch of a phase holds: a pure function of seed, update and place."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from incubate_lib.config import TrainingSettings
+from incubate_lib.training.schedule import derive_seed, micro_batches, steps_per_epoch
+
+EVAL_BATCH = 256  # images judged at once
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which images each micro-batch of a phase holds.
+
+    Every epoch is a random order of all images. With `repeats` r each image stands r times in a row, and the epoch
+    ends after as many places as there are images, as with timm's RepeatAugSampler: it shows 1/r of them.
+    """
+
+    num_images: int
+    settings: TrainingSettings
+    seed: int
+    start: int = 0  # first update, when a phase goes on
+    steps: int = 0  # updates of the whole phase
+    rank: int = 0  # of `devices` that train together
+    devices: int = 1
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (epoch, places in the epoch, images) of this rank's micro-batches, from update `start` to the end."""
+        batch = self.settings.batch_size
+        number, micro = micro_batches(batch, self.settings.micro_batch, self.devices)
+        per_epoch = steps_per_epoch(self.num_images, batch)
+        for step in range(self.start, self.steps):
+            epoch, place = divmod(step, per_epoch)
+            order = _epoch_order(self.num_images, self.seed, epoch, self.settings.repeats)
+            for k in range(number):
+                first = place * batch + (k * self.devices + self.rank) * micro
+                yield epoch, torch.arange(first, first + micro), order[first : first + micro]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_images: int, seed: int, epoch: int, repeats: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    return torch.randperm(num_images, generator=generator).repeat_interleave(repeats)[:num_images]
