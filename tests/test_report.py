@@ -130,3 +130,12 @@ def test_digits_are_published_with_five_seeds_and_equal_flops():
     flops = table.groupby("strategy")["flops"].mean()
     assert flops.max() / flops.min() < 1.03
     assert set(table["judged_on"]) == {"test"}
+
+
+def test_the_settings_table_shows_only_what_has_a_meaning(data_folder):
+    from incubate_lib.pipeline.graph import open_phase
+
+    digits, generated = (tables.settings_table(open_phase("meta", preset)).index for preset in ("digits", "smoke"))
+    assert "data.source" in digits and "training.lr" in digits
+    assert not {"data.num_images", "data.num_classes", "data.crop_pct", "data.train_split"} & set(digits)
+    assert "data.num_images" in generated and "data.folder" not in generated

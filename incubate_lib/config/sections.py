@@ -57,12 +57,16 @@ class DataSettings(Frozen):
         if self.source not in known and not self.source.startswith(TIMM):
             told = nearest(self.source, [*known, *TIMM])
             raise ValueError(f"unknown source {self.source!r}; {told} ({', '.join(TIMM)} are followed by timm's name)")
-        for fields, belong in SPECIAL.items():
-            if not belong(self.source) and (idle := set(fields) & self.model_fields_set):
-                raise ValueError(f"{', '.join(sorted(idle))} has no meaning for source {self.source!r}")
+        if idle := self.idle_fields & self.model_fields_set:
+            raise ValueError(f"{', '.join(sorted(idle))} has no meaning for source {self.source!r}")
         if self.in_memory and "crop_pct" in self.model_fields_set:
             raise ValueError("crop_pct has no meaning with in_memory: the images are used as they are")
         return self
+
+    @property
+    def idle_fields(self) -> set[str]:
+        """Fields that have no meaning for this source: not to be set, and not shown."""
+        return {field for fields, belong in SPECIAL.items() if not belong(self.source) for field in fields}
 
     @property
     def is_streamed(self) -> bool:

@@ -155,7 +155,8 @@ def load_results(preset: str, overrides: list[str], strategies: list[str], seeds
 
 def settings_table(node: Node) -> pd.DataFrame:
     """Return the resolved settings of a phase, one row a field."""
-    flat = pd.json_normalize(node.settings.model_dump(mode="json", exclude={"inputs", "format"}))
+    hidden = {"inputs": True, "format": True, "data": node.settings.data.idle_fields}
+    flat = pd.json_normalize(node.settings.model_dump(mode="json", exclude=hidden))
     if node.settings.training and node.settings.training.lr_for_batch:
         flat["training.lr × batch_size / lr_for_batch"] = node.settings.training.peak_lr
     flat = flat.dropna(axis="columns").T.rename(columns={0: "value"})
