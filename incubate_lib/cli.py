@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("presets", "import"):
             continue
         command.add_argument(
-            "preset", nargs=None if name == "export" else "?", default="digits",
+            "preset", nargs=None if name in ("export", "logs") else "?", default="digits",
             help="a preset, or a YAML file of yours" + (" (default: digits)" if name != "export" else ""),
         )  # fmt: skip
         command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="e.g. training.epochs=20")
@@ -56,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("folder", metavar="DIR", help="new folder for config.json, model.safetensors and README.md")
             command.add_argument("--strategy", metavar="NAME", help="default: the first finished one of Deep Incubation")
             command.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-        if name in ("stop", "check", "export"):
+        if name == "logs":
+            command.add_argument("phase", help="a phase's folder, or a part of it: incubate-2; or analysis")
+            command.add_argument("--follow", "-f", action="store_true", help="go on as it grows, until Ctrl-C")
+        if name in ("stop", "check", "export", "logs"):
             continue
         fresh = name == "run"
         which, seeds = ("those the preset runs", "0") if fresh else ("those that were run", "those that were run")
@@ -65,39 +68,82 @@ def _parser() -> argparse.ArgumentParser:
         if name == "run":
             command.add_argument("--jobs", type=int, metavar="N", help="notebooks side by side (default: one a core, at most 4)")
             command.add_argument("--devices", type=int, metavar="N", help="devices that train each phase together (default: 1)")
+            command.add_argument("--backend", choices=["local", "slurm"], default="local", help="default: local")
+            slurm = command.add_argument_group("with --backend slurm, for the job of each phase")
+            slurm.add_argument("--site", metavar="FILE", help="YAML file with these and more, which the options override")
+            slurm.add_argument("--partition", metavar="NAME", help="default: the cluster's")
+            slurm.add_argument("--gpus-per-node", type=int, metavar="N", help="that train the phase together (default: 1)")
+            slurm.add_argument("--nodes", type=int, metavar="N", help="that train the phase together (default: 1)")
+            slurm.add_argument("--time", metavar="TIME", help="limit of one attempt; a phase may take several")
+            slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores a node (default: its GPUs' share)")
+            slurm.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="any further option of sbatch")
+            slurm.add_argument("--dry-run", action="store_true", help="print the scripts, submit nothing")
         if name == "report":
             command.add_argument("--publish", action="store_true", help="also write data/results/*.csv and figures/*.png")
     return parser
+
+
+SLURM_ONLY = ("site", "partition", "gpus_per_node", "nodes", "time", "cpus_per_task", "sbatch", "dry_run")
 
 
 def _run(options: argparse.Namespace) -> int:
     began = time.monotonic()
     from rich.console import Console
 
-    from incubate_lib.config import load_settings, presets
-    from incubate_lib.pipeline import local, warm
+    from incubate_lib.config import SettingsError, load_settings, presets
+    from incubate_lib.pipeline import local, slurm, warm
     from incubate_lib.pipeline.graph import Experiment, plan
 
+    on_slurm = options.backend == "slurm"
+    if misplaced := [name for name in SLURM_ONLY if getattr(options, name) and not on_slurm]:
+        raise SettingsError(f"--{misplaced[0].replace('_', '-')} is for --backend slurm")
+    cluster = _cluster(options) if on_slurm else None
     if options.devices is not None:
         options.set.append(f"machine.devices={options.devices}")
     settings = load_settings(options.preset, options.set)
     jobs = local.check_jobs(options.jobs, settings.machine.devices)
     experiment = Experiment.of(settings)
     experiment.check_writable()
+    if not on_slurm and slurm.was_submitted(experiment) and (active := slurm.active_jobs(experiment)):
+        raise SettingsError(f"{len(active)} job(s) of {experiment.path.name} are in Slurm's queue; `incubate stop` ends them")
     if not experiment.is_known():
-        warm.prepare()  # planning something new takes torch too, on another core
-        print("Planning: reading the images, building the networks, counting FLOPs …", flush=True)
+        if not on_slurm:
+            warm.prepare()  # planning something new takes torch too, on another core
+        print("Planning: reading the images, building the networks, counting FLOPs …", file=sys.stderr, flush=True)
     todo = plan(settings, options.strategies, [0] if options.seeds is None else options.seeds)
     preset = options.preset if options.preset in presets() else str(Path(options.preset).absolute())
-    code = local.run(todo, {"preset": preset, "overrides": options.set}, jobs, Console(), began)
-    if code == 0:
+    source = {"preset": preset, "overrides": options.set}
+    if on_slurm:
+        count = slurm.submit(todo, source, cluster, Console(), dry_run=options.dry_run)
+        print("`incubate status` shows how far it is, from any folder." if count else "", end="\n" if count else "")
+        code = 0 if count or options.dry_run or not local.is_finished(todo) else None
+    else:
+        code = local.run(todo, source, jobs, Console(), began) or None
+    if code is None:
         _print_table(todo)
-    return code
+    return code or 0
+
+
+def _cluster(options: argparse.Namespace):
+    """Return what jobs ask for."""
+    from incubate_lib.config import SettingsError
+    from incubate_lib.config.cluster import load_slurm
+
+    if options.jobs is not None:
+        raise SettingsError("--jobs is for --backend local; Slurm decides what runs side by side")
+    given = {name: getattr(options, name) for name in ("partition", "gpus_per_node", "nodes", "time", "cpus_per_task")}
+    cluster = load_slurm(options.site, given, options.sbatch)
+    if options.devices is not None and cluster.gpus_per_node:
+        raise SettingsError(
+            f"--devices is for the CPU (--gpus-per-node 0); each node trains on its {cluster.gpus_per_node} GPU(s)"
+        )
+    return cluster
 
 
 def _started(options: argparse.Namespace):
     """Return the plan of what was run with these settings."""
     from incubate_lib.config import SettingsError, load_settings
+    from incubate_lib.pipeline import slurm
     from incubate_lib.pipeline.graph import Experiment, plan
 
     settings = load_settings(options.preset, options.set)
@@ -105,34 +151,70 @@ def _started(options: argparse.Namespace):
     strategies, seeds = experiment.started()
     if not seeds:
         raise SettingsError(f"there is no run of these settings in {experiment.path}; start one with `incubate run`")
-    strategies = list(dict.fromkeys([*settings.run, *strategies]))
+    if not slurm.was_submitted(experiment):  # then every phase has its folder from the beginning
+        strategies = list(dict.fromkeys([*settings.run, *strategies]))
     return plan(settings, options.strategies or strategies, seeds if options.seeds is None else options.seeds)
 
 
 def _status(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from incubate_lib.pipeline import slurm
     from incubate_lib.pipeline.view import node_line, render
 
     todo = _started(options)
-    Console().print(render([node_line(node) for node in todo.nodes]))
-    for node in todo.nodes:
-        if node.folder.status()["state"] == "failed":
-            print(f"log of {node.key}: {node.folder.path / 'log.txt'}")
+    lines = [node_line(node) for node in todo.nodes]
+    told = slurm.annotate(lines, todo)
+    Console().print(render(lines))
+    for line in lines:
+        if line.state in ("failed", "lost"):
+            print(f"log of {line.key}: {todo.experiment.path / line.key / 'log.txt'}")
+    print(*told, sep="\n", end="\n" if told else "")
     print(f"folder: {todo.experiment.path}")
     return 0
 
 
+def _logs(options: argparse.Namespace) -> int:
+    from incubate_lib.config import SettingsError
+
+    options.strategies = options.seeds = None
+    todo = _started(options)
+    log = todo.experiment.path / _one_phase(options.phase, [node.key for node in todo.nodes]) / "log.txt"
+    if not log.exists():
+        raise SettingsError(f"{log} is not there: the phase has not begun, or its node does not see this folder")
+    with open(log, errors="replace") as file:
+        while True:
+            print(file.read(), end="", flush=True)
+            if not options.follow:
+                return 0
+            time.sleep(0.5)
+
+
+def _one_phase(wanted: str, keys: list[str]) -> str:
+    """Return the folder of the phase that is meant; SettingsError unless it is exactly one."""
+    from incubate_lib.config import SettingsError, nearest
+
+    if wanted == "analysis":
+        return ""
+    found = [key for key in keys if key == wanted] or [key for key in keys if wanted in key]
+    if len(found) != 1:
+        told = f"is {len(found)} phases: {', '.join(found)}" if found else f"is no phase; {nearest(wanted, keys)}"
+        raise SettingsError(f"{wanted!r} {told}")
+    return found[0]
+
+
 def _stop(options: argparse.Namespace) -> int:
     from incubate_lib.config import SettingsError, load_settings
-    from incubate_lib.pipeline import local
+    from incubate_lib.pipeline import local, slurm
     from incubate_lib.pipeline.graph import STOP_FILE, Experiment
 
     experiment = Experiment.of(load_settings(options.preset, options.set))
     if not experiment.is_known():
         raise SettingsError(f"nothing to stop: there is no run in {experiment.path}")
     (experiment.path / STOP_FILE).touch()
-    if local.is_running(experiment.path):
+    if slurm.was_submitted(experiment) and (count := slurm.stop(experiment)):
+        print(f"{count} job(s) of {experiment.path.name}: those that wait are cancelled, those that run save a checkpoint first")
+    elif local.is_running(experiment.path):
         print(f"asked {experiment.path.name} to stop; its phases save a checkpoint first")
     else:
         print(f"no `incubate run` is at work in {experiment.path}; phases that notebooks train there are asked to stop")
@@ -254,6 +336,7 @@ COMMANDS = {
     "run": (_run, "run the chain of notebooks; finished phases are kept, half-finished ones go on"),
     "status": (_status, "show the state of every phase"),
     "stop": (_stop, "stop a run cleanly: its phases save a checkpoint first"),
+    "logs": (_logs, "show the log of a phase"),
     "report": (_report, "write the HTML report of what is finished, and print its table"),
     "check": (_check, "open every image of a preset's data and name those that cannot be read"),
     "import": (_import, "turn a released checkpoint, or K with one target module each, into a folder that timm loads"),

@@ -17,6 +17,7 @@ from incubate_lib.config import MachineSettings, SettingsError, TrainingSettings
 from incubate_lib.pipeline.graph import open_phase, plan
 from incubate_lib.training import launch
 from incubate_lib.training.launch import RankFailed
+from incubate_lib.training.lease import Lease
 from incubate_lib.training.loop import evaluate
 from incubate_lib.training.phases import train_phase
 from incubate_lib.training.runs import PhaseFolder, read_json
@@ -55,7 +56,7 @@ def job_of(node) -> dict:
     return {
         "settings": node.settings.model_dump(mode="json", exclude_unset=True), "folder": str(node.folder.path),
         "title": node.title, "about": {"inputs_sha256": {}}, "inputs": inputs, "flops_per_image": 1,
-        "expected": [node.experiment.facts.num_images, 4], "stop_file": None, "began": time.time(),
+        "expected": [node.experiment.facts.num_images, 4], "stop_files": {}, "lease": Lease.take(node.folder.path / "lease").number,
         "machine": node.experiment.settings.machine.model_dump(mode="json"),
     }  # fmt: skip
 

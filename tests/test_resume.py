@@ -120,7 +120,7 @@ def stop_after_checkpoints(node, monkeypatch, number: int) -> PhaseFolder:
         saved.append(state["step"])
 
     monkeypatch.setattr(PhaseFolder, "save_checkpoint", save)
-    monkeypatch.setattr("incubate_lib.training.loop.HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr("incubate_lib.training.loop.STATUS_SECONDS", 0.0)
     monkeypatch.setattr("incubate_lib.training.loop.SAVING_SHARE", math.inf)  # after every step
     monkeypatch.setattr(phases, "_stop_asked", lambda *_: lambda: len(saved) >= number)
     with pytest.raises(Stopped, match="the next run goes on from here"):

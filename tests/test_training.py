@@ -385,7 +385,7 @@ def test_resumed_with_average_and_accumulation_equals_uninterrupted(tmp_path):
             asked = lambda stop=stop, seen=seen: stop is not None and next(seen) >= stop  # noqa: E731
             torch.manual_seed(1)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(loop, "HEARTBEAT_SECONDS", 0.0)
+                patch.setattr(loop, "STATUS_SECONDS", 0.0)
                 try:
                     kept, result = run_fit(tmp_path / name, settings, should_stop=asked)
                 except Stopped:

@@ -9,6 +9,7 @@ from incubate_lib.config.models import DEFAULT_MACHINE as DEFAULT_MACHINE
 from incubate_lib.config.models import PHASES_OF as PHASES_OF
 from incubate_lib.config.models import PhaseSettings as PhaseSettings
 from incubate_lib.config.models import Settings as Settings
+from incubate_lib.config.sections import MADE as MADE
 from incubate_lib.config.sections import DataSettings as DataSettings
 from incubate_lib.config.sections import Frozen as Frozen
 from incubate_lib.config.sections import MachineSettings as MachineSettings

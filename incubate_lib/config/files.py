@@ -28,7 +28,7 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
             raise SettingsError(f"{preset} is a folder; give a preset ({', '.join(presets())}) or a .yaml file")
         if path.suffix not in (".yaml", ".yml") and not path.is_file():
             raise SettingsError(f"unknown preset {preset!r}; {nearest(preset, presets())}, or give a .yaml file")
-    raw = _read_yaml(path)
+    raw = read_yaml(path)
     raw.setdefault("name", path.stem)
     raw.setdefault("strategies", {})
     if isinstance(raw["strategies"], dict) and all(v is None or isinstance(v, dict) for v in raw["strategies"].values()):
@@ -75,11 +75,15 @@ class _Loader(yaml.SafeLoader):
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 for _first in "yYnNtTfFoO":
     _Loader.yaml_implicit_resolvers[_first] = [r for r in _Loader.yaml_implicit_resolvers[_first] if not r[0].endswith(":bool")]
+for _first in "-+0123456789":  # without base 60: 1:30:00 is a time, not 5400
+    _Loader.yaml_implicit_resolvers[_first] = [r for r in _Loader.yaml_implicit_resolvers[_first] if not r[0].endswith(":int")]
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.I), list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; SettingsError if it cannot be read or is something else."""
     try:
         raw = yaml.load(path.read_text(), _Loader)
     except (OSError, UnicodeDecodeError) as error:

@@ -130,9 +130,10 @@ class Settings(Frozen):
             if getattr(training, field):
                 kind = "streamed" if self.data.is_streamed else "held in memory"
                 raise ValueError(f"{field} in {where}: not for images that are {kind} (data.source {self.data.source!r})")
-        devices, micro = self.machine.devices, training.micro_batch
+        devices, micro = self.machine.team_size, training.micro_batch
         if training.batch_size % ((micro or 1) * devices):
-            told = f"batch_size {training.batch_size} in {where} is not divisible by machine.devices {devices}"
+            of = f"{devices} ({self.machine.nodes} nodes)" if self.machine.nodes > 1 else f"{devices}"
+            told = f"batch_size {training.batch_size} in {where} is not divisible by machine.devices {of}"
             raise ValueError(told + (f" times micro_batch {micro}" if micro else ""))
         if micro and training.batch_size > micro * devices and self.machine.compile in ("reduce-overhead", "max-autotune"):
             raise ValueError(

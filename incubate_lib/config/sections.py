@@ -194,14 +194,21 @@ class TrainingSettings(Frozen):
 class MachineSettings(Frozen):
     """How phases are computed: none of this belongs to a phase's identity."""
 
-    devices: Positive = 1  # that train one phase together, data-parallel; --devices sets it
+    devices: Positive = 1  # of a machine, that train one phase together, data-parallel; --devices sets it
+    nodes: Positive = 1  # machines that train one phase together, inside a Slurm job of so many; --nodes sets it
     deterministic: bool = True  # a GPU gives the same bits again; false: a little faster, and no promise
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"  # mode of torch.compile
     workers: Annotated[int, Field(ge=0)] | None = None  # processes a device that read streamed images; none: its cores
     start_method: Literal["forkserver", "spawn", "fork"] = "forkserver"  # of these processes; fork is unsafe beside CUDA
     download: bool = False  # fetch torchvision's and Hugging Face's sets where they are missing
     data_folder: str | None = None  # a copy of data.folder on this machine, e.g. on a local disk
+    scratch: str | None = None  # a folder on a local disk, e.g. $TMPDIR, to which data.folder is copied before training
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0  # between checkpoints
+
+    @property
+    def team_size(self) -> int:
+        """Devices that train one phase together, on all machines."""
+        return self.devices * self.nodes
 
 
 def nearest(name: str, known: Any) -> str:

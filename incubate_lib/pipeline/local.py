@@ -1,7 +1,6 @@
 """Run a plan on this machine: a pool of processes, one notebook each, side by side where the graph allows."""
 
 import contextlib
-import fcntl
 import os
 import signal
 import time
@@ -18,6 +17,7 @@ from rich.live import Live
 from incubate_lib.config import SettingsError
 from incubate_lib.pipeline.graph import STOP_FILE, Node, Plan
 from incubate_lib.pipeline.view import Line, node_line, render
+from incubate_lib.training.lease import Lease, holder
 from incubate_lib.training.runs import read_json, write_json
 
 ANALYSIS = "06_analysis"
@@ -95,7 +95,10 @@ class Pool:
             devices = self.plan.experiment.settings.machine.devices
             busy = Counter(gpu for job in self.running.values() for gpu in job.gpus)
             free = sorted(gpus(), key=lambda gpu: busy[gpu])[:devices]  # stable: the first of the least busy
-            self.running[node.key] = start(node.notebook, node.folder.path, "notebook.ipynb", parameters, self.jobs, free)
+            _clear_log(node.folder.path)
+            self.running[node.key] = start(
+                node.notebook, node.folder.path, "notebook.ipynb", parameters, threads=fair_threads(self.jobs), own=free
+            )
             del self.waiting[node.key]
 
     def _look_after(self, node: Node) -> None:
@@ -178,28 +181,19 @@ class _View:
 
 @contextlib.contextmanager
 def only_run(path: Path) -> Iterator[None]:
-    """Hold an experiment for one pool; SettingsError while another one is at work in it."""
-    with open(path / "run.lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise SettingsError(f"another `incubate run` (process {file.read()}) is at work in {path}") from None
-        except OSError:
-            pass  # a file system without locks; each phase still has its heartbeat
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    """Hold an experiment for one `incubate run`; SettingsError while another one is at work in it."""
+    lease = Lease.take(path / "lease")
+    if lease is None:
+        other = holder(path / "lease") or {}
+        told = f"process {other.get('pid')} on {other.get('host')}"
+        raise SettingsError(f"another `incubate run` ({told}) is at work in {path}")
+    with lease.held():
         yield
 
 
 def is_running(path: Path) -> bool:
-    """Whether a pool is at work in this experiment."""
-    try:
-        with only_run(path):
-            return False
-    except SettingsError:
-        return True
+    """Whether an `incubate run` is at work in this experiment."""
+    return holder(path / "lease") is not None
 
 
 def is_complete(node: Node) -> bool:
@@ -207,26 +201,42 @@ def is_complete(node: Node) -> bool:
     return node.summary() is not None and (node.folder.path / "notebook.ipynb").exists()
 
 
-def start(notebook: str, folder: Path, output: str, parameters: dict[str, Any], jobs: int, own: list[str] | None = None) -> Job:
-    """Start one notebook in a process of its own, with a fair share of the cores, and GPUs; its output goes to log.txt."""
+def is_finished(plan: Plan) -> bool:
+    """Whether all phases and the analysis are done."""
+    return all(is_complete(node) for node in plan.nodes) and analysed(plan)
+
+
+def start(
+    notebook: str, folder: Path, output: str, parameters: dict[str, Any], *, threads: int, own: list[str] | None = None
+) -> Job:
+    """Start one notebook in a process of its own, with its cores and GPUs; its output is appended to log.txt."""
     from incubate_lib.pipeline import warm
 
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
-    log.write_bytes(b"")
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     env = os.environ | {"INCUBATE_THREADS": str(threads), "INCUBATE_HEADLESS": "1"}
     if own:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     return Job(warm.start(notebook, str(folder / output), parameters, log=str(log), env=env), log, own or [])
 
 
-def last_error(log: Path) -> str | None:
-    """Return the last error a log tells of."""
+def fair_threads(jobs: int) -> int:
+    """Return the threads of each of some notebooks side by side, so that they do not crowd the cores."""
+    return max(1, len(os.sched_getaffinity(0)) // jobs)
+
+
+def _clear_log(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.txt").write_bytes(b"")
+
+
+def last_error(log: Path, start: int = 0) -> str | None:
+    """Return the last error a log tells of, from byte `start` on."""
     try:
-        errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+        text = log.read_bytes()[start:].decode(errors="replace")
     except OSError:
         return None
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ") if errors else None
 
 
@@ -256,29 +266,41 @@ def _run(plan: Plan, source: dict[str, Any], jobs: int, console: Console, began:
     if pool.stopping:
         console.print("Stopped. The same command goes on from here.")
         return 130
-    status = _analyse(plan, source, console)
+    status = 0
+    if not analysed(plan):
+        _clear_log(experiment.path)
+        status = analyse(plan, source, console, fair_threads(1))
     console.print(f"Finished in {time.monotonic() - began:.0f} s.", highlight=False)
     return status
 
 
-def _analyse(plan: Plan, source: dict[str, Any], console: Console) -> int:
-    """Run the analysis notebook unless it has seen exactly these results."""
+def _seen(plan: Plan) -> dict[str, str]:
+    return {f"{name} {seed}": node.summary()["weights_sha256"] for (name, seed), node in plan.finals.items()}
+
+
+def analysed(plan: Plan) -> bool:
+    """Whether the analysis notebook and the report show exactly the results of this plan, which must be finished."""
     path = plan.experiment.path
-    seen = {f"{name} {seed}": node.summary()["weights_sha256"] for (name, seed), node in plan.finals.items()}
-    done = (path / f"{ANALYSIS}.ipynb").exists() and (path / "report.html").exists()
-    if not done or read_json(path / "analysed.json") != seen:
-        strategies, seeds = (list(dict.fromkeys(part)) for part in zip(*plan.finals, strict=True))
-        console.print("Analysis …")
-        job = start(ANALYSIS, path, f"{ANALYSIS}.ipynb", source | {"strategies": strategies, "seeds": seeds}, 1)
-        try:
-            job.process.join()
-        except KeyboardInterrupt:
-            _kill(job)
-            raise
-        if job.process.exitcode:
-            console.print(f"FAILED analysis: {last_error(job.log)}\n       log: {job.log}", soft_wrap=True, markup=False)
-            return 1
-        write_json(path / "analysed.json", seen)
+    there = (path / f"{ANALYSIS}.ipynb").exists() and (path / "report.html").exists()
+    return there and read_json(path / "analysed.json") == _seen(plan)
+
+
+def analyse(plan: Plan, source: dict[str, Any], console: Console, threads: int) -> int:
+    """Run the analysis notebook and return an exit status."""
+    path = plan.experiment.path
+    strategies, seeds = (list(dict.fromkeys(part)) for part in zip(*plan.finals, strict=True))
+    console.print("Analysis …")
+    seen, parameters = _seen(plan), source | {"strategies": strategies, "seeds": seeds}
+    job = start(ANALYSIS, path, f"{ANALYSIS}.ipynb", parameters, threads=threads)
+    try:
+        job.process.join()
+    except KeyboardInterrupt:
+        _kill(job)
+        raise
+    if job.process.exitcode:
+        console.print(f"FAILED analysis: {last_error(job.log)}\n       log: {job.log}", soft_wrap=True, markup=False)
+        return 1
+    write_json(path / "analysed.json", seen)
     return 0
 
 

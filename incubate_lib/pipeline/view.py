@@ -9,7 +9,7 @@ from rich.table import Table
 
 from incubate_lib.pipeline.graph import Node
 
-STYLE = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow", "stopped": "yellow"}
+STYLE = {"done": "green", "running": "cyan", "failed": "red", "lost": "red", "interrupted": "yellow", "stopped": "yellow"}
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Line:
     accuracy: str = ""
     eta: str = ""
     note: str = ""
+    where: str = ""  # job and node, or why it waits
 
     def plain(self) -> str:
         parts = {"epoch": self.epoch, "loss": self.loss, "top-1": self.accuracy, "ETA": self.eta}
@@ -58,12 +59,14 @@ def render(lines: list[Line], height: int | None = None) -> Table:
     table.add_column("state", no_wrap=True, min_width=11)
     for name, width in {"epoch": 10, "loss": 6, "top-1": 6, "ETA": 6}.items():
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    if placed := any(line.where for line in lines):
+        table.add_column("Slurm", overflow="fold")
     folded = Counter(line.state for line in lines if line.state in ("done", "waiting"))
     fits = height is None or len(lines) + 2 <= height
     for line in lines:
         if fits or line.state not in folded:
             state = f"[{STYLE[line.state]}]{line.state}[/]" if line.state in STYLE else line.state
-            table.add_row(line.title, state, line.epoch, line.loss, line.accuracy, line.eta)
+            table.add_row(line.title, state, line.epoch, line.loss, line.accuracy, line.eta, *([line.where] if placed else []))
             if line.note:
                 table.add_row(f"  [red]{escape(line.note)}[/]")
     if not fits:

@@ -33,7 +33,7 @@ context.set_forkserver_preload(PRELOAD)
 
 def prepare() -> None:
     """Begin to warm up, in the background; the first `start` does it otherwise."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
     try:
         forkserver.ensure_running()  # it inherits these: what is sent to all of the terminal's group is for the pool alone
     finally:
@@ -54,7 +54,8 @@ def _notebook(name: str, output: str, parameters: dict[str, Any], log: str, env:
 
     os.setsid()  # out of the terminal's group
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not env.get("INCUBATE_JOB"):  # Slurm warns every process of a job; there a file STOP tells what to do
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -1,12 +1,15 @@
-"""One phase on several devices: `python -m torch.distributed.run` as a subprocess over the phase's job file.
+"""One phase on several devices: `python -m torch.distributed.run` as a subprocess over the phase's job file; on several
+machines one on each, started by srun, with the first machine as the meeting point.
 
 The caller, a notebook's kernel as well as a command line, only waits: it starts no CUDA, survives whatever happens to
 the ranks, and gets a failed rank's traceback. Ranks end when their caller does, because their standard input closes.
 """
 
+import datetime
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -15,11 +18,15 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.config import SettingsError
+from incubate_lib.config import DataSettings, MachineSettings, SettingsError
 from incubate_lib.training.runs import PhaseFolder, Stopped, read_json, write_json
 
 NOISE = re.compile(r"^[WEI]\d{4} |torch/distributed|^\s*$|^\*+$")  # the launcher's own log, of which errors are told by us
 KINDS = {error.__name__: error for error in (SettingsError, FloatingPointError, Stopped, MemoryError)}
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+RANK = ["-m", "incubate_lib.training.launch"]
 
 
 class RankFailed(RuntimeError):
@@ -28,22 +35,25 @@ class RankFailed(RuntimeError):
     rank_traceback = ""
 
 
-def train_on_devices(job: dict[str, Any], folder: PhaseFolder, devices: int, title: str) -> dict[str, Any]:
-    """Train a phase on `devices` devices of this machine and return its summary; its folder must be claimed.
+def train_on_devices(job: dict[str, Any], folder: PhaseFolder, machine: MachineSettings, title: str) -> dict[str, Any]:
+    """Train a phase on several devices and return its summary; its folder must be claimed.
 
     `job` holds the arguments of `phases.train_phase` as JSON values. Raises what the first failing rank raised, if
     that is bad input, a loss that is not finite or a stop, else RankFailed.
     """
     for old in folder.path.glob("rank-*.json"):
         old.unlink()
-    write_json(folder.path / "job.json", job)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-    command += ["--local-addr=127.0.0.1", "-m", "incubate_lib.training.launch", str(folder.path / "job.json")]
+    file = folder.path / "job.json"
+    write_json(file, job)
+    if machine.nodes == 1:
+        command = [*TORCHRUN, "--standalone", f"--nproc-per-node={machine.devices}", "--local-addr=127.0.0.1", *RANK, str(file)]
+    else:
+        command = [*_srun(machine.nodes), sys.executable, *RANK, "--node", *_meeting_point(), str(file)]
     cores = int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // devices)), "INCUBATE_HEADLESS": "1"}
+    threads = str(max(1, cores // machine.devices))
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
+        command, env=os.environ | {"OMP_NUM_THREADS": threads, "INCUBATE_HEADLESS": "1"}, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     told, quiet = [], False
     try:
@@ -61,7 +71,31 @@ def train_on_devices(job: dict[str, Any], folder: PhaseFolder, devices: int, tit
         process.stdout.close()
     if process.returncode == 0 and (summary := folder.summary()):
         return summary
-    raise _failure(folder, devices, title, "".join(told[-200:]))
+    raise _failure(folder, machine.team_size, title, "".join(told[-200:]))
+
+
+def _srun(nodes: int) -> list[str]:
+    """Return how to start one process on each node of this Slurm job, beside the one that asks."""
+    given = int(os.environ.get("SLURM_JOB_NUM_NODES", 0))
+    if given != nodes:
+        what = f"a Slurm job of {given}" if given else "no Slurm job"
+        raise SettingsError(f"machine.nodes is {nodes}, but this is {what}; use `incubate run … --backend slurm --nodes {nodes}`")
+    return ["srun", "--overlap", "--kill-on-bad-exit=1", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1",
+            f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', 1)}"]  # fmt: skip
+
+
+def _meeting_point() -> tuple[str, str]:
+    """Return name and free port of this machine, which is the first of its job."""
+    with socket.create_server(("", 0)) as server:
+        return socket.gethostname(), str(server.getsockname()[1])
+
+
+def _node(host: str, port: str, file: str) -> None:
+    """Be torch.distributed.run on one of several machines."""
+    machine = MachineSettings.model_validate_json(json.dumps(json.loads(Path(file).read_text())["machine"]))
+    where = [f"--nnodes={machine.nodes}", f"--node-rank={os.environ['SLURM_NODEID']}", f"--master-addr={host}"]
+    command = [*TORCHRUN, *where, f"--master-port={port}", f"--nproc-per-node={machine.devices}", *RANK, file]
+    os.execv(command[0], command)
 
 
 def _failure(folder: PhaseFolder, devices: int, title: str, told: str) -> Exception:
@@ -103,18 +137,22 @@ def _train(job: dict[str, Any]) -> None:
     from torch import distributed as dist
 
     from incubate_lib.training.phases import train_phase
+    from incubate_lib.training.scratch import stage
     from incubate_lib.training.team import Team
 
+    machine = MachineSettings.model_validate_json(json.dumps(job["machine"]))
+    staged = stage(DataSettings.model_validate_json(json.dumps(job["settings"]["data"])), machine)  # before others wait for it
     cuda = torch.cuda.is_available()
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    else:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not resolve
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    elif os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # on one machine, whose name need not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend, patience = "nccl" if cuda else "gloo", datetime.timedelta(hours=1)  # one machine may copy images for longer
+    dist.init_process_group(backend, device_id=device if cuda else None, timeout=patience)
     team = Team(dist.get_rank(), dist.get_world_size(), device)
-    train_phase(**job, team=team)
+    train_phase(**job | {"machine": staged.model_dump(mode="json")}, team=team)
     dist.destroy_process_group()
 
 
@@ -125,4 +163,4 @@ def _end_with_caller() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_rank(Path(sys.argv[1])))
+    sys.exit(_node(*sys.argv[2:]) if sys.argv[1] == "--node" else _rank(Path(sys.argv[1])))

@@ -26,7 +26,7 @@ from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, TrainingSettin
 from incubate_lib.training.data import ImageSet
 from incubate_lib.training.order import Order
 from incubate_lib.training.progress import Progress
-from incubate_lib.training.runs import HEARTBEAT_SECONDS, PhaseFolder, Stopped
+from incubate_lib.training.runs import STATUS_SECONDS, PhaseFolder, Stopped
 from incubate_lib.training.schedule import derive_seed, lr_at, micro_batches, steps_per_epoch, total_steps
 from incubate_lib.training.stream import StreamedSet
 from incubate_lib.training.team import ALONE, Team
@@ -328,7 +328,7 @@ def fit(
             continue
         now = time.monotonic()
         save_due = now - saved_at >= max(trainer.machine.checkpoint_seconds, saving_seconds / SAVING_SHARE)
-        if team.agree(due or save_due or now - looked_at >= HEARTBEAT_SECONDS):
+        if team.agree(due or save_due or now - looked_at >= STATUS_SECONDS):
             last_loss = look()
             clock.pause()
             if due:

@@ -5,8 +5,7 @@ import json
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ from incubate_lib.method.incubation import assemble, make_hybrid, start_module
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.training.data import load_data
 from incubate_lib.training.launch import train_on_devices
+from incubate_lib.training.lease import Lease
 from incubate_lib.training.loop import Trainer, evaluate, fit
 from incubate_lib.training.runs import PhaseFolder
 from incubate_lib.training.schedule import derive_seed
+from incubate_lib.training.scratch import stage
 from incubate_lib.training.team import Team
 from incubate_lib.training.weights import load_into
 
@@ -116,16 +117,18 @@ def run_phase(
     flops_per_image: int,
     expected: tuple[int, int],
     machine: MachineSettings = DEFAULT_MACHINE,
-    stop_file: Path | None = None,
+    stop_files: Iterable[Path] = (),
 ) -> dict[str, Any]:
     """Train one phase to its end, or go on from its checkpoint, and return its summary; a finished one is only read.
 
     `inputs` are the folders of the phases it starts from, or a file of weights; `about` is added to the summary
     (strategy, names of the inputs' folders, SHA-256 of their weights); `flops_per_image` is the counted training cost,
-    `expected` the number of training images and classes that was planned with. The phase stops when
-    `stop_file` is touched after this call. On several devices it trains in a subprocess.
+    `expected` the number of training images and classes that was planned with. The phase stops when one of
+    `stop_files` is touched after this call; in a batch job, whose script clears them, also when one is there already. On
+    several devices it trains in a subprocess.
     """
-    began = time.time()
+    in_job = bool(os.environ.get("INCUBATE_JOB"))
+    stop_files = {str(path): None if in_job else _touched(path) for path in stop_files}
     used = about["inputs_sha256"]
     if done := folder.summary(s.digest(), used):
         return done
@@ -137,11 +140,11 @@ def run_phase(
         job = {
             "settings": s.model_dump(mode="json", exclude_unset=True), "folder": str(folder.path), "title": title, "about": about,
             "inputs": {name: str(path) for name, path in inputs.items()}, "flops_per_image": flops_per_image,
-            "expected": list(expected), "machine": machine.model_dump(mode="json"), "began": began,
-            "stop_file": stop_file and str(stop_file),
+            "expected": list(expected), "machine": machine.model_dump(mode="json"),
+            "stop_files": stop_files, "lease": folder.lease.number,
         }  # fmt: skip
-        if machine.devices > 1 and s.training is not None:
-            return train_on_devices(job, folder, machine.devices, title)
+        if machine.team_size > 1 and s.training is not None:
+            return train_on_devices(job, folder, machine, title)
         if threads := os.environ.get("INCUBATE_THREADS"):  # this phase's share of the cores, when several run side by side
             torch.set_num_threads(int(threads))
         return train_phase(**job, team=Team(device=pick_device()))
@@ -156,17 +159,19 @@ def train_phase(
     flops_per_image: int,
     expected: list[int],
     machine: dict[str, Any],
-    stop_file: str | None,
-    began: float,
+    stop_files: dict[str, int | None],
+    lease: int,
     team: Team,
 ) -> dict[str, Any] | None:
     """Be one device of a phase, or its only one: load, train, and if it is the first, write the result.
 
     Arguments are JSON values, so that a job file can hold them. Returns the summary, None for other devices.
     """
-    s, home = PhaseSettings.model_validate_json(json.dumps(settings)), PhaseFolder(Path(folder))
+    s = PhaseSettings.model_validate_json(json.dumps(settings))
+    home = PhaseFolder(Path(folder), Lease(Path(folder) / "lease", lease))
     how = MachineSettings.model_validate_json(json.dumps(machine))
     repeat_exactly(team.device, how.deterministic)
+    how = stage(s.data, how)
     train, judge = load_data(s.data, team.device, model_shape(s.model), how)
     if [len(train), train.num_classes] != expected:
         raise SettingsError(
@@ -186,7 +191,7 @@ def train_phase(
     else:
         seed = derive_seed(s.seed, s.phase, s.module_index or 0)
         trainer = Trainer(model, train, s.training, seed=seed, precision=s.precision, machine=how, team=team)
-        kept, numbers = fit(trainer, judge, folder=home, title=title, should_stop=_stop_asked(stop_file, began))
+        kept, numbers = fit(trainer, judge, folder=home, title=title, should_stop=_stop_asked(stop_files))
     if not team.is_first:
         return None
     numbers = numbers | {
@@ -207,16 +212,16 @@ UNTRAINED = {
 }  # fmt: skip
 
 
-def _stop_asked(stop_file: str | None, began: float) -> Callable[[], bool]:
-    """Return a function that tells whether somebody asked for a stop after that moment."""
+def _stop_asked(stop_files: dict[str, int | None]) -> Callable[[], bool]:
+    """Return a function that tells whether one of the files was touched since (by its own time stamps: clocks differ)."""
+    return lambda: any(_touched(path) not in (None, before) for path, before in stop_files.items())
 
-    def asked() -> bool:
-        try:
-            return stop_file is not None and Path(stop_file).stat().st_mtime >= began
-        except FileNotFoundError:
-            return False
 
-    return asked
+def _touched(path: Path | str) -> int | None:
+    try:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def model_shape(settings: ModelSettings) -> tuple[int, int, int]:

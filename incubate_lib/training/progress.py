@@ -1,4 +1,4 @@
-"""Progress of a training phase: a heartbeat into status.json, and for people a bar, or plain lines in a log."""
+"""Progress of a training phase: a status file, and for people a bar, or plain lines in a log."""
 
 import os
 import sys

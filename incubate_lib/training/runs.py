@@ -7,7 +7,6 @@ status displays stay quick.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from incubate_lib.config import PhaseSettings, SettingsError
+from incubate_lib.training.lease import Lease, Lost, holder
 
-HEARTBEAT_SECONDS = 1.0  # between rewrites of status.json while a phase trains
-LOST_SECONDS = 120.0  # a running phase of another host whose heartbeat is older than this is taken for dead
+STATUS_SECONDS = 1.0  # between rewrites of status.json while a phase trains
 
 
 class Stopped(Exception):
@@ -31,8 +30,9 @@ class Stopped(Exception):
 class PhaseFolder:
     """Files of one phase: config, status, metrics, checkpoints, result, summary."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lease: Lease | None = None) -> None:
         self.path = Path(path)
+        self.lease = lease  # of the process that trains here; its writes end when another one takes over
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
@@ -51,11 +51,11 @@ class PhaseFolder:
         return summary if all(made_from.get(name) == sha for name, sha in (used or {}).items()) else None
 
     def status(self) -> dict[str, Any]:
-        """Return state, progress and heartbeat; a phase whose process is gone is told as `interrupted`."""
+        """Return state and progress; a phase whose process is gone is told as `interrupted`."""
         if self.summary():
             return {"state": "done"} | (read_json(self.path / "status.json") or {}) | {"state": "done"}
         status = read_json(self.path / "status.json") or {"state": "waiting"}
-        if status["state"] == "running" and not _is_alive(status):
+        if status["state"] == "running" and not holder(self.path / "lease"):
             status["state"] = "interrupted"
         return status
 
@@ -80,14 +80,13 @@ class PhaseFolder:
 
         `used` are the SHA-256 of the weights it starts from: what was made from others is forgotten, or modules of two
         meta models could meet. Waits while another process holds it. Raises SettingsError when the folder belongs to
-        other settings. The lock is the kernel's, so a killed process never leaves it behind; where the file system has
-        none, heartbeats judge.
+        other settings, and Lost when another process took over because this one seemed dead.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "a") as lock:
-            _lock(lock, self)
+        with _wait_for_lease(self).held() as self.lease:
+            self._own()
             for half_written in self.path.glob("*.tmp"):  # by a process that was killed
-                half_written.unlink()
+                half_written.unlink(missing_ok=True)
             config = self.config()
             if config is not None and config["hash"] != settings.digest():
                 raise SettingsError(f"{self.path} belongs to other settings (hash {config['hash']}); it is left as it is")
@@ -96,10 +95,13 @@ class PhaseFolder:
                     (self.path / made_from_others).unlink(missing_ok=True)
                 about = {"hash": settings.digest(), "inputs_sha256": used or {}}
                 write_json(self.path / "config.json", settings.model_dump(mode="json") | about)
+                self.set_status("running", saved_step=0)
             attempt = (read_json(self.path / "status.json") or {}).get("attempt", 0) + 1
             self.set_status("running", attempt=attempt, progress={}, error=None, pid=os.getpid(), host=socket.gethostname())
             try:
                 yield
+            except Lost:
+                raise  # the status is another's
             except (Stopped, KeyboardInterrupt):
                 self.set_status("stopped")
                 raise
@@ -107,18 +109,26 @@ class PhaseFolder:
                 self.set_status("failed", error=f"{type(error).__name__}: {error}")
                 raise
             self.set_status("done")
+        self.lease = None
+
+    def _own(self) -> None:
+        if self.lease:
+            self.lease.check()
 
     def set_status(self, state: str | None = None, **fields: Any) -> None:
-        """Rewrite status.json with a fresh heartbeat."""
-        status = (read_json(self.path / "status.json") or {}) | fields | {"heartbeat": time.time()}
+        """Rewrite status.json."""
+        self._own()
+        status = (read_json(self.path / "status.json") or {}) | fields
         write_json(self.path / "status.json", status | ({"state": state} if state else {}))
 
     def start_metrics(self, step: int) -> None:
         """Forget evaluations after `step`: they will be made again, with the same numbers."""
+        self._own()
         rows = [row for row in self.metrics() if row["step"] <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def add_metrics(self, row: dict[str, Any]) -> None:
+        self._own()
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -127,14 +137,16 @@ class PhaseFolder:
         import torch
 
         path = self.path / "checkpoint.pt"
-        temporary = path.with_suffix(".tmp")
+        temporary = _temporary(path)
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        self._own()
         if path.exists():
             os.replace(path, self.path / "checkpoint.previous.pt")
         os.replace(temporary, path)
+        self.set_status(saved_step=state["step"])
 
     def load_checkpoint(self) -> tuple[dict[str, Any] | None, list[str]]:
         """Return the newest sound checkpoint (None: start anew) and what was found wrong with others."""
@@ -162,6 +174,7 @@ class PhaseFolder:
         from safetensors.torch import save
 
         blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        self._own()
         write_atomic(self.weights, blob)
         summary = summary | {"weights_sha256": hashlib.sha256(blob).hexdigest()}
         write_json(self.path / "summary.json", summary)
@@ -190,7 +203,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_atomic(path: Path, blob: bytes) -> None:
     """Write a file so that a kill or a full disk leaves the old one or the new one, never half."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             file.write(blob)
@@ -199,6 +212,10 @@ def write_atomic(path: Path, blob: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def read_json(path: Path) -> Any:
@@ -211,31 +228,13 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def _is_alive(status: dict[str, Any]) -> bool:
-    if status.get("host") != socket.gethostname():
-        return time.time() - status.get("heartbeat", 0) < LOST_SECONDS
-    try:
-        os.kill(status["pid"], 0)
-    except (ProcessLookupError, KeyError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _lock(file: Any, folder: PhaseFolder) -> None:
-    """Take the folder's lock; wait, and say so once, while another process trains the phase."""
+def _wait_for_lease(folder: PhaseFolder) -> Lease:
+    """Take the folder; wait, and say so once, while another process trains the phase."""
     told = False
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pass
-        except OSError:  # a file system without locks
-            if folder.status()["state"] != "running":
-                return None
-        status = folder.status()
-        if not told and status["state"] == "running":
-            print(f"waiting for process {status.get('pid')} on {status.get('host')}, which trains {folder.path.name}", flush=True)
+    while (lease := Lease.take(folder.path / "lease")) is None:
+        other = holder(folder.path / "lease")
+        if other and not told:
+            print(f"waiting for process {other.get('pid')} on {other.get('host')}, which trains {folder.path.name}", flush=True)
             told = True
-        time.sleep(0.2)
+        time.sleep(0.3)
+    return lease

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, data_folder
+from incubate_lib.config import DEFAULT_MACHINE, MADE, DataSettings, MachineSettings, SettingsError, data_folder
 
 Opener = Callable[[int], Image.Image]  # picklable: worker processes get a copy
 
@@ -40,9 +40,8 @@ def open_source(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHI
     Raises SettingsError when folder, split or classes are not what they must be.
     """
     kind = settings.source.split("/")[0]
-    if machine.data_folder:
-        settings = settings.model_copy(update={"folder": machine.data_folder})
-    opened = _SOURCES[kind](settings) if kind in ("digits", "synthetic") else _SOURCES[kind](settings, machine.download)
+    settings = _here(settings, machine)
+    opened = _SOURCES[kind](settings) if kind in MADE else _SOURCES[kind](settings, machine.download)
     train, test = opened
     for split, source in {"train": train, "test": test}.items():
         if source is not None and not len(source.labels):
@@ -51,17 +50,31 @@ def open_source(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHI
             raise SettingsError(f"data.source {settings.source!r}: the {split} split has images without a label (-1)")
     if test is not None and (strange := sorted(set(test.classes) - set(train.classes))):
         some = ", ".join(strange[:5])
-        raise SettingsError(f"data.folder {_folder(settings)}: {settings.test_split} has classes that training lacks: {some}")
+        raise SettingsError(f"data.folder {folder_of(settings)}: {settings.test_split} has classes that training lacks: {some}")
     return train, test
 
 
-def _folder(settings: DataSettings) -> Path:
+def has_folder(settings: DataSettings) -> bool:
+    """Whether the images of this source lie in files of the user's."""
+    return settings.source not in MADE
+
+
+def folder_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE) -> Path:
     """Return the folder of a source; SettingsError if there is none."""
+    settings = _here(settings, machine)
     folder = _place(settings)
     if not folder.is_dir():
         told = "is not there" if not folder.exists() else "is not a folder"
         raise SettingsError(f"data.folder {folder} {told}; it must hold the images of data.source {settings.source!r}")
     return folder
+
+
+def _here(settings: DataSettings, machine: MachineSettings) -> DataSettings:
+    return settings.model_copy(update={"folder": machine.data_folder}) if machine.data_folder else settings
+
+
+def _here(settings: DataSettings, machine: MachineSettings) -> DataSettings:
+    return settings.model_copy(update={"folder": machine.data_folder}) if machine.data_folder else settings
 
 
 def _place(settings: DataSettings) -> Path:
@@ -113,7 +126,7 @@ def _fashion(settings: DataSettings, download: bool) -> tuple[Source, Source]:
     """Fashion-MNIST: 60,000 + 10,000 images, 28 × 28 × 1; torchvision's folder, or the gzipped idx files themselves."""
     from torchvision import datasets
 
-    folder = None if download else _folder(settings)
+    folder = None if download else folder_of(settings)
     if folder and (folder / "train-images-idx3-ubyte.gz").is_file():
         classes = list(datasets.FashionMNIST.classes)
         return tuple(Source(_idx(folder, f"{p}-labels-idx1", 1), classes, _idx(folder, f"{p}-images-idx3", 3))
@@ -142,7 +155,7 @@ def _torchvision(settings: DataSettings, cls: Any, download: bool, **arguments: 
         folder = _place(settings)
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        folder = _folder(settings)
+        folder = folder_of(settings)
     try:
         return cls(root=str(folder), download=download, **arguments)
     except Exception as error:  # torchvision raises RuntimeError, OSError, URLError, … for a set that is not there
@@ -223,7 +236,7 @@ def _image_folder(settings: DataSettings, download: bool) -> tuple[Source, Sourc
     """A folder of `train/<class>/*.jpg` and `val/<class>/*.jpg`, as ImageNet is usually kept."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    folder = _folder(settings)
+    folder = folder_of(settings)
 
     def scan(split: str, known: list[str] | None = None) -> tuple[list[str], list[tuple[str, str]]]:
         place = folder / split
@@ -278,7 +291,7 @@ def _hfds(settings: DataSettings, download: bool) -> tuple[Source, Source]:
 
         sources = []
         for split in (settings.train_split, settings.test_split):
-            cache = None if settings.folder is None else str(_folder(settings))
+            cache = None if settings.folder is None else str(folder_of(settings))
             reader = create_dataset(settings.source, root=cache, split=split).reader
             labels = np.asarray(reader.dataset[reader.label_key], dtype=np.int64)
             names = getattr(reader.dataset.features[reader.label_key], "names", None)
@@ -300,7 +313,7 @@ def _wds(settings: DataSettings, download: bool) -> tuple[Source, Source]:
     timm streams shards; here their index is read once, so that shares, splits, exact resuming and evaluation that
     counts each image once work as for any other source.
     """
-    folder = _folder(settings)
+    folder = folder_of(settings)
     sources = []
     for split in (settings.train_split, settings.test_split):
         pattern = split if "*" in split or split.endswith(".tar") else f"*{split}*.tar"

@@ -1,0 +1,102 @@
+"""What jobs ask Slurm for: the options of `incubate run --backend slurm`, or a YAML file with what a site needs."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from incubate_lib.config.files import read_yaml
+from incubate_lib.config.models import PhaseName, told
+from incubate_lib.config.sections import Frozen, Positive, SettingsError, nearest
+
+TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
+OURS = {  # sbatch options that the workbook itself must set
+    "job-name", "output", "error", "open-mode", "dependency", "kill-on-invalid-dep", "requeue", "no-requeue", "signal", "array",
+    "wrap", "parsable", "chdir", "ntasks", "ntasks-per-node", "hold", "wait", "test-only", "export", "export-file",
+}  # fmt: skip
+
+
+class JobSettings(Frozen):
+    """What the job of one phase asks for."""
+
+    partition: str | None = None  # none: the cluster's default
+    gpus_per_node: Annotated[int, Field(ge=0)] = 1  # that train the phase together; 0: on the CPU
+    nodes: Positive = 1  # that train the phase together
+    time: str | int | None = None  # limit of one attempt, as Slurm writes it; a number is minutes. A phase may take several
+    cpus_per_task: Positive | None = None  # cores on each node; none: the share of its GPUs in the node
+    sbatch: dict[str, str | int | float | bool | None] = {}  # any further option by its long name; null or true: without value
+
+    @field_validator("time")
+    @classmethod
+    def _is_time(cls, value: str | int | None) -> str | None:
+        if value is None:
+            return None
+        if not TIME.fullmatch(str(value)):
+            raise ValueError("write it as minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+        return str(value)
+
+    @field_validator("sbatch")
+    @classmethod
+    def _is_free(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name in options:
+            field = name.replace("-", "_")
+            if field in JobSettings.model_fields:
+                raise ValueError(f"{name} is a field of its own: set {field}")
+            if name in OURS or not re.fullmatch(r"[a-z][a-z-]+", name):
+                raise ValueError(f"{name!r} is set by the workbook, or is no long option of sbatch")
+        return options
+
+
+class SlurmSettings(JobSettings):
+    """Options of every job, and what the site needs; `phases` changes them for some phases."""
+
+    prologue: str | list[str] = []  # lines of bash before python starts: module load …, conda activate …
+    python: str | None = None  # the interpreter of jobs; none: the one that submits. `python`: what the prologue activates
+    warn_seconds: Positive = 120  # before the time limit a phase is told to save; Slurm may do so a minute earlier
+    attempts: Positive = 3  # a phase that fails so many times in the same way, without a step more, is given up
+    phases: dict[PhaseName | Literal["analysis"], dict[str, Any]] = {}
+
+    @field_validator("phases")
+    @classmethod
+    def _are_jobs(cls, phases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, changes in phases.items():
+            try:
+                JobSettings.model_validate(changes)
+            except ValidationError as error:
+                raise ValueError(f"{name}: {told(error)}") from None
+        return phases
+
+    def job(self, phase: str, trains: bool) -> JobSettings:
+        """Return what the job of a phase asks for; one that trains nothing makes do with one node and one GPU."""
+        general = self.model_dump(include=set(JobSettings.model_fields))
+        if not trains:
+            general |= {"nodes": 1, "gpus_per_node": min(1, self.gpus_per_node), "cpus_per_task": None}
+        changes = self.phases.get(phase, {})
+        merged = general | changes | {"sbatch": general["sbatch"] | changes.get("sbatch", {})}
+        return JobSettings.model_validate(merged)
+
+
+def load_slurm(site: str | None, options: dict[str, Any], sbatch: Sequence[str] = ()) -> SlurmSettings:
+    """Read a site's YAML file, if there is one, and put the options that were given on top; SettingsError if anything is off."""
+    raw = read_yaml(Path(site)) if site else {}
+    raw |= {name: value for name, value in options.items() if value is not None}
+    further = raw.get("sbatch") or {}
+    for option in sbatch:
+        name, equals, value = option.lstrip("-").partition("=")
+        if isinstance(further, dict):
+            further[name] = value if equals else None
+    if further:
+        raw["sbatch"] = further
+    try:
+        return SlurmSettings.model_validate(raw)
+    except ValidationError as error:
+        for item in error.errors():
+            if item["type"] == "extra_forbidden":
+                name = str(item["loc"][-1])
+                raise SettingsError(
+                    f"{site}: unknown field {name!r}; {nearest(name, SlurmSettings.model_fields)}. "
+                    f"Other options of sbatch go under sbatch: {{{name}: …}}"
+                ) from None
+        raise SettingsError(f"{site or 'options of --backend slurm'}: {told(error)}") from None

@@ -1,0 +1,163 @@
+"""What a Slurm job does: one attempt at a phase's notebook, and what is to follow from how it ended.
+
+    python -m incubate_lib.pipeline.job attempt ABOUT        as a job step; exit status 0: the phase is finished
+    python -m incubate_lib.pipeline.job verdict ABOUT CODE   after an attempt that was not; 75: the job is to be requeued
+
+A warning (time limit, preemption, cancellation) becomes a file STOP in the phase's folder: the training loop saves and
+ends. Attempts are noted in `attempts.json`; a phase that fails again and again in the same way, without a step more, is
+given up. Nothing of this is in anybody's memory: any attempt may end by a kill at any moment.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.pipeline import local
+from incubate_lib.pipeline.graph import STOP_FILE, Node, open_phase, plan
+from incubate_lib.training.runs import read_json, write_json
+
+AGAIN, STOPPED = 75, 130  # exit statuses
+FINAL = ("SettingsError", "FloatingPointError")  # would end the same way again
+WARNED = "told to stop (time limit, preemption or cancellation)"
+NO_WORD = "ended without a word (killed, out of memory, or its node went down)"
+
+
+def attempt(about: dict[str, Any]) -> int:
+    """Run the notebook, unless there is nothing to do; return an exit status."""
+    print(f"-- job {_job()}, start {_restart() + 1}, on {_place()}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+    if "phase" not in about:
+        return _analysis(about)
+    node = _node(about)
+    stop = node.folder.path / STOP_FILE
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # preemption warns the steps of a job only, not its script
+        signal.signal(number, lambda *_: stop.touch())
+    if (node.experiment.path / STOP_FILE).exists():
+        return STOPPED
+    if local.is_complete(node):
+        return 0
+    _end(node, NO_WORD)  # an attempt that could not say so itself
+    if stuck(_attempts(node), _job(), about["attempts"]):
+        return 1
+    _begin(node)
+    process = local.start(node.notebook, node.folder.path, "notebook.ipynb", _parameters(about), threads=_cores()).process
+    process.join()
+    if local.is_complete(node):
+        _end(node, "done")
+        return 0
+    return process.exitcode or 1
+
+
+def verdict(about: dict[str, Any], code: int) -> int:
+    """Note how the attempt ended; return AGAIN if another one makes sense, else the job's exit status."""
+    if "phase" not in about:
+        return code
+    node = _node(about)
+    if local.is_complete(node):
+        return 0
+    if (node.experiment.path / STOP_FILE).exists():
+        print("stopped; `incubate run` goes on from the last checkpoint")
+        _end(node, "stopped")
+        return STOPPED
+    if [(a["job"], a["restart"]) for a in _attempts(node)[-1:]] != [(_job(), _restart())]:  # not even begun
+        _begin(node)
+    error = local.last_error(node.folder.path / "log.txt", _attempts(node)[-1]["log_from"])
+    warned = (node.folder.path / STOP_FILE).exists()
+    _end(node, WARNED if warned else error or (NO_WORD if code > 128 else f"ended with exit status {code}"))
+    attempts = _attempts(node)
+    reason, stays = attempts[-1]["ended"], stuck(attempts, _job(), about["attempts"])
+    if stays or reason.startswith(FINAL):
+        told = f"given up after {about['attempts']} attempts without a step more: {reason}" if stays else reason
+        print(f"error: {told}")
+        node.folder.set_status("failed", error=told)
+        return 1
+    print(f"{reason}; saved at step {attempts[-1]['saved_step']}, to be requeued")
+    return AGAIN
+
+
+def stuck(attempts: list[dict[str, Any]], job: str, limit: int) -> bool:
+    """Whether the last `limit` attempts of this job ended in the same way and at the same step."""
+    mine = [a for a in attempts if a["job"] == job][-limit:]
+    kinds = {a["ended"].partition(":")[0] for a in mine}
+    return len(mine) == limit and len(kinds) == 1 and mine[-1]["saved_step"] == mine[0]["from_step"]
+
+
+def _analysis(about: dict[str, Any]) -> int:
+    from rich.console import Console
+
+    source = {name: about[name] for name in ("preset", "overrides")}
+    todo = plan(load_settings(**source), about["strategies"], about["seeds"])
+    return 0 if local.analysed(todo) else local.analyse(todo, source, Console(width=150), _cores())
+
+
+def _node(about: dict[str, Any]) -> Node:
+    parameters = _parameters(about)
+    node = open_phase(about["phase"], **parameters)
+    if str(node.folder.path) != about["folder"]:
+        raise SettingsError(f"these settings belong to {node.folder.path}, but the job was submitted for {about['folder']}")
+    return node
+
+
+def _parameters(about: dict[str, Any]) -> dict[str, Any]:
+    return {name: about[name] for name in ("preset", "overrides", "strategy", "seed", "module_index") if name in about}
+
+
+def _attempts(node: Node) -> list[dict[str, Any]]:
+    return read_json(node.folder.path / "attempts.json") or []
+
+
+def _begin(node: Node) -> None:
+    log = node.folder.path / "log.txt"
+    mine = {"job": _job(), "restart": _restart(), "node": _place(), "began": time.time(), "from_step": _saved_step(node)}
+    mine["log_from"] = log.stat().st_size if log.exists() else 0
+    write_json(node.folder.path / "attempts.json", [*_attempts(node), mine])
+
+
+def _end(node: Node, how: str) -> None:
+    """Note how the last attempt ended, unless that is known."""
+    attempts = _attempts(node)
+    if attempts and "ended" not in attempts[-1]:
+        attempts[-1] |= {"ended": how, "until": time.time(), "saved_step": _saved_step(node)}
+        write_json(node.folder.path / "attempts.json", attempts)
+
+
+def _saved_step(node: Node) -> int:
+    return node.folder.status().get("saved_step", 0)
+
+
+def _job() -> str:
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def _restart() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
+def _place() -> str:
+    return os.environ.get("SLURM_JOB_NODELIST", os.uname().nodename)
+
+
+def _cores() -> int:
+    return int(os.environ.get("SLURM_CPUS_PER_TASK", len(os.sched_getaffinity(0))))
+
+
+def main(arguments: list[str]) -> int:
+    about = json.loads(arguments[1])
+    try:
+        return attempt(about) if arguments[0] == "attempt" else verdict(about, int(arguments[2]))
+    except SettingsError as error:
+        print(f"error: SettingsError: {error}", flush=True)
+        folder = Path(about["folder"])
+        if "phase" in about and folder.is_dir():
+            from incubate_lib.training.runs import PhaseFolder
+
+            PhaseFolder(folder).set_status("failed", error=str(error))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,150 @@
+"""Hold a folder among processes of many hosts, without file locks.
+
+Network file systems lack file locks or break them, and the clocks of hosts differ. So every holder makes the next
+numbered record, exclusively, which is atomic everywhere; keeps touching it, so that its age can be read on the file
+server's own clock; and may be succeeded once its process is known to be dead, or gives no sign of life. Whoever was
+taken for dead by mistake (a host cut off for a while) finds a newer record than its own before it next writes, and
+gives up: `check`.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BEAT_SECONDS = 10.0  # between signs of life
+LOST_SECONDS = 120.0  # a holder on another host that gave no sign of life for so long is taken for dead
+KEPT = 3  # records that are kept, for people
+
+
+class Lost(Exception):
+    """Another process took the folder over: this one must not write into it any more."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """This process's hold on a folder: the newest record in it."""
+
+    folder: Path  # of the records
+    number: int
+
+    @classmethod
+    def take(cls, folder: Path) -> "Lease | None":
+        """Take the folder if nobody alive holds it; None if somebody does. It is let go by `end`, or by dying."""
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = _numbers(folder)
+        newest = numbers[-1] if numbers else 0
+        if holder(folder):
+            return None
+        lease = cls(folder, newest + 1)
+        about = {
+            "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "ended": False,
+            "job": os.environ.get("SLURM_JOB_ID"), "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        }  # fmt: skip
+        try:
+            with open(lease.path, "x") as file:
+                file.write(json.dumps(about))
+        except FileExistsError:  # somebody was faster
+            return None
+        for old in numbers[:-KEPT]:
+            (folder / _name(old)).unlink(missing_ok=True)
+        return lease
+
+    @property
+    def path(self) -> Path:
+        return self.folder / _name(self.number)
+
+    def check(self) -> None:
+        """Raise Lost if the folder was taken over."""
+        if _numbers(self.folder)[-1:] != [self.number]:
+            raise Lost(f"another process took over {self.folder.parent}, because this one seemed dead; it goes on there")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator["Lease"]:
+        """Give signs of life in the background, whatever the process is busy with, and let go in the end."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(BEAT_SECONDS):
+                with contextlib.suppress(OSError):  # the file server is away: it may come back in time
+                    os.utime(self.path)  # to the file server's time
+
+        threading.Thread(target=beat, daemon=True).start()
+        try:
+            yield self
+        finally:
+            over.set()
+            with contextlib.suppress(OSError, ValueError):
+                record = json.loads(self.path.read_text())
+                self.path.write_text(json.dumps(record | {"ended": True}))
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """Return host, pid and Slurm job of the process that holds a folder; None if nobody alive does."""
+    numbers = _numbers(folder)
+    if not numbers:
+        return None
+    path = folder / _name(numbers[-1])
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:  # being written
+        record = {}
+    return record if _is_alive(record, path) else None
+
+
+def _is_alive(record: dict[str, Any], path: Path) -> bool:
+    if record.get("ended"):
+        return False
+    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != record.get("restart")
+    if record.get("job") and record["job"] == os.environ.get("SLURM_JOB_ID") and restarted:
+        return False  # an earlier attempt of this very job: Slurm ended it before it started this one
+    if record.get("host") == socket.gethostname():
+        return _born(record["pid"]) == record["born"]
+    try:
+        return _now(path.parent) - path.stat().st_mtime < LOST_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _born(pid: int) -> str | None:
+    """Return what tells a process from a later one with the same number, and from those of before a reboot."""
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
+    except OSError:
+        pass
+    try:  # no /proc here: the number must do
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "alive"
+
+
+def _now(folder: Path) -> float:
+    """Return the time on the clock that stamps the files of this folder; this host's where it may not be written."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            return os.fstat(probe.fileno()).st_mtime
+    except OSError:
+        return time.time()
+
+
+def _name(number: int) -> str:
+    return f"{number:06}.json"
+
+
+def _numbers(folder: Path) -> list[int]:
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(int(name[:-5]) for name in os.listdir(folder) if name.endswith(".json"))
+    return []

@@ -1,0 +1,75 @@
+"""Copy a data set to a disk of this machine once, so that training does not read a network disk again and again."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from incubate_lib.config import DataSettings, MachineSettings, SettingsError
+from incubate_lib.training.sources import folder_of, has_folder
+
+COPIERS = 16  # files at once: what bounds many small files on a network disk is latency
+
+
+def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
+    """Return machine settings that read the images from a copy below `machine.scratch`, made now unless it is there.
+
+    Processes of one machine share a copy: the first makes it, the others wait. A copy is taken again when folders in the
+    first two levels of the original have changed. Raises SettingsError without a place, or without enough room.
+    """
+    if machine.scratch is None or not has_folder(data):
+        return machine
+    place = Path(os.path.expandvars(machine.scratch)).expanduser()
+    if "$" in str(place):
+        raise SettingsError(f"machine.scratch is {machine.scratch!r}, and that variable is not set on {socket.gethostname()}")
+    original = folder_of(data, machine)
+    copy = place / f"{original.name}-{_stamp(original)}"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(place / f"{copy.name}.lock"):
+            if not copy.exists():
+                _copy(original, copy)
+    except OSError as error:
+        raise SettingsError(f"machine.scratch {place} on {socket.gethostname()}: {error.strerror or error}") from None
+    return machine.model_copy(update={"data_folder": str(copy), "scratch": None})
+
+
+def _copy(original: Path, copy: Path) -> None:
+    began = time.monotonic()
+    files = [Path(folder) / name for folder, _, names in os.walk(original, followlinks=True) for name in names]
+    size, free = sum(file.stat().st_size for file in files), shutil.disk_usage(copy.parent).free
+    if size > free:
+        told = f"has {free / 1e9:.1f} GB free, but {original} has {size / 1e9:.1f} GB"
+        raise SettingsError(f"machine.scratch {copy.parent} on {socket.gethostname()} {told}")
+    print(f"copying {len(files)} files ({size / 1e9:.2f} GB) to {copy.parent} …", flush=True)
+    half = copy.with_name(f"{copy.name}.half")  # of a process that was killed, or of this one
+    shutil.rmtree(half, ignore_errors=True)
+    for folder in {file.parent.relative_to(original) for file in files}:
+        (half / folder).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(COPIERS) as pool:
+        for _ in pool.map(lambda file: shutil.copyfile(file, half / file.relative_to(original)), files):
+            pass
+    half.rename(copy)
+    print(f"copied in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _stamp(original: Path) -> str:
+    """Return what changes with the place of the original, or when files come or go in its first two levels of folders."""
+    folders = [original, *sorted(path for pattern in ("*", "*/*") for path in original.glob(pattern) if path.is_dir())]
+    seen = [(str(path), path.stat().st_mtime_ns) for path in folders]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:8]
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold a lock among the processes of this machine; the disk is local, so the kernel's lock is good."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
