@@ -6,6 +6,7 @@ Each node is a slurmd of its own with two cores and two pretended GPUs. `gpu` is
 preempted by those in `gpu`, eight seconds after a warning.
 """
 
+import contextlib
 import getpass
 import os
 import shutil
@@ -97,6 +98,12 @@ class Cluster:
         """End a daemon at once: `slurmctld`, or a node's slurmd by the node's name; its jobs' processes go on."""
         os.kill(int((self.folder / f"{daemon}.pid").read_text()), signal.SIGKILL)
 
+    def restart_controller(self) -> None:
+        pid = int((self.folder / "slurmctld.pid").read_text())
+        os.kill(pid, signal.SIGTERM)
+        self.wait_for(lambda: not _is_alive(pid), 20)
+        self.start("slurmctld")
+
     def close(self) -> None:
         self.call("scancel", f"--user={getpass.getuser()}")
         pids = [int(path.read_text()) for path in self.folder.glob("*.pid")]
@@ -128,10 +135,8 @@ def _is_alive(pid: int) -> bool:
 
 
 def _kill(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _free_ports(count: int) -> int:

@@ -56,7 +56,8 @@ def job_of(node) -> dict:
     return {
         "settings": node.settings.model_dump(mode="json", exclude_unset=True), "folder": str(node.folder.path),
         "title": node.title, "about": {"inputs_sha256": {}}, "inputs": inputs, "flops_per_image": 1,
-        "expected": [node.experiment.facts.num_images, 4], "stop_files": {}, "lease": Lease.take(node.folder.path / "lease").number,
+        "expected": [node.experiment.facts.num_images, 4], "stop_files": {},
+        "lease": Lease.take(node.folder.path / "lease").number,
         "machine": node.experiment.settings.machine.model_dump(mode="json"),
     }  # fmt: skip
 

@@ -30,7 +30,7 @@ NOTEBOOKS = {
     "finetune": "04_finetune",
     "end_to_end": "05_end_to_end",
 }
-STOP_FILE = "STOP"  # in the experiment's or a phase's folder: phases save and stop when they see it
+STOP_FILE = "STOP"  # in the experiment's folder: phases save and stop when they see it
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ class Node:
             flops_per_image=self.experiment.facts.flops_of(self.settings),
             expected=(self.experiment.facts.num_images, self.experiment.facts.num_classes),
             machine=self.experiment.settings.machine,
-            stop_files=(self.experiment.path / STOP_FILE, self.folder.path / STOP_FILE),
+            stop_file=self.experiment.path / STOP_FILE,
         )
 
     def _donor(self, used: dict[str, str]) -> PhaseFolder | None:

@@ -3,9 +3,9 @@
     python -m incubate_lib.pipeline.job attempt ABOUT        as a job step; exit status 0: the phase is finished
     python -m incubate_lib.pipeline.job verdict ABOUT CODE   after an attempt that was not; 75: the job is to be requeued
 
-A warning (time limit, preemption, cancellation) becomes a file STOP in the phase's folder: the training loop saves and
-ends. Attempts are noted in `attempts.json`; a phase that fails again and again in the same way, without a step more, is
-given up. Nothing of this is in anybody's memory: any attempt may end by a kill at any moment.
+A warning (time limit, preemption, cancellation) becomes a file, $INCUBATE_STOP: the training loop saves and ends.
+Attempts are noted in `attempts.json`; a phase that fails again and again in the same way, without a step more, is given
+up. Nothing of this is in anybody's memory: any attempt may end by a kill at any moment.
 """
 
 import json
@@ -33,21 +33,21 @@ def attempt(about: dict[str, Any]) -> int:
     if "phase" not in about:
         return _analysis(about)
     node = _node(about)
-    stop = node.folder.path / STOP_FILE
+    stop = Path(os.environ["INCUBATE_STOP"])
     for number in (signal.SIGTERM, signal.SIGUSR2):  # preemption warns the steps of a job only, not its script
         signal.signal(number, lambda *_: stop.touch())
     if (node.experiment.path / STOP_FILE).exists():
         return STOPPED
     if local.is_complete(node):
         return 0
-    _end(node, NO_WORD)  # an attempt that could not say so itself
+    _close(node, NO_WORD)  # an earlier attempt that could not say so itself
     if stuck(_attempts(node), _job(), about["attempts"]):
         return 1
     _begin(node)
     process = local.start(node.notebook, node.folder.path, "notebook.ipynb", _parameters(about), threads=_cores()).process
     process.join()
     if local.is_complete(node):
-        _end(node, "done")
+        _close(node, "done")
         return 0
     return process.exitcode or 1
 
@@ -59,23 +59,28 @@ def verdict(about: dict[str, Any], code: int) -> int:
     node = _node(about)
     if local.is_complete(node):
         return 0
+    newest = (_attempts(node) or [{"job": "0", "restart": 0}])[-1]
+    if (int(newest["job"]), newest["restart"]) > (int(_job()), _restart()):
+        print("a later attempt took over: its node was taken for dead")
+        return 1
+    if newest["job"] != _job() or newest["restart"] != _restart():
+        _begin(node)  # it could not even begin
     if (node.experiment.path / STOP_FILE).exists():
         print("stopped; `incubate run` goes on from the last checkpoint")
-        _end(node, "stopped")
+        _close(node, "stopped")
         return STOPPED
-    if [(a["job"], a["restart"]) for a in _attempts(node)[-1:]] != [(_job(), _restart())]:  # not even begun
-        _begin(node)
+    own = Path(os.environ["INCUBATE_STOP"])
     error = local.last_error(node.folder.path / "log.txt", _attempts(node)[-1]["log_from"])
-    warned = (node.folder.path / STOP_FILE).exists()
-    _end(node, WARNED if warned else error or (NO_WORD if code > 128 else f"ended with exit status {code}"))
-    attempts = _attempts(node)
-    reason, stays = attempts[-1]["ended"], stuck(attempts, _job(), about["attempts"])
-    if stays or reason.startswith(FINAL):
-        told = f"given up after {about['attempts']} attempts without a step more: {reason}" if stays else reason
-        print(f"error: {told}")
-        node.folder.set_status("failed", error=told)
+    _close(node, WARNED if own.exists() else error or (NO_WORD if code > 128 else f"ended with exit status {code}"))
+    own.unlink(missing_ok=True)
+    mine = _attempts(node)[-1]
+    stays = stuck(_attempts(node), _job(), about["attempts"])
+    if stays or mine["ended"].startswith(FINAL):
+        told = f"given up after {about['attempts']} attempts without a step more: " if stays else ""
+        print(f"error: {told}{mine['ended']}")
+        node.folder.set_status("failed", error=told + mine["ended"])
         return 1
-    print(f"{reason}; saved at step {attempts[-1]['saved_step']}, to be requeued")
+    print(f"{mine['ended']}; saved at step {mine['saved_step']}, to be requeued")
     return AGAIN
 
 
@@ -84,6 +89,12 @@ def stuck(attempts: list[dict[str, Any]], job: str, limit: int) -> bool:
     mine = [a for a in attempts if a["job"] == job][-limit:]
     kinds = {a["ended"].partition(":")[0] for a in mine}
     return len(mine) == limit and len(kinds) == 1 and mine[-1]["saved_step"] == mine[0]["from_step"]
+
+
+def has_ended(folder: Path, job: str) -> bool:
+    """Whether the last attempt at a phase is of this job, and is over."""
+    last = (read_json(folder / "attempts.json") or [{}])[-1]
+    return last.get("job") == job and "ended" in last
 
 
 def _analysis(about: dict[str, Any]) -> int:
@@ -117,7 +128,7 @@ def _begin(node: Node) -> None:
     write_json(node.folder.path / "attempts.json", [*_attempts(node), mine])
 
 
-def _end(node: Node, how: str) -> None:
+def _close(node: Node, how: str) -> None:
     """Note how the last attempt ended, unless that is known."""
     attempts = _attempts(node)
     if attempts and "ended" not in attempts[-1]:

@@ -18,6 +18,7 @@ from incubate_lib.config import SettingsError, data_folder, nearest
 from incubate_lib.pipeline.graph import NOTEBOOKS, open_phase
 from incubate_lib.training.runs import write_atomic
 
+sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build a grammar for 2 s, for addresses no notebook has
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUTS = {"06_analysis": 900}  # seconds a cell; it only reads, so a longer one hangs. Training takes what it takes
 TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list}

@@ -8,6 +8,7 @@ waits, why, and where it runs.
 import contextlib
 import getpass
 import json
+import math
 import re
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from rich.console import Console
 from incubate_lib.config import SettingsError, data_folder, load_settings, nearest, presets
 from incubate_lib.config.cluster import JobSettings, SlurmSettings
 from incubate_lib.pipeline.graph import STOP_FILE, Experiment, Node, Plan
-from incubate_lib.pipeline.job import AGAIN
+from incubate_lib.pipeline.job import AGAIN, has_ended
 from incubate_lib.pipeline.local import ANALYSIS, analysed, is_complete, only_run
 from incubate_lib.pipeline.view import Line
 from incubate_lib.training.runs import read_json, write_json
@@ -125,8 +126,10 @@ def annotate(lines: list[Line], plan: Plan) -> list[str]:
         if job:
             line.where = job.told()
         if job and job.is_active:
-            line.state = "queued" if job.state == "PENDING" else "running" if line.state == "running" else "starting"
-        elif line.state in ("waiting", "interrupted", "running"):
+            ending = line.state in ("stopped", "failed") and has_ended(experiment.path / line.key, job.id)
+            active = line.state if line.state == "running" else "ending" if ending else "starting"
+            line.state = "queued" if job.state == "PENDING" else active
+        elif line.state in ("waiting", "interrupted"):
             line.state = "skipped" if job and job.reason == "DependencyNeverSatisfied" else "lost"
             if job is None:
                 line.note = f"job {ids[line.key]} is no longer in Slurm's queue; `incubate run` submits another"
@@ -190,6 +193,8 @@ def submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: Co
         for script, after in _scripts(plan, missing, source, slurm, {}):
             print(script.text([f"<job of {key}>" for key in after]) + "\n")
         return 0
+    for team in {_team(node, slurm) for node in missing}:
+        load_settings(source["preset"], [*source["overrides"], *team])  # batches can be shared out among them
     limits = _limits()
     shares = {name: _check(job, limits) for name, job in _shapes(missing, slurm).items()}
     experiment.create()
@@ -265,16 +270,21 @@ def _scripts(
     experiment = plan.experiment
     for node in wanted:
         s = node.settings
-        job = slurm.job(s.phase, s.training is not None)
-        team = [f"machine.devices={job.gpus_per_node or experiment.settings.machine.devices}", f"machine.nodes={job.nodes}"]
-        load_settings(source["preset"], [*source["overrides"], *team])  # batch and team fit
-        about = source | {"overrides": [*source["overrides"], *team], "phase": s.phase, "strategy": node.strategy, "seed": s.seed}
+        job, overrides = slurm.job(s.phase, s.training is not None), [*source["overrides"], *_team(node, slurm)]
+        about = source | {"overrides": overrides, "phase": s.phase, "strategy": node.strategy, "seed": s.seed}
         about |= {"module_index": s.module_index} if s.module_index is not None else {}
         yield _script(experiment, node.key, about, job, slurm, shares.get(_shape(node))), [n.key for n in node.inputs.values()]
     strategies, seeds = (list(dict.fromkeys(part)) for part in zip(*plan.finals, strict=True))
     about = source | {"strategies": strategies, "seeds": seeds}
     finals = [node.key for node in plan.finals.values()]
     yield _script(experiment, ANALYSIS, about, slurm.job("analysis", False), slurm, shares.get("analysis")), finals
+
+
+def _team(node: Node, slurm: SlurmSettings) -> tuple[str, str]:
+    """Return the overrides that say how many devices train a phase together."""
+    job = slurm.job(node.settings.phase, node.settings.training is not None)
+    devices = job.gpus_per_node or node.experiment.settings.machine.devices
+    return f"machine.devices={devices}", f"machine.nodes={job.nodes}"
 
 
 def _shape(node: Node) -> str:
@@ -309,12 +319,11 @@ def _script(
 
 BODY = """
 {prologue}
-export INCUBATE_DATA={data} INCUBATE_JOB=1 TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT
-folder={folder}
+export INCUBATE_DATA={data} TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT
+export INCUBATE_STOP={folder}/STOP-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}
 about={about}
-rm -f "$folder/STOP"
-trap 'touch "$folder/STOP"' TERM USR2   # the phase sees it after the next step, saves and ends
 job=({python} -m incubate_lib.pipeline.job)
+trap 'touch "$INCUBATE_STOP"' TERM USR2   # the phase sees it after the next step, saves and ends
 srun --overlap --nodes=1 --ntasks=1 --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}" "${{job[@]}}" attempt "$about" &
 step=$!
 while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done   # a signal ends `wait`, not the step
@@ -324,7 +333,7 @@ wait "$step"; code=$?
 verdict=$?
 [ "$verdict" -eq {again} ] || exit "$verdict"
 for try in $(seq 30); do   # the controller may be away
-  timeout 60 scontrol requeue "$SLURM_JOB_ID" && sleep 300
+  timeout 60 scontrol requeue Incomplete "$SLURM_JOB_ID" && sleep 300   # not when somebody cancelled it
   sleep 10
 done
 exit 1
@@ -343,17 +352,28 @@ class _Nodes:
     count: int
     gpus: int
     cpus: int
-    is_up: bool
+    minutes: float  # longest time a job may take
 
 
 def _limits() -> list[_Nodes]:
-    told = _call("sinfo", "--noheader", "--format=%R|%P|%D|%G|%c|%a")
+    told = _call("sinfo", "--noheader", "--format=%R|%P|%D|%G|%c|%l")
     found = []
     for line in told.splitlines():
-        name, starred, count, gres, cpus, up = line.split("|")
+        name, starred, count, gres, cpus, time_limit = line.split("|")
         gpus = sum(int(number) for number in re.findall(r"gpu(?::[^:(,]+)?:(\d+)", gres))
-        found.append(_Nodes(name, starred.endswith("*"), int(count), gpus, int(cpus.rstrip("+")), up == "up"))
+        found.append(_Nodes(name, starred.endswith("*"), int(count), gpus, int(cpus.rstrip("+")), _minutes(time_limit)))
     return found
+
+
+def _minutes(text: str) -> float:
+    """Read a time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours:minutes:seconds."""
+    days, dash, rest = text.rpartition("-")
+    try:
+        parts = [int(part) for part in rest.split(":")]
+    except ValueError:  # infinite
+        return math.inf
+    units = (60, 1, 1 / 60) if dash or len(parts) == 3 else (1, 1 / 60)
+    return int(days or 0) * 1440 + sum(part * unit for part, unit in zip(parts, units))
 
 
 def _check(job: JobSettings, limits: list[_Nodes]) -> int | None:
@@ -375,6 +395,8 @@ def _check(job: JobSettings, limits: list[_Nodes]) -> int | None:
         raise SettingsError(
             f"--nodes is {job.nodes}, but {where} has {sum(n.count for n in able)} with {job.gpus_per_node} GPU(s)"
         )
+    if job.time and _minutes(job.time) > max(n.minutes for n in able):
+        raise SettingsError(f"--time is {job.time}, but {where} allows {max(n.minutes for n in able):g} minutes")
     share = min(n.cpus * job.gpus_per_node // n.gpus for n in able if n.gpus) if job.gpus_per_node else None
     options = {"partition": job.partition, "nodes": job.nodes, "gpus-per-node": job.gpus_per_node or None, "time": job.time}
     options |= {"ntasks-per-node": 1, "cpus-per-task": job.cpus_per_task or share} | job.sbatch

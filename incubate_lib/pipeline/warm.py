@@ -17,6 +17,7 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
 PRELOAD = [
+    "incubate_lib.pipeline.notebook",
     "papermill",
     "ipykernel.kernelapp",
     "torch._dynamo",  # the first optimiser would import it
@@ -25,7 +26,6 @@ PRELOAD = [
     "incubate_lib.training.phases",
     "incubate_lib.report.html",
     "incubate_lib.report.widgets",
-    "incubate_lib.pipeline.notebook",
 ]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
@@ -54,7 +54,7 @@ def _notebook(name: str, output: str, parameters: dict[str, Any], log: str, env:
 
     os.setsid()  # out of the terminal's group
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not env.get("INCUBATE_JOB"):  # Slurm warns every process of a job; there a file STOP tells what to do
+    if not env.get("INCUBATE_STOP"):  # Slurm signals every process of a job; there this file tells what to do
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +117,18 @@ def run_phase(
     flops_per_image: int,
     expected: tuple[int, int],
     machine: MachineSettings = DEFAULT_MACHINE,
-    stop_files: Iterable[Path] = (),
+    stop_file: Path | None = None,
 ) -> dict[str, Any]:
     """Train one phase to its end, or go on from its checkpoint, and return its summary; a finished one is only read.
 
     `inputs` are the folders of the phases it starts from, or a file of weights; `about` is added to the summary
     (strategy, names of the inputs' folders, SHA-256 of their weights); `flops_per_image` is the counted training cost,
-    `expected` the number of training images and classes that was planned with. The phase stops when one of
-    `stop_files` is touched after this call; in a batch job, whose script clears them, also when one is there already. On
-    several devices it trains in a subprocess.
+    `expected` the number of training images and classes that was planned with. The phase stops when
+    `stop_file` is touched after this call; in a batch job also when that is there already, or the job's own ($INCUBATE_STOP)
+    is. On several devices it trains in a subprocess.
     """
-    in_job = bool(os.environ.get("INCUBATE_JOB"))
-    stop_files = {str(path): None if in_job else _touched(path) for path in stop_files}
+    own = os.environ.get("INCUBATE_STOP")
+    stop_files = {str(path): None if own else _touched(path) for path in (stop_file, own) if path}
     used = about["inputs_sha256"]
     if done := folder.summary(s.digest(), used):
         return done

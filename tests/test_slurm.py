@@ -1,0 +1,349 @@
+"""The chain on a real Slurm cluster of several nodes, started for the test on this machine."""
+
+import hashlib
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+import yaml
+
+from incubate_lib.config import load_settings
+from incubate_lib.pipeline.graph import Experiment, open_phase, plan
+from incubate_lib.training.runs import PhaseFolder, read_json
+
+missing = slurm_cluster.missing()
+pytestmark = [
+    pytest.mark.xdist_group("slurm"),
+    pytest.mark.skipif(
+        bool(missing), reason=f"no {', '.join(missing)} here: install Debian's slurm-wlm to test the Slurm backend"
+    ),
+]
+INCUBATE = str(Path(sys.executable).parent / "incubate")
+BOTH = ["--strategies", "end_to_end", "deep_incubation"]
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
+
+
+class Site:
+    """A cluster, a data folder that its nodes see, and the command line of somebody who is logged in there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.data, self.hooks = folder, folder / "data", folder / "hooks"
+        self.hooks.mkdir()
+        self.cluster = slurm_cluster.Cluster(folder / "cluster")
+        self.site = folder / "site.yaml"
+        self.site.write_text(yaml.safe_dump({"cpus_per_task": 1, "prologue": [
+            f"export PYTHONPATH={Path(__file__).parent / 'hooks'} TEST_HOOKS={self.hooks}", "export GLOO_SOCKET_IFNAME=lo",
+        ]}))  # fmt: skip
+        self.env = self.cluster.env | {"INCUBATE_DATA": str(self.data), "COLUMNS": "160"}
+
+    def incubate(self, *arguments: str, **env: str):
+        return subprocess.run(
+            [INCUBATE, *arguments], capture_output=True, text=True, env=self.env | env, timeout=120, cwd=self.folder
+        )
+
+    def submit(self, *arguments: str):
+        """Submit a run of `smoke`; it is planned here, where torch is imported already."""
+        sets = [b for a, b in itertools.pairwise(arguments) if a == "--set"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("INCUBATE_DATA", str(self.data))
+            Experiment.of(load_settings("smoke", sets)).create()
+        result = self.incubate("run", "smoke", *arguments, "--backend", "slurm", "--site", str(self.site))
+        assert result.returncode == 0, result.stderr
+        return result.stdout.replace("\n", " ")
+
+    def phases(self, run: str) -> dict[str, PhaseFolder]:
+        return {key: PhaseFolder(self.data / "runs" / run / key) for key in self.jobs(run) if key != "06_analysis"}
+
+    def jobs(self, run: str) -> dict[str, str]:
+        return read_json(self.data / "runs" / run / "slurm.json")
+
+    def states(self) -> dict[str, str]:
+        lines = self.cluster.call("squeue", "-h", "--states=all", "-o", "%i %T").splitlines()
+        return dict(line.split() for line in lines)
+
+    def all_ended(self, run: str) -> bool:
+        states = self.states()
+        busy = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
+        return bool(states) and not busy & {states.get(job) for job in self.jobs(run).values()}
+
+    def wait_until_ended(self, run: str, seconds: float = 300) -> None:
+        self.cluster.wait_for(lambda: self.all_ended(run), seconds)
+
+    def skip_analysis(self, run: str) -> None:
+        """It has been seen to work, and takes its time."""
+        self.cluster.call("scancel", self.jobs(run)["06_analysis"])
+
+    def attempts(self, run: str, key: str) -> list[dict]:
+        return read_json(self.data / "runs" / run / key / "attempts.json") or []
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    site = Site(tmp_path_factory.mktemp("slurm"))
+    yield site
+    site.cluster.close()
+    assert not site.cluster.processes()
+
+
+def weights(folder: Path) -> dict[str, str]:
+    files = folder.rglob("model.safetensors")
+    return {str(p.parent.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def train_here(data: str, overrides: list[str], strategies: list[str], seeds: list[int]) -> None:
+    import torch
+
+    os.environ["INCUBATE_DATA"] = data
+    torch.set_num_threads(1)
+    plan(load_settings("smoke", overrides), strategies, seeds).run()
+
+
+def local_weights(folder: Path, overrides: list[str], strategies: list[str], seeds: list[int]) -> dict[str, str]:
+    """Train the same on this machine, uninterrupted and with one thread, and return the weights of all phases."""
+    process = context.Process(target=train_here, args=(str(folder), overrides, strategies, seeds))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return weights(next((folder / "runs").iterdir()))
+
+
+# -- the happy path -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chain(site):
+    told = site.submit(*BOTH)
+    again = site.submit(*BOTH)
+    site.wait_until_ended("smoke")
+    return told, again
+
+
+def test_the_chain_ends_in_the_same_weights_as_on_this_machine(site, chain, tmp_path):
+    run = site.data / "runs" / "smoke"
+    assert weights(run) == local_weights(tmp_path, [], ["end_to_end", "deep_incubation"], [0])
+    assert all((run / key / "notebook.ipynb").exists() for key in site.phases("smoke")) and len(site.phases("smoke")) == 7
+    assert (run / "06_analysis.ipynb").exists() and (run / "report.html").exists()
+    result = site.incubate("run", "smoke", *BOTH, "--backend", "slurm")
+    assert "0 job(s) submitted" in result.stdout and "than end to end" in result.stdout
+
+
+def test_every_phase_is_submitted_once(chain):
+    told, again = chain
+    assert "0 of 7 phases are done already, 0 are in Slurm's queue, 8 job(s) submitted" in told
+    assert "7 are in Slurm's queue, 0 job(s) submitted" in again
+
+
+def test_modules_ran_on_different_nodes_at_once(site, chain):
+    spans = [site.attempts("smoke", f"seed-0/deep_incubation/incubate-{i}")[-1] for i in range(3)]
+    assert len({span["node"] for span in spans}) == 3
+    assert all(a["began"] < b["until"] and b["began"] < a["until"] for a, b in itertools.combinations(spans, 2))
+    assert {span["ended"] for span in spans} == {"done"}
+
+
+def test_the_log_of_a_phase_is_shown(site, chain):
+    result = site.incubate("logs", "smoke", "incubate-1")
+    assert result.returncode == 0 and "-- job " in result.stdout and "seed 0 module 2 of 3" in result.stdout
+    assert "is 3 phases" in site.incubate("logs", "smoke", "incubate").stderr
+    assert "did you mean" in site.incubate("logs", "smoke", "seed-0/mta").stderr
+    assert "Analysis" in site.incubate("logs", "smoke", "analysis").stdout
+
+
+# -- nothing is lost ------------------------------------------------------------------------------------------------------
+
+LONG = ["phases.end_to_end.epochs=20", "phases.end_to_end.warmup_epochs=1"]
+VARIANT = ["smoke", *(part for value in LONG for part in ("--set", value))]
+THREE = ["--strategies", "end_to_end", "--seeds", "0", "1", "2", *VARIANT[1:]]
+KEYS = [f"seed-{seed}/end_to_end" for seed in range(3)]
+FAILING = ["--set", "phases.incubate.epochs=1", "--set", "machine.checkpoint_seconds=1000"]
+TWO_NODES = ["phases.end_to_end.epochs=4", "training.micro_batch=4"]
+
+
+@pytest.fixture(scope="module")
+def others(site, chain):
+    """A run with a module that fails and one on two nodes, submitted early: they go on beside the hardships."""
+    (site.hooks / "fail-incubate-1").touch()
+    away = ["--sbatch", "exclude=n[1-3]"]
+    failing = site.submit("--strategies", "deep_incubation", *FAILING, *away)
+    two = site.submit("--strategies", "end_to_end", *(p for m in TWO_NODES for p in ("--set", m)), "--nodes", "2", *away)
+    site.skip_analysis(two.partition(":")[0])
+    return {"failing": failing.partition(":")[0], "two nodes": two.partition(":")[0]}
+
+
+@pytest.fixture(scope="module")
+def hardships(site, others):
+    """Three seeds, each on a node of its own, and what can happen to them. They go on only when told so.
+
+    Seed 0: its time limit, then a requeue, then `incubate stop`. Seed 1: preemption, then scancel. Seed 2: its node is cut
+    off. Meanwhile the controller is away for a while. In the end `incubate run` again.
+    """
+    call, cluster = site.cluster.call, site.cluster
+    for seed in range(3):
+        (site.hooks / f"slow-seed-{seed}").touch()
+    run = site.submit(*THREE, "--partition", "low", "--sbatch", "exclude=n[4-6]").partition(":")[0]
+    ids = [site.jobs(run)[key] for key in KEYS]
+    call("scontrol", "update", f"JobId={ids[0]}", "TimeLimit=1")
+    attempts = lambda seed: site.attempts(run, KEYS[seed])  # noqa: E731
+
+    def wait_for_attempt(number: int, *seeds: int) -> None:
+        """Wait until these seeds have saved in their attempt of that number, counted from one."""
+        saved = lambda seed: site.phases(run)[KEYS[seed]].status().get("saved_step", 0)  # noqa: E731
+        began = lambda s: len(attempts(s)) >= number and saved(s) > attempts(s)[number - 1]["from_step"]  # noqa: E731
+        cluster.wait_for(lambda: all(began(seed) for seed in seeds), 240)
+
+    wait_for_attempt(1, 0, 1, 2)
+    nodes = [attempts(seed)[0]["node"] for seed in range(3)]
+    shown = site.incubate("status", *VARIANT).stdout
+
+    call("sbatch", "-p", "gpu", "-w", nodes[1], "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    cluster.kill(nodes[2])
+    call("scontrol", "update", f"NodeName={nodes[2]}", "State=DOWN", "Reason=test")
+    cluster.restart_controller()
+    cluster.wait_for(lambda: "ended" in attempts(0)[0], 120)
+    call("scontrol", "update", f"JobId={ids[0]}", "TimeLimit=60")
+    wait_for_attempt(2, 0, 1, 2)
+    call("scontrol", "requeue", ids[0])
+    call("scancel", ids[1])
+    (site.hooks / "slow-seed-2").unlink()
+    wait_for_attempt(3, 0)
+    cluster.wait_for(lambda: site.states()[ids[2]] == "COMPLETED", 120)
+    stopped = site.incubate("stop", *VARIANT).stdout
+    site.wait_until_ended(run)
+    halfway = [site.phases(run)[key].status() for key in KEYS]
+    cluster.start("slurmd", "-N", nodes[2])
+    for seed in range(2):
+        (site.hooks / f"slow-seed-{seed}").unlink()
+    more = site.submit(*THREE)
+    site.skip_analysis(run)
+    site.wait_until_ended(run)
+    return {"run": run, "nodes": nodes, "shown": shown, "stopped": stopped, "halfway": halfway, "more": more}
+
+
+def test_whatever_happens_ends_in_the_same_weights(site, hardships, tmp_path):
+    ours = weights(site.data / "runs" / hardships["run"])
+    assert ours == local_weights(tmp_path, LONG, ["end_to_end"], [0, 1, 2]) and len(ours) == 3
+
+
+def test_what_is_warned_saves_at_once_and_goes_on_from_there(site, hardships):
+    for seed, number in enumerate((4, 3, 2)):
+        attempts = site.attempts(hardships["run"], KEYS[seed])
+        assert len(attempts) == number and attempts[-1]["ended"] == "done", attempts
+        assert all(b["from_step"] == a["saved_step"] > 0 for a, b in itertools.pairwise(attempts) if seed < 2)
+        warned = [a["ended"].startswith("told to stop") for a in attempts[: 2 - seed]]  # scancel leaves no time to say so
+        assert all(warned), attempts
+
+
+def test_a_phase_goes_on_on_another_node_when_its_own_is_lost(site, hardships):
+    first, second = site.attempts(hardships["run"], KEYS[2])
+    assert first["node"] != second["node"] and second["from_step"] > 0
+
+
+def test_stop_saves_and_run_submits_what_is_missing(site, hardships):
+    assert "those that run save a checkpoint first" in hardships["stopped"]
+    assert [status["state"] for status in hardships["halfway"]] == ["stopped", "stopped", "done"]
+    assert all(0 < status["saved_step"] < 240 for status in hardships["halfway"][:2])
+    assert site.attempts(hardships["run"], KEYS[0])[2]["ended"] == "stopped"
+    assert "1 of 3 phases are done already, 0 are in Slurm's queue, 3 job(s) submitted" in hardships["more"]
+
+
+def test_status_says_where_phases_run(hardships):
+    assert re.search(r"seed 1 end_to_end +running +\d+\.\d/20\.0 .*\d+ running on n\d", hardships["shown"])
+    assert re.search(r"analysis +queued .*\d+ Dependency", hardships["shown"])
+
+
+# -- failures -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_fails_three_times_is_given_up_and_the_rest_finishes(site, others):
+    run = others["failing"]
+    site.wait_until_ended(run)
+    phases = site.phases(run)
+    assert {key.rpartition("/")[2] for key, folder in phases.items() if folder.summary()} == {"meta", "incubate-0", "incubate-2"}
+    attempts = site.attempts(run, "seed-0/deep_incubation/incubate-1")
+    assert [a["ended"] for a in attempts] == ["OSError: the disk is on fire"] * 3
+    shown = site.incubate("status", "smoke", *FAILING).stdout
+    assert "given up after 3 attempts without a step more: OSError: the disk is on fire" in " ".join(shown.split())
+    assert re.search(r"assemble, deep_incubation +skipped", shown) and re.search(r"analysis +skipped", shown)
+    assert (phases["seed-0/deep_incubation/incubate-1"].path / "notebook.failed.ipynb").exists()
+
+
+def test_two_nodes_train_one_phase(site, others, tmp_path, monkeypatch):
+    """Two Slurm nodes with a device each end in the weights of two devices of this machine."""
+    from test_devices import job_of, rank_of_a_phase, together
+
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
+    node = open_phase("end_to_end", "smoke", TWO_NODES)
+    together(rank_of_a_phase, 2, str(tmp_path / "meeting"), job_of(node))
+    site.wait_until_ended(others["two nodes"])
+    folder = site.phases(others["two nodes"])["seed-0/end_to_end"]
+    assert folder.summary(), (folder.path / "log.txt").read_text()
+    assert folder.summary()["devices"] == 2 and site.attempts(others["two nodes"], "seed-0/end_to_end")[0]["node"] in (
+        "n[4-5]",
+        "n[4,6]",
+        "n[5-6]",
+    )
+    assert folder.summary()["weights_sha256"] == node.summary()["weights_sha256"]
+
+
+# -- submission -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_hundred_phases_wait_in_the_queue_and_are_cancelled(site, chain):
+    began = time.monotonic()
+    more = ["--set", "phases.incubate.epochs=3"]
+    told = site.submit(*BOTH, "--seeds", *map(str, range(15)), *more, "--sbatch", "begin=now+1hour")
+    print(f"{time.monotonic() - began:.1f} s for {told}")
+    assert "105 phases" in told and "106 job(s) submitted" in told
+    shown = site.incubate("status", "smoke", *more).stdout
+    assert shown.count(" queued ") == 106 and "BeginTime" in shown and "Dependency: waits for the phases it starts from" in shown
+    refused = site.incubate("run", "smoke", *BOTH, *more)
+    assert refused.returncode == 2 and "106 job(s)" in refused.stderr and "in Slurm's queue" in refused.stderr
+    assert "106 job(s)" in site.incubate("stop", "smoke", *more).stdout
+    assert "PENDING" not in site.states().values()
+    assert " queued " not in site.incubate("status", "smoke", *more).stdout
+
+
+def test_a_dry_run_prints_scripts_and_writes_nothing(site, chain):
+    before = site.states(), sorted(site.data.rglob("*"))
+    result = site.incubate("run", "smoke", *BOTH, "--seeds", "7", "--backend", "slurm", "--dry-run", "--sbatch", "account=mine")
+    assert result.returncode == 0 and result.stdout.count("#!/bin/bash") == 8
+    assert "--dependency=afterok:<job of seed-7/meta>" in result.stdout and "#SBATCH --account=mine" in result.stdout
+    assert (site.states(), sorted(site.data.rglob("*"))) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--partition", "gpus"], "--partition 'gpus': the cluster has no such partition; did you mean gpu?"),
+        (["--gpus-per-node", "3"], "--gpus-per-node is 3, but a node of partition gpu has 2"),
+        (["--nodes", "7"], "--nodes is 7, but partition gpu has 6 with 1 GPU(s)"),
+        (["--partition", "brief", "--time", "60"], "--time is 60, but partition brief allows 10 minutes"),
+        (["--cpus-per-task", "3"], "Slurm refuses such a job"),
+        (["--nodes", "3"], "is not divisible by machine.devices 3 (3 nodes)"),
+        (["--time", "soon"], "time is 'soon': write it as minutes"),
+        (["--sbatch", "dependency=singleton"], "'dependency' is set by the workbook"),
+        (["--sbatch", "nodes=2"], "nodes is a field of its own"),
+        (["--devices", "2"], "--devices is for the CPU"),
+        (["--jobs", "2"], "--jobs is for --backend local"),
+        (["--site", "nowhere.yaml"], "cannot read settings file nowhere.yaml"),
+    ],
+)
+def test_what_the_cluster_cannot_do_is_told_before_anything_is_submitted(arguments, message, site, chain):
+    before = sorted(site.data.rglob("*"))
+    result = site.incubate("run", "smoke", "--seeds", "8", "--backend", "slurm", *arguments)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert sorted(site.data.rglob("*")) == before
+
+
+def test_a_machine_without_slurm_is_told(site, chain):
+    result = site.incubate("run", "smoke", "--backend", "slurm", PATH="/nowhere")
+    assert result.returncode == 2 and "no sinfo on the path" in result.stderr
+    local = site.incubate("run", "smoke", "--partition", "gpu")
+    assert local.returncode == 2 and "--partition is for --backend slurm" in local.stderr
