@@ -51,9 +51,11 @@ GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=n[1-{nodes}] NodeHostName={host} NodeAddr=127.0.0.1 Port={first}-{last} CPUs=2 RealMemory=2000 Gres=gpu:2 State=UNKNOWN
+NodeName=blind NodeHostName={host} NodeAddr=127.0.0.1 Port={blind} CPUs=2 RealMemory=2000 State=UNKNOWN
 PartitionName=gpu Nodes=n[1-{nodes}] Default=YES PriorityTier=10 MaxTime=INFINITE State=UP
 PartitionName=low Nodes=n[1-{nodes}] PriorityTier=1 PreemptMode=REQUEUE GraceTime=8 MaxTime=INFINITE State=UP
-PartitionName=brief Nodes=n[1-{nodes}] PriorityTier=1 MaxTime=10 MaxNodes=2 State=UP
+PartitionName=brief Nodes=n[1-{nodes}] PriorityTier=1 MaxTime=10 State=UP
+PartitionName=blind Nodes=blind PriorityTier=1 MaxTime=INFINITE State=UP
 """
 
 
@@ -63,20 +65,25 @@ def missing() -> list[str]:
 
 
 class Cluster:
-    """Starts with the object, ends with `close`, which ends only what it started."""
+    """Starts with the object, ends with `close`, which ends only what it started.
 
-    def __init__(self, folder: Path, nodes: int = 6) -> None:
+    One node more, `blind`, has no GPUs and sees an empty folder where others see `hidden` (root only: it needs a mount).
+    """
+
+    def __init__(self, folder: Path, nodes: int = 6, hidden: Path | None = None) -> None:
         self.folder, self.nodes = folder, nodes
         self.env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         (folder / "state").mkdir(parents=True)
-        port, host = _free_ports(nodes + 1), socket.gethostname().split(".")[0]
+        port, host = _free_ports(nodes + 2), socket.gethostname().split(".")[0]
         values = {"host": host, "user": getpass.getuser(), "port": port, "folder": folder, "nodes": nodes}
-        (folder / "slurm.conf").write_text(CONF.format(**values, first=port + 1, last=port + nodes))
+        (folder / "slurm.conf").write_text(CONF.format(**values, first=port + 1, last=port + nodes, blind=port + nodes + 1))
         gpus = "".join(f"NodeName=n[1-{nodes}] Name=gpu File=/dev/tty{gpu}\n" for gpu in range(2))
         (folder / "gres.conf").write_text("AutoDetect=off\n" + gpus)
         self.start("slurmctld")
         for node in range(1, nodes + 1):
             self.start("slurmd", "-N", f"n{node}")
+        if hidden and os.geteuid() == 0:
+            self.start("unshare", "-m", "sh", "-c", f"mount -t tmpfs none '{hidden}' && exec slurmd -N blind")
         self.wait_for(lambda: self.call("sinfo", "-h", "-p", "gpu", "-t", "idle", "-o", "%D").strip() == str(nodes), 30)
 
     def start(self, *command: str) -> None:

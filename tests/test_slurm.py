@@ -37,7 +37,8 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder, self.data, self.hooks = folder, folder / "data", folder / "hooks"
         self.hooks.mkdir()
-        self.cluster = slurm_cluster.Cluster(folder / "cluster")
+        self.data.mkdir()
+        self.cluster = slurm_cluster.Cluster(folder / "cluster", hidden=self.data)
         self.site = folder / "site.yaml"
         self.site.write_text(yaml.safe_dump({"cpus_per_task": 1, "prologue": [
             f"export PYTHONPATH={Path(__file__).parent / 'hooks'} TEST_HOOKS={self.hooks}", "export GLOO_SOCKET_IFNAME=lo",
@@ -162,19 +163,18 @@ LONG = ["phases.end_to_end.epochs=20", "phases.end_to_end.warmup_epochs=1"]
 VARIANT = ["smoke", *(part for value in LONG for part in ("--set", value))]
 THREE = ["--strategies", "end_to_end", "--seeds", "0", "1", "2", *VARIANT[1:]]
 KEYS = [f"seed-{seed}/end_to_end" for seed in range(3)]
-FAILING = ["--set", "phases.incubate.epochs=1", "--set", "machine.checkpoint_seconds=1000"]
 TWO_NODES = ["phases.end_to_end.epochs=4", "training.micro_batch=4"]
 
 
 @pytest.fixture(scope="module")
 def others(site, chain):
-    """A run with a module that fails and one on two nodes, submitted early: they go on beside the hardships."""
-    (site.hooks / "fail-incubate-1").touch()
+    """A seed whose meta model fails and a run on two nodes, submitted early: they go on beside the hardships."""
+    (site.hooks / "fail-meta").touch()
     away = ["--sbatch", "exclude=n[1-3]"]
-    failing = site.submit("--strategies", "deep_incubation", *FAILING, *away)
+    site.submit(*BOTH, "--seeds", "9", "--set", "machine.checkpoint_seconds=1000", *away)
     two = site.submit("--strategies", "end_to_end", *(p for m in TWO_NODES for p in ("--set", m)), "--nodes", "2", *away)
     site.skip_analysis(two.partition(":")[0])
-    return {"failing": failing.partition(":")[0], "two nodes": two.partition(":")[0]}
+    return two.partition(":")[0]
 
 
 @pytest.fixture(scope="module")
@@ -262,16 +262,14 @@ def test_status_says_where_phases_run(hardships):
 
 
 def test_what_fails_three_times_is_given_up_and_the_rest_finishes(site, others):
-    run = others["failing"]
-    site.wait_until_ended(run)
-    phases = site.phases(run)
-    assert {key.rpartition("/")[2] for key, folder in phases.items() if folder.summary()} == {"meta", "incubate-0", "incubate-2"}
-    attempts = site.attempts(run, "seed-0/deep_incubation/incubate-1")
-    assert [a["ended"] for a in attempts] == ["OSError: the disk is on fire"] * 3
-    shown = site.incubate("status", "smoke", *FAILING).stdout
+    site.wait_until_ended("smoke")
+    phases = site.phases("smoke")
+    assert {key for key, folder in phases.items() if "seed-9" in key and folder.summary()} == {"seed-9/end_to_end"}
+    assert [a["ended"] for a in site.attempts("smoke", "seed-9/meta")] == ["OSError: the disk is on fire"] * 3
+    shown = site.incubate("status", "smoke", "--seeds", "9").stdout
     assert "given up after 3 attempts without a step more: OSError: the disk is on fire" in " ".join(shown.split())
-    assert re.search(r"assemble, deep_incubation +skipped", shown) and re.search(r"analysis +skipped", shown)
-    assert (phases["seed-0/deep_incubation/incubate-1"].path / "notebook.failed.ipynb").exists()
+    assert len(re.findall(r"seed 9 .*, deep_incubation +skipped", shown)) == 5 and re.search(r"analysis +skipped", shown)
+    assert (phases["seed-9/meta"].path / "notebook.failed.ipynb").exists()
 
 
 def test_two_nodes_train_one_phase(site, others, tmp_path, monkeypatch):
@@ -281,15 +279,27 @@ def test_two_nodes_train_one_phase(site, others, tmp_path, monkeypatch):
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
     node = open_phase("end_to_end", "smoke", TWO_NODES)
     together(rank_of_a_phase, 2, str(tmp_path / "meeting"), job_of(node))
-    site.wait_until_ended(others["two nodes"])
-    folder = site.phases(others["two nodes"])["seed-0/end_to_end"]
+    site.wait_until_ended(others)
+    folder = site.phases(others)["seed-0/end_to_end"]
     assert folder.summary(), (folder.path / "log.txt").read_text()
-    assert folder.summary()["devices"] == 2 and site.attempts(others["two nodes"], "seed-0/end_to_end")[0]["node"] in (
+    assert folder.summary()["devices"] == 2 and site.attempts(others, "seed-0/end_to_end")[0]["node"] in (
         "n[4-5]",
         "n[4,6]",
         "n[5-6]",
     )
     assert folder.summary()["weights_sha256"] == node.summary()["weights_sha256"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a node with a file system of its own needs a mount, and that root")
+def test_a_node_that_does_not_see_the_run_is_told(site, chain):
+    site.submit("--strategies", "end_to_end", "--seeds", "5", "--partition", "blind", "--gpus-per-node", "0")
+    job = site.jobs("smoke")["seed-5/end_to_end"]
+    site.cluster.wait_for(lambda: site.states().get(job) == "FAILED", 30)
+    shown = site.incubate("status", "smoke", "--seeds", "5").stdout
+    assert re.search(r"end_to_end +lost", shown) and f"{job} failed on blind" in shown
+    assert "node blind could not write" in shown and "does it see that folder?" in " ".join(shown.split())
+    told = site.incubate("logs", "smoke", "seed-5/end_to_end").stderr
+    assert "the phase has not begun, or its node does not see this folder" in told
 
 
 # -- submission -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from incubate_lib.pipeline import local
 from incubate_lib.pipeline.graph import STOP_FILE, Node, open_phase, plan
 from incubate_lib.training.runs import read_json, write_json
 
-AGAIN, STOPPED = 75, 130  # exit statuses
+GIVEN_UP, AGAIN, STOPPED = 4, 75, 130  # exit statuses
 FINAL = ("SettingsError", "FloatingPointError")  # would end the same way again
 WARNED = "told to stop (time limit, preemption or cancellation)"
 NO_WORD = "ended without a word (killed, out of memory, or its node went down)"
@@ -42,7 +42,7 @@ def attempt(about: dict[str, Any]) -> int:
         return 0
     _close(node, NO_WORD)  # an earlier attempt that could not say so itself
     if stuck(_attempts(node), _job(), about["attempts"]):
-        return 1
+        return _give_up(node, about["attempts"])
     _begin(node)
     process = local.start(node.notebook, node.folder.path, "notebook.ipynb", _parameters(about), threads=_cores()).process
     process.join()
@@ -54,7 +54,7 @@ def attempt(about: dict[str, Any]) -> int:
 
 def verdict(about: dict[str, Any], code: int) -> int:
     """Note how the attempt ended; return AGAIN if another one makes sense, else the job's exit status."""
-    if "phase" not in about:
+    if "phase" not in about or code == GIVEN_UP:
         return code
     node = _node(about)
     if local.is_complete(node):
@@ -74,12 +74,10 @@ def verdict(about: dict[str, Any], code: int) -> int:
     _close(node, WARNED if own.exists() else error or (NO_WORD if code > 128 else f"ended with exit status {code}"))
     own.unlink(missing_ok=True)
     mine = _attempts(node)[-1]
-    stays = stuck(_attempts(node), _job(), about["attempts"])
-    if stays or mine["ended"].startswith(FINAL):
-        told = f"given up after {about['attempts']} attempts without a step more: " if stays else ""
-        print(f"error: {told}{mine['ended']}")
-        node.folder.set_status("failed", error=told + mine["ended"])
-        return 1
+    if stuck(_attempts(node), _job(), about["attempts"]):
+        return _give_up(node, about["attempts"])
+    if mine["ended"].startswith(FINAL):
+        return _fail(node, mine["ended"])
     print(f"{mine['ended']}; saved at step {mine['saved_step']}, to be requeued")
     return AGAIN
 
@@ -89,6 +87,17 @@ def stuck(attempts: list[dict[str, Any]], job: str, limit: int) -> bool:
     mine = [a for a in attempts if a["job"] == job][-limit:]
     kinds = {a["ended"].partition(":")[0] for a in mine}
     return len(mine) == limit and len(kinds) == 1 and mine[-1]["saved_step"] == mine[0]["from_step"]
+
+
+def _give_up(node: Node, number: int) -> int:
+    _fail(node, f"given up after {number} attempts without a step more: {_attempts(node)[-1]['ended']}")
+    return GIVEN_UP
+
+
+def _fail(node: Node, reason: str) -> int:
+    print(f"error: {reason}", flush=True)
+    node.folder.set_status("failed", error=reason)
+    return 1
 
 
 def has_ended(folder: Path, job: str) -> bool:

@@ -193,10 +193,10 @@ def submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: Co
         for script, after in _scripts(plan, missing, source, slurm, {}):
             print(script.text([f"<job of {key}>" for key in after]) + "\n")
         return 0
-    for team in {_team(node, slurm) for node in missing}:
-        load_settings(source["preset"], [*source["overrides"], *team])  # batches can be shared out among them
     limits = _limits()
     shares = {name: _check(job, limits) for name, job in _shapes(missing, slurm).items()}
+    for team in {_team(node, slurm) for node in missing}:
+        load_settings(source["preset"], [*source["overrides"], *team])  # batches can be shared out among them
     experiment.create()
     with only_run(experiment.path):
         active = _settled(experiment)

@@ -1,0 +1,185 @@
+"""What follows from how an attempt at a phase ended; the real jobs are in test_slurm.py."""
+
+import os
+import time
+
+import pytest
+
+from incubate_lib.config import DataSettings, MachineSettings, SettingsError
+from incubate_lib.pipeline import job
+from incubate_lib.pipeline.graph import STOP_FILE, open_phase
+from incubate_lib.training.runs import read_json, write_json
+from incubate_lib.training.scratch import stage
+
+ABOUT = {"preset": "smoke", "overrides": [], "phase": "end_to_end", "strategy": "end_to_end", "seed": 0, "attempts": 3}
+
+
+@pytest.fixture
+def phase(data_folder, tmp_path, monkeypatch):
+    """A phase whose job has just ended."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("INCUBATE_STOP", str(tmp_path / "STOP-17-2"))
+    node = open_phase("end_to_end", "smoke")
+    node.experiment.create()
+    node.folder.path.mkdir(parents=True)
+    about = ABOUT | {"folder": str(node.folder.path), "key": node.key}
+    return node, about
+
+
+def attempts(node, *ends, job="17", step=0) -> None:
+    found = [
+        {"job": job, "restart": i, "node": "n1", "began": 0.0, "from_step": step, "log_from": 0, "saved_step": step, "ended": end}
+        for i, end in enumerate(ends)
+    ]
+    for last in found:
+        if last["ended"] is None:
+            del last["ended"]
+    write_json(node.folder.path / "attempts.json", found)
+
+
+def say(node, text: str, saved: int = 0) -> None:
+    (node.folder.path / "log.txt").write_text(text)
+    node.folder.set_status("stopped", saved_step=saved)
+
+
+def test_a_failure_is_tried_again_until_it_repeats_itself(phase):
+    node, about = phase
+    say(node, "error: OSError: device 4711 is away\n")
+    attempts(node, "OSError: device 12 is away", None)
+    os.environ["SLURM_RESTART_COUNT"] = "1"
+    assert job.verdict(about, 1) == job.AGAIN
+    attempts(node, "OSError: device 12 is away", "OSError: device 13 is away", None)
+    os.environ["SLURM_RESTART_COUNT"] = "2"
+    assert job.verdict(about, 1) == 1
+    status = node.folder.status()
+    assert (
+        status["state"] == "failed" and "given up after 3 attempts without a step more: OSError: device 4711" in status["error"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("ends", "saved"),
+    [(("MemoryError: much", "OSError: a"), 0), (("OSError: a", "OSError: a"), 5)],
+    ids=["otherwise", "progress"],
+)
+def test_a_failure_of_another_kind_or_with_progress_is_tried_again(ends, saved, phase):
+    node, about = phase
+    say(node, "error: OSError: a\n", saved)
+    attempts(node, *ends, None)
+    assert job.verdict(about, 1) == job.AGAIN
+
+
+def test_attempts_of_an_earlier_job_do_not_count(phase):
+    node, about = phase
+    say(node, "error: OSError: a\n")
+    attempts(node, *["OSError: a"] * 3, job="16")
+    assert job.verdict(about, 1) == job.AGAIN
+
+
+@pytest.mark.parametrize("error", ["SettingsError: batch_size", "FloatingPointError: loss is nan"])
+def test_what_would_fail_the_same_way_is_not_tried_again(error, phase):
+    node, about = phase
+    say(node, f"error: {error}\n")
+    attempts(node, "OSError: a", "OSError: b", None)
+    assert job.verdict(about, 1) == 1 and node.folder.status()["error"] == error
+
+
+def test_a_warning_means_another_attempt_and_a_stop_does_not(phase):
+    node, about = phase
+    say(node, "error: Stopped: at step 3", 3)
+    attempts(node, "OSError: a", "OSError: b", None)
+    stop = os.environ["INCUBATE_STOP"]
+    open(stop, "w").close()
+    assert job.verdict(about, 1) == job.AGAIN and not os.path.exists(stop)
+    assert job.has_ended(node.folder.path, "17") and not job.has_ended(node.folder.path, "18")
+    assert read_json(node.folder.path / "attempts.json")[-1]["ended"] == job.WARNED
+    (node.experiment.path / STOP_FILE).touch()
+    assert job.verdict(about, 1) == job.STOPPED and job.attempt(about) == job.STOPPED
+
+
+def test_what_cannot_even_begin_counts_as_an_attempt(phase):
+    node, about = phase
+    say(node, "")
+    attempts(node, "ended with exit status 213", "ended with exit status 213")
+    assert job.verdict(about, 13) == job.AGAIN
+    assert [a["ended"] for a in read_json(node.folder.path / "attempts.json")][-1] == "ended with exit status 13"
+
+
+def test_an_attempt_on_a_node_that_was_taken_for_dead_leaves_the_later_one_alone(phase, monkeypatch, capsys):
+    node, about = phase
+    say(node, "error: Lost: another process took over\n")
+    attempts(node, "OSError: a", None, None)
+    before = (node.folder.path / "attempts.json").read_bytes()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert job.verdict(about, 1) == 1 and "a later attempt took over" in capsys.readouterr().out
+    assert (node.folder.path / "attempts.json").read_bytes() == before
+
+
+def test_a_phase_that_stays_where_it_is_is_not_even_begun_again(phase, monkeypatch):
+    node, about = phase
+    attempts(node, job.NO_WORD, job.NO_WORD, None)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    monkeypatch.setattr(job.local, "start", lambda *a, **k: pytest.fail("begun again"))
+    assert job.attempt(about) == job.GIVEN_UP == job.verdict(about, job.GIVEN_UP)
+    assert f"given up after 3 attempts without a step more: {job.NO_WORD}" == node.folder.status()["error"]
+
+
+def test_changed_settings_are_told(phase):
+    node, about = phase
+    with pytest.raises(SettingsError, match="the job was submitted for"):
+        job.verdict(about | {"overrides": ["training.lr=1e-4"]}, 1)
+    assert node.folder.status()["state"] == "waiting"
+
+
+# -- data on a local disk -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(data_folder):
+    folder = data_folder / "datasets" / "mine"
+    for name in ("train/a/1.png", "train/b/2.png", "val/a/3.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    (folder / "val/b").symlink_to(folder / "train/b")
+    return folder
+
+
+DATA = DataSettings(source="folder", folder="mine")
+
+
+def test_images_are_copied_to_scratch_once(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FAST", str(tmp_path / "fast"))
+    machine = stage(DATA, MachineSettings(scratch="$FAST/images"))
+    copy = tmp_path / "fast" / "images" / machine.data_folder.rpartition("/")[2]
+    assert str(copy) == machine.data_folder and machine.scratch is None
+    assert (copy / "val/b/2.png").read_bytes() == b"train/b/2.png" and "copying 4 files" in capsys.readouterr().out
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
+    assert stage(DATA, MachineSettings(scratch="$FAST/images")) == machine
+    assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
+    time.sleep(0.01)
+    (images / "train/a/new.png").write_bytes(b"new")
+    again = stage(DATA, MachineSettings(scratch="$FAST/images"))
+    assert again.data_folder != machine.data_folder and os.path.exists(again.data_folder + "/train/a/new.png")
+
+
+def test_a_half_copied_folder_is_not_used(images, tmp_path):
+    machine = stage(DATA, MachineSettings(scratch=str(tmp_path / "fast")))
+    copy = tmp_path / "fast" / machine.data_folder.rpartition("/")[2]
+    copy.rename(copy.with_name(copy.name + ".half"))
+    (copy.with_name(copy.name + ".half") / "train/a/1.png").write_bytes(b"half")
+    stage(DATA, MachineSettings(scratch=str(tmp_path / "fast")))
+    assert (copy / "train/a/1.png").read_bytes() == b"train/a/1.png"
+    assert not copy.with_name(copy.name + ".half").exists()
+
+
+def test_a_scratch_that_cannot_be_is_told(images, tmp_path, monkeypatch):
+    with pytest.raises(SettingsError, match=r"machine\.scratch is '\$NOWHERE', and that variable is not set on"):
+        stage(DATA, MachineSettings(scratch="$NOWHERE"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"machine\.scratch .*: Not a directory"):
+        stage(DATA, MachineSettings(scratch=str(tmp_path / "file/below")))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 3}))
+    with pytest.raises(SettingsError, match=r"has 0\.0 GB free, but"):
+        stage(DATA, MachineSettings(scratch=str(tmp_path / "fast")))
+    assert stage(DataSettings(), MachineSettings(scratch="$NOWHERE")).scratch == "$NOWHERE"  # nothing to copy

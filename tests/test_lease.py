@@ -1,0 +1,123 @@
+"""Who may write into a folder that processes of many hosts share, without file locks."""
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+
+import pytest
+
+from incubate_lib.config import load_settings
+from incubate_lib.pipeline.graph import plan
+from incubate_lib.training import lease
+from incubate_lib.training.lease import Lease, Lost, holder
+from incubate_lib.training.runs import PhaseFolder, read_json
+
+context = multiprocessing.get_context("forkserver")
+
+
+def test_only_one_holds_a_folder(tmp_path):
+    first = Lease.take(tmp_path)
+    assert first.number == 1 and Lease.take(tmp_path) is None
+    with first.held():
+        assert holder(tmp_path)["pid"] == os.getpid()
+    assert holder(tmp_path) is None
+    assert Lease.take(tmp_path).number == 2
+
+
+def race(folder: str, barrier, won) -> None:
+    from pathlib import Path
+
+    barrier.wait()
+    if Lease.take(Path(folder)):
+        with won.get_lock():
+            won.value += 1
+    time.sleep(1)
+
+
+def test_of_many_that_come_at_once_one_wins(tmp_path):
+    for attempt in range(3):
+        barrier, won = context.Barrier(8), context.Value("i", 0)
+        processes = [context.Process(target=race, args=(str(tmp_path / str(attempt)), barrier, won)) for _ in range(8)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert won.value == 1
+
+
+def of_another_host(folder, **changes) -> Lease:
+    """A lease that a process on some other host holds."""
+    mine = Lease.take(folder)
+    record = json.loads(mine.path.read_text()) | {"host": "elsewhere", "pid": 1} | changes
+    mine.path.write_text(json.dumps(record))
+    return mine
+
+
+def test_a_dead_process_of_this_host_is_known_at_once_even_if_its_number_lives_on(tmp_path):
+    of_another_host(tmp_path, host=socket.gethostname(), pid=os.getpid(), born="some other boot 17")
+    assert holder(tmp_path) is None and Lease.take(tmp_path)
+
+
+def test_another_host_is_judged_by_its_signs_of_life_on_the_file_servers_clock(tmp_path, monkeypatch):
+    theirs = of_another_host(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 4e9)  # this host's clock is decades ahead
+    assert holder(tmp_path)["host"] == "elsewhere" and Lease.take(tmp_path) is None
+    long_ago = theirs.path.stat().st_mtime - lease.LOST_SECONDS - 1
+    os.utime(theirs.path, (long_ago, long_ago))
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # … or behind
+    assert holder(tmp_path) is None
+    mine = Lease.take(tmp_path)
+    mine.check()
+    with pytest.raises(Lost, match="another process took over"):
+        theirs.check()
+
+
+def test_signs_of_life_are_given_whatever_the_process_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+    mine = Lease.take(tmp_path)
+    os.utime(mine.path, (0, 0))
+    with mine.held():
+        time.sleep(0.5)  # a scan of images, a compilation, an evaluation
+        assert time.time() - mine.path.stat().st_mtime < 0.5
+
+
+def test_an_earlier_attempt_of_the_same_job_is_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    of_another_host(tmp_path)
+    assert holder(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert Lease.take(tmp_path)
+
+
+def test_records_do_not_pile_up(tmp_path):
+    for _ in range(20):
+        with Lease.take(tmp_path).held():
+            pass
+    assert len(list(tmp_path.iterdir())) <= lease.KEPT + 1
+
+
+def test_who_was_taken_for_dead_writes_nothing_more(data_folder):
+    """A host is cut off in the middle of a phase, another one finishes it, the first comes back."""
+    node = plan(load_settings("smoke"), ["end_to_end"]).nodes[0]
+    cut_off = PhaseFolder(node.folder.path)
+    with pytest.raises(Lost), cut_off.claim(node.settings):
+        record = json.loads(cut_off.lease.path.read_text())
+        cut_off.lease.path.write_text(json.dumps(record | {"host": "elsewhere"}))
+        os.utime(cut_off.lease.path, (0, 0))
+        assert node.folder.status()["state"] == "interrupted"
+        summary = node.run()
+        files = {p: p.read_bytes() for p in node.folder.path.iterdir() if p.is_file()}
+        for write in (
+            lambda: cut_off.set_status("running", progress={"step": 3}),
+            lambda: cut_off.add_metrics({"step": 3}),
+            lambda: cut_off.save_checkpoint({"step": 3}),
+            lambda: cut_off.finish({}, {}),
+        ):
+            with pytest.raises(Lost):
+                write()
+        cut_off.add_metrics({"step": 4})
+    left = {p: p.read_bytes() for p in node.folder.path.iterdir() if p.is_file()}
+    assert {p: blob for p, blob in left.items() if not p.name.endswith(".tmp")} == files
+    assert node.summary() == summary and read_json(node.folder.path / "status.json")["state"] == "done"
