@@ -1,0 +1,53 @@
+"""What jobs ask for: a site's file, options on top, phases that ask for something else."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from incubate_lib.config import SettingsError
+from incubate_lib.config.cluster import load_slurm
+
+
+def write(path: Path, text: str) -> str:
+    (path / "site.yaml").write_text(text)
+    return str(path / "site.yaml")
+
+
+def test_the_readmes_site_file_is_read(tmp_path):
+    text = re.search(r"```yaml\n(# site\.yaml.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)[1]
+    slurm = load_slurm(write(tmp_path, text), {})
+    assert (slurm.time, slurm.gpus_per_node, slurm.nodes, slurm.python) == ("8:00:00", 4, 2, "python")
+    assert slurm.prologue == ["module load cuda", "export NCCL_SOCKET_IFNAME=ib0"]
+    trains, assembles = slurm.job("incubate", True), slurm.job("assemble", False)
+    assert (trains.partition, trains.gpus_per_node, trains.nodes, trains.cpus_per_task) == ("gpu", 4, 2, 32)
+    assert (assembles.partition, assembles.gpus_per_node, assembles.nodes, assembles.cpus_per_task) == ("cpu", 0, 1, None)
+    assert slurm.job("analysis", False).time == "15" and assembles.sbatch == {"account": "my-project", "constraint": "a100"}
+
+
+def test_options_override_the_file_and_phases_override_both(tmp_path):
+    site = write(tmp_path, "time: 1-12\nsbatch: {qos: high}\nphases: {meta: {time: 30, sbatch: {qos: low}}}\n")
+    slurm = load_slurm(site, {"time": "2:00", "nodes": None}, ["account=mine", "--exclusive", "mail-type=END=x"])
+    assert slurm.time == "2:00" and slurm.sbatch == {"qos": "high", "account": "mine", "exclusive": None, "mail-type": "END=x"}
+    meta = slurm.job("meta", True)
+    assert meta.time == "30" and meta.sbatch["qos"] == "low" and meta.sbatch["account"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("acount: mine", r"unknown field 'acount'; .*Other options of sbatch go under sbatch: \{acount: …\}"),
+        ("time: 90s", "time is '90s': write it as minutes, hours:minutes:seconds"),
+        ("nodes: 0", "nodes is 0"),
+        ("gpus_per_node: -1", "gpus_per_node is -1"),
+        ("phases: {metta: {}}", "metta"),
+        ("phases: {meta: {nodez: 2}}", "meta: unknown field 'nodez'"),
+        ("sbatch: {output: log.txt}", "'output' is set by the workbook"),
+        ("sbatch: {J: x}", "'J' is set by the workbook, or is no long option"),
+        ("sbatch: {gpus-per-node: 2}", "gpus-per-node is a field of its own: set gpus_per_node"),
+        ("- a list", "must be a mapping"),
+    ],
+)
+def test_bad_site_files_are_told(text, message, tmp_path):
+    with pytest.raises(SettingsError, match=message):
+        load_slurm(write(tmp_path, text), {})
