@@ -91,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from incubate_lib.config import SettingsError, load_settings, presets
-    from incubate_lib.pipeline import local, slurm, warm
+    from incubate_lib.pipeline import execution, local, slurm, warm
     from incubate_lib.pipeline.graph import Experiment, plan
 
     on_slurm = options.backend == "slurm"
@@ -104,19 +104,24 @@ def _run(options: argparse.Namespace) -> int:
     jobs = local.check_jobs(options.jobs, settings.machine.devices)
     experiment = Experiment.of(settings)
     experiment.check_writable()
-    if not on_slurm and slurm.was_submitted(experiment) and (active := slurm.active_jobs(experiment)):
-        raise SettingsError(f"{len(active)} job(s) of {experiment.path.name} are in Slurm's queue; `incubate stop` ends them")
+    if settings.machine.nodes > 1:
+        raise SettingsError("machine.nodes: several nodes need --backend slurm, and its --nodes")
+    if on_slurm and settings.machine.devices > 1 and cluster.gpus_per_node:
+        raise SettingsError("--devices is for the CPU (--gpus-per-node 0); on GPUs --gpus-per-node says how many a phase has")
+    if not on_slurm and (active := slurm.still_active(experiment)):
+        raise SettingsError(f"{active} job(s) of {experiment.path.name} are in Slurm's queue; `incubate stop` ends them")
     if not experiment.is_known():
         if not on_slurm:
             warm.prepare()  # planning something new takes torch too, on another core
-        print("Planning: reading the images, building the networks, counting FLOPs …", file=sys.stderr, flush=True)
+        if not options.dry_run:
+            print("Planning: reading the images, building the networks, counting FLOPs …", flush=True)
     todo = plan(settings, options.strategies, [0] if options.seeds is None else options.seeds)
     preset = options.preset if options.preset in presets() else str(Path(options.preset).absolute())
     source = {"preset": preset, "overrides": options.set}
     if on_slurm:
         count = slurm.submit(todo, source, cluster, Console(), dry_run=options.dry_run)
         print("`incubate status` shows how far it is, from any folder." if count else "", end="\n" if count else "")
-        code = 0 if count or options.dry_run or not local.is_finished(todo) else None
+        code = 0 if count or options.dry_run or not execution.is_finished(todo) else None
     else:
         code = local.run(todo, source, jobs, Console(), began) or None
     if code is None:
@@ -132,12 +137,7 @@ def _cluster(options: argparse.Namespace):
     if options.jobs is not None:
         raise SettingsError("--jobs is for --backend local; Slurm decides what runs side by side")
     given = {name: getattr(options, name) for name in ("partition", "gpus_per_node", "nodes", "time", "cpus_per_task")}
-    cluster = load_slurm(options.site, given, options.sbatch)
-    if options.devices is not None and cluster.gpus_per_node:
-        raise SettingsError(
-            f"--devices is for the CPU (--gpus-per-node 0); each node trains on its {cluster.gpus_per_node} GPU(s)"
-        )
-    return cluster
+    return load_slurm(options.site, given, options.sbatch)
 
 
 def _started(options: argparse.Namespace):
@@ -205,7 +205,7 @@ def _one_phase(wanted: str, keys: list[str]) -> str:
 
 def _stop(options: argparse.Namespace) -> int:
     from incubate_lib.config import SettingsError, load_settings
-    from incubate_lib.pipeline import local, slurm
+    from incubate_lib.pipeline import execution, slurm
     from incubate_lib.pipeline.graph import STOP_FILE, Experiment
 
     experiment = Experiment.of(load_settings(options.preset, options.set))
@@ -214,7 +214,7 @@ def _stop(options: argparse.Namespace) -> int:
     (experiment.path / STOP_FILE).touch()
     if slurm.was_submitted(experiment) and (count := slurm.stop(experiment)):
         print(f"{count} job(s) of {experiment.path.name}: those that wait are cancelled, those that run save a checkpoint first")
-    elif local.is_running(experiment.path):
+    elif execution.is_running(experiment.path):
         print(f"asked {experiment.path.name} to stop; its phases save a checkpoint first")
     else:
         print(f"no `incubate run` is at work in {experiment.path}; phases that notebooks train there are asked to stop")

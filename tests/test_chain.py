@@ -19,9 +19,9 @@ import pytest
 from rich.console import Console
 
 from incubate_lib.config import SettingsError, load_settings
-from incubate_lib.pipeline import local, notebook
+from incubate_lib.pipeline import execution, local, notebook
+from incubate_lib.pipeline.execution import is_complete
 from incubate_lib.pipeline.graph import plan
-from incubate_lib.pipeline.local import is_complete
 from incubate_lib.training.runs import read_json
 
 pytestmark = pytest.mark.xdist_group("chain")  # one process, so that the chain runs once
@@ -220,7 +220,7 @@ def test_one_run_at_a_time_in_an_experiment(tmp_path, monkeypatch):
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
     todo = plan(load_settings("smoke"), ["end_to_end"])
     todo.experiment.create()
-    with local.only_run(todo.experiment.path):
+    with execution.only_run(todo.experiment.path):
         result = incubate("run", "smoke", folder=tmp_path)
     assert result.returncode == 2 and f"another `incubate run` (process {os.getpid()} on" in result.stderr
 
@@ -240,7 +240,7 @@ def test_phases_side_by_side_see_different_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     todo = plan(load_settings("smoke", ["machine.devices=2"]), ["end_to_end", "deep_incubation"])
     seen = []
-    monkeypatch.setattr(local, "start", lambda *a: seen.append(a[-1]) or local.Job(None, tmp_path, a[-1]))
+    monkeypatch.setattr(local, "start", lambda *a, own, **k: seen.append(own) or execution.Execution(None, tmp_path, own))
     pool = local.Pool(todo, {}, 2, Console())
     for key in ("seed-0/meta", "seed-0/end_to_end"):
         node = next(node for node in todo.nodes if node.key == key)

@@ -22,7 +22,18 @@ def test_the_readmes_site_file_is_read(tmp_path):
     trains, assembles = slurm.job("incubate", True), slurm.job("assemble", False)
     assert (trains.partition, trains.gpus_per_node, trains.nodes, trains.cpus_per_task) == ("gpu", 4, 2, 32)
     assert (assembles.partition, assembles.gpus_per_node, assembles.nodes, assembles.cpus_per_task) == ("cpu", 0, 1, None)
-    assert slurm.job("analysis", False).time == "15" and assembles.sbatch == {"account": "my-project", "constraint": "a100"}
+    assert slurm.job("analysis", False).time == "15" and assembles.sbatch == {"account": "my-project"}
+
+
+def test_a_limit_that_leaves_no_time_to_save_is_told():
+    with pytest.raises(SettingsError, match=r"time is 3, .*told to save 120 s before it, .*give it at least 4 minutes"):
+        load_slurm(None, {"time": "3"}).job("meta", True)
+    assert load_slurm(None, {"time": "4"}).job("meta", True).time == "4"
+
+
+def test_a_phase_can_do_without_an_option(tmp_path):
+    slurm = load_slurm(write(tmp_path, "sbatch: {constraint: a100}\nphases: {assemble: {sbatch: {constraint: false}}}\n"), {})
+    assert slurm.job("meta", True).sbatch == {"constraint": "a100"} and slurm.job("assemble", False).sbatch == {}
 
 
 def test_options_override_the_file_and_phases_override_both(tmp_path):

@@ -189,6 +189,33 @@ def test_killed_and_resumed_on_two_devices_equals_uninterrupted(tmp_path, monkey
     assert summary["devices"] == 2
 
 
+def run_in_a_job(data: str, stop: str) -> None:
+    os.environ["INCUBATE_STOP"] = stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the job's own process has it
+    run_node(data)
+
+
+@pytest.mark.xdist_group("torchrun")
+def test_ranks_save_when_slurm_warns_every_process_of_a_job(tmp_path, monkeypatch):
+    """Preemption sends TERM to all of them: caller, torch.distributed.run and ranks."""
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
+    node = open_phase("meta", "smoke", [*EVERYTHING, "machine.devices=2"])
+    caller = context.Process(target=run_in_a_job, args=(str(tmp_path), str(tmp_path / "STOP")))
+    caller.start()
+    wait_for(lambda: (read_json(node.folder.path / "status.json") or {}).get("progress", {}).get("step", 0) > 0)
+    ranks = ranks_of(node.folder.path)
+    parent = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    for pid in (caller.pid, parent, *ranks):
+        os.kill(pid, signal.SIGTERM)
+    caller.join(60)
+    assert (tmp_path / "STOP").exists() and caller.exitcode == 1
+    status = node.folder.status()
+    assert status["state"] == "stopped" and status["saved_step"] > 0
+    assert f"stopped at step {status['saved_step']}" in "".join(
+        read_json(path)["message"] for path in node.folder.path.glob("rank-*.json")
+    )
+
+
 @pytest.mark.xdist_group("torchrun")
 def test_a_rank_that_fails_ends_the_phase_with_its_traceback(tmp_path, data_folder, monkeypatch, capsys):
     (tmp_path / "sitecustomize.py").write_text(

@@ -1,6 +1,7 @@
 """What follows from how an attempt at a phase ended; the real jobs are in test_slurm.py."""
 
 import os
+import socket
 import time
 
 import pytest
@@ -53,7 +54,7 @@ def test_a_failure_is_tried_again_until_it_repeats_itself(phase, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert job.verdict(about, 1) == job.GIVEN_UP
     assert node.folder.status()["state"] == "failed"
-    assert node.folder.status()["error"] == "given up after 3 attempts without a step more: OSError: device 4711 is away"
+    assert node.folder.status()["error"] == "given up after 3 attempts or more without a step: OSError: device 4711 is away"
 
 
 @pytest.mark.parametrize(
@@ -114,13 +115,23 @@ def test_an_attempt_on_a_node_that_was_taken_for_dead_leaves_the_later_one_alone
     assert (node.folder.path / "attempts.json").read_bytes() == before
 
 
-def test_a_phase_that_stays_where_it_is_is_not_even_begun_again(phase, monkeypatch):
+@pytest.mark.parametrize("luck", [job.NO_WORD, job.WARNED])
+def test_bad_luck_is_given_up_later_than_failures(luck, phase, monkeypatch):
+    """Preempted again and again before the first step; a node that goes down and down."""
     node, about = phase
-    attempts(node, job.NO_WORD, job.NO_WORD, None)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    monkeypatch.setattr(job.local, "start", lambda *a, **k: pytest.fail("begun again"))
+    attempts(node, *[luck] * 8)
+    assert not job.stuck(read_json(node.folder.path / "attempts.json"), "17", 3)
+    attempts(node, *[luck] * 9)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "9")
+    monkeypatch.setattr(job.execution, "start", lambda *a, **k: pytest.fail("begun again"))
     assert job.attempt(about) == job.GIVEN_UP == job.verdict(about, job.GIVEN_UP)
-    assert f"given up after 3 attempts without a step more: {job.NO_WORD}" == node.folder.status()["error"]
+    assert f"given up after 3 attempts or more without a step: {luck}" == node.folder.status()["error"]
+
+
+def test_failures_that_alternate_do_not_go_on_for_ever(phase):
+    node, _ = phase
+    attempts(node, *["OSError: a", "MemoryError: b"] * 4, "OSError: a")
+    assert job.stuck(read_json(node.folder.path / "attempts.json"), "17", 3)
 
 
 def test_changed_settings_are_told(phase):
@@ -164,20 +175,20 @@ def test_images_are_copied_to_scratch_once(images, tmp_path, monkeypatch, capsys
 def test_a_half_copied_folder_is_not_used(images, tmp_path):
     machine = stage(DATA, MachineSettings(scratch=str(tmp_path / "fast")))
     copy = tmp_path / "fast" / machine.data_folder.rpartition("/")[2]
-    copy.rename(copy.with_name(copy.name + ".half"))
-    (copy.with_name(copy.name + ".half") / "train/a/1.png").write_bytes(b"half")
+    half = copy.with_name(f"{copy.name}.{socket.gethostname()}.half")
+    copy.rename(half)
+    (half / "train/a/1.png").write_bytes(b"half")
     stage(DATA, MachineSettings(scratch=str(tmp_path / "fast")))
-    assert (copy / "train/a/1.png").read_bytes() == b"train/a/1.png"
-    assert not copy.with_name(copy.name + ".half").exists()
+    assert (copy / "train/a/1.png").read_bytes() == b"train/a/1.png" and not half.exists()
 
 
 def test_a_scratch_that_cannot_be_is_told(images, tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match=r"machine\.scratch is '\$NOWHERE', and that variable is not set on"):
         stage(DATA, MachineSettings(scratch="$NOWHERE"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match=r"machine\.scratch .*: Not a directory"):
+    with pytest.raises(OSError, match=r"machine\.scratch .*: Not a directory"):
         stage(DATA, MachineSettings(scratch=str(tmp_path / "file/below")))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 3}))
-    with pytest.raises(SettingsError, match=r"has 0\.0 GB free, but"):
+    with pytest.raises(OSError, match=r"machine\.scratch .*: 0\.0 GB are free, but"):
         stage(DATA, MachineSettings(scratch=str(tmp_path / "fast")))
     assert stage(DataSettings(), MachineSettings(scratch="$NOWHERE")).scratch == "$NOWHERE"  # nothing to copy

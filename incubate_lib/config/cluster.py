@@ -1,5 +1,6 @@
 """What jobs ask Slurm for: the options of `incubate run --backend slurm`, or a YAML file with what a site needs."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,19 @@ from incubate_lib.config.sections import Frozen, Positive, SettingsError, neares
 TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
 OURS = {  # sbatch options that the workbook itself must set
     "job-name", "output", "error", "open-mode", "dependency", "kill-on-invalid-dep", "requeue", "no-requeue", "signal", "array",
-    "wrap", "parsable", "chdir", "ntasks", "ntasks-per-node", "hold", "wait", "test-only", "export", "export-file",
+    "wrap", "parsable", "chdir", "clusters", "ntasks", "ntasks-per-node", "hold", "wait", "test-only", "export", "export-file",
 }  # fmt: skip
+
+
+def minutes(time: str) -> float:
+    """Read a time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours:minutes:seconds."""
+    days, dash, rest = time.rpartition("-")
+    try:
+        parts = [int(part) for part in rest.split(":")]
+    except ValueError:  # infinite
+        return math.inf
+    units = (60, 1, 1 / 60) if dash or len(parts) == 3 else (1, 1 / 60)
+    return int(days or 0) * 1440 + sum(part * unit for part, unit in zip(parts, units))
 
 
 class JobSettings(Frozen):
@@ -26,7 +38,7 @@ class JobSettings(Frozen):
     nodes: Positive = 1  # that train the phase together
     time: str | int | None = None  # limit of one attempt, as Slurm writes it; a number is minutes. A phase may take several
     cpus_per_task: Positive | None = None  # cores on each node; none: the share of its GPUs in the node
-    sbatch: dict[str, str | int | float | bool | None] = {}  # any further option by its long name; null or true: without value
+    sbatch: dict[str, str | int | float | bool | None] = {}  # any further option by its long name; false: not
 
     @field_validator("time")
     @classmethod
@@ -74,7 +86,13 @@ class SlurmSettings(JobSettings):
         if not trains:
             general |= {"nodes": 1, "gpus_per_node": min(1, self.gpus_per_node), "cpus_per_task": None}
         changes = self.phases.get(phase, {})
-        merged = general | changes | {"sbatch": general["sbatch"] | changes.get("sbatch", {})}
+        sbatch = general["sbatch"] | changes.get("sbatch", {})
+        merged = general | changes | {"sbatch": {name: value for name, value in sbatch.items() if value is not False}}
+        if merged["time"] is not None and minutes(str(merged["time"])) * 60 < self.warn_seconds + 120:
+            raise SettingsError(
+                f"time is {merged['time']}, but a phase is told to save {self.warn_seconds} s before it, or up to a minute "
+                f"earlier; give it at least {math.ceil(self.warn_seconds / 60) + 2} minutes, or lower warn_seconds"
+            )
         return JobSettings.model_validate(merged)
 
 

@@ -8,6 +8,7 @@ Attempts are noted in `attempts.json`; a phase that fails again and again in the
 up. Nothing of this is in anybody's memory: any attempt may end by a kill at any moment.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from incubate_lib.config import SettingsError, load_settings
-from incubate_lib.pipeline import local
+from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.graph import STOP_FILE, Node, open_phase, plan
 from incubate_lib.training.runs import read_json, write_json
 
@@ -38,16 +39,17 @@ def attempt(about: dict[str, Any]) -> int:
         signal.signal(number, lambda *_: stop.touch())
     if (node.experiment.path / STOP_FILE).exists():
         return STOPPED
-    if local.is_complete(node):
+    if execution.is_complete(node):
         return 0
     _close(node, NO_WORD)  # an earlier attempt that could not say so itself
     if stuck(_attempts(node), _job(), about["attempts"]):
         return _give_up(node, about["attempts"])
     _begin(node)
-    process = local.start(node.notebook, node.folder.path, "notebook.ipynb", _parameters(about), threads=_cores()).process
+    process = execution.start(node.notebook, node.folder.path, "notebook.ipynb", _parameters(about), threads=_cores()).process
     process.join()
-    if local.is_complete(node):
+    if execution.is_complete(node):
         _close(node, "done")
+        stop.unlink(missing_ok=True)
         return 0
     return process.exitcode or 1
 
@@ -57,8 +59,9 @@ def verdict(about: dict[str, Any], code: int) -> int:
     if "phase" not in about or code == GIVEN_UP:
         return code
     node = _node(about)
-    if local.is_complete(node):
+    if execution.is_complete(node):
         return 0
+    own = Path(os.environ["INCUBATE_STOP"])
     newest = (_attempts(node) or [{"job": "0", "restart": 0}])[-1]
     if (int(newest["job"]), newest["restart"]) > (int(_job()), _restart()):
         print("a later attempt took over: its node was taken for dead")
@@ -68,9 +71,9 @@ def verdict(about: dict[str, Any], code: int) -> int:
     if (node.experiment.path / STOP_FILE).exists():
         print("stopped; `incubate run` goes on from the last checkpoint")
         _close(node, "stopped")
+        own.unlink(missing_ok=True)
         return STOPPED
-    own = Path(os.environ["INCUBATE_STOP"])
-    error = local.last_error(node.folder.path / "log.txt", _attempts(node)[-1]["log_from"])
+    error = execution.last_error(node.folder.path / "log.txt", _attempts(node)[-1]["log_from"])
     _close(node, WARNED if own.exists() else error or (NO_WORD if code > 128 else f"ended with exit status {code}"))
     own.unlink(missing_ok=True)
     mine = _attempts(node)[-1]
@@ -83,14 +86,19 @@ def verdict(about: dict[str, Any], code: int) -> int:
 
 
 def stuck(attempts: list[dict[str, Any]], job: str, limit: int) -> bool:
-    """Whether the last `limit` attempts of this job ended in the same way and at the same step."""
-    mine = [a for a in attempts if a["job"] == job][-limit:]
-    kinds = {a["ended"].partition(":")[0] for a in mine}
-    return len(mine) == limit and len(kinds) == 1 and mine[-1]["saved_step"] == mine[0]["from_step"]
+    """Whether the last `limit` attempts of this job failed in the same way and at the same step.
+
+    Three times as many where they failed in different ways, or where Slurm ended them: that is bad luck, up to a point.
+    """
+    mine = [a for a in attempts if a["job"] == job]
+    idle = list(itertools.takewhile(lambda a: a["from_step"] == mine[-1]["saved_step"], reversed(mine)))
+    kinds = {a["ended"].partition(":")[0] for a in idle[:limit]}
+    failed = len(kinds) == 1 and not kinds & {WARNED, NO_WORD}
+    return len(idle) >= (limit if failed else 3 * limit)
 
 
 def _give_up(node: Node, number: int) -> int:
-    _fail(node, f"given up after {number} attempts without a step more: {_attempts(node)[-1]['ended']}")
+    _fail(node, f"given up after {number} attempts or more without a step: {_attempts(node)[-1]['ended']}")
     return GIVEN_UP
 
 
@@ -111,7 +119,7 @@ def _analysis(about: dict[str, Any]) -> int:
 
     source = {name: about[name] for name in ("preset", "overrides")}
     todo = plan(load_settings(**source), about["strategies"], about["seeds"])
-    return 0 if local.analysed(todo) else local.analyse(todo, source, Console(width=150), _cores())
+    return 0 if execution.analysed(todo) else execution.analyse(todo, source, Console(width=150), _cores())
 
 
 def _node(about: dict[str, Any]) -> Node:

@@ -1,13 +1,10 @@
 """Run a plan on this machine: a pool of processes, one notebook each, side by side where the graph allows."""
 
-import contextlib
 import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing import Process
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +12,23 @@ from rich.console import Console
 from rich.live import Live
 
 from incubate_lib.config import SettingsError
+from incubate_lib.pipeline.execution import (
+    Execution,
+    analyse,
+    analysed,
+    clear_log,
+    fair_threads,
+    is_complete,
+    kill,
+    last_error,
+    only_run,
+    start,
+)
 from incubate_lib.pipeline.graph import STOP_FILE, Node, Plan
 from incubate_lib.pipeline.view import Line, node_line, render
-from incubate_lib.training.lease import Lease, holder
-from incubate_lib.training.runs import read_json, write_json
 
-ANALYSIS = "06_analysis"
 POLL_SECONDS = 0.3
 SUMMARY_SECONDS = 15.0  # between lines when the output is not a terminal
-
-
-@dataclass
-class Job:
-    """One notebook being executed."""
-
-    process: Process
-    log: Path
-    gpus: list[str] = field(default_factory=list)  # that it may use
 
 
 @dataclass
@@ -43,7 +40,7 @@ class Pool:
     jobs: int
     console: Console
     waiting: dict[str, Node] = field(default_factory=dict)
-    running: dict[str, Job] = field(default_factory=dict)
+    running: dict[str, Execution] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     stopping: bool = False
@@ -77,7 +74,7 @@ class Pool:
                     time.sleep(POLL_SECONDS)
         finally:
             for job in self.running.values():
-                _kill(job)
+                kill(job)
             self.stop_file.unlink(missing_ok=True)
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -95,7 +92,7 @@ class Pool:
             devices = self.plan.experiment.settings.machine.devices
             busy = Counter(gpu for job in self.running.values() for gpu in job.gpus)
             free = sorted(gpus(), key=lambda gpu: busy[gpu])[:devices]  # stable: the first of the least busy
-            _clear_log(node.folder.path)
+            clear_log(node.folder.path)
             self.running[node.key] = start(
                 node.notebook, node.folder.path, "notebook.ipynb", parameters, threads=fair_threads(self.jobs), own=free
             )
@@ -122,7 +119,7 @@ class Pool:
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.stopping:  # the second time: at once
             for job in self.running.values():
-                _kill(job)
+                kill(job)
             return
         self.stopping = True
         self.console.print("\nStopping: phases save a checkpoint first (again: at once) …")
@@ -179,67 +176,6 @@ class _View:
         self.pool.console.print(line.plain(), soft_wrap=True, highlight=False, markup=False)
 
 
-@contextlib.contextmanager
-def only_run(path: Path) -> Iterator[None]:
-    """Hold an experiment for one `incubate run`; SettingsError while another one is at work in it."""
-    lease = Lease.take(path / "lease")
-    if lease is None:
-        other = holder(path / "lease") or {}
-        told = f"process {other.get('pid')} on {other.get('host')}"
-        raise SettingsError(f"another `incubate run` ({told}) is at work in {path}")
-    with lease.held():
-        yield
-
-
-def is_running(path: Path) -> bool:
-    """Whether an `incubate run` is at work in this experiment."""
-    return holder(path / "lease") is not None
-
-
-def is_complete(node: Node) -> bool:
-    """Whether a phase is finished and its executed notebook is there."""
-    return node.summary() is not None and (node.folder.path / "notebook.ipynb").exists()
-
-
-def is_finished(plan: Plan) -> bool:
-    """Whether all phases and the analysis are done."""
-    return all(is_complete(node) for node in plan.nodes) and analysed(plan)
-
-
-def start(
-    notebook: str, folder: Path, output: str, parameters: dict[str, Any], *, threads: int, own: list[str] | None = None
-) -> Job:
-    """Start one notebook in a process of its own, with its cores and GPUs; its output is appended to log.txt."""
-    from incubate_lib.pipeline import warm
-
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.txt"
-    env = os.environ | {"INCUBATE_THREADS": str(threads), "INCUBATE_HEADLESS": "1"}
-    if own:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-    return Job(warm.start(notebook, str(folder / output), parameters, log=str(log), env=env), log, own or [])
-
-
-def fair_threads(jobs: int) -> int:
-    """Return the threads of each of some notebooks side by side, so that they do not crowd the cores."""
-    return max(1, len(os.sched_getaffinity(0)) // jobs)
-
-
-def _clear_log(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.txt").write_bytes(b"")
-
-
-def last_error(log: Path, start: int = 0) -> str | None:
-    """Return the last error a log tells of, from byte `start` on."""
-    try:
-        text = log.read_bytes()[start:].decode(errors="replace")
-    except OSError:
-        return None
-    errors = [line for line in text.splitlines() if line.startswith("error: ")]
-    return errors[-1].removeprefix("error: ") if errors else None
-
-
 def run(plan: Plan, source: dict[str, Any], jobs: int, console: Console, began: float | None = None) -> int:
     """Run a plan and its analysis; return the exit status: 0 all done, 1 something failed, 130 stopped.
 
@@ -268,46 +204,10 @@ def _run(plan: Plan, source: dict[str, Any], jobs: int, console: Console, began:
         return 130
     status = 0
     if not analysed(plan):
-        _clear_log(experiment.path)
+        clear_log(experiment.path)
         status = analyse(plan, source, console, fair_threads(1))
     console.print(f"Finished in {time.monotonic() - began:.0f} s.", highlight=False)
     return status
-
-
-def _seen(plan: Plan) -> dict[str, str]:
-    return {f"{name} {seed}": node.summary()["weights_sha256"] for (name, seed), node in plan.finals.items()}
-
-
-def analysed(plan: Plan) -> bool:
-    """Whether the analysis notebook and the report show exactly the results of this plan, which must be finished."""
-    path = plan.experiment.path
-    there = (path / f"{ANALYSIS}.ipynb").exists() and (path / "report.html").exists()
-    return there and read_json(path / "analysed.json") == _seen(plan)
-
-
-def analyse(plan: Plan, source: dict[str, Any], console: Console, threads: int) -> int:
-    """Run the analysis notebook and return an exit status."""
-    path = plan.experiment.path
-    strategies, seeds = (list(dict.fromkeys(part)) for part in zip(*plan.finals, strict=True))
-    console.print("Analysis …")
-    seen, parameters = _seen(plan), source | {"strategies": strategies, "seeds": seeds}
-    job = start(ANALYSIS, path, f"{ANALYSIS}.ipynb", parameters, threads=threads)
-    try:
-        job.process.join()
-    except KeyboardInterrupt:
-        _kill(job)
-        raise
-    if job.process.exitcode:
-        console.print(f"FAILED analysis: {last_error(job.log)}\n       log: {job.log}", soft_wrap=True, markup=False)
-        return 1
-    write_json(path / "analysed.json", seen)
-    return 0
-
-
-def _kill(job: Job) -> None:
-    """End a notebook at once; its kernel ends with it, and what it had not saved is lost."""
-    job.process.kill()
-    job.process.join()
 
 
 def _remaining_path(plan: Plan) -> dict[str, int]:

@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -51,8 +52,9 @@ def train_on_devices(job: dict[str, Any], folder: PhaseFolder, machine: MachineS
         command = [*_srun(machine.nodes), sys.executable, *RANK, "--node", *_meeting_point(), str(file)]
     cores = int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))
     threads = str(max(1, cores // machine.devices))
+    in_job = {"PET_SIGNALS_TO_HANDLE": "SIGINT"} if "INCUBATE_STOP" in os.environ else {}  # not TERM: the ranks act on it
     process = subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": threads, "INCUBATE_HEADLESS": "1"}, stdin=subprocess.PIPE,
+        command, env=os.environ | {"OMP_NUM_THREADS": threads, "INCUBATE_HEADLESS": "1"} | in_job, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     told, quiet = [], False
@@ -80,8 +82,9 @@ def _srun(nodes: int) -> list[str]:
     if given != nodes:
         what = f"a Slurm job of {given}" if given else "no Slurm job"
         raise SettingsError(f"machine.nodes is {nodes}, but this is {what}; use `incubate run … --backend slurm --nodes {nodes}`")
-    return ["srun", "--overlap", "--kill-on-bad-exit=1", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1",
-            f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', 1)}"]  # fmt: skip
+    cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")
+    return ["srun", "--overlap", "--export=ALL", "--cpu-bind=none", "--kill-on-bad-exit=1", f"--nodes={nodes}",
+            f"--ntasks={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={cores}"]  # fmt: skip
 
 
 def _meeting_point() -> tuple[str, str]:
@@ -92,6 +95,7 @@ def _meeting_point() -> tuple[str, str]:
 
 def _node(host: str, port: str, file: str) -> None:
     """Be torch.distributed.run on one of several machines."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's warning: the ranks act on it
     machine = MachineSettings.model_validate_json(json.dumps(json.loads(Path(file).read_text())["machine"]))
     where = [f"--nnodes={machine.nodes}", f"--node-rank={os.environ['SLURM_NODEID']}", f"--master-addr={host}"]
     command = [*TORCHRUN, *where, f"--master-port={port}", f"--nproc-per-node={machine.devices}", *RANK, file]
@@ -121,6 +125,8 @@ def _failure(folder: PhaseFolder, devices: int, title: str, told: str) -> Except
 def _rank(path: Path) -> int:
     """Be one rank of a job; whatever goes wrong is left in `rank-<n>.json` beside the job file."""
     threading.Thread(target=_end_with_caller, daemon=True).start()
+    if stop := os.environ.get("INCUBATE_STOP"):  # Slurm warns every process of a job
+        signal.signal(signal.SIGTERM, lambda *_: Path(stop).touch())
     rank = int(os.environ["RANK"])
     try:
         _train(json.loads(path.read_text()))

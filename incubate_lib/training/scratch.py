@@ -22,7 +22,7 @@ def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
     """Return machine settings that read the images from a copy below `machine.scratch`, made now unless it is there.
 
     Processes of one machine share a copy: the first makes it, the others wait. A copy is taken again when folders in the
-    first two levels of the original have changed. Raises SettingsError without a place, or without enough room.
+    first two levels of the original have changed. Raises SettingsError without a place, OSError without enough room.
     """
     if machine.scratch is None or not has_folder(data):
         return machine
@@ -36,8 +36,8 @@ def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
         with _one_at_a_time(place / f"{copy.name}.lock"):
             if not copy.exists():
                 _copy(original, copy)
-    except OSError as error:
-        raise SettingsError(f"machine.scratch {place} on {socket.gethostname()}: {error.strerror or error}") from None
+    except OSError as error:  # no bad input: another machine, or another time, may do
+        raise OSError(f"machine.scratch {place} on {socket.gethostname()}: {error.strerror or error}") from None
     return machine.model_copy(update={"data_folder": str(copy), "scratch": None})
 
 
@@ -46,17 +46,21 @@ def _copy(original: Path, copy: Path) -> None:
     files = [Path(folder) / name for folder, _, names in os.walk(original, followlinks=True) for name in names]
     size, free = sum(file.stat().st_size for file in files), shutil.disk_usage(copy.parent).free
     if size > free:
-        told = f"has {free / 1e9:.1f} GB free, but {original} has {size / 1e9:.1f} GB"
-        raise SettingsError(f"machine.scratch {copy.parent} on {socket.gethostname()} {told}")
+        raise OSError(f"{free / 1e9:.1f} GB are free, but {original} has {size / 1e9:.1f} GB")
     print(f"copying {len(files)} files ({size / 1e9:.2f} GB) to {copy.parent} …", flush=True)
-    half = copy.with_name(f"{copy.name}.half")  # of a process that was killed, or of this one
+    half = copy.with_name(f"{copy.name}.{socket.gethostname()}.half")  # of a process that was killed, or of this one
     shutil.rmtree(half, ignore_errors=True)
     for folder in {file.parent.relative_to(original) for file in files}:
         (half / folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(COPIERS) as pool:
         for _ in pool.map(lambda file: shutil.copyfile(file, half / file.relative_to(original)), files):
             pass
-    half.rename(copy)
+    try:
+        half.rename(copy)
+    except OSError:
+        if not copy.exists():  # else another machine was faster: the disk is not that local
+            raise
+        shutil.rmtree(half)
     print(f"copied in {time.monotonic() - began:.0f} s", flush=True)
 
 

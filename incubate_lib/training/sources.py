@@ -73,10 +73,6 @@ def _here(settings: DataSettings, machine: MachineSettings) -> DataSettings:
     return settings.model_copy(update={"folder": machine.data_folder}) if machine.data_folder else settings
 
 
-def _here(settings: DataSettings, machine: MachineSettings) -> DataSettings:
-    return settings.model_copy(update={"folder": machine.data_folder}) if machine.data_folder else settings
-
-
 def _place(settings: DataSettings) -> Path:
     name = settings.folder or settings.source.strip("/").replace("/", "-")
     return data_folder() / "datasets" / Path(name).expanduser()

@@ -7,6 +7,7 @@ on where a run was interrupted. Letters: B batch, C channels, H and W pixels.
 import multiprocessing
 import os
 import random
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -203,6 +204,8 @@ def _end_with_reader(worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    if os.environ.get("INCUBATE_STOP"):  # Slurm warns every process of a job, and torch has workers end at that
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(items: list) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:

@@ -1,0 +1,98 @@
+"""What a Slurm cluster has, so that what it cannot do is told before anything is submitted; and how its commands are called."""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+from incubate_lib.config import SettingsError, nearest
+from incubate_lib.config.cluster import JobSettings, minutes
+
+PATIENCE = 30.0  # seconds; Slurm's commands hang while its controller is away
+
+
+def call(*command: str, stdin: str | None = None, patience: float = PATIENCE) -> str:
+    """Return what a command of Slurm prints; SettingsError with its own words if it fails, is missing or does not answer."""
+    try:
+        result = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=patience, env=_outside())
+    except FileNotFoundError:
+        raise SettingsError(f"no {command[0]} on the path: --backend slurm is for the login node of a Slurm cluster") from None
+    except subprocess.TimeoutExpired:
+        raise SettingsError(f"Slurm does not answer ({command[0]}, {patience:.0f} s)") from None
+    if result.returncode:
+        errors = [line.partition("error: ")[2] or line for line in result.stderr.strip().splitlines()]
+        raise SettingsError(f"{command[0]}: {'; '.join(dict.fromkeys(errors)) or f'exit status {result.returncode}'}")
+    return result.stdout
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """Some nodes of a partition that are alike."""
+
+    partition: str
+    is_default: bool
+    count: int
+    gpus: int
+    cpus: int
+    minutes: float  # longest time a job may take
+
+
+def _outside() -> dict[str, str]:
+    """Return the environment without that of a job one may be in: sbatch would hand it on."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
+
+
+def flag(name: str, value: Any) -> str:
+    """Return an option as sbatch takes it; None and True stand for themselves."""
+    return f"--{name}" if value is None or value is True else f"--{name}={value}"
+
+
+def check(jobs: dict[str, JobSettings]) -> dict[str, int | None]:
+    """Raise SettingsError if no partition can do one of these jobs; return the cores that each is to have."""
+    found = _limits()
+    return {name: _check(job, found) for name, job in jobs.items()}
+
+
+def _limits() -> list[_Nodes]:
+    told = call("sinfo", "--all", "--noheader", "--format=%R|%P|%D|%G|%c|%l")
+    found = []
+    for line in told.splitlines():
+        if line.count("|") != 5:  # a banner
+            continue
+        name, starred, count, gres, cpus, time_limit = line.split("|")
+        gpus = sum(int(number) for number in re.findall(r"gpu(?::[^:(,]+)?:(\d+)", gres))
+        found.append(_Nodes(name, starred.endswith("*"), int(count), gpus, int(cpus.rstrip("+")), minutes(time_limit)))
+    return found
+
+
+def _check(job: JobSettings, limits: list[_Nodes]) -> int | None:
+    """Check one job; its cores are its GPUs' share of a node's, unless it names them."""
+    names = list(dict.fromkeys(nodes.partition for nodes in limits))
+    if job.partition and not set(job.partition.split(",")) <= set(names):
+        raise SettingsError(f"--partition {job.partition!r}: the cluster has no such partition; {nearest(job.partition, names)}")
+    asked = job.partition.split(",") if job.partition else [n.partition for n in limits if n.is_default]
+    if not asked:
+        raise SettingsError(f"the cluster has no default partition; give --partition, one of {', '.join(names)}")
+    mine = [n for n in limits if n.partition in asked]
+    where = f"partition {', '.join(asked)}"
+    if job.gpus_per_node > max(n.gpus for n in mine):
+        most = max(n.gpus for n in mine)
+        raise SettingsError(f"--gpus-per-node is {job.gpus_per_node}, but a node of {where} has {most or 'none'}"
+                            + ("" if most else "; --gpus-per-node 0 trains on the CPU"))  # fmt: skip
+    able = [n for n in mine if n.gpus >= job.gpus_per_node]
+    if job.nodes > sum(n.count for n in able):
+        raise SettingsError(
+            f"--nodes is {job.nodes}, but {where} has {sum(n.count for n in able)} with {job.gpus_per_node} GPU(s)"
+        )
+    if job.time and minutes(job.time) > max(n.minutes for n in able):
+        raise SettingsError(f"--time is {job.time}, but {where} allows {max(n.minutes for n in able):g} minutes")
+    share = min(n.cpus * job.gpus_per_node // n.gpus for n in able if n.gpus) if job.gpus_per_node else None
+    options = {"partition": job.partition, "nodes": job.nodes, "gpus-per-node": job.gpus_per_node or None, "time": job.time}
+    options |= {"ntasks-per-node": 1, "cpus-per-task": job.cpus_per_task or share} | job.sbatch
+    flags = [flag(name, value) for name, value in options.items() if value is not None or name in job.sbatch]
+    try:
+        call("sbatch", "--test-only", *flags, stdin="#!/bin/bash\n")
+    except SettingsError as error:
+        raise SettingsError(f"Slurm refuses such a job ({' '.join(flags)}): {error}") from None
+    return job.cpus_per_task or share
