@@ -70,7 +70,7 @@ class Cluster:
     One node more, `blind`, has no GPUs and sees an empty folder where others see `hidden` (root only: it needs a mount).
     """
 
-    def __init__(self, folder: Path, nodes: int = 6, hidden: Path | None = None) -> None:
+    def __init__(self, folder: Path, nodes: int = 9, hidden: Path | None = None) -> None:
         self.folder, self.nodes = folder, nodes
         self.env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         (folder / "state").mkdir(parents=True)

@@ -4,8 +4,10 @@ import gzip
 import hashlib
 import io
 import multiprocessing
+import os
 import pickle
 import re
+import signal
 import tarfile
 import time
 from pathlib import Path
@@ -389,7 +391,8 @@ def test_worker_processes_change_nothing(tmp_path):
     assert all(map(torch.equal, stream(2, 4)[0], alone[4:]))
 
 
-def read_for_ever(folder: str, told: str) -> None:
+def read_for_ever(folder: str, told: str, stop: str) -> None:
+    os.environ["INCUBATE_STOP"] = stop
     settings = DataSettings(source="folder", folder=folder)
     train, _ = load_data(settings, shape=(3, 16, 16), machine=MachineSettings(workers=2))
     reader = iter(train._loader(TrainingSettings(), [[(0, 0)]] * 10_000, 1))
@@ -398,11 +401,12 @@ def read_for_ever(folder: str, told: str) -> None:
     time.sleep(60)
 
 
-def test_worker_processes_end_with_the_process_that_reads_from_them(tmp_path):
-    """Killed, not asked: nothing of it can clean up."""
+@pytest.mark.parametrize("warned", [False, True])
+def test_worker_processes_end_with_the_process_that_reads_from_them(warned, tmp_path):
+    """Killed, not asked: nothing of it can clean up. Slurm's warning to all processes of a job does not end them before."""
     write_folder(tmp_path / "set")
     process = multiprocessing.get_context("forkserver").Process(
-        target=read_for_ever, args=(str(tmp_path / "set"), str(tmp_path / "told"))
+        target=read_for_ever, args=(str(tmp_path / "set"), str(tmp_path / "told"), str(tmp_path / "STOP") if warned else "")
     )
     process.start()
     deadline = time.monotonic() + 60
@@ -411,6 +415,11 @@ def test_worker_processes_end_with_the_process_that_reads_from_them(tmp_path):
         time.sleep(0.05)
     workers = [int(pid) for pid in (tmp_path / "told").read_text().split()]
     assert len(workers) == 2 and all(is_there(pid) for pid in workers)
+    if warned:
+        for pid in workers:
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.5)
+        assert all(is_there(pid) for pid in workers)
     process.kill()
     process.join()
     while any(is_there(pid) for pid in workers):
