@@ -132,7 +132,7 @@ def here(tmp_path_factory, chain):
 @pytest.fixture(scope="module")
 def chain(site):
     """Submitted first; the other runs go on beside it, on other nodes, so that no core is idle."""
-    there = ["--sbatch", "exclude=n[1-6]"]
+    there = ["--sbatch", "exclude=n[1-5]"]
     return site.submit(*BOTH, *there), site.submit(*BOTH, *there)
 
 
@@ -180,7 +180,7 @@ TWO_NODES = ["phases.end_to_end.epochs=4", "training.micro_batch=4"]
 def others(site, chain, here):
     """A seed whose meta model fails and a run on two nodes, submitted early: they go on beside the hardships."""
     (site.hooks / "fail-meta-9").touch()
-    away = ["--sbatch", "exclude=n[1-3,7-9]"]
+    away = ["--sbatch", "exclude=n[1-3,6-9]"]
     failing = site.submit(*BOTH, *FAILING, "--set", "machine.checkpoint_seconds=1000", *away)
     two = site.submit("--strategies", "end_to_end", *(p for m in TWO_NODES for p in ("--set", m)), "--nodes", "2", *away)
     site.skip_analysis(two.partition(":")[0])
