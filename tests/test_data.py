@@ -1,111 +1,31 @@
-"""Images from disk, in exactly the layout of each source, and what is said when something is wrong with them."""
+"""Images from disk: what is read, and what is said when something is wrong with them."""
 
 import gzip
-import hashlib
 import io
-import multiprocessing
-import os
-import pickle
 import re
-import signal
 import tarfile
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from layouts import (
+    AUGMENTED,
+    HERE,
+    open_folder,
+    picture,
+    settings_file,
+    write_cifar,
+    write_fashion,
+    write_folder,
+    write_shards,
+)
 from PIL import Image
 from torchvision import datasets
 
 from incubate_lib.cli import main
-from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings, load_settings
-from incubate_lib.pipeline.graph import open_phase
+from incubate_lib.config import DataSettings, SettingsError, TrainingSettings
 from incubate_lib.training.data import ImageSet, load_data
-from incubate_lib.training.loop import evaluate
 from incubate_lib.training.order import Order
-from incubate_lib.training.stream import StreamedSet
-
-RNG = np.random.default_rng(0)
-HERE = MachineSettings(workers=0)  # no worker processes unless a test is about them
-AUGMENTED = TrainingSettings(
-    batch_size=4, randaugment="rand-m9-mstd0.5-inc1", erase=0.5, hflip=True, repeats=2, epochs=2, warmup_epochs=0
-)
-
-
-def picture(label: int, size=(20, 24), mode="RGB") -> Image.Image:
-    """A noisy picture whose mean brightness tells its class."""
-    shape = (*size, 3) if mode == "RGB" else size
-    return Image.fromarray((RNG.integers(0, 40, shape) + 60 * label).astype(np.uint8), mode)
-
-
-# -- writers of the layouts ---------------------------------------------------------------------------------------------------
-
-
-def write_folder(root, classes=("ant", "bee", "cat"), train=8, val=4, size=(20, 24), mode="RGB"):
-    for split, number in {"train": train, "val": val}.items():
-        for label, name in enumerate(classes):
-            (root / split / name).mkdir(parents=True)
-            for i in range(number):
-                picture(label, size, mode).save(root / split / name / f"{i}.png")
-    return root
-
-
-def write_cifar(root, cls, monkeypatch):
-    """The python version's batches; their official MD5 sums are replaced, because these are other images."""
-    fine = cls is datasets.CIFAR100
-    folder, number = root / cls.base_folder, 100 if fine else 10
-    folder.mkdir(parents=True)
-
-    def write(name, content):
-        (folder / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
-
-    def batch(entry, size):
-        labels = [i % number for i in range(size)]
-        data = RNG.integers(0, 256, (size, 3072), dtype=np.uint8)
-        return write(entry[0], {"data": data, "fine_labels" if fine else "labels": labels})
-
-    monkeypatch.setattr(cls, "train_list", [batch(entry, 2 * number) for entry in cls.train_list])
-    monkeypatch.setattr(cls, "test_list", [batch(entry, number) for entry in cls.test_list])
-    names = write(cls.meta["filename"], {cls.meta["key"]: [f"class {i}" for i in range(number)]})
-    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": names[1]})
-    return root
-
-
-def idx(array: np.ndarray) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
-
-
-def write_fashion(root, zipped: bool):
-    folder = root if zipped else root / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    for part, number in {"train": 80, "t10k": 20}.items():
-        labels = (np.arange(number) % 10).astype(np.uint8)
-        images = (RNG.integers(0, 40, (number, 28, 28)) + 20 * labels[:, None, None]).astype(np.uint8)
-        for name, array in {f"{part}-images-idx3-ubyte": images, f"{part}-labels-idx1-ubyte": labels}.items():
-            if zipped:
-                (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
-            else:
-                (folder / name).write_bytes(idx(array))
-    return root
-
-
-def write_shards(root, classes=3):
-    root.mkdir(parents=True)
-    number = 0
-    for shard in ("train-000000.tar", "train-000001.tar", "val-000000.tar"):
-        with tarfile.open(root / shard, "w") as tar:
-            for _ in range(4 * classes):
-                jpeg = io.BytesIO()
-                picture(number % classes).save(jpeg, "JPEG")
-                for ending, blob in {"jpg": jpeg.getvalue(), "cls": str(number % classes).encode(), "json": b"{}"}.items():
-                    member = tarfile.TarInfo(f"sample{number:05}.{ending}")
-                    member.size = len(blob)
-                    tar.addfile(member, io.BytesIO(blob))
-                number += 1
-    return root
-
 
 # -- what is read -------------------------------------------------------------------------------------------------------------
 
@@ -130,11 +50,6 @@ def test_torchvisions_sets(source, tmp_path, monkeypatch):
     else:
         x, y = next(test.judged())
         assert x.shape == (10, *shape) and y.tolist() == list(range(10))
-
-
-def open_folder(tmp_path, shape=(3, 16, 16), **more):
-    settings = DataSettings(source="folder", folder=str(tmp_path), **more)
-    return load_data(settings, shape=shape, machine=HERE)
 
 
 @pytest.mark.parametrize("source", ["folder", "torch/image_folder", "hfds", "wds/"])
@@ -248,15 +163,6 @@ def test_a_wrong_folder_is_told_before_anything_is_written(damage, message, in_m
     assert not data_folder.exists()
 
 
-def settings_file(folder, more="", size=16):
-    return (
-        f"data: {{source: folder, folder: '{folder}'{more}}}\n"
-        f"model: {{img_size: {size}, patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}}\n"
-        "partition: {num_modules: 2}\nmachine: {workers: 0}\n"
-        "training: {epochs: 1, batch_size: 4, hflip: true, warmup_epochs: 0}\n"
-    )
-
-
 @pytest.mark.parametrize(
     ("make", "more", "size", "message"),
     [
@@ -344,146 +250,3 @@ def test_broken_images_are_named_counted_and_passed_over_on_request_only(tmp_pat
     told = capsys.readouterr().out
     assert "train: 120 images in 3 classes; 120 opened, 1 cannot be read" in told and "bee/3.png: UnidentifiedImageError" in told
     assert "test: 12 images in 3 classes; 12 opened, 0 cannot be read" in told
-
-
-# -- which images, in which order -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("devices", [1, 2, 3, 6])
-def test_devices_share_the_micro_batches_of_one(devices):
-    """Whatever the number of devices, an update consists of the same micro-batches; an epoch holds no image twice."""
-    recipe = TrainingSettings(batch_size=12, micro_batch=2, epochs=3)
-    orders = [Order(50, recipe, seed=4, steps=8, rank=r, devices=devices) for r in range(devices)]
-    parts = [[images.tolist() for _, _, images in order] for order in orders]
-    alone = [images.tolist() for _, _, images in Order(50, recipe, seed=4, steps=8)]
-    per_update = 6 // devices
-    together = [
-        parts[k % devices][step * per_update + k // devices] for step in range(8) for k in range(6)
-    ]  # micro-batch k of an update belongs to rank k mod N
-    assert together == alone
-    epoch = [i for micro in alone[: 4 * 6] for i in micro]
-    assert len(set(epoch)) == len(epoch) == 48
-    resumed = [images.tolist() for _, _, images in Order(50, recipe, seed=4, start=5, steps=8)]
-    assert resumed == alone[5 * 6 :]
-
-
-def test_repeated_augmentation_shows_a_third_of_the_images():
-    recipe = TrainingSettings(batch_size=12, repeats=3, epochs=1)
-    epoch = torch.cat([images for _, _, images in Order(120, recipe, seed=0, steps=10)])
-    assert len(epoch) == 120 and len(epoch.unique()) == 40
-    assert (epoch.bincount(minlength=120)[epoch.unique()] == 3).all()
-
-
-def test_worker_processes_change_nothing(tmp_path):
-    """The same pixels from no worker and from two, from the start and from the middle."""
-    write_folder(tmp_path / "set")
-
-    def stream(workers, start):
-        settings = DataSettings(source="folder", folder=str(tmp_path / "set"))
-        how = MachineSettings(workers=workers)
-        train, test = load_data(settings, shape=(3, 16, 16), machine=how)
-        order = Order(len(train), AUGMENTED, seed=1, start=start, steps=9)
-        return [x for x, _ in train.batches(order)], list(test.judged())
-
-    (alone, judged), (helped, same) = stream(0, 0), stream(2, 0)
-    assert len(alone) == 9 and all(map(torch.equal, alone, helped))
-    assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(judged, same, strict=True))
-    assert all(map(torch.equal, stream(2, 4)[0], alone[4:]))
-
-
-def read_for_ever(folder: str, told: str, stop: str) -> None:
-    os.environ["INCUBATE_STOP"] = stop
-    settings = DataSettings(source="folder", folder=folder)
-    train, _ = load_data(settings, shape=(3, 16, 16), machine=MachineSettings(workers=2))
-    reader = iter(train._loader(TrainingSettings(), [[(0, 0)]] * 10_000, 1))
-    next(reader)
-    Path(told).write_text(" ".join(str(worker.pid) for worker in reader._workers))
-    time.sleep(60)
-
-
-@pytest.mark.parametrize("warned", [False, True])
-def test_worker_processes_end_with_the_process_that_reads_from_them(warned, tmp_path):
-    """Killed, not asked: nothing of it can clean up. Slurm's warning to all processes of a job does not end them before."""
-    write_folder(tmp_path / "set")
-    process = multiprocessing.get_context("forkserver").Process(
-        target=read_for_ever, args=(str(tmp_path / "set"), str(tmp_path / "told"), str(tmp_path / "STOP") if warned else "")
-    )
-    process.start()
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "told").exists() or not (tmp_path / "told").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    workers = [int(pid) for pid in (tmp_path / "told").read_text().split()]
-    assert len(workers) == 2 and all(is_there(pid) for pid in workers)
-    if warned:
-        for pid in workers:
-            os.kill(pid, signal.SIGTERM)
-        time.sleep(0.5)
-        assert all(is_there(pid) for pid in workers)
-    process.kill()
-    process.join()
-    while any(is_there(pid) for pid in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def is_there(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-
-
-def test_every_image_is_judged_once_whatever_the_number_of_devices(tmp_path):
-    write_folder(tmp_path / "set")
-    train, _ = open_folder(tmp_path / "set")
-    for devices in (1, 2, 5):
-        labels = []
-        for rank in range(devices):
-            fresh, _ = open_folder(tmp_path / "set")
-            labels += [y for _, y in fresh.judged(rank, devices)]
-        assert torch.cat(labels).bincount().tolist() == [8, 8, 8]
-    assert isinstance(train, StreamedSet)
-
-
-def test_training_on_a_folder_learns_and_reports_what_it_saw(tmp_path, data_folder):
-    write_folder(tmp_path / "set", train=16)
-    (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set", ", crop_pct: 1.0"))
-    changes = ["training.epochs=25", "training.lr=4e-3", "training.warmup_epochs=2", "training.clip_grad=1.0"]
-    changes += ["training.repeats=2", "training.erase=0.2", "precision=bfloat16"]
-    summary = open_phase("meta", str(tmp_path / "mine.yaml"), changes).run()
-    assert summary["accuracy"] > 0.9  # chance is a third, and brightness tells the class
-    assert summary["images_seen"] == 25 * 48 and summary["steps"] == 300
-    assert summary["distinct_images_per_epoch"] == 24 and summary["broken_images"] == 0
-    assert 0 < summary["data_share"] < 1
-
-
-def test_waiting_for_images_is_told(tmp_path, data_folder, capsys):
-    write_folder(tmp_path / "set", size=(256, 256))
-    (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
-    summary = open_phase("meta", str(tmp_path / "mine.yaml"), ["training.randaugment=rand-m9-mstd0.5-inc1"]).run()
-    assert summary["data_share"] > 0.1  # large pictures, a tiny network, no workers
-    assert f"{summary['data_share']:.0%} of the training time was spent waiting for images" in capsys.readouterr().out
-
-
-def test_a_recipe_that_cannot_work_is_told(tmp_path, data_folder):
-    write_folder(tmp_path / "set")
-    (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
-    for change, message in [
-        ("training.randaugment=random", "training.randaugment 'random'"),
-        ("training.shift=2", "shift in phase .* not for images that are streamed"),
-        ("training.batch_size=100", "training.batch_size is 100"),
-    ]:
-        with pytest.raises(SettingsError, match=message):
-            open_phase("meta", str(tmp_path / "mine.yaml"), [change])
-    assert load_settings(str(tmp_path / "mine.yaml")).data.is_streamed
-
-
-def test_evaluation_of_streamed_images_equals_that_of_the_same_in_memory(tmp_path):
-    write_folder(tmp_path / "set", size=(16, 16))
-    streamed = open_folder(tmp_path / "set", crop_pct=1.0)[1]
-    held = open_folder(tmp_path / "set", in_memory=True)[1]
-    held = ImageSet(held.images, held.labels, streamed.mean, streamed.std, 3)
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
-    assert evaluate(model, streamed) == pytest.approx(evaluate(model, held))

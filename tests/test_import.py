@@ -1,0 +1,208 @@
+"""Checkpoints of the released code become networks with the same logits; what does not fit, or holds code, is refused."""
+
+import itertools
+import json
+import os
+
+import pytest
+import timm
+import torch
+import yaml
+from checkpoints import DEPTHS, KINDS, images_of, network, released, same_logits, saved, stages_of
+
+from incubate_lib.cli import main
+from incubate_lib.config import SettingsError
+from incubate_lib.method.incubation import assemble
+from incubate_lib.training.phases import build_model
+from incubate_lib.training.released import _settings, import_released, read_released
+
+
+@pytest.mark.parametrize("what", DEPTHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_released_checkpoint_becomes_a_timm_folder_with_the_same_logits(kind, what, tmp_path, capsys):
+    depths = DEPTHS[what]
+    original = network(sum(depths), kind=kind)
+    file = saved(tmp_path / "finished_checkpoint.pth", released(original, depths))
+    assert main(["import", file, str(tmp_path / "ours"), "--num-heads", "2"]) == 0
+    model = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()
+    assert same_logits(original, model) and len(model.blocks) == sum(depths)
+    assert model.num_classes == 4 and images_of(model) == (1, 8, 8)
+    other = network(sum(depths), kind=kind, eps={"B": 1e-5, "H": 1e-6}[kind])
+    assert not same_logits(other, model), "these weights would not show a wrong eps"
+    told = capsys.readouterr().out
+    assert f"{' + '.join(map(str, depths))} in 4 module(s)" in told and "weights: " in told
+    assert set(yaml.safe_load(told.split("needs:\n")[1])) == {"model", "strategies"}
+    settings, modules = read_released([file], num_heads=2)
+    assert [len(m.blocks) for m in modules] == depths and settings.depth == sum(depths)
+    assert same_logits(original, assemble(modules).eval())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "found"),
+    [
+        ("vit_base_patch16_224", {"depth": 4}, ("vit_base_patch16_224", 224, 16, 12, {})),
+        ("vit_base_patch16_384", {}, ("vit_base_patch16_224", 384, 16, 12, {})),
+        ("vit_large_patch16_224", {}, ("vit_large_patch16_224", 224, 16, 16, {})),
+        ("deit_tiny_patch16_224", {}, ("vit_tiny_patch16_224", 224, 16, 3, {})),
+        ("vit_huge_patch14_224", {}, ("vit_huge_patch14_224", 224, 14, 16, {})),
+        (
+            "vit_huge_patch14_224", {"qkv_bias": False, "img_size": 392},
+            ("vit_huge_patch14_clip_224", 392, 14, 16, {"qkv_bias": False, "pre_norm": False}),
+        ),
+        (
+            "vit_base_patch16_224", {"embed_dim": 128, "num_heads": 2, "mlp_ratio": 2},
+            ("vit_base_patch16_224", 224, 16, 2, {"mlp_ratio": 2.0}),
+        ),
+    ],
+)  # fmt: skip
+def test_the_architecture_follows_from_names_and_shapes(name, options, found):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=1000, **options)
+        s = _settings(model.state_dict(), "a file", None, None)
+        again = build_model(s, s.depth, 1000)
+    assert (s.name, s.img_size, s.patch_size, s.num_heads, s.options) == found
+    assert s.depth == len(model.blocks) and again.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads
+    assert again.blocks[0].norm1.eps == again.norm.eps == (1e-5 if options.get("qkv_bias") is False else 1e-6)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s, "epoch": 3, "arch": "vit"},
+                                  lambda s: {"model": {f"module.{k}": v for k, v in s.items()}, "model_stages": []},
+                                  lambda s: {"model_stages": stages_of(s, [1, 2])}])  # fmt: skip
+def test_other_ways_to_save_the_same_network(wrap, tmp_path):
+    original = network(3, width=128)  # two heads of 64
+    torch.save(wrap(original.state_dict()), tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # as torch < 1.6 did
+    import_released([tmp_path / "old.pth"], tmp_path / "ours")
+    assert same_logits(original, timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval())
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["architecture"] == "vit_base_patch16_224" and config["pretrained_cfg"]["crop_pct"] == 0.875
+
+
+def hybrids(tmp_path, targets, kind="B"):
+    """A file for each target module of a known network, in a meta model whose other stages are shared."""
+    final, meta = network(sum(targets), kind=kind, seed=1), network(len(targets), kind=kind, seed=2)
+    ends, files = list(itertools.accumulate(targets)), []
+    for i, depth in enumerate(targets):
+        depths = [1] * i + [depth] + [1] * (len(targets) - i - 1)
+        hybrid, state = network(sum(depths), kind=kind), {}
+        stages = stages_of(meta.state_dict(), [1] * len(targets))
+        stages[i] = stages_of(final.state_dict(), targets)[i]
+        for place, stage in zip([0, *itertools.accumulate(depths)], stages):
+            for name, tensor in stage.items():
+                _, number, rest = name.split(".", 2) if name.startswith("blocks.") else (0, 0, 0)
+                state[f"blocks.{place + int(number)}.{rest}" if rest else name] = tensor
+        hybrid.load_state_dict(state)
+        files.append(saved(tmp_path / f"MT_base_{i}.pth", released(hybrid, depths)))
+    assert ends[-1] == len(final.blocks)
+    return final, files
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("B", [3, 2, 3]), ("H", [2, 2])])
+def test_target_checkpoints_assemble_to_the_known_network(kind, targets, tmp_path):
+    final, files = hybrids(tmp_path, targets, kind)
+    assert import_released(files, tmp_path / "ours", num_heads=2)[1] == targets
+    assert same_logits(final, timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval())
+
+
+def test_more_than_ten_modules_keep_their_order(tmp_path):
+    final, files = hybrids(tmp_path, [2] * 11)
+    _, modules = read_released(files, num_heads=2)
+    assert same_logits(final, assemble(modules).eval())
+    as_a_shell_sorts = sorted(files)
+    assert as_a_shell_sorts != files
+    with pytest.raises(SettingsError, match=r"MT_base_10.pth is given as number 3, but its stage 2 .* in the order of their"):
+        read_released(as_a_shell_sorts, num_heads=2)
+    with pytest.raises(SettingsError, match=r"MT_base_0.pth has 11 stages, but 2 files are given"):
+        read_released(files[:2], num_heads=2)
+    final, files = hybrids(tmp_path, [1, 1, 1])  # depths do not tell here, equal weights do
+    with pytest.raises(SettingsError, match=r"MT_base_1.pth is given as number 1, but its stage 0 is the same as in"):
+        read_released([files[1], files[0], files[2]], num_heads=2)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_refused_and_not_run(zipped, tmp_path, capsys):
+    trap = str(tmp_path / "it ran")
+    content = released(network(2), [1, 1]) | {"args": Evil(trap)}
+    torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+    assert main(["import", str(tmp_path / "evil.pth"), str(tmp_path / "ours")]) == 2
+    told = capsys.readouterr().err
+    assert "is refused: it holds posix.mkdir" in told and told.count("\n") == 1
+    assert not os.path.exists(trap) and not (tmp_path / "ours").exists()
+    torch.load(tmp_path / "evil.pth", weights_only=False)  # the trap is a real one
+    assert os.path.exists(trap)
+
+
+def changed(checkpoint, key, tensor=None, where=("model", "copies", "stages")):
+    """Replace a weight of a released checkpoint (None: leave it out) in some of its three copies."""
+    _, number, rest = key.split(".", 2) if key.startswith("blocks.") else (0, 0, 0)
+    i = int(number) if rest else -1 if key.startswith(("norm.", "head.")) else 0  # one block a stage
+    local = f"blocks.0.{rest}" if rest else key
+    last = len(checkpoint["model_stages"]) - 1
+    places = {"model": (checkpoint["model"], key), "stages": (checkpoint["model_stages"][i], local),
+              "copies": (checkpoint["model"], f"stages.{last if i == -1 else i}.{local}")}  # fmt: skip
+    for place in where:
+        state, name = places[place]
+        state.pop(name)
+        if tensor is not None:
+            state[name] = tensor
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: changed(c, "blocks.1.attn.qkv.weight"), r"stage 1 does not fit .*: blocks.0.attn.qkv.weight is missing"),
+        (lambda c: changed(c, "head.weight"), "head.weight is missing"),
+        (lambda c: changed(c, "norm.bias", torch.ones(8)), r"norm.bias: the file has \(8,\), the model \(16,\)"),
+        (lambda c: changed(c, "blocks.2.mlp.fc1.bias", torch.ones(64), ["model"]),
+         r"model_stages disagrees with the flat state dict in blocks.2.mlp.fc1.bias \(64,\)"),
+        (lambda c: changed(c, "cls_token", torch.ones(1, 1, 16), ["copies"]), r"stages.\* disagrees .* cls_token \(1, 1, 16\)"),
+        (lambda c: changed(c, "head.bias", None, ["stages"]), "model_stages does not fit .* state dict: head.bias is missing"),
+        (lambda c: changed(c, "pos_embed", torch.ones(1, 4, 16)), r"pos_embed \(1, 4, 16\) .* not those of a class token"),
+        (lambda c: network(3).state_dict() | {"dist_token": torch.ones(1, 1, 16)}, "dist_token is not in the model"),
+        (lambda c: {"model": 3}, "holds no state dict"),
+        (lambda c: [1, 2], "holds a list, not a checkpoint"),
+    ],
+)  # fmt: skip
+def test_misfits_are_refused_by_name_and_shape(change, message, tmp_path):
+    file = saved(tmp_path / "a.pth", change(released(network(3), [1, 1, 1])))
+    with pytest.raises(SettingsError, match=message):
+        import_released([file], tmp_path / "ours", num_heads=2)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_what_cannot_be_imported_is_told(tmp_path, capsys, monkeypatch):
+    file = saved(tmp_path / "a.pth", released(network(2), [1, 1]))
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("precious")
+    for arguments, message in [
+        ([tmp_path / "none.pth", tmp_path / "ours"], "cannot read"),
+        ([tmp_path / "text.pth", tmp_path / "ours"], "is not a sound torch checkpoint"),
+        ([file, tmp_path / "taken"], "taken is there already"),
+        ([file, tmp_path / "text.pth" / "ours", "--num-heads", "2"], "cannot write"),
+        ([file, tmp_path / "ours"], "width 16 does not tell the number of heads; give --num-heads"),
+        ([file, tmp_path / "ours", "--num-heads", "3"], "--num-heads 3 does not divide the width, 16"),
+        ([file, tmp_path / "ours", "--num-heads", "2", "--model", "vit_tiny"], "timm has no 'vit_tiny'"),
+        ([file, tmp_path / "ours", "--num-heads", "2", "--model", "resnet18"], "resnet18"),
+    ]:
+        assert main(["import", *map(str, arguments)]) == 2
+        assert message in (told := capsys.readouterr().err) and told.count("\n") == 1, told
+    assert [p.name for p in (tmp_path / "taken").iterdir()] == ["mine.txt"]
+
+    def killed(model, folder, **_):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("timm.models.save_for_hf", killed)
+    with pytest.raises(KeyboardInterrupt):
+        import_released([file], tmp_path / "ours", num_heads=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "taken", "text.pth"]

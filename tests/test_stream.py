@@ -1,0 +1,158 @@
+"""Images that are opened as they are needed: which, in which order, by which processes; judged each once."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import AUGMENTED, open_folder, settings_file, write_folder
+
+from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings, load_settings
+from incubate_lib.pipeline.graph import open_phase
+from incubate_lib.training.data import ImageSet, load_data
+from incubate_lib.training.loop import evaluate
+from incubate_lib.training.order import Order
+from incubate_lib.training.stream import StreamedSet
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 6])
+def test_devices_share_the_micro_batches_of_one(devices):
+    """Whatever the number of devices, an update consists of the same micro-batches; an epoch holds no image twice."""
+    recipe = TrainingSettings(batch_size=12, micro_batch=2, epochs=3)
+    orders = [Order(50, recipe, seed=4, steps=8, rank=r, devices=devices) for r in range(devices)]
+    parts = [[images.tolist() for _, _, images in order] for order in orders]
+    alone = [images.tolist() for _, _, images in Order(50, recipe, seed=4, steps=8)]
+    per_update = 6 // devices
+    together = [
+        parts[k % devices][step * per_update + k // devices] for step in range(8) for k in range(6)
+    ]  # micro-batch k of an update belongs to rank k mod N
+    assert together == alone
+    epoch = [i for micro in alone[: 4 * 6] for i in micro]
+    assert len(set(epoch)) == len(epoch) == 48
+    resumed = [images.tolist() for _, _, images in Order(50, recipe, seed=4, start=5, steps=8)]
+    assert resumed == alone[5 * 6 :]
+
+
+def test_repeated_augmentation_shows_a_third_of_the_images():
+    recipe = TrainingSettings(batch_size=12, repeats=3, epochs=1)
+    epoch = torch.cat([images for _, _, images in Order(120, recipe, seed=0, steps=10)])
+    assert len(epoch) == 120 and len(epoch.unique()) == 40
+    assert (epoch.bincount(minlength=120)[epoch.unique()] == 3).all()
+
+
+def test_worker_processes_change_nothing(tmp_path):
+    """The same pixels from no worker and from two, from the start and from the middle."""
+    write_folder(tmp_path / "set")
+
+    def stream(workers, start):
+        settings = DataSettings(source="folder", folder=str(tmp_path / "set"))
+        how = MachineSettings(workers=workers)
+        train, test = load_data(settings, shape=(3, 16, 16), machine=how)
+        order = Order(len(train), AUGMENTED, seed=1, start=start, steps=9)
+        return [x for x, _ in train.batches(order)], list(test.judged())
+
+    (alone, judged), (helped, same) = stream(0, 0), stream(2, 0)
+    assert len(alone) == 9 and all(map(torch.equal, alone, helped))
+    assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(judged, same, strict=True))
+    assert all(map(torch.equal, stream(2, 4)[0], alone[4:]))
+
+
+def read_for_ever(folder: str, told: str, stop: str) -> None:
+    os.environ["INCUBATE_STOP"] = stop
+    settings = DataSettings(source="folder", folder=folder)
+    train, _ = load_data(settings, shape=(3, 16, 16), machine=MachineSettings(workers=2))
+    reader = iter(train._loader(TrainingSettings(), [[(0, 0)]] * 10_000, 1))
+    next(reader)
+    Path(told).write_text(" ".join(str(worker.pid) for worker in reader._workers))
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("warned", [False, True])
+def test_worker_processes_end_with_the_process_that_reads_from_them(warned, tmp_path):
+    """Killed, not asked: nothing of it can clean up. Slurm's warning to all processes of a job does not end them before."""
+    write_folder(tmp_path / "set")
+    process = multiprocessing.get_context("forkserver").Process(
+        target=read_for_ever, args=(str(tmp_path / "set"), str(tmp_path / "told"), str(tmp_path / "STOP") if warned else "")
+    )
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "told").exists() or not (tmp_path / "told").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = [int(pid) for pid in (tmp_path / "told").read_text().split()]
+    assert len(workers) == 2 and all(is_there(pid) for pid in workers)
+    if warned:
+        for pid in workers:
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.5)
+        assert all(is_there(pid) for pid in workers)
+    process.kill()
+    process.join()
+    while any(is_there(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_there(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def test_every_image_is_judged_once_whatever_the_number_of_devices(tmp_path):
+    write_folder(tmp_path / "set")
+    train, _ = open_folder(tmp_path / "set")
+    for devices in (1, 2, 5):
+        labels = []
+        for rank in range(devices):
+            fresh, _ = open_folder(tmp_path / "set")
+            labels += [y for _, y in fresh.judged(rank, devices)]
+        assert torch.cat(labels).bincount().tolist() == [8, 8, 8]
+    assert isinstance(train, StreamedSet)
+
+
+def test_training_on_a_folder_learns_and_reports_what_it_saw(tmp_path, data_folder):
+    write_folder(tmp_path / "set", train=16)
+    (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set", ", crop_pct: 1.0"))
+    changes = ["training.epochs=25", "training.lr=4e-3", "training.warmup_epochs=2", "training.clip_grad=1.0"]
+    changes += ["training.repeats=2", "training.erase=0.2", "precision=bfloat16"]
+    summary = open_phase("meta", str(tmp_path / "mine.yaml"), changes).run()
+    assert summary["accuracy"] > 0.9  # chance is a third, and brightness tells the class
+    assert summary["images_seen"] == 25 * 48 and summary["steps"] == 300
+    assert summary["distinct_images_per_epoch"] == 24 and summary["broken_images"] == 0
+    assert 0 < summary["data_share"] < 1
+
+
+def test_waiting_for_images_is_told(tmp_path, data_folder, capsys):
+    write_folder(tmp_path / "set", size=(256, 256))
+    (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
+    summary = open_phase("meta", str(tmp_path / "mine.yaml"), ["training.randaugment=rand-m9-mstd0.5-inc1"]).run()
+    assert summary["data_share"] > 0.1  # large pictures, a tiny network, no workers
+    assert f"{summary['data_share']:.0%} of the training time was spent waiting for images" in capsys.readouterr().out
+
+
+def test_a_recipe_that_cannot_work_is_told(tmp_path, data_folder):
+    write_folder(tmp_path / "set")
+    (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
+    for change, message in [
+        ("training.randaugment=random", "training.randaugment 'random'"),
+        ("training.shift=2", "shift in phase .* not for images that are streamed"),
+        ("training.batch_size=100", "training.batch_size is 100"),
+    ]:
+        with pytest.raises(SettingsError, match=message):
+            open_phase("meta", str(tmp_path / "mine.yaml"), [change])
+    assert load_settings(str(tmp_path / "mine.yaml")).data.is_streamed
+
+
+def test_evaluation_of_streamed_images_equals_that_of_the_same_in_memory(tmp_path):
+    write_folder(tmp_path / "set", size=(16, 16))
+    streamed = open_folder(tmp_path / "set", crop_pct=1.0)[1]
+    held = open_folder(tmp_path / "set", in_memory=True)[1]
+    held = ImageSet(held.images, held.labels, streamed.mean, streamed.std, 3)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
+    assert evaluate(model, streamed) == pytest.approx(evaluate(model, held))
