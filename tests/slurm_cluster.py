@@ -84,7 +84,11 @@ class Cluster:
             self.start("slurmd", "-N", f"n{node}")
         if hidden and os.geteuid() == 0:
             self.start("unshare", "-m", "sh", "-c", f"mount -t tmpfs none '{hidden}' && exec slurmd -N blind")
-        self.wait_for(lambda: self.call("sinfo", "-h", "-p", "gpu", "-t", "idle", "-o", "%D").strip() == str(nodes), 30)
+        try:
+            self.wait_for(lambda: self.call("sinfo", "-h", "-p", "gpu", "-t", "idle", "-o", "%D").strip() == str(nodes), 30)
+        except BaseException:
+            self.close()
+            raise
 
     def start(self, *command: str) -> None:
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -148,7 +152,7 @@ def _kill(pid: int, number: int) -> None:
 
 def _free_ports(count: int) -> int:
     """Return the first of so many ports in a row that nobody uses."""
-    for port in range(20000 + os.getpid() % 5000, 32000, count):
+    for port in range(20000 + os.getpid() % 500 * count, 32000, count):  # another process's are elsewhere, taken or not yet
         try:
             for p in range(port, port + count):
                 with socket.socket() as server:

@@ -68,24 +68,14 @@ class SlurmSettings(JobSettings):
     python: str | None = None  # the interpreter of jobs; none: the one that submits. `python`: what the prologue activates
     warn_seconds: Positive = 120  # before the time limit a phase is told to save; Slurm may do so a minute earlier
     attempts: Positive = 3  # a phase that fails so many times in the same way, without a step more, is given up
-    phases: dict[PhaseName | Literal["analysis"], dict[str, Any]] = {}
-
-    @field_validator("phases")
-    @classmethod
-    def _are_jobs(cls, phases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for name, changes in phases.items():
-            try:
-                JobSettings.model_validate(changes)
-            except ValidationError as error:
-                raise ValueError(f"{name}: {told(error)}") from None
-        return phases
+    phases: dict[PhaseName | Literal["analysis"], JobSettings] = {}  # of which only what is given counts
 
     def job(self, phase: str, trains: bool) -> JobSettings:
         """Return what the job of a phase asks for; one that trains nothing makes do with one node and one GPU."""
         general = self.model_dump(include=set(JobSettings.model_fields))
         if not trains:
             general |= {"nodes": 1, "gpus_per_node": min(1, self.gpus_per_node), "cpus_per_task": None}
-        changes = self.phases.get(phase, {})
+        changes = self.phases.get(phase, JobSettings()).model_dump(exclude_unset=True)
         sbatch = general["sbatch"] | changes.get("sbatch", {})
         merged = general | changes | {"sbatch": {name: value for name, value in sbatch.items() if value is not False}}
         if merged["time"] is not None and minutes(str(merged["time"])) * 60 < self.warn_seconds + 120:
@@ -112,9 +102,10 @@ def load_slurm(site: str | None, options: dict[str, Any], sbatch: Sequence[str] 
     except ValidationError as error:
         for item in error.errors():
             if item["type"] == "extra_forbidden":
-                name = str(item["loc"][-1])
+                *where, name = map(str, item["loc"])
+                told_where = f"{site}: {'.'.join(where)}{': ' if where else ''}"
                 raise SettingsError(
-                    f"{site}: unknown field {name!r}; {nearest(name, SlurmSettings.model_fields)}. "
+                    f"{told_where}unknown field {name!r}; {nearest(name, SlurmSettings.model_fields)}. "
                     f"Other options of sbatch go under sbatch: {{{name}: …}}"
                 ) from None
         raise SettingsError(f"{site or 'options of --backend slurm'}: {told(error)}") from None

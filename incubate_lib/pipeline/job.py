@@ -20,7 +20,7 @@ from typing import Any
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.graph import STOP_FILE, Node, open_phase, plan
-from incubate_lib.training.runs import read_json, write_json
+from incubate_lib.training.runs import PhaseFolder, read_json, write_json
 
 GIVEN_UP, AGAIN, STOPPED = 4, 75, 130  # exit statuses
 FINAL = ("SettingsError", "FloatingPointError")  # would end the same way again
@@ -123,8 +123,7 @@ def _analysis(about: dict[str, Any]) -> int:
 
 
 def _node(about: dict[str, Any]) -> Node:
-    parameters = _parameters(about)
-    node = open_phase(about["phase"], **parameters)
+    node = open_phase(about["phase"], **_parameters(about))
     if str(node.folder.path) != about["folder"]:
         raise SettingsError(f"these settings belong to {node.folder.path}, but the job was submitted for {about['folder']}")
     return node
@@ -181,8 +180,6 @@ def main(arguments: list[str]) -> int:
         print(f"error: SettingsError: {error}", flush=True)
         folder = Path(about["folder"])
         if "phase" in about and folder.is_dir():
-            from incubate_lib.training.runs import PhaseFolder
-
             PhaseFolder(folder).set_status("failed", error=str(error))
         return 1
 

@@ -84,7 +84,7 @@ def _make(
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None} | job.sbatch
     prologue = slurm.prologue if isinstance(slurm.prologue, str) else "\n".join(slurm.prologue)
-    about = about | {"key": key, "folder": str(folder), "attempts": slurm.attempts}
+    about = about | {"folder": str(folder), "attempts": slurm.attempts}
     values = {
         "prologue": prologue, "again": AGAIN, "data": shlex.quote(str(data_folder())), "folder": shlex.quote(str(folder)),
         "python": slurm.python or shlex.quote(sys.executable), "about": shlex.quote(json.dumps(about)),
@@ -95,18 +95,16 @@ def _make(
 
 BODY = """
 export INCUBATE_DATA={data} INCUBATE_STOP={folder}/STOP-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}
-step=
-again() {{   # not what somebody cancelled; what has run out of time, though
+again() {{   # not what somebody cancelled
   timeout 60 scontrol requeue Incomplete "$SLURM_JOB_ID"
-  [ "$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %r)" != TimeLimit ] || timeout 60 scontrol requeue "$SLURM_JOB_ID"
+  out_of_time
 }}
-warned() {{   # the phase sees it after the next step, saves and ends; if it is not at its steps yet, time may run out
-  touch "$INCUBATE_STOP"
-  [ "$1" = TERM ] || (sleep {patience}; again) &
-  [ "$1" != TERM ] || [ "$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %r)" != TimeLimit ] || again
+out_of_time() {{   # Slurm ends such a job for good, unless it is requeued before it is gone
+  if [ "$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %r)" = TimeLimit ]; then timeout 60 scontrol requeue "$SLURM_JOB_ID"; fi
 }}
-trap 'warned TERM' TERM
-trap 'warned USR2' USR2
+# a warning: the phase sees the file after the next step, saves and ends; if it is not at its steps yet, time may run out
+trap 'touch "$INCUBATE_STOP"; (sleep {patience}; again) &' USR2
+trap 'touch "$INCUBATE_STOP"; out_of_time' TERM
 {prologue}
 about={about}
 job=({python} -m incubate_lib.pipeline.job)
@@ -121,5 +119,5 @@ verdict=$?
 for try in $(seq 240); do again; sleep 30; done   # the controller may be away
 exit 1
 """
-# a step, because preemption warns steps only; over several nodes the ranks are one
+# a step of its own, because preemption warns steps only; of a phase over several nodes the ranks are one
 SRUN = 'srun --overlap --export=ALL --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" '

@@ -19,7 +19,7 @@ from rich.console import Console
 from incubate_lib.config import SettingsError, load_settings, presets
 from incubate_lib.config.cluster import SlurmSettings
 from incubate_lib.pipeline.execution import ANALYSIS, analysed, is_complete, only_run
-from incubate_lib.pipeline.graph import STOP_FILE, Experiment, Plan
+from incubate_lib.pipeline.graph import STOP_FILE, Experiment, Node, Plan
 from incubate_lib.pipeline.job import has_ended
 from incubate_lib.pipeline.limits import call, check
 from incubate_lib.pipeline.sbatch import job_name, scripts, shapes, team
@@ -178,17 +178,7 @@ def submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: Co
         (experiment.path / STOP_FILE).unlink(missing_ok=True)
         ids = _submitted(experiment)
         source = source | {"preset": _frozen(experiment, source["preset"])}
-        wanted, in_vain = [], []  # a job whose input failed may still be in the queue, about to be cancelled
-        for node in missing:
-            if job := active.get(node.key):
-                if job.state != "PENDING" or not any(before in wanted for before in node.inputs.values()):
-                    continue
-                in_vain.append(active.pop(node.key).id)
-            wanted.append(node)
-        if ANALYSIS in active and any(final in wanted for final in plan.finals.values()):
-            in_vain.append(active.pop(ANALYSIS).id)
-        if in_vain:
-            _cancel(*in_vain)
+        wanted = _not_in_queue(plan, missing, active)
         running = {key: job.id for key, job in active.items()}  # and what is submitted now: all that may be waited for
         count = 0
         for script, after in scripts(plan, wanted, source, slurm, shares):
@@ -215,6 +205,22 @@ def submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: Co
         f"{count} job(s) submitted", highlight=False,
     )  # fmt: skip
     return count
+
+
+def _not_in_queue(plan: Plan, missing: list[Node], active: dict[str, Job]) -> list[Node]:
+    """Return the phases to submit; cancel jobs that wait for the earlier, failed job of one of them."""
+    wanted, in_vain = [], []
+    for node in missing:
+        if job := active.get(node.key):
+            if job.state != "PENDING" or not any(before in wanted for before in node.inputs.values()):
+                continue
+            in_vain.append(active.pop(node.key).id)
+        wanted.append(node)
+    if ANALYSIS in active and any(final in wanted for final in plan.finals.values()):
+        in_vain.append(active.pop(ANALYSIS).id)
+    if in_vain:
+        _cancel(*in_vain)
+    return wanted
 
 
 def stop(experiment: Experiment) -> int:
