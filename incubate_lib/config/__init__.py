@@ -9,10 +9,12 @@ from incubate_lib.config.models import DEFAULT_MACHINE as DEFAULT_MACHINE
 from incubate_lib.config.models import PHASES_OF as PHASES_OF
 from incubate_lib.config.models import PhaseSettings as PhaseSettings
 from incubate_lib.config.models import Settings as Settings
+from incubate_lib.config.models import told as told
 from incubate_lib.config.sections import MADE as MADE
 from incubate_lib.config.sections import DataSettings as DataSettings
 from incubate_lib.config.sections import Frozen as Frozen
 from incubate_lib.config.sections import MachineSettings as MachineSettings
+from incubate_lib.config.sections import MATSettings as MATSettings
 from incubate_lib.config.sections import ModelSettings as ModelSettings
 from incubate_lib.config.sections import SettingsError as SettingsError
 from incubate_lib.config.sections import TrainingSettings as TrainingSettings

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from incubate_lib.config.models import PHASES_OF, STRATEGIES, Settings, told
+from incubate_lib.config.models import PHASES_OF, STRATEGIES, UNCUT, Settings, told
 from incubate_lib.config.sections import SettingsError, nearest
 
 
@@ -32,9 +32,11 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
     raw.setdefault("name", path.stem)
     raw.setdefault("strategies", {})
     if isinstance(raw["strategies"], dict) and all(v is None or isinstance(v, dict) for v in raw["strategies"].values()):
+        is_cut = raw.get("partition") is not None or any(override.startswith("partition") for override in overrides)
+        known = STRATEGIES if is_cut else UNCUT
         raw["strategies"] = {
-            name: STRATEGIES.get(name, {}) | (raw["strategies"].get(name) or {})
-            for name in [*STRATEGIES, *(n for n in raw["strategies"] if n not in STRATEGIES)]
+            name: known.get(name, {}) | (raw["strategies"].get(name) or {})
+            for name in [*known, *(n for n in raw["strategies"] if n not in known)]
         }
     for override in overrides:
         _override(raw, override)

@@ -7,7 +7,7 @@ computed, and is not.
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, create_model, model_validator
 
@@ -16,6 +16,7 @@ from incubate_lib.config.sections import (
     DataSettings,
     Frozen,
     MachineSettings,
+    MATSettings,
     ModelSettings,
     PartitionSettings,
     SettingsError,
@@ -37,6 +38,13 @@ TrainingChanges = create_model(
 )
 
 
+MATChanges = create_model(
+    "MATChanges",
+    __base__=Frozen,
+    **{name: (field.rebuild_annotation() | None, None) for name, field in MATSettings.model_fields.items()},
+)
+
+
 class PhaseChanges(Frozen):
     """Training settings that differ by phase."""
 
@@ -54,7 +62,9 @@ class StrategySettings(Frozen):
     inherit_stem: bool = False  # module 1 starts with the meta model's embedding
     inherit_head: bool = False  # module K starts with the meta model's norm and head
     weights: str | None = None  # deep_incubation: a trained meta model, finetune: the network; relative to data/
-    match: str | None = None  # end_to_end: as many steps as cost the training FLOPs of that strategy
+    match: str | None = None  # end_to_end: as many steps as cost the training FLOPs of that one, or as that end_to_end one has
+    mat: MATChanges | None = None  # Modular Adaptive Training, and what differs from the section `mat`; {} is MAT as it is there
+    mat_phases: list[Literal["meta", "incubate", "finetune", "end_to_end"]] | None = None  # none: all but meta
     phases: PhaseChanges = PhaseChanges()
 
     @model_validator(mode="after")
@@ -63,6 +73,10 @@ class StrategySettings(Frozen):
         own = own or {"start", "inherit_stem", "inherit_head", "weights"}
         idle = ({"start", "inherit_stem", "inherit_head", "weights", "match"} - own) & self.model_fields_set
         phases = [p for p in PHASES_OF[self.kind] if not (p == "meta" and self.weights)]
+        if self.mat is None and self.mat_phases is not None:
+            raise ValueError("mat_phases has no meaning without mat: {}")
+        if wrong := sorted(set(self.mat_phases or []) - set(phases)):
+            raise ValueError(f"mat_phases names {', '.join(wrong)}, but kind {self.kind!r} trains {', '.join(phases)}")
         idle |= {f"phases.{p}" for p in PhaseChanges.model_fields if p not in phases and p in self.phases.model_fields_set}
         if idle:
             given = f"kind {self.kind!r}" + (" with weights" if self.weights and self.kind == "deep_incubation" else "")
@@ -82,7 +96,18 @@ STRATEGIES = {
     "deep_incubation_identity": {
         "kind": "deep_incubation", "start": "identity", "inherit_stem": True, "inherit_head": True,
     },
+    "mat": {"kind": "end_to_end", "match": "end_to_end", "mat": {}},
+    "mat_random": {"kind": "end_to_end", "match": "end_to_end", "mat": {"rank": "random"}},
+    "mat_gradient_norm": {"kind": "end_to_end", "match": "end_to_end", "mat": {"rank": "gradient_norm"}},
+    "mat_inverted": {"kind": "end_to_end", "match": "end_to_end", "mat": {"rank": "inverted"}},
+    "mat_multirate": {"kind": "end_to_end", "match": "end_to_end", "mat": {"slow_every": 5}},
+    "deep_incubation_mat": {"kind": "deep_incubation", "start": "random", "mat": {}},
 }  # fmt: skip
+UNCUT = {  # of networks that are not taken apart
+    name: {field: value for field, value in strategy.items() if value != "deep_incubation"}
+    for name, strategy in STRATEGIES.items()
+    if strategy["kind"] == "end_to_end"
+}
 
 
 DEFAULT_MACHINE = MachineSettings()
@@ -95,10 +120,11 @@ class Settings(Frozen):
     description: str = ""
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
-    partition: PartitionSettings
+    partition: PartitionSettings | None = None  # none: the network is not cut, and any timm model will do
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; weights and optimiser stay float32
     training: TrainingSettings = TrainingSettings()
     phases: PhaseChanges = PhaseChanges()
+    mat: MATSettings = MATSettings()  # of the strategies that have Modular Adaptive Training
     strategies: dict[StrategyName, StrategySettings] = {}
     run: list[str] = Field(
         min_length=1, default=["end_to_end", "deep_incubation", "deep_incubation_stack"]
@@ -108,7 +134,12 @@ class Settings(Frozen):
 
     @model_validator(mode="after")
     def _whole(self) -> "Settings":
-        if self.model.depth:
+        if self.partition is None:
+            cut = [name for name in self.run if STRATEGIES.get(name, {}).get("kind") == "deep_incubation"]
+            cut += [name for name, strategy in self.strategies.items() if strategy.kind == "deep_incubation"]
+            if cut:
+                raise ValueError(f"partition is missing, which {cut[0]} needs: give num_modules or target_depths")
+        elif self.model.depth:
             self.partition.depths(self.model.depth)
         if "meta" in self.strategies:
             raise ValueError("strategies.meta: that name is taken, for the folder of the shared meta model")
@@ -117,11 +148,29 @@ class Settings(Frozen):
                 f"machine.download is for torchvision's and Hugging Face's sets, not for data.source {self.data.source!r}"
             )
         for name, strategy in self.strategies.items():
-            if strategy.match and self.strategies.get(strategy.match, strategy).kind == "end_to_end":
-                raise ValueError(f"strategies.{name}.match is {strategy.match!r}; name a deep_incubation strategy")
+            if strategy.match:
+                self._check_match(name)
             for phase in PHASES_OF[strategy.kind]:
                 self._check_fits(self.training_of(name, phase), f"phase {phase} of strategy {name}")
+                if (mat := self.mat_of(name, phase)) and mat.slow_every:
+                    self._check_multirate(name)
         return self
+
+    def _check_match(self, name: str) -> None:
+        match = self.strategies[name].match
+        other = self.strategies.get(match)
+        if other is None:
+            raise ValueError(f"strategies.{name}.match is {match!r}; {nearest(match, self.strategies)}")
+        if other.kind == "finetune" or other.mat is not None or match == name or (other.match and other.match == name):
+            raise ValueError(f"strategies.{name}.match is {match!r}; name a deep_incubation or end_to_end strategy without MAT")
+
+    def _check_multirate(self, name: str) -> None:
+        """Raise ValueError where parameters that rest and train in turn would not do: wrapped or compiled at every update."""
+        if self.machine.team_size > 1 or self.machine.compile != "off":
+            raise ValueError(
+                f"mat.slow_every of strategy {name} is a control for one device without compilation, but machine.devices × "
+                f"machine.nodes is {self.machine.team_size} and machine.compile {self.machine.compile!r}"
+            )
 
     def _check_fits(self, training: TrainingSettings, where: str) -> None:
         """Raise ValueError when a recipe asks for what these images or this many devices cannot give."""
@@ -161,6 +210,17 @@ class Settings(Frozen):
         except ValidationError as error:
             raise SettingsError(f"settings of phase {phase} of strategy {strategy}: {told(error)}") from None
 
+    def mat_of(self, strategy: str, phase: str) -> MATSettings | None:
+        """Return the settings of Modular Adaptive Training in a phase of a strategy; none where everything trains."""
+        changes = self.strategy(strategy).mat
+        in_phases = self.strategy(strategy).mat_phases or [p for p in PHASES_OF[self.strategy(strategy).kind] if p != "meta"]
+        if changes is None or phase not in in_phases:
+            return None
+        try:
+            return MATSettings.model_validate(self.mat.model_dump() | changes.model_dump(exclude_unset=True))
+        except ValidationError as error:
+            raise SettingsError(f"mat of strategy {strategy}: {told(error)}") from None
+
     def is_matched(self, name: str) -> bool:
         """Whether the length of this end-to-end strategy follows from the cost of another one."""
         strategy = self.strategies[name]
@@ -179,7 +239,10 @@ class Settings(Frozen):
         for name, strategy in self.strategies.items():
             used = {phase: self.training_of(name, phase).model_dump(mode="json") for phase in PHASES_OF[strategy.kind]}
             matched = self.is_matched(name) and strategy.match
-            settings[name] = strategy.model_dump(mode="json", exclude={"phases", "match"}) | {"match": matched, "phases": used}
+            settings[name] = strategy.model_dump(mode="json", exclude={"phases", "match", "mat", "mat_phases"})
+            settings[name] |= {"match": matched, "phases": used}
+            mats = {phase: mat.model_dump(mode="json") for phase in used if (mat := self.mat_of(name, phase))}
+            settings[name] |= {"mat": mats} if mats else {}
         return digest({"format": FORMAT, **settings})
 
 
@@ -198,12 +261,17 @@ class PhaseSettings(Frozen):
     inherit_head: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
     training: TrainingSettings | None = None  # none for assemble, and for a meta model that is read from a file
+    mat: MATSettings | None = None  # with the kind of units resolved
     inputs: dict[str, str] = {}  # hashes of the phases it starts from; "weights": of a file
     format: int = FORMAT
 
     def digest(self) -> str:
         """Return the hash of all that decides the result and its record."""
-        return digest(self.model_dump(mode="json"))
+        values = self.model_dump(mode="json")
+        for section, later in ((values, "mat"), (values["data"], "pad")):  # what was trained before there were these stays good
+            if not section[later]:
+                del section[later]
+        return digest(values)
 
 
 def digest(value: Any) -> str:
@@ -235,4 +303,5 @@ def _fields_at(loc: tuple) -> list[str]:
             continue
         field = getattr(model, "model_fields", {}).get(part)
         model = field.annotation if field is not None else StrategySettings
+        model = next((kind for kind in get_args(model) if hasattr(kind, "model_fields")), model)  # of "that or none"
     return list(getattr(model, "model_fields", {}))

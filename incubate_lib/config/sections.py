@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
+UnitKind = Literal["heads", "sublayers", "blocks", "conv_layers", "filters"]  # method/units.py
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -33,6 +34,7 @@ class DataSettings(Frozen):
     """Which images, and which of them judge. The splits are the same for every seed of a run."""
 
     source: str = "digits"  # digits, synthetic, cifar10, cifar100, fashion_mnist, folder, or timm's torch/…, hfds/…, wds/…
+    pad: Annotated[int, Field(ge=0)] = 0  # black pixels added on each side of images that are held in memory
     folder: str | None = None  # where the images are, relative to data/datasets; the source's name if left out
     eval_split: Literal["val", "test"] = "test"  # "val" is cut from the training images, for choosing settings
     test_images: Positive | None = None  # class-balanced; of a source without a test split a third if left out, else all
@@ -59,6 +61,8 @@ class DataSettings(Frozen):
             raise ValueError(f"unknown source {self.source!r}; {told} ({', '.join(TIMM)} are followed by timm's name)")
         if idle := self.idle_fields & self.model_fields_set:
             raise ValueError(f"{', '.join(sorted(idle))} has no meaning for source {self.source!r}")
+        if self.pad and self.is_streamed:
+            raise ValueError("pad has no meaning for streamed images: they are brought to the model's size")
         if self.in_memory and "crop_pct" in self.model_fields_set:
             raise ValueError("crop_pct has no meaning with in_memory: the images are used as they are")
         return self
@@ -188,6 +192,30 @@ class TrainingSettings(Frozen):
         if (self.mixup or self.cutmix) and micro % 2:
             field = "micro_batch" if self.micro_batch else "batch_size"
             raise ValueError(f"{field} {micro} is odd; mixup and cutmix pair the images of a batch")
+        return self
+
+
+class MATSettings(Frozen):
+    """Modular Adaptive Training: which units rest, and when that is decided. The paper leaves all of it open; own choices."""
+
+    units: UnitKind | None = None  # what rests or trains as one; none: sublayers of a transformer, conv_layers of others
+    probe: Annotated[int, Field(ge=2)] = 32  # training images on which the kernels are computed, the same ones throughout
+    outputs: Literal["sum", "all"] = "sum"  # of the network: the sum of an image's logits, or each logit
+    normalised: bool = False  # kernels of gradients scaled to length one
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # in which everything trains
+    every_epochs: Annotated[float, Field(gt=0)] = 1.0  # between two evaluations of the kernels; the first is at the start
+    threshold: Literal["ratio", "quantile", "mass"] = "ratio"  # what alpha means, see method/mat.py
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.1  # 0: all units train; 1: only the strongest
+    beta: Annotated[float, Field(ge=0)] = 0.0  # units whose eigenvalue moves less than this rest, too; the paper has 1e-3
+    rank: Literal["mntk", "random", "gradient_norm", "inverted"] = "mntk"  # others: controls, for the same number of units
+    slow_every: Annotated[int, Field(ge=2)] | None = None  # control Multirate: resting units train at every so manyth update
+    cut: bool = True  # what is used before the lowest active unit rests as well, so that the backward pass ends there
+    stop_error: bool = False  # resting units pass no error on: CHANGES THE GRADIENTS of what lies below
+
+    @model_validator(mode="after")
+    def _possible(self) -> "MATSettings":
+        if self.stop_error and self.units == "conv_layers":
+            raise ValueError("stop_error needs a way around resting units: sublayers, blocks, heads or filters, not conv_layers")
         return self
 
 

@@ -18,9 +18,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.config import PhaseSettings, Settings, SettingsError, TrainingSettings, data_folder, load_settings
+from pydantic import ValidationError
+
+from incubate_lib.config import (
+    MATSettings,
+    PhaseSettings,
+    Settings,
+    SettingsError,
+    TrainingSettings,
+    data_folder,
+    load_settings,
+    told,
+)
 from incubate_lib.training.facts import Facts, measure
-from incubate_lib.training.runs import PhaseFolder, read_json, write_json
+from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, read_json, write_json
 from incubate_lib.training.schedule import steps_per_epoch, total_steps
 
 NOTEBOOKS = {
@@ -125,8 +136,8 @@ class Node:
         with self.folder.claim(self.settings, about["inputs_sha256"]):
             if done := self.folder.summary(self.digest, about["inputs_sha256"]):  # finished while this one waited
                 return done
-            for name in ("metrics.jsonl", "model.safetensors"):
-                if (donor.path / name).exists():  # assembly has no metrics
+            for name in (METRICS, MNTK, "model.safetensors"):
+                if (donor.path / name).exists():  # assembly has no metrics, and few phases have kernels
                     shutil.copy2(donor.path / name, self.folder.path / name)
             summary = donor.summary() | about | {"copied_from": str(donor.path.relative_to(self.experiment.path.parent))}
             write_json(self.folder.path / "summary.json", summary)
@@ -267,15 +278,18 @@ class _Planner:
 
     def _end_to_end(self, name: str, seed: int) -> Node:
         training = self.settings.training_of(name, "end_to_end")
-        if self.settings.is_matched(name):
-            final = self.strategy(self.settings.strategies[name].match, seed)
+        match = self.settings.strategies[name].match
+        if self.settings.is_matched(name) and self.settings.strategy(match).kind == "end_to_end":
+            training = training.model_copy(update={"epochs": self._end_to_end(match, seed).settings.training.epochs})
+        elif self.settings.is_matched(name):
+            final = self.strategy(match, seed)
             budget = sum(self.flops(node.settings) for node in _closure([final]))
             self._check_batch("end_to_end", training)
             per_step = self.facts.flops_per_image["target"] * training.batch_size
             epochs = budget / per_step / steps_per_epoch(self.facts.num_images, training.batch_size)
             if epochs < training.warmup_epochs:
                 raise SettingsError(
-                    f"strategies.{name} is as long as {self.settings.strategies[name].match} costs, {epochs:.3g} epochs, but "
+                    f"strategies.{name} is as long as {match} costs, {epochs:.3g} epochs, but "
                     f"its warmup_epochs is {training.warmup_epochs:g}; set phases.end_to_end.warmup_epochs"
                 )
             training = training.model_copy(update={"epochs": round(epochs, 3)})
@@ -314,14 +328,32 @@ class _Planner:
         hashes = {key: node.digest for key, node in (inputs or {}).items()}
         hashes |= {"weights": self.facts.weights[weights]} if weights else {}
         model, target, meta = self.settings.model, self.facts.target_depths, self.facts.meta_depths
+        if mat := phase != "assemble" and more.get("training") and self.settings.mat_of(name, phase):
+            more["mat"] = self._with_units(mat, name)
         if phase == "meta":  # what a phase does not depend on is no part of its identity
             model, target = model.model_copy(update={"depth": None}), []
         elif phase == "end_to_end":
-            target, meta = [sum(target)], []
+            target, meta = [sum(target)] if target else [], []
         return PhaseSettings(
             phase=phase, seed=seed, data=self.settings.data, model=model, inputs=hashes, precision=self.settings.precision,
             target_depths=target, meta_depths=meta, **more,
         )  # fmt: skip
+
+    def _with_units(self, mat: MATSettings, name: str) -> MATSettings:
+        """Return the settings with the kind of units resolved; SettingsError if the network has none of that kind."""
+        found = self.facts.units
+        units = mat.units or ("sublayers" if "sublayers" in found else "conv_layers")
+        if units not in found:
+            has = ", ".join(f"{kind} ({count})" for kind, count in found.items()) or "no units that are known here"
+            raise SettingsError(
+                f"mat.units is {units!r} in strategy {name}, but model.name {self.settings.model.name!r} has none; it has: {has}"
+            )
+        if mat.probe > self.facts.num_images:
+            raise SettingsError(f"mat.probe is {mat.probe}, but there are only {self.facts.num_images} training images")
+        try:
+            return MATSettings.model_validate(mat.model_dump() | {"units": units})
+        except ValidationError as error:
+            raise SettingsError(f"mat of strategy {name}: {told(error)}") from None
 
     def _check_batch(self, phase: str, training: TrainingSettings) -> None:
         if training.batch_size > self.facts.num_images:

@@ -47,6 +47,11 @@ class ImageSet:
     def normalise(self, images: Tensor) -> Tensor:
         return (images.float() / 255 - self.mean) / self.std
 
+    def some(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images as judged, normalised [N, C, H, W], and labels [N] of an index."""
+        index = index.to(self.labels.device)
+        return self.normalise(self.images[index]), self.labels[index]
+
     def batches(self, order: Order) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield micro-batches to train on: uint8 images [B, C, H, W] and labels [B]; `finish` makes them ready."""
         for _, _, index in order:
@@ -89,6 +94,8 @@ def load_data(
             part._note(found, passed_over=settings.skip_broken)
         return tuple(sets)
     (x, y), (judged_x, judged_y) = (_pixels(settings, *part) for part in (learn, judge))
+    if pad := settings.pad:
+        x, judged_x = (np.pad(pixels, ((0, 0), (0, 0), (pad, pad), (pad, pad))) for pixels in (x, judged_x))
     levels = np.arange(256) / 255
     counts = np.stack([np.bincount(x[:, c].ravel(), minlength=256) / x[:, c].size for c in range(x.shape[1])])
     mean = counts @ levels  # of a histogram: exact, and no copy of the images in floating point

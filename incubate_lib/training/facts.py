@@ -16,6 +16,7 @@ class Facts(Frozen):
     meta_depths: list[int]
     flops_per_image: dict[str, int]  # training FLOPs of one image: meta, target (fine-tuning too), incubate-0 …
     misfits: dict[str, str]  # starts that these networks cannot have, and why
+    units: dict[str, int] = {}  # kinds of units that Modular Adaptive Training finds in the target network → their number
     weights: dict[str, str] = {}  # files that strategies start from → SHA-256
 
     def flops_of(self, phase: PhaseSettings) -> int:
@@ -32,10 +33,10 @@ def measure(settings: Settings) -> Facts:
     import torch
 
     from incubate_lib.method.incubation import assemble, make_hybrid, start_module
+    from incubate_lib.method.units import count_units
     from incubate_lib.training.costs import train_flops_per_image
     from incubate_lib.training.data import load_data
     from incubate_lib.training.phases import build_model, build_parts, model_shape
-    from incubate_lib.training.weights import load_into, sha256, weights_file
 
     shape = model_shape(settings.model)
     train, _ = load_data(settings.data, shape=shape, machine=settings.machine)
@@ -48,7 +49,14 @@ def measure(settings: Settings) -> Facts:
         for phase in PHASES_OF[strategy.kind]:
             train.preview(1, settings.training_of(name, phase))  # an augmentation that cannot work fails now
     with torch.device("meta"):
-        model = build_model(settings.model, settings.model.depth, train.num_classes)
+        model = build_model(settings.model, settings.model.depth, train.num_classes, any_kind=settings.partition is None)
+        units = count_units(model)
+        if settings.partition is None:
+            whole = {"target": train_flops_per_image(model, shape)}
+            return Facts(
+                num_images=len(train), num_classes=train.num_classes, target_depths=[], meta_depths=[], flops_per_image=whole,
+                misfits={}, units=units, weights=_weights(settings, train.num_classes, [], []),
+            )  # fmt: skip
         target_depths, meta_depths = settings.partition.depths(len(model.blocks))
 
         any_phase = PhaseSettings(
@@ -66,16 +74,26 @@ def measure(settings: Settings) -> Facts:
                     start_module(target, meta, start, inherit_stem=True, inherit_head=True)
             except ValueError as error:
                 misfits[start] = str(error)
+    return Facts(
+        num_images=len(train), num_classes=train.num_classes, target_depths=target_depths, meta_depths=meta_depths,
+        flops_per_image=flops, misfits=misfits, units=units,
+        weights=_weights(settings, train.num_classes, target_depths, meta_depths),
+    )  # fmt: skip
+
+
+def _weights(settings: Settings, num_classes: int, target_depths: list[int], meta_depths: list[int]) -> dict[str, str]:
+    """Return the SHA-256 of each file of weights that a strategy starts from; SettingsError for one that does not fit."""
+    from incubate_lib.training.phases import build_model
+    from incubate_lib.training.weights import load_into, sha256, weights_file
+
     weights = {}
     for name, strategy in settings.strategies.items():
         if strategy.weights:
             depths = {"finetune": target_depths}.get(strategy.kind, meta_depths)
             try:
-                load_into(build_model(settings.model, sum(depths), train.num_classes), strategy.weights)
+                model = build_model(settings.model, sum(depths) or None, num_classes, any_kind=settings.partition is None)
+                load_into(model, strategy.weights)
             except SettingsError as error:
                 raise SettingsError(f"strategies.{name}.weights: {error}") from None
             weights[strategy.weights] = sha256(weights_file(strategy.weights))
-    return Facts(
-        num_images=len(train), num_classes=train.num_classes, target_depths=target_depths, meta_depths=meta_depths,
-        flops_per_image=flops, misfits=misfits, weights=weights,
-    )  # fmt: skip
+    return weights

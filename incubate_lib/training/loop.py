@@ -10,7 +10,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, TrainingSettings
+from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, MATSettings, TrainingSettings
+from incubate_lib.method.mat import Piece
+from incubate_lib.training.adaptive import Adaptive
 from incubate_lib.training.data import ImageSet
 from incubate_lib.training.order import Order
 from incubate_lib.training.progress import Progress
-from incubate_lib.training.runs import STATUS_SECONDS, PhaseFolder, Stopped
+from incubate_lib.training.runs import MNTK, STATUS_SECONDS, PhaseFolder, Stopped
 from incubate_lib.training.schedule import derive_seed, lr_at, micro_batches, steps_per_epoch, total_steps
 from incubate_lib.training.stream import StreamedSet
 from incubate_lib.training.team import ALONE, Team
@@ -55,6 +57,12 @@ class Chrono:
     def start(self) -> None:
         self.since = time.perf_counter()
 
+    def lap(self) -> float:
+        """Return the seconds until now, and go on."""
+        self.pause()
+        self.start()
+        return self.seconds
+
     def pause(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -63,10 +71,18 @@ class Chrono:
         self.since = None
 
 
-def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
-    """Return AdamW over exactly the trainable parameters, without decay on biases, norms, embeddings and tokens."""
+def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequence[Piece] = ()) -> torch.optim.AdamW:
+    """Return AdamW over exactly the trainable parameters, without decay on biases, norms, embeddings and tokens.
+
+    Parameters of which rows can rest alone are given to it in `pieces`.
+    """
     exempt = [name for name, _ in model.named_parameters() if name.split(".")[-1] in NO_DECAY]
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=exempt)
+    leaves: dict[int, list[nn.Parameter]] = {}
+    for piece in pieces:
+        leaves.setdefault(id(piece.parameter), []).append(piece.leaf)
+    for group in groups:
+        group["params"] = [leaf for parameter in group["params"] for leaf in leaves.get(id(parameter), [parameter])]
     return torch.optim.AdamW(groups, lr=settings.peak_lr, betas=settings.betas, weight_decay=0.0, fused=True)
 
 
@@ -99,28 +115,54 @@ class Trainer:
         precision: str = "float32",
         machine: MachineSettings = DEFAULT_MACHINE,
         team: Team = ALONE,
+        mat: MATSettings | None = None,
+        flops_per_image: int = 0,
     ) -> None:
         self.model, self.train, self.settings, self.seed, self.team = model, train, settings, seed, team
+        self.flops_per_image, self.flops = flops_per_image, 0  # of an image while everything trains; all that was spent
         self.device = next(model.parameters()).device
         self.precision, self.machine = precision, machine
         self.number, self.micro = micro_batches(settings.batch_size, settings.micro_batch, team.devices)
         self.steps = total_steps(settings.epochs, len(train), settings.batch_size)
-        self.warmup = round(settings.warmup_epochs * steps_per_epoch(len(train), settings.batch_size))
-        self.optimizer = make_optimizer(model, settings)
-        self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        per_epoch = steps_per_epoch(len(train), settings.batch_size)
+        self.warmup = round(settings.warmup_epochs * per_epoch)
+        self.mat = None
+        if mat is not None:
+            self.mat = Adaptive(
+                model, train, mat, steps_per_epoch=per_epoch, flops_per_image=flops_per_image, seed=seed, team=team
+            )
+        self.optimizer = make_optimizer(model, settings, self.mat.updates.pieces if self.mat else ())
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.ema = ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None
         self.mix = None
         if settings.mixup or settings.cutmix:
             self.mix = Mixup(
                 settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=train.num_classes
             )
-        replica = model
-        if team.devices > 1:  # what is frozen is frozen already, so no gradient is waited for in vain
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            replica = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        self.replica, self.runner = replica, compiled(replica, machine.compile)
+        self.wrap()
         self.wait_seconds = 0.0  # for images
         self.batches: Iterator[tuple[Tensor, Tensor]] | None = None
+
+    def wrap(self) -> None:
+        """Wrap and compile the model for its present set of trainable parameters."""
+        self.replica = self.runner = None  # the one before lets go of the parameters first
+        self.replica = self.model
+        if self.team.devices > 1:  # what is frozen is frozen already, so no gradient is waited for in vain
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.replica = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+        self.runner = compiled(self.replica, self.machine.compile)
+
+    def adapt(self, step: int) -> dict[str, Any]:
+        """Look at the units of Modular Adaptive Training before update `step`, decide which train, and return a record."""
+        with autocast(self.device, self.precision):
+            record = self.mat.look(step)
+        self.flops += self.mat.evaluation_flops
+        self._apply(step)
+        return record
+
+    def _apply(self, step: int) -> None:
+        if self.mat and self.mat.updates.apply(self.mat.wanted(step)):
+            self.wrap()
 
     def begin(self, step: int) -> None:
         """Take up the images from update `step` on."""
@@ -130,7 +172,8 @@ class Trainer:
     def step(self, step: int) -> Tensor:
         """Do update `step` (0-based) and return this device's mean loss, without waiting for the device."""
         losses = []
-        self.optimizer.zero_grad(set_to_none=True)
+        self._apply(step)
+        self.model.zero_grad(set_to_none=True)
         for k in range(self.number):
             began = time.perf_counter()
             x, y = next(self.batches)
@@ -148,10 +191,20 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.trainable, self.settings.clip_grad)
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(step, self.steps, self.warmup, self.settings.peak_lr, self.settings.min_lr)
+        if self.mat:
+            self.mat.updates.hand_over()
         self.optimizer.step()
+        if self.mat and self.mat.settings.slow_every:
+            self.mat.updates.drift(self.optimizer)
+        if self.team.is_first:
+            self.flops += self.flops_now() * self.settings.batch_size
         if self.ema is not None:
             self.ema.update(self.model, step)
         return losses[0] if self.number == 1 else torch.stack(losses).mean()
+
+    def flops_now(self) -> int:
+        """Return the FLOPs of a training image with what trains at present."""
+        return self.mat.flops_per_image(self.mat.updates.active) if self.mat else self.flops_per_image
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         with autocast(self.device, self.precision):
@@ -167,13 +220,18 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint needs; no random states, because all randomness follows from seed and step."""
         ema = {} if self.ema is None else {"ema": self.ema.module.state_dict()}
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **ema}
+        mat = {"mat": self.mat.state()} if self.mat else {}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "flops": self.flops, **ema, **mat}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+        if self.mat:
+            self.mat.load_state(state["mat"])
+        # of a checkpoint from before these were counted here: all updates cost the same
+        self.flops = state.get("flops", state["step"] * self.settings.batch_size * self.flops_per_image)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -252,6 +310,7 @@ def fit(
         if resumed:
             folder.set_status(resumed_at=step)
         folder.start_metrics(step)
+        folder.start_metrics(step - 1, MNTK)  # of the evaluation before update `step` nothing is in the checkpoint
     rows = [row for row in folder.metrics() if row["step"] <= step]
     clock = Chrono(trainer.device, seconds)
     progress = Progress(folder, title, steps, step) if team.is_first else None
@@ -299,7 +358,11 @@ def fit(
         if not math.isfinite(result["loss"]):
             raise not_finite("the judged loss", result["loss"], step)
         row = {"step": step, "epoch": step / per_epoch, "images": step * settings.batch_size, **result}
-        row |= {"train_loss": loss_sum / loss_steps if loss_steps else None, "train_seconds": clock.seconds}
+        row |= {
+            "train_flops": trainer.flops,
+            "train_loss": loss_sum / loss_steps if loss_steps else None,
+            "train_seconds": clock.seconds,
+        }
         row |= {"lr": trainer.optimizer.param_groups[0]["lr"] if step else None}
         if team.is_first:
             folder.add_metrics(row)
@@ -313,6 +376,16 @@ def fit(
     first = step
     while step < steps:
         if clock.since is None:
+            clock.start()
+        if trainer.mat and trainer.mat.is_due(step):
+            before = clock.lap()
+            record = trainer.adapt(step)
+            record |= {"epoch": step / per_epoch, "seconds": clock.lap() - before}
+            clock.pause()  # what follows is for the record only
+            if team.is_first:
+                folder.add_metrics(record | {"flops_per_image": trainer.flops_now(), "train_flops": trainer.flops}, MNTK)
+                if record.get("forced"):
+                    print(f"{title}: at step {step} every unit would rest; the strongest goes on", flush=True)
             clock.start()
         pending.append(trainer.step(step))
         step += 1
@@ -352,10 +425,17 @@ def fit(
     if data_share > DATA_SHARE_WARNED and team.is_first:
         print(f"{title}: {data_share:.0%} of the training time was spent waiting for images; more machine.workers, a faster "
               "disk or data.in_memory would help", flush=True)  # fmt: skip
-    return trainer.judged, {
+    mat = {}
+    if trainer.mat:
+        looks = folder.metrics(MNTK)
+        mat = {"mat": {
+            "units": [unit.name for unit in trainer.mat.units], "evaluations": len(looks),
+            "seconds": sum(row["seconds"] for row in looks), "flops": len(looks) * trainer.mat.evaluation_flops,
+        }}  # fmt: skip
+    return trainer.judged, mat | {
         "steps": steps, "images_seen": steps * settings.batch_size, "epochs": steps / per_epoch,
         "distinct_images_per_epoch": math.ceil(per_epoch * settings.batch_size / settings.repeats),
-        "train_seconds": clock.seconds, "eval_seconds": eval_seconds, "data_share": data_share,
+        "train_flops": trainer.flops, "train_seconds": clock.seconds, "eval_seconds": eval_seconds, "data_share": data_share,
         "broken_images": len(broken), "startup_seconds": startup_seconds, "devices": team.devices,
         "start_accuracy": rows[0]["accuracy"], "accuracy": rows[-1]["accuracy"], "loss": rows[-1]["loss"],
         "train_loss": rows[-1]["train_loss"],

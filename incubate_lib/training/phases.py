@@ -30,18 +30,28 @@ from incubate_lib.training.weights import load_into
 Inputs = dict[str, Path]  # folders of the phases that a phase starts from; "weights": a folder or file of weights
 
 
-def build_model(settings: ModelSettings, depth: int | None, num_classes: int, drop_path: float = 0.0) -> VisionTransformer:
-    """Return a randomly initialised timm ViT of `depth` blocks (None: timm's own); SettingsError names what does not fit."""
+def build_model(
+    settings: ModelSettings, depth: int | None, num_classes: int, drop_path: float = 0.0, *, any_kind: bool = False
+) -> nn.Module:
+    """Return a randomly initialised timm ViT of `depth` blocks (None: timm's own), or with `any_kind` any timm model.
+
+    SettingsError names what does not fit.
+    """
     if not timm.is_model(settings.name):
-        raise SettingsError(f"model.name: timm has no {settings.name!r}; {nearest(settings.name, timm.list_models('*vit*'))}")
+        raise SettingsError(f"model.name: timm has no {settings.name!r}; {nearest(settings.name, timm.list_models())}")
     arguments = settings.timm_arguments() | ({} if depth is None else {"depth": depth})
+    if not timm.get_pretrained_cfg(settings.name).fixed_input_size:  # it takes images of any size
+        arguments.pop("img_size", None)
     try:
-        model = timm.create_model(settings.name, num_classes=num_classes, drop_path_rate=drop_path, **arguments)
+        model = timm.create_model(settings.name, num_classes=num_classes, drop_path_rate=drop_path or None, **arguments)
     except Exception as error:  # timm checks its arguments by asserts and by failing somewhere inside
         told = f"timm cannot build model.name {settings.name!r} with {arguments}: {error}"
-        raise SettingsError(f"{told} (only plain Vision Transformers can be taken apart)") from None
-    if type(model) is not VisionTransformer:
-        raise SettingsError(f"model.name {settings.name!r} is a {type(model).__name__}, not a plain timm VisionTransformer")
+        raise SettingsError(told if any_kind else f"{told} (only plain Vision Transformers can be taken apart)") from None
+    if type(model) is not VisionTransformer and not any_kind:
+        raise SettingsError(
+            f"model.name {settings.name!r} is a {type(model).__name__}, not a plain timm VisionTransformer, and cannot be taken "
+            "apart; without partition it can be trained end to end"
+        )
     return model
 
 
@@ -58,6 +68,16 @@ def build_parts(s: PhaseSettings, which: str, num_classes: int) -> list[ViTModul
         return split(build_model(s.model, sum(depths), num_classes, drop_path), depths)
 
 
+def build_target(s: PhaseSettings, num_classes: int) -> nn.Module:
+    """Return the whole target network, freshly initialised; of any kind if it is not to be taken apart."""
+    if s.target_depths:
+        return assemble(build_parts(s, "target", num_classes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(s.seed, "init", "target"))
+        drop_path = s.training.drop_path if s.training else 0.0
+        return build_model(s.model, s.model.depth, num_classes, drop_path, any_kind=True)
+
+
 # Each recipe returns the model to train and the part of it that is the phase's result.
 
 
@@ -69,7 +89,7 @@ def _meta(s: PhaseSettings, inputs: Inputs, classes: int) -> tuple[nn.Module, nn
 
 
 def _end_to_end(s: PhaseSettings, inputs: Inputs, classes: int) -> tuple[nn.Module, nn.Module]:
-    model = assemble(build_parts(s, "target", classes))
+    model = build_target(s, classes)
     return model, model
 
 
@@ -91,7 +111,7 @@ def _assemble(s: PhaseSettings, inputs: Inputs, classes: int) -> tuple[nn.Module
 
 
 def _finetune(s: PhaseSettings, inputs: Inputs, classes: int) -> tuple[nn.Module, nn.Module]:
-    model = assemble(build_parts(s, "target", classes))
+    model = build_target(s, classes)
     if "weights" in inputs:
         load_into(model, inputs["weights"], s.inputs["weights"])
     elif inputs:  # none when only costs are counted
@@ -186,17 +206,19 @@ def train_phase(
         numbers |= {"start_accuracy": numbers["accuracy"]}
         if s.phase == "meta" and team.is_first:  # read from a file: a single point, where others have a curve
             home.start_metrics(-1)
-            row = {"step": 0, "epoch": 0.0, "images": 0, "train_seconds": 0.0, "train_loss": None, "lr": None}
+            row = {"step": 0, "epoch": 0.0, "images": 0, "train_flops": 0, "train_seconds": 0.0, "train_loss": None, "lr": None}
             home.add_metrics(row | {name: numbers[name] for name in ("loss", "accuracy")})
     else:
         seed = derive_seed(s.seed, s.phase, s.module_index or 0)
-        trainer = Trainer(model, train, s.training, seed=seed, precision=s.precision, machine=how, team=team)
+        trainer = Trainer(
+            model, train, s.training, seed=seed, precision=s.precision, machine=how, team=team, mat=s.mat,
+            flops_per_image=flops_per_image,
+        )  # fmt: skip
         kept, numbers = fit(trainer, judge, folder=home, title=title, should_stop=_stop_asked(stop_files))
     if not team.is_first:
         return None
     numbers = numbers | {
         "flops_per_image": flops_per_image if s.training else 0,
-        "train_flops": flops_per_image * numbers["images_seen"],
         "parameters": sum(p.numel() for p in result.parameters()),
         "train_images": len(train),
         "judge_images": len(judge),
@@ -208,7 +230,7 @@ def train_phase(
 
 UNTRAINED = {
     "steps": 0, "images_seen": 0, "epochs": 0.0, "distinct_images_per_epoch": 0, "train_seconds": 0.0, "eval_seconds": 0.0,
-    "data_share": 0.0, "broken_images": 0, "devices": 1, "train_loss": None,
+    "data_share": 0.0, "broken_images": 0, "devices": 1, "train_loss": None, "train_flops": 0,
 }  # fmt: skip
 
 
@@ -225,7 +247,11 @@ def _touched(path: Path | str) -> int | None:
 
 
 def model_shape(settings: ModelSettings) -> tuple[int, int, int]:
-    """Return the images that a model takes: C, H, W."""
+    """Return the images that a model takes: C, H, W. One that takes any size gets model.img_size, or timm's usual."""
+    usual = timm.get_pretrained_cfg(settings.name) if timm.is_model(settings.name) else None
+    if usual is not None and not usual.fixed_input_size:
+        channels, height, width = usual.input_size
+        return (settings.in_chans or channels, settings.img_size or height, settings.img_size or width)
     with torch.device("meta"):
         model = build_model(settings, 1, 2)
     return (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
@@ -253,10 +279,9 @@ def repeat_exactly(device: torch.device, wanted: bool = True) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every new tensor once more
 
 
-def load_trained(s: PhaseSettings, folder: PhaseFolder, num_classes: int) -> VisionTransformer:
-    """Return the finished network of a meta, assemble, finetune or end_to_end phase as an ordinary timm ViT."""
-    which = "meta" if s.phase == "meta" else "target"
-    model = assemble(build_parts(s, which, num_classes))
+def load_trained(s: PhaseSettings, folder: PhaseFolder, num_classes: int) -> nn.Module:
+    """Return the finished network of a meta, assemble, finetune or end_to_end phase as an ordinary timm model."""
+    model = assemble(build_parts(s, "meta", num_classes)) if s.phase == "meta" else build_target(s, num_classes)
     model.load_state_dict(folder.load_weights())
     return model.eval()
 

@@ -20,6 +20,7 @@ from typing import Any
 from incubate_lib.config import PhaseSettings, SettingsError
 from incubate_lib.training.lease import Lease, Lost, holder
 
+METRICS, MNTK = "metrics.jsonl", "mntk.jsonl"  # one line an evaluation: of accuracy, of the modular NTK
 STATUS_SECONDS = 1.0  # between rewrites of status.json while a phase trains
 
 
@@ -59,11 +60,11 @@ class PhaseFolder:
             status["state"] = "interrupted"
         return status
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self, file: str = METRICS) -> list[dict[str, Any]]:
         """Return one dict per evaluation; a line cut short by a kill is left out."""
         rows = []
         with contextlib.suppress(FileNotFoundError):
-            for line in (self.path / "metrics.jsonl").read_text().splitlines():
+            for line in (self.path / file).read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):
                     rows.append(json.loads(line))
         return rows
@@ -91,7 +92,7 @@ class PhaseFolder:
             if config is not None and config["hash"] != settings.digest():
                 raise SettingsError(f"{self.path} belongs to other settings (hash {config['hash']}); it is left as it is")
             if config is None or config.get("inputs_sha256") != (used or {}):
-                for made_from_others in ("summary.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt"):
+                for made_from_others in ("summary.json", METRICS, MNTK, "checkpoint.pt", "checkpoint.previous.pt"):
                     (self.path / made_from_others).unlink(missing_ok=True)
                 about = {"hash": settings.digest(), "inputs_sha256": used or {}}
                 write_json(self.path / "config.json", settings.model_dump(mode="json") | about)
@@ -121,16 +122,17 @@ class PhaseFolder:
         status = (read_json(self.path / "status.json") or {}) | fields
         write_json(self.path / "status.json", status | ({"state": state} if state else {}))
 
-    def start_metrics(self, step: int) -> None:
+    def start_metrics(self, step: int, file: str = METRICS) -> None:
         """Forget evaluations after `step`: they will be made again, with the same numbers."""
         self._own()
-        rows = [row for row in self.metrics() if row["step"] <= step]
-        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        if rows := self.metrics(file):
+            kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+            write_atomic(self.path / file, kept.encode())
 
-    def add_metrics(self, row: dict[str, Any]) -> None:
+    def add_metrics(self, row: dict[str, Any], file: str = METRICS) -> None:
         self._own()
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with open(self.path / file, "a") as lines:
+            lines.write(json.dumps(row) + "\n")
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write checkpoint.pt; the one before stays as checkpoint.previous.pt, in case this one is damaged later."""

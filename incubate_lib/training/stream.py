@@ -63,6 +63,13 @@ class StreamedSet:
     def normalise(self, images: Tensor) -> Tensor:
         return (images.float() / 255 - self.mean) / self.std
 
+    def some(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images as judged, normalised [N, C, H, W], and labels [N] of an index; read here, without workers."""
+        reader = self._reader(None)
+        images = torch.stack([self._sound(reader[i, 0]) for i in index.tolist()])
+        labels = torch.from_numpy(self.labels[self.index[index.numpy()]])
+        return self.normalise(images.to(self.device)), labels.to(self.device)
+
     def batches(self, order: Order) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield micro-batches to train on: uint8 images [B, C, H, W] and labels [B]; `finish` makes them ready."""
         sampler = _Seeded(order, derive_seed(order.seed, "augment"))

@@ -39,6 +39,14 @@ class Team:
         dist.broadcast(decided, 0)
         return bool(decided.item())
 
+    def share(self, values: Tensor) -> Tensor:
+        """Return the first process's values: those of others may differ in the last bits."""
+        if self.devices == 1:
+            return values
+        there = values.to(self.device)
+        dist.broadcast(there, 0)
+        return there.to(values.device)
+
     def gather(self, names: list[str]) -> set[str]:
         """Return all names that any process has."""
         parts = [names]

@@ -1,0 +1,340 @@
+"""MAT, Modular Adaptive Training (arXiv 2405.07527, NeurIPS 2023): which units train, and updates of only those.
+
+    units = find_units(model, "sublayers")
+    updates = PartialUpdates(model, units, images[:1])
+    history.append(principal_eigenvalues(modular_kernels(model, units, probe)))     # now and then
+    updates.apply(choose(torch.stack(history), alpha=0.1).active)
+
+There is no public code of the paper, and it leaves open most of what is a choice here; the defaults are our own.
+
+What a resting unit saves: the gradients of its weights, a third of its share of a training step; everything else below the
+lowest unit that is active (`cut`: nothing down there needs a gradient any more, so the backward pass ends above); and with
+`stop_error`, which **changes the gradients of what lies below**, also the way of the error through resting branches: it then
+takes the skip connection only.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from incubate_lib.method.units import Unit
+
+Threshold = Literal["ratio", "quantile", "mass"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which units are active, from which eigenvalue on, and whether the strongest had to be taken although it was below."""
+
+    active: Tensor  # bool [U]
+    cut: float
+    forced: bool = False
+
+
+def choose(history: Tensor, *, alpha: float, beta: float = 0.0, threshold: Threshold = "ratio") -> Choice:
+    """Apply the dynamic threshold to the principal eigenvalues [E, U] of all E evaluations so far, the latest last.
+
+    Modular: active are units whose eigenvalue is at least the cut. `ratio`: λ_min + α (λ_max − λ_min) over units;
+    `quantile`: the α-quantile of units; `mass`: the strongest that together have 1 − α of the sum. α from 0 (all) to 1 (the
+    strongest). Temporal, from the third evaluation on: with Δ_t = |λ_t − λ_0|, a unit whose |Δ_t − Δ_{t−1}| / Δ_1 is below
+    β rests as well; 0 is never. When nothing would be left, the strongest unit goes on. Raises ValueError for α outside
+    [0, 1], β below 0, and eigenvalues that are not finite.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it must be from 0 (all units train) to 1 (the strongest one)")
+    if beta < 0:
+        raise ValueError(f"beta is {beta}; it must be 0 or larger")
+    now = history[-1]
+    if not now.isfinite().all():
+        raise ValueError(f"an eigenvalue is {now[~now.isfinite()][0].item()}")
+    if threshold == "ratio":
+        cut = now.min() + alpha * (now.max() - now.min())
+    elif threshold == "quantile":
+        cut = torch.quantile(now, alpha, interpolation="higher")
+    else:
+        strongest = now.sort(descending=True).values
+        enough = strongest.cumsum(0) >= (1 - alpha) * strongest.sum() * (1 - 1e-12)  # the last sum is the sum, but for rounding
+        cut = strongest[int(enough.nonzero()[0])] if enough.any() else strongest[-1]
+    active = now >= min(cut, now.max())  # rounding must not rest the strongest
+    if beta and len(history) > 2:
+        moved = (history - history[0]).abs()
+        active &= (moved[-1] - moved[-2]).abs() >= beta * moved[1]
+    forced = not active.any()
+    if forced:
+        active[now.argmax()] = True
+    return Choice(active, float(cut), forced)
+
+
+def same_number(active: Tensor, scores: Tensor) -> Tensor:
+    """Return the units of the largest scores [U], as many as are active: the control of any other ranking."""
+    chosen = torch.zeros_like(active)
+    chosen[scores.topk(int(active.sum())).indices.to(active.device)] = True
+    return chosen
+
+
+def gradient_norms(model: nn.Module, units: Sequence[Unit], images: Tensor, labels: Tensor) -> Tensor:
+    """Return the norm of the mean loss's gradient for each unit, in eval mode: float64 [U] on the CPU."""
+    names = sorted({name for unit in units for name in unit.rows})
+    parameters = {name: model.get_parameter(name).detach().requires_grad_() for name in names}
+    was_training = model.training
+    model.eval()
+    with torch.enable_grad():
+        logits = torch.func.functional_call(model, parameters, (images,))
+        gradients = torch.autograd.grad(F.cross_entropy(logits.float(), labels), list(parameters.values()))
+    model.train(was_training)
+    if images.is_meta:  # only to be counted
+        return torch.zeros(len(units))
+    squares = {n: g.double().square().reshape(len(g), -1).sum(1).cpu() for n, g in zip(parameters, gradients, strict=True)}
+
+    def of(unit: Unit) -> Tensor:
+        parts = [squares[n][slice(*rows)] for n, ranges in unit.rows.items() for rows in ranges or [(None, None)]]
+        return torch.cat(parts).sum()
+
+    return torch.stack([of(unit) for unit in units]).sqrt()
+
+
+# -- layers of which only some rows train ---------------------------------------------------------------------------------
+
+
+class _ByRows:
+    """What layers share of which only some rows train."""
+
+    rows: Tensor | None = None  # of the weight, that get a gradient; none: all
+    stop_error = False  # whether only these rows send the error on, too
+
+    def divide(self, rows: Tensor | None, stop_error: bool) -> None:
+        self.rows, self.stop_error = None if rows is None else rows.to(self.weight.device), stop_error
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rows is None or not self.weight.requires_grad:
+            return super().forward(x)
+        return self.by_rows(*_cast(x, self.weight, self.bias), self.rows.to(x.device))
+
+
+class RowLinear(_ByRows, nn.Linear):
+    """A Linear of which only some rows train."""
+
+    def by_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+        return _LinearRows.apply(x, weight, bias, rows, self.stop_error)
+
+
+class RowConv2d(_ByRows, nn.Conv2d):
+    """A Conv2d of which only some filters train."""
+
+    def by_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+        return _ConvRows.apply(x, weight, bias, rows, self.stop_error, self.stride, self.padding, self.dilation)
+
+
+def _with_rows(name: str, layer: nn.Module) -> nn.Module:
+    """Return a layer of the same parameters of which rows can rest."""
+    if isinstance(layer, _ByRows):
+        return layer
+    cls = {nn.Linear: RowLinear, nn.Conv2d: RowConv2d}.get(type(layer))
+    if cls is None or (
+        cls is RowConv2d and (layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str))
+    ):
+        raise ValueError(f"rows of {name} ({layer}) cannot rest alone; only those of a plain Linear or Conv2d without groups can")
+    divided = cls.__new__(cls)
+    divided.__dict__ = layer.__dict__
+    return divided
+
+
+def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Do what autocast does for a matrix product; inside an autograd.Function it would come too late for the backward."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+class _LinearRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, rows, stop_error):
+        ctx.save_for_backward(x, weight, rows)
+        ctx.has_bias, ctx.stop_error = bias is not None, stop_error
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, delta):
+        x, weight, rows = ctx.saved_tensors
+        part = delta.index_select(-1, rows)
+        flat = part.flatten(0, -2)
+        to_x = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = part @ weight.index_select(0, rows) if ctx.stop_error else delta @ weight
+        to_weight = torch.zeros_like(weight).index_copy(0, rows, flat.T @ x.flatten(0, -2))
+        if ctx.has_bias:
+            to_bias = weight.new_zeros(len(weight)).index_copy(0, rows, flat.sum(0))
+        return to_x, to_weight, to_bias, None, None
+
+
+class _ConvRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, rows, stop_error, stride, padding, dilation):
+        ctx.save_for_backward(x, weight, rows)
+        ctx.has_bias, ctx.stop_error, ctx.how = bias is not None, stop_error, (stride, padding, dilation)
+        return F.conv2d(x, weight, bias, stride, padding, dilation)
+
+    @staticmethod
+    def backward(ctx, delta):
+        x, weight, rows = ctx.saved_tensors
+        part, some = delta.index_select(1, rows), weight.index_select(0, rows)
+        more = (*ctx.how, False, [0, 0], 1)
+        to_x = to_bias = None
+        if ctx.needs_input_grad[0]:
+            pair = (part, some) if ctx.stop_error else (delta, weight)
+            to_x = torch.ops.aten.convolution_backward(pair[0], x, pair[1], None, *more, [True, False, False])[0]
+        gradient = torch.ops.aten.convolution_backward(part, x, some, None, *more, [False, True, False])[1]
+        to_weight = torch.zeros_like(weight).index_copy(0, rows, gradient)
+        if ctx.has_bias:
+            to_bias = weight.new_zeros(len(weight)).index_copy(0, rows, part.sum((0, 2, 3)))
+        return to_x, to_weight, to_bias, None, None, None, None, None
+
+
+# -- partial updates ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What an optimiser steps as one: a parameter, or adjacent rows of it, which share its memory."""
+
+    name: str
+    parameter: nn.Parameter
+    leaf: nn.Parameter  # for the optimiser: the parameter itself, or a view of its rows
+    rows: slice | None = None
+    unit: int | None = None  # to which it belongs
+
+
+class PartialUpdates:
+    """Lets the units of a model rest and train again, in place. Everything trains at first.
+
+    A resting unit costs no gradient of its weights and, with an optimiser over the `pieces` and `hand_over` before each of
+    its steps, no step: weights, momentum and decay stay as they are, bit for bit. Parameters that belong to no unit
+    train, but with `cut` those used before the lowest active unit rest with all that is down there. Wrap
+    (DistributedDataParallel) and compile the model anew after an `apply` that changed something. `image` [1, C, H, W] is
+    passed through once to see which layers come first. Raises ValueError for `stop_error` where there is no way around
+    the units, and for layers whose rows cannot rest alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, units: Sequence[Unit], image: Tensor, *, cut: bool = True, stop_error: bool = False
+    ) -> None:
+        self.model, self.units, self.cut, self.stop_error = model, list(units), cut, stop_error
+        self.learns = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.owner: dict[str, int] = {}  # whole parameters → their unit
+        self.row_owner: dict[str, Tensor] = {}  # divided ones → the unit of each row, -1: none
+        for index, unit in enumerate(units):
+            for name, ranges in unit.rows.items():
+                if ranges is None:
+                    self.owner[name] = index
+                    continue
+                rows = self.row_owner.setdefault(name, torch.full((len(model.get_parameter(name)),), -1))
+                for first, end in ranges:
+                    rows[first:end] = index
+        if stop_error and not self.row_owner and not all(unit.entrances for unit in units):
+            raise ValueError(
+                "stop_error: the error has no way around these units, so nothing below them would learn; it is for residual "
+                "branches (sublayers, blocks) and for rows (heads, filters)"
+            )
+        order = _order_of_use(model, image)
+        self.height = {name: order.get(name, math.inf) for name in self.learns}  # what no layer was seen to use is never cut off
+        self.heights = torch.tensor([min(self.height[name] for name in unit.rows) for unit in units])
+        for layer in {name.rpartition(".")[0] for name in self.row_owner}:
+            model.set_submodule(layer, _with_rows(layer, model.get_submodule(layer)))
+        self.pieces = [piece for name in self.learns for piece in self._pieces(name)]
+        self.detached: list[torch.utils.hooks.RemovableHandle] = []
+        self.active = torch.ones(len(units), dtype=torch.bool)
+
+    def _pieces(self, name: str) -> list[Piece]:
+        parameter = self.model.get_parameter(name)
+        if name not in self.row_owner:
+            return [Piece(name, parameter, parameter, unit=self.owner.get(name))]
+        owners, counts = torch.unique_consecutive(self.row_owner[name], return_counts=True)
+        pieces, first = [], 0
+        for owner, count in zip(owners.tolist(), counts.tolist(), strict=True):
+            rows = slice(first, first := first + count)
+            pieces.append(Piece(name, parameter, nn.Parameter(parameter.data[rows]), rows, None if owner < 0 else owner))
+        return pieces
+
+    def apply(self, active: Tensor) -> bool:
+        """Let exactly these units, bool [U], train from now on; return whether that is a change."""
+        active = active.bool().cpu()
+        changed, self.active = not torch.equal(active, self.active), active
+        lowest = self.heights[active].min()
+        if not self.cut or lowest == self.heights.min():
+            lowest = -math.inf
+        for name in self.learns:
+            trains = bool(self.height[name] >= lowest)
+            if name in self.owner:
+                trains = bool(active[self.owner[name]])
+            elif name in self.row_owner:
+                rows = torch.where(self.row_owner[name] < 0, trains, active[self.row_owner[name]])
+                trains = bool(rows.any())
+                layer, _, short = name.rpartition(".")
+                if short == "weight":
+                    self.model.get_submodule(layer).divide(None if rows.all() else rows.nonzero().flatten(), self.stop_error)
+            parameter = self.model.get_parameter(name).requires_grad_(trains)
+            if not trains:
+                parameter.grad = None
+        for handle in self.detached:
+            handle.remove()
+        self.detached = []
+        if self.stop_error and not self.row_owner:
+            resting = (unit for unit, trains in zip(self.units, active.tolist(), strict=True) if not trains)
+            entrances = [self.model.get_submodule(name) for unit in resting for name in unit.entrances]
+            self.detached = [layer.register_forward_pre_hook(_detached) for layer in entrances]
+        return changed
+
+    def hand_over(self) -> None:
+        """Give each piece that is rows of a parameter its gradient, or none if it rests: optimisers pass over those."""
+        for piece in self.pieces:
+            if piece.rows is not None:
+                gradient = piece.parameter.grad
+                rests = gradient is None or (piece.unit is not None and not self.active[piece.unit])
+                piece.leaf.grad = None if rests else gradient[piece.rows]
+
+    @torch.no_grad()
+    def drift(self, optimizer: torch.optim.AdamW) -> None:
+        """Move what rests on with its last momentum, as AdamW would if momentum and variance stayed (Multirate)."""
+        group_of = {id(leaf): group for group in optimizer.param_groups for leaf in group["params"]}
+        for piece in self.pieces:
+            state = optimizer.state.get(piece.leaf)
+            if not state or piece.unit is None or self.active[piece.unit]:
+                continue
+            group = group_of[id(piece.leaf)]
+            first, second = (1 - beta ** float(state["step"]) for beta in group["betas"])
+            piece.leaf.mul_(1 - group["lr"] * group["weight_decay"])
+            spread = (state["exp_avg_sq"] / second).sqrt_().add_(group["eps"])
+            piece.leaf.addcdiv_(state["exp_avg"], spread, value=-group["lr"] / first)
+
+
+def _detached(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].detach(), *inputs[1:])
+
+
+@torch.no_grad()
+def _order_of_use(model: nn.Module, image: Tensor) -> dict[str, int]:
+    """Return when each parameter is used in a forward pass: 0 for those of the module that is called first."""
+    order: dict[str, int] = {}
+
+    def note(prefix: str):
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            now = len(order)
+            for name, _ in module.named_parameters(prefix, recurse=False):
+                order.setdefault(name, now)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules()]
+    was_training = model.training
+    model.eval()(image)
+    model.train(was_training)
+    for handle in handles:
+        handle.remove()
+    return order

@@ -1,0 +1,280 @@
+"""The modular neural tangent kernel of MAT (arXiv 2405.07527, section 3).
+
+For the parameters θ of one unit and samples X the kernel is Θ(X, X) = J Jᵀ, J the Jacobian of the network's outputs with
+respect to θ. Kernels of units that together are the whole network add up to the network's kernel. The largest eigenvalue
+tells how well the unit still learns what the samples share.
+
+One forward and one backward pass give the kernels of all units: at each layer the backward pass brings each sample's
+gradient of the layer's output, from which with the layer's input the sample's gradient of the layer's parameters follows;
+their inner products are added up, and they are forgotten before the next layer. The whole Jacobian is never in memory.
+Here the network is in eval mode (dropout off, batch norm with its running statistics), or samples would not be
+independent of each other.
+
+Letters: N samples, C outputs, M rows of a kernel (N, or N·C), U units, T tokens or pixels, I and O a layer's inputs and
+outputs.
+"""
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from incubate_lib.method.units import Ranges, Unit
+
+Outputs = Literal["sum", "all"]  # one number a sample, the sum of its logits (the paper's side code), or every logit
+CHUNK = 2**24  # numbers in a piece of per-sample gradients: 64 MiB in float32
+EXACT = 1024  # rows of a kernel up to which its eigenvalues are computed exactly
+
+
+def modular_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor, *, outputs: Outputs = "sum") -> Tensor:
+    """Return the kernel of each unit on `images` [N, …]: [U, M, M], in float32 (float64 if the model is).
+
+    With `outputs="all"` row n·C + c is logit c of sample n. Weights and their gradients are left alone. Raises
+    ValueError for parameters that no layer of their own holds, and for a layer that is used more than once.
+    """
+    owners = _owners(model, units)
+    fixed = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    seen: set[str] = set()
+    roots: list[Tensor] = []
+    was_training = model.training
+    model.eval()
+    if outputs == "all":
+        with torch.no_grad():
+            classes = model(images[:1]).shape[1]
+        images = images.repeat_interleave(classes, 0)
+    precision = torch.promote_types(next(iter(fixed.values())).dtype, torch.float32)
+    kernels = torch.zeros(len(units), len(images), len(images), dtype=precision, device=images.device)
+
+    def watch(name: str):
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if name in seen:
+                raise ValueError(f"layer {name} is used more than once in a forward pass; its kernel is not known here")
+            seen.add(name)
+            x = inputs[0].detach()
+            version = x._version
+            if not output.requires_grad:  # the first of its path: the backward pass ends here
+                roots.append(output.detach().requires_grad_())
+                output = roots[-1].clone()
+
+            def add(delta: Tensor) -> None:
+                if x._version != version:
+                    raise ValueError(f"the input of layer {name} is overwritten later; its kernel is not known here")
+                with torch.no_grad(), _without_autocast(x.device.type):
+                    _add(kernels, layer, owners[name], x.to(precision), delta.to(precision))
+
+            output.register_hook(add)
+            return output
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in owners]
+    try:
+        with torch.enable_grad():
+            logits = functional_call(model, fixed, (images,))
+            if outputs == "all":
+                logits = logits * torch.eye(classes, device=logits.device, dtype=logits.dtype).repeat(len(logits) // classes, 1)
+            torch.autograd.grad(logits.sum(), roots)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    return kernels
+
+
+def kernel_by_definition(model: nn.Module, names: Sequence[str], images: Tensor, *, outputs: Outputs = "sum") -> Tensor:
+    """Return the kernel [M, M] of some parameters by its definition: the Jacobian, row by row. For small networks."""
+    parameters = [model.get_parameter(name).detach().requires_grad_() for name in names]
+    was_training = model.training
+    model.eval()
+    rows = []
+    for image in images:
+        logits = functional_call(model, dict(zip(names, parameters, strict=True)), (image[None],))[0]
+        for value in [logits.sum()] if outputs == "sum" else logits:
+            gradients = torch.autograd.grad(value, parameters, retain_graph=True)
+            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    model.train(was_training)
+    jacobian = torch.stack(rows)
+    return jacobian @ jacobian.T
+
+
+# -- what a kernel tells --------------------------------------------------------------------------------------------------
+
+
+def normalised(kernels: Tensor) -> Tensor:
+    """Return kernels [U, M, M] of gradients scaled to length one: cosines; eigenvalues are then at most M."""
+    length = kernels.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    scale = torch.where(length > 0, 1 / length, 0)
+    return kernels * scale[..., :, None] * scale[..., None, :]
+
+
+def spectrum(kernels: Tensor) -> Tensor:
+    """Return all eigenvalues of symmetric kernels [U, M, M]: float64 [U, M] on the CPU, the largest first."""
+    return torch.linalg.eigvalsh(kernels.double().cpu()).flip(-1).clamp_min(0)
+
+
+def principal_eigenvalues(kernels: Tensor, exact: int = EXACT, tolerance: float = 1e-10) -> Tensor:
+    """Return the largest eigenvalue of each kernel [U, M, M]: float64 [U] on the CPU.
+
+    Exact up to `exact` rows, else by power iteration, until it changes by less than `tolerance` of itself.
+    """
+    if kernels.shape[-1] <= exact:
+        return spectrum(kernels)[..., 0]
+    kernels = kernels.double()
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(kernels.shape[-1], 1, generator=generator, dtype=torch.float64).to(kernels.device)
+    vector = vector.expand(len(kernels), -1, -1) / vector.norm()
+    value = torch.zeros(len(kernels), 1, 1, dtype=torch.float64, device=kernels.device)
+    for _ in range(10_000):
+        before, product = value, kernels @ vector
+        value = product.norm(dim=1, keepdim=True)
+        vector = product / value.clamp_min(torch.finfo(torch.float64).tiny)
+        if (value - before).abs().le(tolerance * value).all():
+            break
+    return value.flatten().cpu()
+
+
+def effective_rank(eigenvalues: Tensor) -> Tensor:
+    """Return exp of the entropy of each spectrum [U, M], from 1 to M (Roy & Vetterli, EUSIPCO 2007): [U]."""
+    share = eigenvalues / eigenvalues.sum(-1, keepdim=True).clamp_min(torch.finfo(eigenvalues.dtype).tiny)
+    return torch.exp(-torch.special.xlogy(share, share).sum(-1))
+
+
+def probe_bytes(model: nn.Module, units: Sequence[Unit], image_shape: tuple[int, ...]) -> int:
+    """Return the memory that each image of a probe (with `outputs="all"` each logit of it) needs: what is kept for the
+    backward pass, in bytes.
+
+    Counted on the meta device. The kernels themselves, U·M², and one layer's gradients come on top.
+    """
+    model = copy.deepcopy(model).to("meta")
+    owners, kept = _owners(model, units), {}
+    fixed = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in fixed:
+            kept[storage._cdata] = storage  # kept alive, or another one would take its place
+        return tensor
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        keep(inputs[0])
+        return output if output.requires_grad else output.detach().requires_grad_().clone()
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in owners:
+        model.get_submodule(name).register_forward_hook(hook)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.eval()(torch.empty(1, *image_shape, device="meta", dtype=next(model.parameters()).dtype))
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+
+
+# -- one layer ------------------------------------------------------------------------------------------------------------
+
+Owner = int | tuple[Tensor, Tensor]  # the unit that has the whole parameter, or rows [R] and the unit of each
+
+
+def _owners(model: nn.Module, units: Sequence[Unit]) -> dict[str, dict[str, Owner]]:
+    """Return for each layer: its parameters' short names → the units that they belong to."""
+    parts: dict[str, list[tuple[int, Ranges | None]]] = {}
+    for index, unit in enumerate(units):
+        for name, ranges in unit.rows.items():
+            parts.setdefault(name, []).append((index, ranges))
+    owners: dict[str, dict[str, Owner]] = {}
+    for name, mine in parts.items():
+        layer, _, short = name.rpartition(".")
+        if next(model.get_submodule(layer).children(), None) is not None:
+            raise ValueError(f"parameter {name} belongs to no layer of its own; use kernel_by_definition for it")
+        if any(ranges is None for _, ranges in mine):
+            if len(mine) > 1:
+                raise ValueError(f"parameter {name} belongs to two units: {' and '.join(units[i].name for i, _ in mine)}")
+            owner: Owner = mine[0][0]
+        else:
+            rows = [row for _, ranges in mine for first, end in ranges for row in range(first, end)]
+            unit = [index for index, ranges in mine for first, end in ranges for _ in range(first, end)]
+            device = model.get_parameter(name).device
+            owner = torch.tensor(rows, device=device), torch.tensor(unit, device=device)
+        owners.setdefault(layer, {})[short] = owner
+    return owners
+
+
+def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor, delta: Tensor) -> None:
+    """Add what one layer's parameters give to the kernels, from inputs x [M, …, I] and gradients of its outputs."""
+    if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and _is_matrix(layer)):
+        x, delta = _places(layer, x, delta)
+        for short, owner in owners.items():
+            if short == "weight" and isinstance(owner, int):
+                kernels[owner] += _weight_kernel(x, delta)
+            elif short == "weight":
+                _add_weight_rows(kernels, *owner, x, delta)
+            else:
+                _add_gradients(kernels, owner, delta.sum(1))
+        return
+
+    bare = copy.copy(layer)
+    bare._forward_hooks = OrderedDict()  # or it would be watched again
+
+    def one(parameters: dict[str, Tensor], x: Tensor, delta: Tensor) -> dict[str, Tensor]:
+        return vjp(lambda p: functional_call(bare, p, (x[None],)), parameters)[1](delta[None])[0]
+
+    parameters = {short: layer.get_parameter(short).detach().to(x.dtype) for short in owners}
+    gradients = vmap(one, (None, 0, 0))(parameters, x, delta)
+    for short, owner in owners.items():
+        _add_gradients(kernels, owner, gradients[short])
+
+
+def _is_matrix(layer: nn.Conv2d) -> bool:
+    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _places(layer: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return inputs [M, T, I] and output gradients [M, T, O] of a layer that is a matrix product at each place."""
+    if isinstance(layer, nn.Conv2d):
+        x = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)
+        return x, delta.flatten(2).transpose(1, 2)
+    return x.reshape(len(x), -1, x.shape[-1]), delta.reshape(len(delta), -1, delta.shape[-1])
+
+
+def _weight_kernel(x: Tensor, delta: Tensor) -> Tensor:
+    """Return the kernel [M, M] of a whole weight matrix, whichever way is less work.
+
+    Inner products of gradients are sums over pairs of places of (x·x′)(δ·δ′), which spares the gradients themselves.
+    """
+    (m, t, i), o = x.shape, delta.shape[2]
+    pairs = (m * t) ** 2
+    if pairs <= CHUNK and pairs * (i + o) <= m * i * o * (t + m):
+        products = (x.reshape(m * t, i) @ x.reshape(m * t, i).T) * (delta.reshape(m * t, o) @ delta.reshape(m * t, o).T)
+        return products.view(m, t, m, t).sum((1, 3))
+    kernel = x.new_zeros(m, m)
+    for part in delta.split(max(1, CHUNK // (m * i)), dim=2):
+        gradients = (part.transpose(1, 2) @ x).flatten(1)
+        kernel += gradients @ gradients.T
+    return kernel
+
+
+def _add_weight_rows(kernels: Tensor, rows: Tensor, units: Tensor, x: Tensor, delta: Tensor) -> None:
+    m, _, i = x.shape
+    for some, owner in zip(*(index.split(max(1, CHUNK // (m * i))) for index in (rows, units)), strict=True):
+        gradients = (delta[:, :, some].transpose(1, 2) @ x).transpose(0, 1)  # [R, M, I]
+        kernels.index_add_(0, owner, gradients @ gradients.transpose(1, 2))
+
+
+def _add_gradients(kernels: Tensor, owner: Owner, gradients: Tensor) -> None:
+    """Add the inner products of gradients [M, rows of the parameter, …]."""
+    if isinstance(owner, int):
+        gradients = gradients.flatten(1)
+        kernels[owner] += gradients @ gradients.T
+    else:
+        rows, units = owner
+        gradients = gradients.flatten(2) if gradients.ndim > 2 else gradients[..., None]
+        gradients = gradients[:, rows].transpose(0, 1)
+        kernels.index_add_(0, units, gradients @ gradients.transpose(1, 2))

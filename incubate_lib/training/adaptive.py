@@ -1,0 +1,157 @@
+"""Modular Adaptive Training within the loop: when the units are looked at, which train from then on, what that costs."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from incubate_lib.config import MATSettings, SettingsError
+from incubate_lib.method.mat import PartialUpdates, choose, gradient_norms, same_number
+from incubate_lib.method.mntk import (
+    EXACT,
+    effective_rank,
+    modular_kernels,
+    normalised,
+    principal_eigenvalues,
+    probe_bytes,
+    spectrum,
+)
+from incubate_lib.method.units import Unit, find_units
+from incubate_lib.training.costs import train_flops_per_image
+from incubate_lib.training.data import ImageSet
+from incubate_lib.training.schedule import derive_seed
+from incubate_lib.training.stream import StreamedSet
+from incubate_lib.training.team import ALONE, Team
+
+MEMORY_SHARE = 0.8  # of the free memory that a probe may take
+
+
+class Adaptive:
+    """Looks at a model's units now and then, lets them rest or train, and counts what an update costs meanwhile.
+
+    The probe is the first images of a random order of the training images, as they are judged. SettingsError when the
+    kernels of that many do not fit into the memory that is free.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: ImageSet | StreamedSet,
+        settings: MATSettings,
+        *,
+        steps_per_epoch: int,
+        flops_per_image: int,
+        seed: int,
+        team: Team = ALONE,
+    ) -> None:
+        self.model, self.settings, self.seed, self.team = model, settings, seed, team
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(derive_seed(seed, "probe")))
+        self.images, self.labels = train.some(order[: settings.probe])
+        self.units = find_units(model, settings.units)
+        self.every = max(1, round(settings.every_epochs * steps_per_epoch))
+        self.warmup = round(settings.warmup_epochs * steps_per_epoch)
+        check_probe(model, self.units, self.images, settings, train.num_classes)
+        self.updates = PartialUpdates(model, self.units, self.images[:1], cut=settings.cut, stop_error=settings.stop_error)
+        self.active = torch.ones(len(self.units), dtype=torch.bool)
+        self.history: list[list[float]] = []  # principal eigenvalues [E][U]
+        self.flops_of: dict[tuple[bool, ...], int] = {tuple(self.active.tolist()): flops_per_image}
+        self.evaluation_flops = self._count_evaluation() if team.is_first else 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether the units are looked at before update `step`."""
+        return step % self.every == 0 and step // self.every == len(self.history)
+
+    def look(self, step: int) -> dict[str, Any]:
+        """Evaluate the kernels, decide which units train from here on, and return a record. This is training time."""
+        how = self.settings
+        kernels = modular_kernels(self.model, self.units, self.images, outputs=how.outputs)
+        kernels = normalised(kernels) if how.normalised else kernels
+        ranks = None
+        if kernels.shape[-1] <= EXACT:
+            eigenvalues = spectrum(kernels)
+            ranks, eigenvalues = effective_rank(eigenvalues).tolist(), eigenvalues[:, 0]
+        else:
+            eigenvalues = principal_eigenvalues(kernels)
+        eigenvalues = self.team.share(eigenvalues)
+        if not eigenvalues.isfinite().all():
+            raise FloatingPointError(f"an eigenvalue of the modular NTK is not finite before update {step}; is the lr too high?")
+        self.history.append(eigenvalues.tolist())
+        record: dict[str, Any] = {"step": step, "eigenvalues": self.history[-1], "effective_ranks": ranks, "cut": None}
+        if step >= self.warmup:
+            choice = choose(torch.tensor(self.history).double(), alpha=how.alpha, beta=how.beta, threshold=how.threshold)
+            self.active = self._ranked(choice.active, eigenvalues, step)
+            record |= {"cut": choice.cut, "forced": choice.forced}
+        return record | {"active": self.active.int().tolist()}
+
+    def _ranked(self, active: Tensor, eigenvalues: Tensor, step: int) -> Tensor:
+        """Return the units that train: MAT's, or as many by another ranking, for a control."""
+        if self.settings.rank == "mntk":
+            return active
+        if self.settings.rank == "inverted":
+            scores = -eigenvalues
+        elif self.settings.rank == "random":
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "mat", step))
+            scores = torch.rand(len(active), generator=generator)
+        else:
+            scores = self.team.share(gradient_norms(self.model, self.units, self.images, self.labels))
+        return same_number(active, scores)
+
+    def wanted(self, step: int) -> Tensor:
+        """Return the units [U] that train in update `step`: with Multirate now and then all."""
+        slow = self.settings.slow_every
+        return torch.ones_like(self.active) if slow and step % slow == 0 else self.active
+
+    def flops_per_image(self, active: Tensor) -> int:
+        """Return the counted FLOPs of a training image while exactly these units train; they must be applied."""
+        key = tuple(active.tolist())
+        if key not in self.flops_of:
+            self.flops_of[key] = train_flops_per_image(self.model, tuple(self.images.shape[1:]))
+        return self.flops_of[key]
+
+    def _count_evaluation(self) -> int:
+        model = copy.deepcopy(self.model).to("meta")
+        images = torch.empty_like(self.images, device="meta")
+        with FlopCounterMode(display=False) as counter:
+            modular_kernels(model, self.units, images, outputs=self.settings.outputs)
+            if self.settings.rank == "gradient_norm":
+                gradient_norms(model, self.units, images, self.labels.to("meta"))
+        return counter.get_total_flops()
+
+    def state(self) -> dict[str, Any]:
+        return {"history": self.history, "active": self.active.tolist()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.history, self.active = state["history"], torch.tensor(state["active"], dtype=torch.bool)
+
+
+def check_probe(model: nn.Module, units: Sequence[Unit], images: Tensor, settings: MATSettings, num_classes: int) -> None:
+    """Raise SettingsError when a probe needs more memory than is free, and say how many images would do."""
+    free = free_memory(images.device)
+    if free is None:
+        return
+    rows = num_classes if settings.outputs == "all" else 1  # of the kernels, an image
+    per_image = rows * probe_bytes(model, units, tuple(images.shape[1:]))
+    most = len(images)
+    while most and most * per_image + len(units) * (most * rows) ** 2 * 4 > MEMORY_SHARE * free:
+        most -= 1
+    if most < len(images):
+        told = (
+            f"mat.probe is {len(images)}; with mat.units {settings.units} and mat.outputs {settings.outputs} the kernels of so "
+        )
+        told += f"many images need more memory than is free ({free / 2**30:.1f} GiB)"
+        raise SettingsError(f"{told}; it may be {most} at most" if most > 1 else f"{told}, and so do those of two images")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that are free on a device; None where nobody knows."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
