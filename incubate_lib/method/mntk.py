@@ -114,8 +114,14 @@ def normalised(kernels: Tensor) -> Tensor:
 
 
 def spectrum(kernels: Tensor) -> Tensor:
-    """Return all eigenvalues of symmetric kernels [U, M, M]: float64 [U, M] on the CPU, the largest first."""
-    return torch.linalg.eigvalsh(kernels.double().cpu()).flip(-1).clamp_min(0)
+    """Return all eigenvalues of symmetric kernels [U, M, M]: float64 [U, M] on the CPU, the largest first.
+
+    Those of a kernel that is not finite are NaN.
+    """
+    kernels = kernels.double().cpu()
+    finite = kernels.isfinite().flatten(-2).all(-1)
+    values = torch.linalg.eigvalsh(torch.where(finite[..., None, None], kernels, 0)).flip(-1).clamp_min(0)
+    return torch.where(finite[..., None], values, torch.nan)
 
 
 def principal_eigenvalues(kernels: Tensor, exact: int = EXACT, tolerance: float = 1e-10) -> Tensor:

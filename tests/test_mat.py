@@ -1,0 +1,487 @@
+"""Modular Adaptive Training: who rests, what resting means to the last bit, what it saves."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from incubate_lib.config import DataSettings, MATSettings, SettingsError, TrainingSettings
+from incubate_lib.method.incubation import make_hybrid
+from incubate_lib.method.mat import PartialUpdates, choose, gradient_norms, same_number
+from incubate_lib.method.partition import split
+from incubate_lib.method.units import find_units
+from incubate_lib.training import adaptive
+from incubate_lib.training.costs import train_flops_per_image
+from incubate_lib.training.data import load_data
+from incubate_lib.training.loop import Trainer, compiled, make_optimizer
+
+
+def vit(depth: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=24, depth=depth, num_heads=3, in_chans=1, num_classes=4
+    )
+
+
+def vgg() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vgg11_bn", in_chans=1, num_classes=4, mlp_ratio=1 / 512)
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("resnet10t", in_chans=1, num_classes=4)
+
+
+NETWORKS = {
+    "heads": (vit, 8), "sublayers": (vit, 8), "blocks": (vit, 8), "conv_layers": (vgg, 32), "filters": (resnet, 32),
+}  # fmt: skip
+
+
+def images_for(size: int) -> torch.Tensor:
+    return torch.randn(8, 1, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: nn.Module, images: torch.Tensor, run=None) -> dict[str, torch.Tensor]:
+    model.train().zero_grad()
+    F.cross_entropy((run or model)(images).float(), torch.arange(8) % 4).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# -- the threshold --------------------------------------------------------------------------------------------------------
+
+VALUES = torch.tensor([[1.0, 2.0, 3.0, 4.0, 10.0]]).double()
+
+
+@pytest.mark.parametrize(
+    ("how", "active"),
+    [
+        ({"threshold": "ratio", "alpha": 0.0}, [1, 1, 1, 1, 1]),
+        ({"threshold": "ratio", "alpha": 0.2}, [0, 0, 1, 1, 1]),  # the cut is 1 + 0.2 · 9 = 2.8
+        ({"threshold": "ratio", "alpha": 1.0}, [0, 0, 0, 0, 1]),
+        ({"threshold": "quantile", "alpha": 0.0}, [1, 1, 1, 1, 1]),
+        ({"threshold": "quantile", "alpha": 0.5}, [0, 0, 1, 1, 1]),
+        ({"threshold": "quantile", "alpha": 1.0}, [0, 0, 0, 0, 1]),
+        ({"threshold": "mass", "alpha": 0.0}, [1, 1, 1, 1, 1]),
+        ({"threshold": "mass", "alpha": 0.3}, [0, 0, 0, 1, 1]),  # 10 + 4 of 20
+        ({"threshold": "mass", "alpha": 1.0}, [0, 0, 0, 0, 1]),
+    ],
+)
+def test_modular_threshold(how, active):
+    choice = choose(VALUES, **how)
+    assert choice.active.int().tolist() == active and not choice.forced
+    assert VALUES[0][choice.active].min() >= choice.cut > (VALUES[0][~choice.active].max() if 0 in active else -1)
+
+
+def test_temporal_threshold_rests_what_no_longer_moves_and_lets_it_come_back():
+    history = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 2.0], [3.0, 4.0]]).double()
+    acts = [choose(history[: n + 1], alpha=0.0, beta=0.5).active.tolist() for n in range(4)]
+    assert acts == [[True, True], [True, True], [True, False], [False, True]]  # from the third evaluation on
+
+
+def test_the_strongest_goes_on_when_everything_would_rest():
+    still = torch.tensor([[1.0, 2.0]] * 3).double() + torch.tensor([[0.0], [1.0], [1.0]]).double()
+    choice = choose(still, alpha=0.0, beta=0.1)
+    assert choice.forced and choice.active.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(("how", "told"), [({"alpha": -0.1}, "alpha is -0.1"), ({"alpha": 1.1}, "alpha is 1.1"),
+                                           ({"alpha": 0.5, "beta": -1}, "beta is -1")])  # fmt: skip
+def test_thresholds_out_of_range(how, told):
+    with pytest.raises(ValueError, match=told):
+        choose(VALUES, **how)
+    with pytest.raises(ValueError, match="an eigenvalue is nan"):
+        choose(VALUES * math.nan, alpha=0.1)
+
+
+def test_controls_take_the_same_number():
+    active = torch.tensor([True, False, True, False])
+    assert same_number(active, -torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [True, True, False, False]
+
+
+def test_gradient_norms_are_those_of_the_loss():
+    for kind in ("heads", "sublayers"):
+        model, images = vit().eval(), images_for(8)
+        units = find_units(model, kind)
+        norms = gradient_norms(model, units, images, torch.arange(8) % 4)
+        F.cross_entropy(model(images), torch.arange(8) % 4).backward()
+        for unit, norm in zip(units, norms, strict=True):
+            parts = [model.get_parameter(n).grad[slice(*r)] for n, rs in unit.rows.items() for r in rs or [(None, None)]]
+            assert norm.item() == pytest.approx(torch.cat([part.flatten() for part in parts]).norm().item(), rel=1e-4)
+
+
+# -- gradients ------------------------------------------------------------------------------------------------------------
+
+
+def masks(number: int) -> list[torch.Tensor]:
+    """Some rest, others rest, the upper half trains, all train again."""
+    generator = torch.Generator().manual_seed(2)
+    some = torch.rand(number, generator=generator) < 0.5
+    some[0] = True
+    return [some, ~some | (torch.arange(number) == number - 1), torch.arange(number) >= number // 2, torch.ones(number).bool()]
+
+
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_what_is_active_has_the_gradients_of_full_training_and_what_rests_none(kind, cut):
+    build, size = NETWORKS[kind]
+    model, images = build(), images_for(size)
+    full = gradients(build(), images)
+    scale = max(g.abs().max() for g in full.values())
+    updates = PartialUpdates(model, find_units(model, kind), images[:1], cut=cut)
+    owned = {name for unit in updates.units for name in unit.rows}
+    for active in masks(len(updates.units)):
+        updates.apply(active)
+        found = gradients(model, images)
+        updates.hand_over()
+        for piece in updates.pieces:
+            if piece.unit is not None and not active[piece.unit]:
+                assert piece.leaf.grad is None and (piece.rows is not None or piece.name not in found)
+                continue
+            if piece.name not in owned and piece.leaf.grad is None:
+                lowest = min(height for height, on in zip(updates.heights, active, strict=True) if on)
+                assert cut and updates.height[piece.name] < lowest
+                continue
+            expected = full[piece.name] if piece.rows is None else full[piece.name][piece.rows]
+            torch.testing.assert_close(piece.leaf.grad, expected, rtol=1e-4, atol=1e-6 * scale.item())
+    assert found.keys() == full.keys()  # all were active at the end
+
+
+def test_below_the_lowest_active_unit_nothing_is_computed():
+    model, images = vit(), images_for(8)
+    updates = PartialUpdates(model, find_units(model, "blocks"), images[:1])
+    updates.apply(torch.tensor([False, False, True]))
+    assert set(gradients(model, images)) == {n for n in model.state_dict() if n.startswith(("blocks.2.", "norm.", "head."))}
+    assert not model.blocks[1](torch.randn(1, 5, 24)).requires_grad  # no graph is built there
+    updates.apply(torch.tensor([True, False, True]))  # the lowest unit trains, and so does the stem below it
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= set(gradients(model, images))
+
+
+@pytest.mark.parametrize("kind", ["sublayers", "blocks"])
+def test_stopped_error_takes_the_skip_connection_only(kind):
+    """As if a resting branch were a constant that is added."""
+    model, images = vit(), images_for(8)
+    updates = PartialUpdates(model, find_units(model, kind), images[:1], stop_error=True)
+    active = torch.ones(len(updates.units)).bool()
+    active[1] = False
+    for mask in (active, ~active):
+        updates.apply(mask)
+        found = gradients(model, images)
+        expected = vit()
+        for unit, on in zip(find_units(expected, kind), mask, strict=True):
+            for name in () if on else {n.rpartition(".")[0] for n in unit.entrances}:
+                block = expected.get_submodule(name)
+                parts = unit.entrances if kind == "blocks" else unit.entrances[:1]
+                for entrance in parts:
+                    layer = entrance.rpartition(".")[2]
+                    branch = (block.attn, block.ls1) if layer == "norm1" else (block.mlp, block.ls2)
+                    branch[0].register_forward_hook(lambda module, inputs, output: output.detach())
+        reference = gradients(expected, images)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, reference[name], rtol=1e-5, atol=1e-7)
+    updates.apply(torch.ones(len(updates.units)).bool())
+    torch.testing.assert_close(gradients(model, images), gradients(vit(), images), rtol=1e-5, atol=1e-7)
+
+
+def test_stopped_error_of_rows_is_that_of_the_active_rows():
+    layer = nn.Sequential(nn.Linear(6, 6), nn.Conv2d(1, 4, 3, padding=1, stride=2))
+    from incubate_lib.method.mat import _with_rows
+
+    for plain, x in ((layer[0], torch.randn(5, 6)), (layer[1], torch.randn(2, 1, 7, 7))):
+        rows = torch.tensor([0, 3])
+        divided = _with_rows("x", plain)
+        divided.divide(rows, stop_error=True)
+        x.requires_grad_()
+        out = divided(x)
+        delta = torch.randn_like(out)
+        dim = -1 if isinstance(plain, nn.Linear) else 1
+        (to_x,) = torch.autograd.grad(out, x, delta)
+        kept = torch.zeros_like(delta).index_copy(dim, rows, delta.index_select(dim, rows))
+        (expected,) = torch.autograd.grad(plain(x), x, kept)
+        torch.testing.assert_close(to_x, expected)
+
+
+def test_stopped_error_needs_a_way_around():
+    model = vgg()
+    with pytest.raises(ValueError, match="the error has no way around these units"):
+        PartialUpdates(model, find_units(model, "conv_layers"), images_for(32)[:1], stop_error=True)
+
+
+def test_rows_of_unusual_layers_cannot_rest_alone():
+    model = timm.create_model("resnet10t", in_chans=1, num_classes=4)
+    model.conv1[0] = nn.Conv2d(1, 24, 3, stride=2, padding=1, padding_mode="reflect")
+    with pytest.raises(ValueError, match=r"rows of conv1\.0 .* cannot rest alone"):
+        PartialUpdates(model, find_units(model, "filters"), images_for(32)[:1])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["heads", "sublayers", "conv_layers", "filters"])
+def test_compiled_gradients_equal_eager_ones_after_every_change(kind, precision):
+    """torch.compile may reuse a graph of other trainable parameters (pytorch issue 139476), so each change compiles anew."""
+    build, size = NETWORKS[kind]
+    model, images = build(), images_for(size)
+    updates = PartialUpdates(model, find_units(model, kind), images[:1])
+    for active in masks(len(updates.units)):
+        updates.apply(active)
+        runner = compiled(model, "default", backend="aot_eager")
+
+        def run(x, called=model):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                return called(x)
+
+        eager = gradients(model, images, run)
+        fast = gradients(model, images, lambda x, runner=runner: run(x, runner))
+        assert eager.keys() == fast.keys()
+        scale = max(g.abs().max().item() for g in eager.values())
+        for name in eager:
+            tolerance = 2e-2 if precision == "bfloat16" else 1e-6
+            torch.testing.assert_close(fast[name], eager[name], rtol=tolerance, atol=tolerance * scale)
+
+
+# -- updates --------------------------------------------------------------------------------------------------------------
+
+
+def data_of(size: int):
+    source = DataSettings(source="synthetic", num_images=96, num_classes=4, image_size=size, channels=1, test_images=32)
+    return load_data(source)[0]
+
+
+def trainer_of(kind: str, mat: dict | None = None, **recipe) -> Trainer:
+    build, size = NETWORKS[kind]
+    settings = TrainingSettings(**({"epochs": 6, "batch_size": 8, "warmup_epochs": 0, "clip_grad": 1.0} | recipe))
+    how = None if mat is None else MATSettings(**({"units": kind, "probe": 4, "warmup_epochs": 0} | mat))
+    trainer = Trainer(
+        build(), data_of(size), settings, seed=0, mat=how, flops_per_image=train_flops_per_image(build(), (1, size, size))
+    )
+    trainer.model.train()
+    trainer.begin(0)
+    return trainer
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights and optimiser's state, by parameter and rows."""
+    state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    for piece in trainer.mat.updates.pieces:
+        for key, value in trainer.optimizer.state[piece.leaf].items():
+            state[f"{piece.name} {piece.rows} {key}"] = value.clone()
+    return state
+
+
+@pytest.mark.parametrize("kind", ["heads", "sublayers", "conv_layers", "filters"])
+def test_what_rests_does_not_change_by_a_bit(kind):
+    trainer = trainer_of(kind, {"alpha": 0.0})
+    trainer.adapt(0)
+    trainer.step(0)
+    updates = trainer.mat.updates
+    trainer.mat.active = masks(len(updates.units))[0]
+    before = state_of(trainer)
+    for step in (1, 2):
+        trainer.step(step)
+    after = state_of(trainer)
+    for piece in updates.pieces:
+        rests = piece.unit is not None and not trainer.mat.active[piece.unit]
+        rows = piece.rows or slice(None)
+        same = torch.equal(before[piece.name][rows], after[piece.name][rows])
+        assert same == rests or (not rests and piece.leaf.grad is None) or not piece.leaf.grad.any(), piece.name
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            name = f"{piece.name} {piece.rows} {key}"
+            assert torch.equal(before[name], after[name]) == same, name
+
+
+@pytest.mark.parametrize("kind", ["heads", "sublayers", "filters"])
+def test_with_all_units_active_it_is_full_training_to_the_last_bit(kind):
+    plain, mat = trainer_of(kind), trainer_of(kind, {"alpha": 0.0, "every_epochs": 0.25})
+    for step in range(6):
+        if mat.mat.is_due(step):
+            mat.adapt(step)
+        losses = [trainer.step(step).item() for trainer in (plain, mat)]
+        assert losses[0] == losses[1]
+    assert len(mat.mat.history) == 3
+    for (name, a), b in zip(plain.model.state_dict().items(), mat.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert mat.flops == plain.flops + 3 * mat.mat.evaluation_flops
+
+
+def test_rows_are_stepped_as_adamw_steps_whole_parameters():
+    """One optimiser over views of rows, one over the parameters: same bits, decay and its exemptions included."""
+    models = [vit(), vit()]
+    updates = PartialUpdates(models[1], find_units(models[1], "heads"), images_for(8)[:1])
+    recipe = TrainingSettings(weight_decay=0.3)
+    optimizers = [make_optimizer(models[0], recipe), make_optimizer(models[1], recipe, updates.pieces)]
+    for _ in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            gradients(model, images_for(8))
+            if model is models[1]:
+                updates.hand_over()
+            optimizer.step()
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_units_come_back_with_the_momentum_they_had():
+    trainer = trainer_of("sublayers", {"alpha": 0.0})
+    trainer.step(0)
+    rests = torch.ones(6).bool()
+    rests[2] = False
+    trainer.mat.active = rests
+    trainer.step(1)
+    weight = trainer.model.blocks[1].attn.qkv.weight
+    momentum = trainer.optimizer.state[weight]["exp_avg"].clone()
+    trainer.mat.active = torch.ones(6).bool()
+    trainer.step(2)
+    gradient, state = weight.grad, trainer.optimizer.state[weight]
+    torch.testing.assert_close(state["exp_avg"], 0.9 * momentum + 0.1 * gradient)
+    assert state["step"] == 2
+
+
+def test_multirate_drifts_with_its_momentum_between_fresh_gradients():
+    trainer = trainer_of("sublayers", {"alpha": 0.0, "slow_every": 3}, weight_decay=0.1, lr=1e-2, epochs=1)
+    trainer.mat.active = torch.arange(6) != 2
+    weight = trainer.model.blocks[1].attn.qkv.weight
+    trainer.step(0)  # every third update is fresh for all
+    for step in (1, 2):
+        before, state = weight.detach().clone(), {k: v.clone() for k, v in trainer.optimizer.state[weight].items()}
+        trainer.step(step)
+        lr = trainer.optimizer.param_groups[0]["lr"]
+        moved = state["exp_avg"] / (1 - 0.9) / ((state["exp_avg_sq"] / (1 - 0.999)).sqrt() + 1e-8)
+        torch.testing.assert_close(weight.detach(), before * (1 - lr * 0.1) - lr * moved, rtol=1e-5, atol=1e-7)
+        assert all(torch.equal(v, trainer.optimizer.state[weight][k]) for k, v in state.items())
+    before = trainer.optimizer.state[weight]["exp_avg"].clone()
+    trainer.step(3)
+    assert not torch.equal(before, trainer.optimizer.state[weight]["exp_avg"])
+
+
+# -- who trains -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", ["mntk", "random", "gradient_norm", "inverted"])
+def test_rankings(rank):
+    trainer = trainer_of("sublayers", {"threshold": "quantile", "alpha": 0.5, "rank": rank, "warmup_epochs": 0})
+    record = trainer.adapt(0)
+    values = torch.tensor(record["eigenvalues"])
+    chosen = torch.tensor(record["active"]).bool()
+    assert chosen.sum() == 3 and torch.equal(chosen, trainer.mat.updates.active)
+    order = values.argsort(descending=True).tolist()
+    if rank == "mntk":
+        assert set(chosen.nonzero().flatten().tolist()) == set(order[:3])
+    elif rank == "inverted":
+        assert set(chosen.nonzero().flatten().tolist()) == set(order[3:])
+    elif rank == "random":
+        draws = {tuple(trainer.mat._ranked(chosen, values, step).tolist()) for step in range(20)}
+        assert len(draws) > 5 and all(sum(draw) == 3 for draw in draws)
+    assert len(record["effective_ranks"]) == 6 and all(1 <= r <= 4 for r in record["effective_ranks"])
+
+
+def test_everything_trains_during_warm_up_and_is_looked_at_as_often_as_asked():
+    trainer = trainer_of("sublayers", {"alpha": 1.0, "warmup_epochs": 1.0, "every_epochs": 0.5})
+    per_epoch = 8
+    active = []
+    for step in range(2 * per_epoch + 1):
+        if trainer.mat.is_due(step):
+            trainer.adapt(step)
+            active.append((step, int(trainer.mat.updates.active.sum())))
+        trainer.step(step)
+    assert active == [(0, 6), (4, 6), (8, 1), (12, 1), (16, 1)]
+
+
+def test_the_probe_is_the_same_throughout_and_follows_from_the_seed():
+    one, two = (trainer_of("sublayers", {}) for _ in range(2))
+    assert torch.equal(one.mat.images, two.mat.images) and len(one.mat.images) == 4
+    first = one.adapt(0)["eigenvalues"]
+    one.mat.history.clear()
+    assert one.adapt(0)["eigenvalues"] == first == two.adapt(0)["eigenvalues"]
+
+
+def test_inside_a_hybrid_only_units_of_the_target_module_take_part():
+    meta, target = split(vit(2), [1, 1]), split(vit(4), [2, 2])[0]
+    hybrid = make_hybrid(meta, target, 0)
+    before = {name: value.clone() for name, value in hybrid.state_dict().items() if not name.startswith("target.")}
+    how = MATSettings(units="blocks", probe=4, threshold="quantile", alpha=1.0, warmup_epochs=0)
+    trainer = Trainer(hybrid, data_of(8), TrainingSettings(epochs=1, batch_size=8), seed=0, mat=how)
+    trainer.begin(0)
+    record = trainer.adapt(0)
+    trainer.step(0)
+    assert [unit.name for unit in trainer.mat.units] == ["target.blocks.0", "target.blocks.1"] and sum(record["active"]) == 1
+    assert all(torch.equal(value, hybrid.state_dict()[name]) for name, value in before.items())
+
+
+def without_recomputation():
+    """Attention that does not compute its products again in the backward pass: that is no part of what is counted."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+# -- what it costs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_error", [False, True])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_counted_flops_are_those_of_the_real_step(kind, stop_error):
+    if kind == "conv_layers" and stop_error:
+        pytest.skip("convolutions in a row have no way around")
+    trainer = trainer_of(kind, {"stop_error": stop_error}, clip_grad=None)
+    full = trainer.flops_now()
+    for step, active in enumerate(masks(len(trainer.mat.units))):
+        trainer.mat.active = active
+        trainer._apply(step)
+        trainer.flops_now()  # counted now, not within the step
+        with without_recomputation(), FlopCounterMode(display=False) as counter:
+            trainer.step(step)
+        assert counter.get_total_flops() == 8 * trainer.flops_now()
+        assert trainer.flops_now() == full if active.all() else trainer.flops_now() < full
+    assert trainer.flops < 4 * 8 * full
+
+
+def test_a_resting_head_saves_its_rows_of_the_weight_gradient_and_nothing_else():
+    trainer = trainer_of("heads", {"cut": False})
+    full, tokens, width, head = trainer.flops_now(), 5, 24, 8
+    active = torch.ones(9).bool()
+    active[4] = False
+    trainer.mat.active = active
+    trainer.step(0)
+    assert full - trainer.flops_now() == 2 * tokens * width * 3 * head
+
+
+def test_the_evaluations_own_cost_is_counted():
+    trainer = trainer_of("sublayers", {"probe": 4})
+    with without_recomputation(), FlopCounterMode(display=False) as counter:
+        trainer.mat.look(0)
+    assert counter.get_total_flops() == trainer.mat.evaluation_flops > 4 * train_flops_per_image(vit(), (1, 8, 8)) / 2
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_probe_that_does_not_fit_is_told_with_the_size_that_does(monkeypatch):
+    monkeypatch.setattr(adaptive, "free_memory", lambda device: 150_000)
+    with pytest.raises(SettingsError, match=r"mat.probe is 60; .*than is free \(0.0 GiB\); it may be \d+ at most") as error:
+        trainer_of("sublayers", {"probe": 60})
+    most = int(str(error.value).split("it may be ")[1].split()[0])
+    trainer_of("sublayers", {"probe": most})
+    with pytest.raises(SettingsError, match="at most"):
+        trainer_of("sublayers", {"probe": most + 1})
+    monkeypatch.setattr(adaptive, "free_memory", lambda device: 1000)
+    with pytest.raises(SettingsError, match="so do those of two images"):
+        trainer_of("sublayers", {"probe": 60})
+
+
+def test_an_eigenvalue_that_is_not_finite_ends_the_phase():
+    trainer = trainer_of("sublayers", {})
+    with torch.no_grad():
+        trainer.model.head.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="not finite before update 0"):
+        trainer.adapt(0)
+
+
+def test_a_copy_of_the_model_is_independent():
+    model, images = vit(), images_for(8)
+    updates = PartialUpdates(model, find_units(model, "heads"), images[:1])
+    updates.apply(masks(9)[0])
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(gradients(twin, images), gradients(model, images))
+    assert list(twin.state_dict()) == list(vit().state_dict())
