@@ -225,6 +225,11 @@ def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor,
             else:
                 _add_gradients(kernels, owner, delta.sum(1))
         return
+    if isinstance(layer, nn.LayerNorm):  # as below, in a third of the time; there are many of them
+        gradients = {"weight": delta * F.layer_norm(x, layer.normalized_shape, eps=layer.eps), "bias": delta}
+        for short, owner in owners.items():
+            _add_gradients(kernels, owner, gradients[short].flatten(1, -1 - len(layer.normalized_shape)).sum(1))
+        return
 
     bare = copy.copy(layer)
     bare._forward_hooks = OrderedDict()  # or it would be watched again
