@@ -17,6 +17,13 @@ STYLE = {
     "deep_incubation": {"color": "#0072B2", "marker": "s", "linestyle": "--"},
     "deep_incubation_stack": {"color": "#D55E00", "marker": "^", "linestyle": "-."},
     "deep_incubation_identity": {"color": "#009E73", "marker": "D", "linestyle": ":"},
+    "deep_incubation_mat": {"color": "#56B4E9", "marker": "v", "linestyle": "-."},
+    "end_to_end_short": {"color": "#777777", "marker": ".", "linestyle": ":"},
+    "mat": {"color": "#D55E00", "marker": "^", "linestyle": "-"},
+    "mat_random": {"color": "#0072B2", "marker": "v", "linestyle": "--"},
+    "mat_gradient_norm": {"color": "#009E73", "marker": "D", "linestyle": "-."},
+    "mat_inverted": {"color": "#CC79A7", "marker": "X", "linestyle": ":"},
+    "mat_multirate": {"color": "#E69F00", "marker": "P", "linestyle": "--"},
 }
 SPARE = [{"color": c, "marker": m, "linestyle": "-"} for c, m in zip(("#CC79A7", "#E69F00", "#56B4E9"), "vPX", strict=True)]
 FROZEN, TRAINED = "#D9D9D9", "#F5B041"
@@ -178,6 +185,7 @@ def convergence(results: Results) -> Figure:
 
     The mean over seeds, with ± one standard deviation as a band; end-to-end training on the same axis.
     """
+    cut = results.phases[results.phases["phase"] == "incubate"]["strategy"].unique()
     names = [n for n in results.curves["strategy"].unique() if n != BASELINE]
     unit, factor = flop_unit(results.phases.groupby(["strategy", "seed"])["flops"].sum().max())
     figure = Figure(figsize=(10, 3.9 * max(1, len(names))), layout="constrained")
@@ -185,7 +193,10 @@ def convergence(results: Results) -> Figure:
     for axis, name in zip(axes, names or [BASELINE], strict=True):
         _line(axis, results.curves[results.curves["strategy"] == BASELINE], 0, factor, style(BASELINE), label(BASELINE))
         if name != BASELINE:
-            _staircase(axis, results, name, factor)
+            if name in cut:
+                _staircase(axis, results, name, factor)
+            else:
+                _line(axis, results.curves[results.curves["strategy"] == name], 0, factor, style(name), label(name))
         seeds = results.strategies.loc[results.strategies["strategy"] == name, "seed"].nunique()
         axis.set(ylabel="top-1 (%)", title=f"{label(name)} against end to end (n = {seeds})")
         axis.grid(alpha=0.3)

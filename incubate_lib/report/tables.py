@@ -6,13 +6,14 @@ CSV files in data/results, so that a tracked figure can be drawn again from a tr
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 from incubate_lib.config import SettingsError, load_settings, presets
 from incubate_lib.pipeline.graph import Node, Plan, plan
+from incubate_lib.training.runs import MNTK
 
 BASELINE = "end_to_end"
 STRATEGY_COLUMNS = [
@@ -22,6 +23,7 @@ STRATEGY_COLUMNS = [
 PHASE_COLUMNS = [
     "strategy", "seed", "phase", "module_index", "start_accuracy", "accuracy", "loss", "train_loss", "epochs", "steps",
     "images_seen", "distinct_images_per_epoch", "flops", "seconds", "eval_seconds", "data_share", "devices", "lr", "parameters",
+    "looks", "look_seconds", "look_flops",
 ]  # fmt: skip
 CURVE_COLUMNS = [
     "strategy",
@@ -36,6 +38,9 @@ CURVE_COLUMNS = [
     "loss",
     "accuracy",
 ]
+MNTK_COLUMNS = [
+    "strategy", "seed", "phase", "module_index", "epoch", "step", "unit", "eigenvalue", "effective_rank", "active", "cut",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Results:
     strategies: pd.DataFrame  # STRATEGY_COLUMNS
     phases: pd.DataFrame  # PHASE_COLUMNS; a shared phase stands in every strategy that needs it
     curves: pd.DataFrame  # CURVE_COLUMNS
+    mntk: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=MNTK_COLUMNS))  # a row a unit and evaluation
     published: bool = False  # read from the project's tracked tables, not from runs of this machine
 
     def verdict(self) -> str:
@@ -61,7 +67,7 @@ class Results:
 
 def from_plan(plan: Plan) -> Results:
     """Read the records of all finished strategies of a plan, and of their phases."""
-    strategies, phases, curves = [], [], []
+    strategies, phases, curves, kernels = [], [], [], []
     for (name, seed), final in plan.finals.items():
         for node in _needed(final):
             summary = node.summary()
@@ -70,10 +76,16 @@ def from_plan(plan: Plan) -> Results:
             row = summary | {"strategy": name}  # a shared phase is recorded under the first strategy that needed it
             row |= {"flops": summary["train_flops"], "seconds": summary["train_seconds"]}
             row["lr"] = node.settings.training.peak_lr if node.settings.training else None
+            if mat := summary.get("mat"):
+                row |= {"looks": mat["evaluations"], "look_seconds": mat["seconds"], "look_flops": mat["flops"]}
             phases.append(row)
             per_step = summary["train_flops"] / summary["steps"] if summary["steps"] else 0
             shared = {"strategy": name, "seed": seed, "phase": summary["phase"], "module_index": summary["module_index"]}
-            curves += [shared | metric | {"flops": metric["step"] * per_step} for metric in node.folder.metrics()]
+            curves += [
+                shared | metric | {"flops": metric.get("train_flops", metric["step"] * per_step)}
+                for metric in node.folder.metrics()
+            ]
+            kernels += [shared | unit for unit in _units_of(node, summary)]
         if all(node.summary() for node in _needed(final)):
             summary = final.summary()
             strategies.append({"strategy": name, "seed": seed, **_strategy_row(final, summary)})
@@ -82,14 +94,29 @@ def from_plan(plan: Plan) -> Results:
         pd.DataFrame(strategies, columns=STRATEGY_COLUMNS),
         pd.DataFrame(phases, columns=PHASE_COLUMNS).astype({"module_index": "Int64"}),
         pd.DataFrame(curves, columns=CURVE_COLUMNS).astype({"module_index": "Int64"}),
+        pd.DataFrame(kernels, columns=MNTK_COLUMNS).astype({"module_index": "Int64"}),
     )
+
+
+def _units_of(node: Node, summary: dict) -> list[dict]:
+    """Return a row for each unit at each evaluation of the modular NTK."""
+    rows = []
+    for look in node.folder.metrics(MNTK):
+        ranks = look["effective_ranks"] or [None] * len(look["eigenvalues"])
+        for unit in zip(summary["mat"]["units"], look["eigenvalues"], ranks, look["active"], strict=True):
+            rows.append(dict(zip(("unit", "eigenvalue", "effective_rank", "active"), unit, strict=True)) | {
+                "epoch": look["epoch"], "step": look["step"], "cut": look["cut"],
+            })  # fmt: skip
+    return rows
 
 
 def published(name: str) -> Results:
     """Read the tracked tables of an experiment."""
     read = [pd.read_csv(results_folder() / f"{name}{part}.csv") for part in ("", "_phases", "_curves")]
     phases, curves = (table.astype({"module_index": "Int64"}) for table in read[1:])
-    return Results(name, read[0], phases.reindex(columns=PHASE_COLUMNS), curves, published=True)
+    path = results_folder() / f"{name}_mntk.csv"
+    kernels = pd.read_csv(path).astype({"module_index": "Int64"}) if path.exists() else pd.DataFrame(columns=MNTK_COLUMNS)
+    return Results(name, read[0], phases.reindex(columns=PHASE_COLUMNS), curves, kernels, published=True)
 
 
 def results_folder() -> Path:
@@ -192,6 +219,13 @@ def label(strategy: str) -> str:
         "deep_incubation": "Deep Incubation, random start (paper)",
         "deep_incubation_stack": "Deep Incubation, stack start",
         "deep_incubation_identity": "Deep Incubation, identity start",
+        "deep_incubation_mat": "Deep Incubation with MAT",
+        "end_to_end_short": "end to end, shorter",
+        "mat": "MAT",
+        "mat_random": "random units, as many",
+        "mat_gradient_norm": "largest gradients, as many",
+        "mat_inverted": "smallest eigenvalues, as many",
+        "mat_multirate": "Multirate",
     }
     return known.get(strategy, strategy.replace("_", " "))
 

@@ -1,0 +1,235 @@
+"""Modular Adaptive Training in tables and figures: what full training's accuracy cost each, and what the kernels looked like."""
+
+import math
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import LogNorm
+from matplotlib.lines import Line2D
+
+from incubate_lib.pipeline.graph import Node
+from incubate_lib.report.plots import Figure, style
+from incubate_lib.report.tables import BASELINE, Results, flop_unit, label, spread
+
+COSTS = {"flops": "training FLOPs", "train_seconds": "training seconds"}  # columns of curves
+
+
+def units_table(node: Node) -> pd.DataFrame:
+    """Return the units that a phase's network has: a row a kind, their number, the first of them and the parameters in them."""
+    import torch
+
+    from incubate_lib.method.units import count_units, find_units
+    from incubate_lib.training.phases import build_target
+
+    with torch.device("meta"):
+        model = build_target(node.settings, node.experiment.facts.num_classes)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    rows = []
+    for kind, count in count_units(model).items():
+        units = find_units(model, kind)
+        inside = sum(_size(model, unit) for unit in units)
+        rows.append({"kind": kind, "units": count, "the first": units[0].name, "of all parameters": f"{inside / whole:.0%}"})
+    return pd.DataFrame(rows).set_index("kind")
+
+
+def _size(model, unit) -> int:
+    sizes = {name: model.get_parameter(name) for name in unit.rows}
+    return sum(
+        sizes[name].numel() if ranges is None else sum(end - first for first, end in ranges) * sizes[name][0].numel()
+        for name, ranges in unit.rows.items()
+    )
+
+
+def mean_curves(results: Results, cost: str) -> dict[str, pd.DataFrame]:
+    """Return for each strategy that trains in one phase a row an evaluation: cost, accuracy, its deviation, number of seeds."""
+    curves = {}
+    for name, table in results.curves.groupby("strategy", sort=False):
+        if table["phase"].nunique() == 1:
+            grouped = table.groupby("step")
+            curves[name] = pd.DataFrame({
+                "cost": grouped[cost].mean(), "accuracy": grouped["accuracy"].mean(), "std": grouped["accuracy"].std(),
+                "seeds": grouped["seed"].nunique(),
+            })  # fmt: skip
+    return curves
+
+
+def reach(results: Results) -> pd.DataFrame:
+    """Return what each strategy spent until its mean accuracy over seeds was full training's final one, relative to all that
+    full training spent; a row a strategy. Empty without full training.
+
+    Evaluations are some epochs apart, so the true cost is up to that much smaller, for full training, too.
+    """
+    if BASELINE not in set(results.curves["strategy"]):
+        return pd.DataFrame()
+    finals = results.strategies.groupby("strategy", sort=False)
+    goal = results.curves[results.curves["strategy"] == BASELINE].groupby("step")["accuracy"].mean().iloc[-1]
+    rows: dict[str, dict[str, str]] = {}
+    for cost, told in COSTS.items():
+        curves = mean_curves(results, cost)
+        whole = curves[BASELINE]["cost"].iloc[-1]
+        for name, curve in curves.items():
+            there = curve[curve["accuracy"] >= goal]
+            row = rows.setdefault(name, {"top-1 %": spread(100 * finals.get_group(name)["accuracy"])})
+            row[f"{told}, all"] = f"{curve['cost'].iloc[-1] / whole:.3f}"
+            row[f"{told} to {100 * goal:.1f} %"] = f"{there['cost'].iloc[0] / whole:.3f}" if len(there) else "never"
+    return pd.DataFrame(rows).T.rename(index=label)
+
+
+def estimator_costs(results: Results) -> pd.DataFrame:
+    """Return what looking at the kernels cost: evaluations, seconds, and the shares of the phase's time and FLOPs."""
+    table = results.phases.reindex(
+        columns=["strategy", "phase", "module_index", "looks", "look_seconds", "look_flops", "seconds", "flops"]
+    )
+    table = table[table["looks"].fillna(0) > 0]
+    grouped = table.groupby(["strategy", "phase"], sort=False)[["looks", "look_seconds", "seconds", "look_flops", "flops"]].mean()
+    shown = pd.DataFrame({
+        "evaluations": grouped["looks"].round(1), "seconds": grouped["look_seconds"].round(2),
+        "of the training time": (grouped["look_seconds"] / grouped["seconds"]).map("{:.1%}".format),
+        "of the training FLOPs": (grouped["look_flops"] / grouped["flops"]).map("{:.1%}".format),
+    })  # fmt: skip
+    return shown.reset_index().assign(strategy=lambda t: t["strategy"].map(label))
+
+
+def verdict(results: Results) -> str:
+    """Say in words what MAT saved and whether its controls do as well, whatever the numbers are."""
+    table = reach(results)
+    if label("mat") not in table.index or label(BASELINE) not in table.index:
+        return "Nothing to say yet: it takes end_to_end and mat."
+    finals = results.strategies.pivot(index="seed", columns="strategy", values="accuracy").mul(100)
+    flops_all, flops_to = (column for column in table.columns if column.startswith(COSTS["flops"]))
+    seconds_all, seconds_to = (column for column in table.columns if column.startswith(COSTS["train_seconds"]))
+    row = table.loc[label("mat")]
+    told = [
+        f"MAT ends at {spread(finals['mat'].dropna())} %, full training at {spread(finals[BASELINE].dropna())} %; it takes "
+        f"{row[flops_all]} of the FLOPs and {row[seconds_all]} of the seconds."
+    ]
+    if row[flops_to] == "never":
+        told.append("On average over seeds it never reaches full training's final accuracy.")
+    else:
+        told.append(
+            f"Full training's final accuracy is reached for {row[flops_to]} of its FLOPs and {row[seconds_to]} of its seconds; "
+            f"by full training itself for {table.loc[label(BASELINE), flops_to]} of them."
+        )
+    for name in finals.columns:
+        if name in ("mat", BASELINE) or name not in results.phases["strategy"].unique():
+            continue
+        difference = (finals["mat"] - finals[name]).dropna()
+        if len(difference):
+            cost = table[flops_all].get(label(name))
+            told.append(f"Against {label(name)}{f' ({cost} of the FLOPs)' if cost else ''}: {_difference(difference)}.")
+    return "\n".join(told)
+
+
+def _difference(values: pd.Series) -> str:
+    from scipy import stats
+
+    told = f"{abs(values.mean()):.1f} points {'better' if values.mean() > 0 else 'worse'}"
+    if len(values) < 2:
+        return told + ", one seed only"
+    error = values.std() / math.sqrt(len(values))
+    clear = abs(values.mean()) > stats.t.ppf(0.975, len(values) - 1) * error
+    return f"{told}, {'clear' if clear else 'inside the noise'} at 95 %, {int((values > 0).sum())} of {len(values)} seeds better"
+
+
+# -- figures --------------------------------------------------------------------------------------------------------------
+
+
+def accuracy_against_costs(results: Results) -> Figure:
+    """Draw top-1 over FLOPs and over seconds for full training, MAT and controls: means over seeds, ± one deviation."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    unit, factor = flop_unit(results.curves["flops"].max())
+    panels = (("flops", factor, f"training cost ({unit})"), ("train_seconds", 1, "training time (s)"))
+    for axis, (cost, scale, name) in zip(axes, panels, strict=True):
+        for strategy, curve in mean_curves(results, cost).items():
+            look, mean = style(strategy), 100 * curve["accuracy"]
+            told = f"{label(strategy)} (n = {int(curve['seeds'].max())})"
+            axis.plot(curve["cost"] / scale, mean, markersize=4, label=told, **look)
+            deviation = 100 * curve["std"].fillna(0)
+            axis.fill_between(
+                curve["cost"] / scale, mean - deviation, mean + deviation, color=look["color"], alpha=0.1, linewidth=0
+            )
+        baseline = results.strategies[results.strategies["strategy"] == BASELINE]["accuracy"].mean()
+        if baseline == baseline:
+            axis.axhline(100 * baseline, color="#555555", linewidth=0.8, linestyle="--")
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("top-1 (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def eigenvalue_map(table: pd.DataFrame, strategy: str = "mat", seed: int | None = None) -> Figure:
+    """Draw the principal eigenvalue of every unit at every evaluation, what rests, and where the threshold was.
+
+    `table` is `Results.mntk`. Units from the input (bottom) to the output (top); a dot marks a unit that rests afterwards.
+    """
+    part = table[table["strategy"] == strategy]
+    part = part[part["seed"] == (part["seed"].min() if seed is None else seed)]
+    part = part[part["module_index"].isna() | (part["module_index"] == part["module_index"].min())]
+    part = part[part["phase"] == part["phase"].iloc[0]]
+    names = list(dict.fromkeys(part["unit"]))
+    values = part.pivot(index="unit", columns="epoch", values="eigenvalue").loc[names]
+    active = part.pivot(index="unit", columns="epoch", values="active").loc[names].to_numpy()
+    cuts = part.groupby("epoch")["cut"].first()
+    figure = Figure(figsize=(11, max(3.6, min(8, 0.14 * len(names) + 1.6))), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    positive = values.to_numpy()[values.to_numpy() > 0]
+    norm = LogNorm(positive.min(), positive.max()) if len(positive) else None
+    picture = left.imshow(values, aspect="auto", origin="lower", norm=norm, cmap="cividis", interpolation="nearest")
+    rows, columns = np.nonzero(active == 0)
+    left.scatter(columns, rows, s=5, color="white", edgecolors="black", linewidths=0.3)
+    every = max(1, len(names) // 24)
+    left.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
+    left.set_xticks(
+        range(len(values.columns)), [f"{epoch:g}" for epoch in values.columns.to_numpy().round(1)], fontsize=8, rotation=90
+    )
+    left.set(xlabel="epoch (a dot: rests from here on)", title="largest eigenvalue of each unit's kernel")
+    figure.colorbar(picture, ax=left, label="λ max")
+    for _, line in values.iterrows():
+        right.plot(values.columns, line, color="#999999", linewidth=0.5, alpha=0.7)
+    right.plot(values.columns, values.median(), color="#0072B2", label="median of units")
+    right.plot(cuts.index, cuts, color="#D55E00", linestyle="--", marker="o", markersize=3, label="threshold")
+    share = active.mean(0)
+    right.set(yscale="log", xlabel="epoch", ylabel="λ max", title=f"the threshold; {share.mean():.0%} of units active on average")
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    figure.suptitle(f"{label(strategy)}, seed {int(part['seed'].iloc[0])}, {len(names)} units", fontsize=10)
+    return figure
+
+
+def rank_against_eigenvalue(table: pd.DataFrame, strategy: str = "mat") -> Figure:
+    """Draw each unit's effective rank against its largest eigenvalue, a panel an evaluation: first, middle, last."""
+    part = table[(table["strategy"] == strategy) & table["effective_rank"].notna()]
+    steps = sorted(part["epoch"].unique())
+    chosen = [steps[i] for i in sorted({0, len(steps) // 2, len(steps) - 1})] if steps else []
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    axes = figure.subplots(1, max(1, len(chosen)), sharey=True, squeeze=False)[0]
+    for axis, epoch in zip(axes, chosen, strict=False):
+        for on, marker, color in ((1, "o", "#D55E00"), (0, "x", "#0072B2")):
+            some = part[(part["epoch"] == epoch) & (part["active"] == on)]
+            axis.scatter(some["eigenvalue"], some["effective_rank"], s=14, marker=marker, color=color, alpha=0.7)
+        axis.set(xscale="log", xlabel="λ max", title=f"epoch {epoch:g}")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("effective rank")
+    handles = [Line2D([], [], color="#D55E00", marker="o", linestyle="none", label="active"),
+               Line2D([], [], color="#0072B2", marker="x", linestyle="none", label="rests")]  # fmt: skip
+    axes[0].legend(handles=handles, fontsize=8)
+    return figure
+
+
+def gram_pictures(kernels: np.ndarray, names: list[str]) -> Figure:
+    """Draw kernels [U, M, M] as pictures: how alike the gradients of two samples are, in cosines."""
+    figure = Figure(figsize=(2.6 * len(names), 3.1), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for axis, kernel, name in zip(axes, kernels, names, strict=True):
+        picture = axis.imshow(kernel, vmin=-1, vmax=1, cmap="PuOr", interpolation="nearest")
+        axis.set(xticks=[], yticks=[], xlabel="sample")
+        axis.set_title(name, fontsize=9)
+    axes[0].set_ylabel("sample")
+    figure.colorbar(picture, ax=list(axes), label="cosine of two gradients", shrink=0.8)
+    return figure
+
+
+SHOWN = ("mat", "deep_incubation_mat")  # strategies whose kernels are kept under version control
+PUBLISHED = {"mat": accuracy_against_costs, "mntk": lambda results: eigenvalue_map(results.mntk)}
