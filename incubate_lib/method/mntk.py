@@ -219,7 +219,7 @@ def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor,
         x, delta = _places(layer, x, delta)
         for short, owner in owners.items():
             if short == "weight" and isinstance(owner, int):
-                kernels[owner] += _weight_kernel(x, delta)
+                _add_weight(kernels[owner], x, delta)
             elif short == "weight":
                 _add_weight_rows(kernels, *owner, x, delta)
             else:
@@ -255,8 +255,8 @@ def _places(layer: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]
     return x.reshape(len(x), -1, x.shape[-1]), delta.reshape(len(delta), -1, delta.shape[-1])
 
 
-def _weight_kernel(x: Tensor, delta: Tensor) -> Tensor:
-    """Return the kernel [M, M] of a whole weight matrix, whichever way is less work.
+def _add_weight(kernel: Tensor, x: Tensor, delta: Tensor) -> None:
+    """Add what a whole weight matrix gives to a kernel [M, M], whichever way is less work.
 
     Inner products of gradients are sums over pairs of places of (x·x′)(δ·δ′), which spares the gradients themselves.
     """
@@ -264,12 +264,11 @@ def _weight_kernel(x: Tensor, delta: Tensor) -> Tensor:
     pairs = (m * t) ** 2
     if pairs <= CHUNK and pairs * (i + o) <= m * i * o * (t + m):
         products = (x.reshape(m * t, i) @ x.reshape(m * t, i).T) * (delta.reshape(m * t, o) @ delta.reshape(m * t, o).T)
-        return products.view(m, t, m, t).sum((1, 3))
-    kernel = x.new_zeros(m, m)
+        kernel += products.view(m, t, m, t).sum((1, 3))
+        return
     for part in delta.split(max(1, CHUNK // (m * i)), dim=2):
         gradients = (part.transpose(1, 2) @ x).flatten(1)
-        kernel += gradients @ gradients.T
-    return kernel
+        kernel.addmm_(gradients, gradients.T)
 
 
 def _add_weight_rows(kernels: Tensor, rows: Tensor, units: Tensor, x: Tensor, delta: Tensor) -> None:
@@ -283,7 +282,7 @@ def _add_gradients(kernels: Tensor, owner: Owner, gradients: Tensor) -> None:
     """Add the inner products of gradients [M, rows of the parameter, …]."""
     if isinstance(owner, int):
         gradients = gradients.flatten(1)
-        kernels[owner] += gradients @ gradients.T
+        kernels[owner].addmm_(gradients, gradients.T)
     else:
         rows, units = owner
         gradients = gradients.flatten(2) if gradients.ndim > 2 else gradients[..., None]
