@@ -21,6 +21,7 @@ from incubate_lib.config import (
 )
 
 RUN = ["run", "digits"]
+MAT = ["run", "mat-digits", "--strategies", "mat"]
 SHORT = [part for phase in ("meta", "incubate", "finetune") for part in ("--set", f"phases.{phase}.epochs=1")]
 SHORT += [part for phase in ("meta", "incubate") for part in ("--set", f"phases.{phase}.warmup_epochs=0")]
 BAD = [  # command line → what the message must name
@@ -54,6 +55,22 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--seeds", "0", "1", "0"], "seed 0 is given twice"),
     ([*RUN, "--seeds", "-1"], "seed -1 is negative"),
     ([*RUN, "--jobs", "0"], "--jobs is 0"),
+    ([*MAT, "--set", "mat.alpha=1.5"], "mat.alpha is 1.5: Input should be less than or equal to 1"),
+    ([*MAT, "--set", "mat.alpha=-0.1"], "mat.alpha is -0.1: Input should be greater than or equal to 0"),
+    ([*MAT, "--set", "mat.aplha=0.1"], "unknown field 'mat.aplha'; did you mean alpha"),
+    (
+        [*MAT, "--set", "mat.units=filter"],
+        "mat.units is 'filter': Input should be 'heads', 'sublayers', 'blocks'",
+    ),
+    ([*MAT, "--set", "mat.units=conv_layers"], "stop_error needs a way around resting units"),
+    ([*MAT, "--set", "strategies.mat.mat.alpha=2"], "strategies.mat.mat.alpha is 2"),
+    ([*MAT, "--set", "mat.probe=5000"], "mat.probe is 5000, but there are only 1200 training images"),
+    ([*MAT, "--set", "mat.probe=1"], "mat.probe is 1"),
+    (["run", "mat-digits", "--devices", "2"], "mat.slow_every of strategy mat_multirate is a control for one device"),
+    (
+        [*MAT, "--set", "partition=null", "--set", "model.name=vgg11", "--set", "model.options={}", "--set", "mat.units=heads"],
+        "partition is missing",
+    ),
     ([*RUN, "--devices", "0"], "machine.devices is 0"),
     ([*RUN, "--devices", "3"], "batch_size 32 in phase end_to_end of strategy end_to_end is not divisible by machine.devices 3"),
     ([*RUN, "--set", "training.micro_batch=5"], "batch_size 32 is not divisible by micro_batch 5"),
@@ -122,7 +139,18 @@ def test_bad_input(arguments, message, data_folder, capsys):
         ("", "must be a mapping"),
         ("a: !!python/object/apply:os.system ['true']", "not plain YAML"),
         ("a: [1", "not plain YAML"),
-        ("model: {depth: 4}", "partition is missing"),
+        ("model: {depth: 4}", "partition is missing, which deep_incubation needs: give num_modules or target_depths"),
+        ("model: {name: vgg11}\nrun: [deep_incubation_mat]", "partition is missing"),
+        ("model: {name: vgg11, img_size: 8, in_chans: 1}\npartition: {num_modules: 2}", "is a VGG, not a plain timm VisionTransformer"),
+        ("strategies: {a: {kind: end_to_end, mat_phases: [end_to_end]}}\nrun: [a]", "mat_phases has no meaning without mat"),
+        (
+            "strategies: {a: {kind: end_to_end, mat: {}, mat_phases: [meta]}}\nrun: [a]",
+            "mat_phases names meta, but kind",
+        ),
+        ("strategies: {a: {kind: end_to_end, mat: {alpa: 1}}}\nrun: [a]", "'strategies.a.mat.alpa'; did you mean alpha"),
+        ("strategies: {a: {kind: end_to_end, match: mat}}\nrun: [a]", "strategies.a.match is 'mat'; name a deep_incubation"),
+        ("strategies: {a: {kind: end_to_end, match: b}}\nrun: [a]", "strategies.a.match is 'b'"),
+        ("data: {source: folder, pad: 2}\npartition: {num_modules: 4}", "pad has no meaning for streamed images"),
         ("training: {epochs: 2}\ntraining: {lr: 1e-3}", "'training' stands there twice"),
         ("strategies: {end_to_end: deep_incubation}", "strategies.end_to_end is 'deep_incubation'"),
     ],

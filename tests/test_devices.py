@@ -20,7 +20,7 @@ from incubate_lib.training.launch import RankFailed
 from incubate_lib.training.lease import Lease
 from incubate_lib.training.loop import evaluate
 from incubate_lib.training.phases import train_phase
-from incubate_lib.training.runs import PhaseFolder, read_json
+from incubate_lib.training.runs import MNTK, PhaseFolder, read_json
 from incubate_lib.training.team import ALONE, Team
 
 context = multiprocessing.get_context("forkserver")
@@ -97,6 +97,24 @@ def test_two_devices_train_as_one(phase, tmp_path, monkeypatch):
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=2e-4)
     assert [node.summary()["devices"] for node in nodes] == [1, 2]
+
+
+@pytest.mark.parametrize("units", ["heads", "sublayers"])
+def test_two_devices_rest_and_train_the_same_units_as_one(units, tmp_path, monkeypatch):
+    """Whoever rests is decided once for all; the replicas are wrapped anew whenever that changes."""
+    nodes = []
+    how = [f"mat.units={units}", "mat.threshold=quantile", "mat.alpha=0.6", "mat.every_epochs=0.5", "mat.probe=4"]
+    for devices in (1, 2):
+        monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / str(devices)))
+        settings = load_settings("smoke", [*how, "training.micro_batch=8", "training.drop_path=0", "phases.end_to_end.epochs=2"])
+        nodes.append(plan(settings, ["mat"]).nodes[0])
+        together(rank_of_a_phase, devices, str(tmp_path / f"meeting-{devices}"), job_of(nodes[-1]))
+    looks = [node.folder.metrics(MNTK) for node in nodes]
+    assert len(looks[0]) == 4 and len({tuple(row["active"]) for row in looks[0]}) > 1
+    assert [row["active"] for row in looks[0]] == [row["active"] for row in looks[1]]
+    assert nodes[0].summary()["train_flops"] == nodes[1].summary()["train_flops"]
+    for a, b in zip(losses(nodes[0].folder), losses(nodes[1].folder), strict=True):
+        assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=3e-4)
 
 
 def rank_that_evaluates(rank: int, devices: int, meeting: str, out: str) -> None:

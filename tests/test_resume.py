@@ -14,7 +14,7 @@ import torch
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline.graph import open_phase, plan
 from incubate_lib.training import phases
-from incubate_lib.training.runs import PhaseFolder, Stopped, read_json
+from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, Stopped, read_json
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
@@ -340,3 +340,34 @@ class Evil:
 
     def __reduce__(self):
         return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["mat.units=heads", "mat.alpha=0.3"],  # rows of parameters, each with momentum of its own
+        ["mat.units=sublayers", "mat.alpha=0.3", "mat.stop_error=true", "training.ema=0.9"],
+        ["mat.units=blocks", "mat.alpha=0.3", "mat.beta=0.05", "strategies.mat.mat.rank=random"],
+        ["mat.units=sublayers", "mat.alpha=0.3", "strategies.mat.mat.slow_every=3"],
+    ],
+)
+def test_mat_stopped_and_resumed_equals_uninterrupted(how, tmp_path, monkeypatch):
+    """Eigenvalues, masks and counted costs included, wherever it was stopped."""
+    found = []
+    for stops in ([], [1, 2, 7]):
+        monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / str(len(stops))))
+        overrides = [*how, "mat.probe=4", "mat.every_epochs=0.5", "phases.end_to_end.epochs=3", "mat.threshold=quantile"]
+        node = plan(load_settings("smoke", [*overrides, "machine.checkpoint_seconds=0"]), ["mat"]).nodes[0]
+        for number in stops:
+            stop_after_checkpoints(node, monkeypatch, number)
+            monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / str(len(stops))))
+        summary = node.run()
+        rows = [
+            [{k: v for k, v in row.items() if "seconds" not in k} for row in node.folder.metrics(file)]
+            for file in (METRICS, MNTK)
+        ]
+        found.append((summary["weights_sha256"], summary["train_flops"], rows))
+    assert found[0] == found[1]
+    looks = found[0][2][1]
+    assert [row["step"] for row in looks] == list(range(0, 36, 6)) and len({tuple(row["active"]) for row in looks}) > 1
+    assert found[0][1] < 36 * 16 * node.experiment.facts.flops_per_image["target"] + summary["mat"]["flops"]

@@ -1,5 +1,6 @@
 """Settings files: presets and users' own, read, overridden by `--set a.b=c`, checked; and where data lies."""
 
+import copy
 import os
 import re
 from importlib import resources
@@ -35,7 +36,7 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
         is_cut = raw.get("partition") is not None or any(override.startswith("partition") for override in overrides)
         known = STRATEGIES if is_cut else UNCUT
         raw["strategies"] = {
-            name: known.get(name, {}) | (raw["strategies"].get(name) or {})
+            name: copy.deepcopy(known.get(name, {})) | (raw["strategies"].get(name) or {})
             for name in [*known, *(n for n in raw["strategies"] if n not in known)]
         }
     for override in overrides:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from incubate_lib.report import plots
+from incubate_lib.report import mat, plots
 from incubate_lib.report.tables import Results, comparison, flop_unit, hardware, label
 from incubate_lib.training.runs import read_json, write_atomic
 
@@ -62,6 +62,8 @@ def write_report(results: Results, path: Path) -> Path:
         if (phases["phase"] == "incubate").any():
             name = f"Modules: {label(strategy)}"
             parts.append(f"<h2>{html.escape(name)}</h2>{_image(plots.module_bars(phases), name)}")
+    if len(results.mntk):
+        parts += _modular_adaptive_training(results)
     parts.append("<h2>Every phase</h2>" + _table(_phase_table(results)))
     settings = (read_json(path.parent / "experiment.json") or {}).get("settings")
     if settings:
@@ -71,6 +73,21 @@ def write_report(results: Results, path: Path) -> Path:
     page += f"<title>{html.escape(title)}</title><style>{_CSS}</style></head><body>{''.join(parts)}</body></html>\n"
     write_atomic(path, page.encode())
     return path
+
+
+def _modular_adaptive_training(results: Results) -> list[str]:
+    """Return the part about strategies with MAT: what full training's accuracy cost them, and what their kernels did."""
+    told = "<br>".join(html.escape(line) for line in mat.verdict(results).splitlines())
+    parts = ["<h2>Modular Adaptive Training</h2>", f"<p>{told}</p>", _table(mat.reach(results), index=True)]
+    parts.append('<p class="note">Relative to all that full training spent; looking at the kernels is counted.</p>')
+    parts.append(_image(mat.accuracy_against_costs(results), "Accuracy against FLOPs and against seconds"))
+    for strategy in results.mntk["strategy"].unique():
+        if strategy in mat.SHOWN:
+            parts.append(
+                _image(mat.eigenvalue_map(results.mntk, strategy), f"Largest eigenvalues of each unit: {label(strategy)}")
+            )
+            parts.append(_image(mat.rank_against_eigenvalue(results.mntk, strategy), f"Effective ranks: {label(strategy)}"))
+    return [*parts, "<h3>What looking at the kernels cost</h3>", _table(mat.estimator_costs(results))]
 
 
 def _phase_table(results: Results):

@@ -165,6 +165,8 @@ def eigenvalue_map(table: pd.DataFrame, strategy: str = "mat", seed: int | None 
     `table` is `Results.mntk`. Units from the input (bottom) to the output (top); a dot marks a unit that rests afterwards.
     """
     part = table[table["strategy"] == strategy]
+    if part.empty:
+        return _nothing(strategy)
     part = part[part["seed"] == (part["seed"].min() if seed is None else seed)]
     part = part[part["module_index"].isna() | (part["module_index"] == part["module_index"].min())]
     part = part[part["phase"] == part["phase"].iloc[0]]
@@ -201,11 +203,13 @@ def eigenvalue_map(table: pd.DataFrame, strategy: str = "mat", seed: int | None 
 def rank_against_eigenvalue(table: pd.DataFrame, strategy: str = "mat") -> Figure:
     """Draw each unit's effective rank against its largest eigenvalue, a panel an evaluation: first, middle, last."""
     part = table[(table["strategy"] == strategy) & table["effective_rank"].notna()]
-    steps = sorted(part["epoch"].unique())
-    chosen = [steps[i] for i in sorted({0, len(steps) // 2, len(steps) - 1})] if steps else []
+    if part.empty:
+        return _nothing(strategy)
+    epochs = sorted(part["epoch"].unique())
+    chosen = [epochs[i] for i in sorted({0, len(epochs) // 2, len(epochs) - 1})]
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    axes = figure.subplots(1, max(1, len(chosen)), sharey=True, squeeze=False)[0]
-    for axis, epoch in zip(axes, chosen, strict=False):
+    axes = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
+    for axis, epoch in zip(axes, chosen, strict=True):
         for on, marker, color in ((1, "o", "#D55E00"), (0, "x", "#0072B2")):
             some = part[(part["epoch"] == epoch) & (part["active"] == on)]
             axis.scatter(some["eigenvalue"], some["effective_rank"], s=14, marker=marker, color=color, alpha=0.7)
@@ -215,6 +219,12 @@ def rank_against_eigenvalue(table: pd.DataFrame, strategy: str = "mat") -> Figur
     handles = [Line2D([], [], color="#D55E00", marker="o", linestyle="none", label="active"),
                Line2D([], [], color="#0072B2", marker="x", linestyle="none", label="rests")]  # fmt: skip
     axes[0].legend(handles=handles, fontsize=8)
+    return figure
+
+
+def _nothing(strategy: str) -> Figure:
+    figure = Figure(figsize=(6, 0.6))
+    figure.text(0.02, 0.4, f"No kernels of strategy {strategy} are recorded here.")
     return figure
 
 
