@@ -141,7 +141,10 @@ def test_bad_input(arguments, message, data_folder, capsys):
         ("a: [1", "not plain YAML"),
         ("model: {depth: 4}", "partition is missing, which deep_incubation needs: give num_modules or target_depths"),
         ("model: {name: vgg11}\nrun: [deep_incubation_mat]", "partition is missing"),
-        ("model: {name: vgg11, img_size: 8, in_chans: 1}\npartition: {num_modules: 2}", "is a VGG, not a plain timm VisionTransformer"),
+        (
+            "model: {name: vgg11, img_size: 8, in_chans: 1}\npartition: {num_modules: 2}",
+            "is a VGG, not a plain timm VisionTransformer",
+        ),
         ("strategies: {a: {kind: end_to_end, mat_phases: [end_to_end]}}\nrun: [a]", "mat_phases has no meaning without mat"),
         (
             "strategies: {a: {kind: end_to_end, mat: {}, mat_phases: [meta]}}\nrun: [a]",

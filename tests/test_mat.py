@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from incubate_lib.method.incubation import make_hybrid
 from incubate_lib.method.mat import PartialUpdates, choose, gradient_norms, same_number
 from incubate_lib.method.partition import split
 from incubate_lib.method.units import find_units
+from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.training import adaptive
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.data import load_data
@@ -485,3 +487,23 @@ def test_a_copy_of_the_model_is_independent():
     twin = copy.deepcopy(model)
     torch.testing.assert_close(gradients(twin, images), gradients(model, images))
     assert list(twin.state_dict()) == list(vit().state_dict())
+
+
+def test_the_readmes_loop_trains():
+    """The lines of README, run as they stand: what rests keeps its weights, the loss falls."""
+    text = (ROOT / "README.md").read_text()
+    block = next(part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "PartialUpdates" in part)
+    model, images = vit(), images_for(8)
+    labels, losses = torch.arange(8) % 4, []
+
+    def loss_function(logits, labels):
+        losses.append(F.cross_entropy(logits, labels))
+        return losses[-1]
+
+    names = {"model": model, "probe": images, "epochs": 12, "loader": [(images, labels)] * 4, "loss_function": loss_function}
+    exec(block, names)
+    assert losses[-1] < losses[0] / 2 and len(names["history"]) == 12
+    active = names["updates"].active
+    assert active.sum() == 2 and len(active) == 6  # a quarter of six, and what ties with the cut
+    resting = [piece for piece in names["updates"].pieces if piece.unit is not None and not active[piece.unit]]
+    assert resting and all(piece.leaf.grad is None for piece in resting)

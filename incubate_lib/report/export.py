@@ -20,7 +20,7 @@ def export(settings: Settings, folder: str | Path, *, strategy: str | None = Non
     when nothing fits that description, with what is finished, and when the folder is not free.
     """
     from incubate_lib.training.data import load_data
-    from incubate_lib.training.phases import load_trained, model_shape
+    from incubate_lib.training.phases import load_trained, model_shape, timm_arguments
     from incubate_lib.training.weights import check_free, save_timm
 
     folder = check_free(folder)
@@ -30,8 +30,9 @@ def export(settings: Settings, folder: str | Path, *, strategy: str | None = Non
     network = load_trained(node.settings, node.folder, facts.num_classes)
     train, _ = load_data(data, shape=model_shape(settings.model), machine=settings.machine)
     mean, std = (values.flatten().tolist() for values in (train.mean, train.std))
+    depth = {"depth": len(network.blocks)} if facts.target_depths else {}
     save_timm(
-        network, folder, settings.model.timm_arguments() | {"depth": len(network.blocks), "num_classes": facts.num_classes},
+        network, folder, timm_arguments(settings.model) | depth | {"num_classes": facts.num_classes},
         mean, std, data.crop_pct if data.is_streamed else 1.0, _card(settings, done, mean, std),
     )  # fmt: skip
     return name
@@ -65,6 +66,7 @@ def _card(settings: Settings, done: Plan, mean: list[float], std: list[float]) -
     row, phases = results.strategies.iloc[0], []
     ((name, seed), final), *_ = done.finals.items()
     summary, model, data, facts = final.summary(), settings.model, settings.data, final.experiment.facts
+    blocks = f"{sum(facts.target_depths)} blocks and " if facts.target_depths else ""
     unit, size = flop_unit(row["flops"])
     for node in done.nodes:
         s, told = node.settings, node.summary()
@@ -95,7 +97,7 @@ library_name: timm
 ---
 # {model.name}, {label(name)}
 
-An image classifier: timm's `{model.name}` with {sum(facts.target_depths)} blocks and {summary["parameters"]:,} parameters,
+An image classifier: timm's `{model.name}` with {blocks}{summary["parameters"]:,} parameters,
 trained by the strategy `{name}` of the Deep Incubation workbook ([the method](https://arxiv.org/abs/2212.04129)).
 
 | | |

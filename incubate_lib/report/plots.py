@@ -58,8 +58,10 @@ def image_rows(rows: dict[str, np.ndarray], num: int = 10) -> Figure:
 
 
 def network_diagram(depths: Sequence[int], what: str) -> Figure:
-    """Draw a whole network that trains end to end, module by module; `what` is `meta` or `target`."""
-    return _boxes([(f"{what} {i + 1}", blocks, True) for i, blocks in enumerate(depths)])
+    """Draw a whole network that trains end to end, module by module; `what` is `meta` or `target`. No depths: one piece."""
+    return _boxes(
+        [("network", 0, True)] if not depths else [(f"{what} {i + 1}", blocks, True) for i, blocks in enumerate(depths)]
+    )
 
 
 def hybrid_diagram(target_depths: Sequence[int], meta_depths: Sequence[int], index: int) -> Figure:
@@ -75,10 +77,10 @@ def _boxes(boxes: Sequence[tuple[str, int, bool]]) -> Figure:
     axis = figure.subplots()
     x = 0.0
     for name, blocks, trained in boxes:
-        width = 0.5 + 0.16 * blocks
+        width = 0.5 + 0.16 * (blocks or 12)
         look = {"facecolor": TRAINED} if trained else {"facecolor": FROZEN, "hatch": "//"}
         axis.add_patch(FancyBboxPatch((x, 0), width, 1, boxstyle="round,pad=0.04", edgecolor="black", linewidth=1.2, **look))
-        text = f"{name}\n{blocks} block{'s' if blocks > 1 else ''}"
+        text = f"{name}\n{blocks} block{'s' if blocks > 1 else ''}" if blocks else name
         paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
         axis.text(x + width / 2, 0.5, text, ha="center", va="center", fontsize=9, bbox=paper)
         if x:

@@ -47,6 +47,8 @@ class Bench:
     """Builds the variants of one network on one device at one batch size; SettingsError if there is no such network."""
 
     def __init__(self, settings: Settings, *, batch: int, classes: int, device: torch.device) -> None:
+        if settings.partition is None:
+            raise SettingsError("partition is missing: without modules there are no hybrids to measure beside end to end")
         self.settings, self.batch, self.classes, self.device = settings, batch, classes, device
         self.shape = model_shape(settings.model)
         with torch.device("meta"):

@@ -39,9 +39,7 @@ def build_model(
     """
     if not timm.is_model(settings.name):
         raise SettingsError(f"model.name: timm has no {settings.name!r}; {nearest(settings.name, timm.list_models())}")
-    arguments = settings.timm_arguments() | ({} if depth is None else {"depth": depth})
-    if not timm.get_pretrained_cfg(settings.name).fixed_input_size:  # it takes images of any size
-        arguments.pop("img_size", None)
+    arguments = timm_arguments(settings) | ({} if depth is None else {"depth": depth})
     try:
         model = timm.create_model(settings.name, num_classes=num_classes, drop_path_rate=drop_path or None, **arguments)
     except Exception as error:  # timm checks its arguments by asserts and by failing somewhere inside
@@ -53,6 +51,14 @@ def build_model(
             "apart; without partition it can be trained end to end"
         )
     return model
+
+
+def timm_arguments(settings: ModelSettings) -> dict[str, Any]:
+    """Return the arguments of a timm model that were set; those that take images of any size are not told which."""
+    arguments = settings.timm_arguments()
+    if not timm.get_pretrained_cfg(settings.name).fixed_input_size:
+        arguments.pop("img_size", None)
+    return arguments
 
 
 def build_parts(s: PhaseSettings, which: str, num_classes: int) -> list[ViTModule]:
