@@ -247,7 +247,9 @@ class PartialUpdates:
         self.heights = torch.tensor([min(self.height[name] for name in unit.rows) for unit in units])
         for layer in {name.rpartition(".")[0] for name in self.row_owner}:
             model.set_submodule(layer, _with_rows(layer, model.get_submodule(layer)))
-        self.pieces = [piece for name in self.learns for piece in self._pieces(name)]
+        pieces = [self._pieces(name) for name in self.learns]
+        self.pieces = [piece for some in pieces for piece in some]
+        self.divided = [some for some in pieces if some[0].rows is not None]
         self.detached: list[torch.utils.hooks.RemovableHandle] = []
         self.active = torch.ones(len(units), dtype=torch.bool)
 
@@ -293,11 +295,15 @@ class PartialUpdates:
 
     def hand_over(self) -> None:
         """Give each piece that is rows of a parameter its gradient, or none if it rests: optimisers pass over those."""
-        for piece in self.pieces:
-            if piece.rows is not None:
-                gradient = piece.parameter.grad
-                rests = gradient is None or (piece.unit is not None and not self.active[piece.unit])
-                piece.leaf.grad = None if rests else gradient[piece.rows]
+        active = [*self.active.tolist(), True]  # the last is for rows of no unit
+        for pieces in self.divided:
+            gradient = pieces[0].parameter.grad
+            if gradient is None:
+                parts = [None] * len(pieces)
+            else:  # all at once, because filters are thousands
+                parts = gradient.split([piece.rows.stop - piece.rows.start for piece in pieces])
+            for piece, part in zip(pieces, parts, strict=True):
+                piece.leaf.grad = part if active[-1 if piece.unit is None else piece.unit] else None
 
     @torch.no_grad()
     def drift(self, optimizer: torch.optim.AdamW) -> None:
