@@ -22,6 +22,7 @@ from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline import execution, local, notebook
 from incubate_lib.pipeline.execution import is_complete
 from incubate_lib.pipeline.graph import plan
+from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.training.runs import read_json
 
 pytestmark = pytest.mark.xdist_group("chain")  # one process, so that the chain runs once
@@ -293,3 +294,29 @@ def test_a_node_is_complete_only_with_its_notebook(chain, tmp_path, monkeypatch)
     copy.rename(tmp_path / "aside.ipynb")
     assert not is_complete(node)
     (tmp_path / "aside.ipynb").rename(copy)
+
+
+def test_mat_and_its_controls_go_through_the_notebooks_to_a_report(tmp_path):
+    strategies = ["end_to_end", "mat", "mat_multirate", "deep_incubation_mat"]
+    how = ["mat.threshold=quantile", "mat.alpha=0.6", "mat.probe=4", "mat.stop_error=true"]
+    overrides = [part for value in how for part in ("--set", value)]
+    result = incubate("run", "smoke", "--jobs", "2", "--strategies", *strategies, *overrides, folder=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = next((tmp_path / "runs").iterdir())
+    summaries = {name: read_json(run / "seed-0" / name / "summary.json") for name in ("end_to_end", "mat", "mat_multirate")}
+    cost = {name: summary["train_flops"] for name, summary in summaries.items()}
+    assert cost["mat"] < cost["mat_multirate"] < cost["end_to_end"] + summaries["mat"]["mat"]["flops"]
+    assert summaries["mat"]["steps"] == summaries["end_to_end"]["steps"] and len(summaries["mat"]["mat"]["units"]) == 12
+    module = read_json(run / "seed-0" / "deep_incubation_mat" / "incubate-1" / "summary.json")
+    assert [unit.split(".")[0] for unit in module["mat"]["units"]] == ["target"] * 4
+    assert "mat" not in read_json(run / "seed-0" / "meta" / "summary.json")
+    page = (run / "report.html").read_text()
+    assert "Modular Adaptive Training" in page and "What looking at the kernels cost" in page
+
+    environment = os.environ | {"INCUBATE_DATA": str(tmp_path)}
+    notebook_07 = ROOT / "notebooks" / "07_modular_adaptive_training.ipynb"
+    command = [sys.executable, "-m", "papermill", str(notebook_07), str(tmp_path / "07.ipynb"), "-y"]
+    parameters = json.dumps({"preset": "smoke", "overrides": how, "strategies": strategies})
+    subprocess.run([*command, parameters], env=environment, check=True, capture_output=True, timeout=300)
+    text = (tmp_path / "07.ipynb").read_text()
+    assert "Runs of this machine" in text and text.count("image/png") == 4 and "MAT ends at" in text

@@ -12,16 +12,21 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from incubate_lib.config import DataSettings, MATSettings, SettingsError, TrainingSettings
+from incubate_lib.config import DataSettings, MATSettings, SettingsError, TrainingSettings, load_settings
 from incubate_lib.method.incubation import make_hybrid
 from incubate_lib.method.mat import PartialUpdates, choose, gradient_norms, same_number
 from incubate_lib.method.partition import split
 from incubate_lib.method.units import find_units
+from incubate_lib.pipeline.graph import plan
 from incubate_lib.pipeline.notebook import ROOT
+from incubate_lib.report import mat as report_mat
+from incubate_lib.report import plots
+from incubate_lib.report.export import export
 from incubate_lib.training import adaptive
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.data import load_data
 from incubate_lib.training.loop import Trainer, compiled, make_optimizer
+from incubate_lib.training.phases import load_trained
 
 
 def vit(depth: int = 3) -> nn.Module:
@@ -507,3 +512,34 @@ def test_the_readmes_loop_trains():
     assert active.sum() == 2 and len(active) == 6  # a quarter of six, and what ties with the cut
     resting = [piece for piece in names["updates"].pieces if piece.unit is not None and not active[piece.unit]]
     assert resting and all(piece.leaf.grad is None for piece in resting)
+
+
+def test_a_vgg_is_trained_whole_shown_and_exported(data_folder, tmp_path):
+    (tmp_path / "vgg.yaml").write_text(
+        "data: {source: synthetic, num_images: 48, image_size: 28, pad: 2, test_images: 16, channels: 1}\n"
+        "model: {name: vgg11, img_size: 32, in_chans: 1, options: {mlp_ratio: 0.002}}\n"
+        "training: {epochs: 2, batch_size: 8, warmup_epochs: 0}\n"
+        "mat: {threshold: quantile, alpha: 0.5, probe: 4}\nrun: [end_to_end, mat]\n"
+    )
+    settings = load_settings(str(tmp_path / "vgg.yaml"))
+    todo = plan(settings)
+    assert [node.settings.training.epochs for node in todo.nodes] == [2, 2] and not todo.nodes[0].settings.target_depths
+    assert todo.nodes[1].settings.mat.units == "conv_layers"  # nobody chose
+    assert todo.experiment.facts.units["conv_layers"] == 10
+    todo.run()
+    full, adaptive_ = (node.summary() for node in todo.nodes)
+    assert full["train_flops"] == todo.flops["seed-0/end_to_end"] and adaptive_["train_flops"] < 1.2 * full["train_flops"]
+    assert plots.network_diagram([], "target").axes and len(report_mat.units_table(todo.nodes[1])) == 2
+    export(settings, tmp_path / "out", strategy="mat", seed=0)
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    ours = load_trained(todo.nodes[1].settings, todo.nodes[1].folder, 4)
+    images = images_for(32)
+    torch.testing.assert_close(model(images), ours(images))
+
+
+def test_padding_surrounds_the_images():
+    source = {"source": "synthetic", "num_images": 32, "image_size": 6, "channels": 1, "test_images": 8}
+    plain, padded = (load_data(DataSettings(**source, pad=pad)) for pad in (0, 2))
+    for a, b in zip(plain, padded, strict=True):
+        assert b.shape == (1, 10, 10) and torch.equal(a.images, b.images[:, :, 2:-2, 2:-2])
+        assert b.images.sum() == a.images.sum()

@@ -6,14 +6,14 @@ import pytest
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline.graph import plan
 from incubate_lib.pipeline.notebook import ROOT
-from incubate_lib.report import plots, publish, tables
+from incubate_lib.report import mat, plots, publish, tables
 from incubate_lib.report.html import write_report
 from incubate_lib.report.tables import Results, comparison, flop_unit, from_plan, load_results, published, spread
 
 PUBLISHED = sorted(
     p.stem
     for p in (ROOT / "data" / "results").glob("*.csv")
-    if not p.stem.endswith(("_phases", "_curves")) and not p.stem.startswith("bench_")
+    if not p.stem.endswith(("_phases", "_curves", "_mntk")) and not p.stem.startswith("bench_")
 )
 
 
@@ -107,6 +107,9 @@ def test_tracked_figures_can_be_drawn_from_tracked_tables(name, tmp_path):
         assert all(axis.get_xlabel() or axis.get_shared_x_axes().joined(axis, axes[-1]) for axis in axes)
         assert "(" in axes[-1].get_xlabel() and "(%)" in axes[0].get_ylabel(), "units on every axis"
         assert (ROOT / "figures" / f"{name}_{figure}.png").exists()
+    if len(tracked.mntk):
+        for figure, draw in mat.PUBLISHED.items():
+            assert draw(tracked).axes and (ROOT / "figures" / f"{name}_{figure}.png").exists()
     page = write_report(tracked, tmp_path / "report.html").read_text()
     assert "±" in page and tracked.verdict().splitlines()[0] in page
 
@@ -139,3 +142,49 @@ def test_the_settings_table_shows_only_what_has_a_meaning(data_folder):
     assert "data.source" in digits and "training.lr" in digits
     assert not {"data.num_images", "data.num_classes", "data.crop_pct", "data.train_split"} & set(digits)
     assert "data.num_images" in generated and "data.folder" not in generated
+
+
+def mat_results(curves: dict[str, list[list[float]]]) -> Results:
+    """Strategies of one phase: for each seed its accuracies, at equal distances; MAT's steps cost half of full training's."""
+    rows, finals = [], []
+    for name, seeds in curves.items():
+        step = 0.5 if name == "mat" else 1.0
+        for seed, values in enumerate(seeds):
+            rows += [
+                {"strategy": name, "seed": seed, "phase": "end_to_end", "step": i, "flops": i * step * 1e12,
+                 "train_seconds": i * step * 10, "accuracy": value}
+                for i, value in enumerate(values)
+            ]  # fmt: skip
+            finals.append({"strategy": name, "seed": seed, "accuracy": values[-1]})
+    phases = pd.DataFrame({"strategy": list(curves), "phase": "end_to_end"})
+    return Results("t", pd.DataFrame(finals), phases, pd.DataFrame(rows))
+
+
+def test_what_full_trainings_accuracy_cost_is_read_off_the_mean_curves():
+    made = mat_results({
+        "end_to_end": [[0.1, 0.5, 0.8, 0.9], [0.1, 0.5, 0.6, 0.7]],  # 80 % at the end
+        "mat": [[0.1, 0.4, 0.8, 0.9], [0.1, 0.6, 0.8, 0.9]],  # 80 % at its second evaluation, for a third
+        "mat_random": [[0.1, 0.3, 0.5, 0.7], [0.1, 0.3, 0.5, 0.7]],
+    })  # fmt: skip
+    table = mat.reach(made)
+    assert list(table.columns) == [
+        "top-1 %", "training FLOPs, all", "training FLOPs to 80.0 %", "training seconds, all", "training seconds to 80.0 %",
+    ]  # fmt: skip
+    assert table.loc["MAT"].tolist() == ["90.0 ± 0.0", "0.500", "0.333", "0.500", "0.333"]
+    assert table.loc["end to end"].tolist()[1:] == ["1.000"] * 4
+    assert table.loc["random units, as many"].tolist()[2::2] == ["never", "never"]
+    told = mat.verdict(made)
+    assert "it takes 0.500 of the FLOPs" in told and "reached for 0.333 of its FLOPs" in told
+    assert "Against random units, as many (1.000 of the FLOPs): 20.0 points better, clear at 95 %, 2 of 2 seeds better." in told
+
+
+def test_a_mat_that_loses_is_told_so():
+    made = mat_results({"end_to_end": [[0.1, 0.9]], "mat": [[0.1, 0.8]], "end_to_end_short": [[0.1, 0.85]]})
+    told = mat.verdict(made)
+    assert "never reaches full training's final accuracy" in told and "5.0 points worse, one seed only" in told
+    assert "takes end_to_end and mat" in mat.verdict(mat_results({"mat": [[0.1, 0.8]]}))
+
+
+def test_kernels_that_nobody_recorded_draw_a_sentence():
+    empty = results({"end_to_end": [0.5]}, {"end_to_end": 1.0}).mntk
+    assert "No kernels" in mat.eigenvalue_map(empty).texts[0].get_text() == mat.rank_against_eigenvalue(empty).texts[0].get_text()

@@ -33,7 +33,7 @@ def export(settings: Settings, folder: str | Path, *, strategy: str | None = Non
     depth = {"depth": len(network.blocks)} if facts.target_depths else {}
     save_timm(
         network, folder, timm_arguments(settings.model) | depth | {"num_classes": facts.num_classes},
-        mean, std, data.crop_pct if data.is_streamed else 1.0, _card(settings, done, mean, std),
+        train.shape, mean, std, data.crop_pct if data.is_streamed else 1.0, _card(settings, done, mean, std),
     )  # fmt: skip
     return name
 

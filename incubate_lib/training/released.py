@@ -46,7 +46,8 @@ def import_released(
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if settings.in_chans != 3:
         mean, std = ([sum(values) / 3] * settings.in_chans for values in (mean, std))
-    save_timm(model, folder, arguments, mean, std, DEFAULT_CROP_PCT)
+    shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    save_timm(model, folder, arguments, shape, mean, std, DEFAULT_CROP_PCT)
     return settings, list(modules[0].depths)
 
 

@@ -107,23 +107,23 @@ def check_free(folder: str | Path) -> Path:
 
 
 def save_timm(
-    model: Any, folder: str | Path, arguments: dict[str, Any], mean: Sequence[float], std: Sequence[float], crop_pct: float,
-    card: str | None = None,
+    model: Any, folder: str | Path, arguments: dict[str, Any], shape: Sequence[int], mean: Sequence[float], std: Sequence[float],
+    crop_pct: float, card: str | None = None,
 ) -> Path:  # fmt: skip
-    """Write a timm ViT as timm does (config.json, model.safetensors), and a README.md if a card is given; return the path.
+    """Write a timm model as timm does (config.json, model.safetensors), and a README.md if a card is given; return the path.
 
-    `arguments` are those that `timm.create_model` needs besides the name. The folder appears whole or not at all. Raises
-    SettingsError if something is there already or it cannot be written.
+    `arguments` are those that `timm.create_model` needs besides the name, `shape` the images: C, H, W. The folder appears
+    whole or not at all. Raises SettingsError if something is there already or it cannot be written.
     """
     from timm.models import save_for_hf
 
     folder = check_free(folder)
-    channels, size = model.patch_embed.proj.in_channels, model.patch_embed.img_size
+    own = model.pretrained_cfg
     model.pretrained_cfg = {  # nothing of the weights that timm has under this name
-        "architecture": model.pretrained_cfg["architecture"], "num_classes": model.num_classes,
-        "input_size": [channels, *size], "fixed_input_size": True, "mean": list(mean), "std": list(std),
-        "crop_pct": crop_pct, "crop_mode": "center", "interpolation": "bicubic", "classifier": "head",
-    } | ({"first_conv": "patch_embed.proj"} if channels == 3 else {})  # fmt: skip  # timm < 1.0.31 would adapt any other
+        "architecture": own["architecture"], "num_classes": model.num_classes, "input_size": list(shape),
+        "fixed_input_size": own.get("fixed_input_size", False), "mean": list(mean), "std": list(std),
+        "crop_pct": crop_pct, "crop_mode": "center", "interpolation": "bicubic", "classifier": own["classifier"],
+    } | ({"first_conv": own["first_conv"]} if shape[0] == 3 else {})  # fmt: skip  # timm < 1.0.31 would adapt any other
     half = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         half.mkdir(parents=True)
