@@ -267,7 +267,9 @@ class PartialUpdates:
     def apply(self, active: Tensor) -> bool:
         """Let exactly these units, bool [U], train from now on; return whether that is a change."""
         active = active.bool().cpu()
-        changed, self.active = not torch.equal(active, self.active), active
+        if torch.equal(active, self.active):
+            return False
+        self.active = active
         lowest = self.heights[active].min()
         if not self.cut or lowest == self.heights.min():
             lowest = -math.inf
@@ -291,7 +293,7 @@ class PartialUpdates:
             resting = (unit for unit, trains in zip(self.units, active.tolist(), strict=True) if not trains)
             entrances = [self.model.get_submodule(name) for unit in resting for name in unit.entrances]
             self.detached = [layer.register_forward_pre_hook(_detached) for layer in entrances]
-        return changed
+        return True
 
     def hand_over(self) -> None:
         """Give each piece that is rows of a parameter its gradient, or none if it rests: optimisers pass over those."""
