@@ -192,11 +192,11 @@ def eigenvalue_map(table: pd.DataFrame, strategy: str = "mat", seed: int | None 
         right.plot(values.columns, line, color="#999999", linewidth=0.5, alpha=0.7)
     right.plot(values.columns, values.median(), color="#0072B2", label="median of units")
     right.plot(cuts.index, cuts, color="#D55E00", linestyle="--", marker="o", markersize=3, label="threshold")
-    share = active.mean(0)
-    right.set(yscale="log", xlabel="epoch", ylabel="λ max", title=f"the threshold; {share.mean():.0%} of units active on average")
+    right.set(yscale="log", xlabel="epoch", ylabel="λ max", title="the threshold among all units")
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
-    figure.suptitle(f"{label(strategy)}, seed {int(part['seed'].iloc[0])}, {len(names)} units", fontsize=10)
+    told = f"{label(strategy)}, seed {int(part['seed'].iloc[0])}; {len(names)} units, {active.mean():.0%} active on average"
+    figure.suptitle(told, fontsize=10)
     return figure
 
 
