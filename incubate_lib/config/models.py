@@ -152,8 +152,7 @@ class Settings(Frozen):
                 self._check_match(name)
             for phase in PHASES_OF[strategy.kind]:
                 self._check_fits(self.training_of(name, phase), f"phase {phase} of strategy {name}")
-                if (mat := self.mat_of(name, phase)) and mat.slow_every:
-                    self._check_multirate(name)
+                self.mat_of(name, phase)  # raises where changes do not fit
         return self
 
     def _check_match(self, name: str) -> None:
@@ -163,14 +162,6 @@ class Settings(Frozen):
             raise ValueError(f"strategies.{name}.match is {match!r}; {nearest(match, self.strategies)}")
         if other.kind == "finetune" or other.mat is not None or match == name or (other.match and other.match == name):
             raise ValueError(f"strategies.{name}.match is {match!r}; name a deep_incubation or end_to_end strategy without MAT")
-
-    def _check_multirate(self, name: str) -> None:
-        """Raise ValueError where parameters that rest and train in turn would not do: wrapped or compiled at every update."""
-        if self.machine.team_size > 1 or self.machine.compile != "off":
-            raise ValueError(
-                f"mat.slow_every of strategy {name} is a control for one device without compilation, but machine.devices × "
-                f"machine.nodes is {self.machine.team_size} and machine.compile {self.machine.compile!r}"
-            )
 
     def _check_fits(self, training: TrainingSettings, where: str) -> None:
         """Raise ValueError when a recipe asks for what these images or this many devices cannot give."""

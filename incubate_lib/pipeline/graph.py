@@ -348,6 +348,12 @@ class _Planner:
             raise SettingsError(
                 f"mat.units is {units!r} in strategy {name}, but model.name {self.settings.model.name!r} has none; it has: {has}"
             )
+        machine = self.settings.machine
+        if mat.slow_every and (machine.team_size > 1 or machine.compile != "off"):  # wrapped and compiled at every update
+            raise SettingsError(
+                f"mat.slow_every of strategy {name} is a control for one device without compilation, but machine.devices × "
+                f"machine.nodes is {machine.team_size} and machine.compile {machine.compile!r}"
+            )
         if mat.probe > self.facts.num_images:
             raise SettingsError(f"mat.probe is {mat.probe}, but there are only {self.facts.num_images} training images")
         try:
