@@ -12,6 +12,7 @@ import yaml
 from incubate_lib.cli import main
 from incubate_lib.config import (
     DataSettings,
+    MATSettings,
     ModelSettings,
     PhaseSettings,
     SettingsError,
@@ -66,10 +67,18 @@ BAD = [  # command line → what the message must name
     ([*MAT, "--set", "strategies.mat.mat.alpha=2"], "strategies.mat.mat.alpha is 2"),
     ([*MAT, "--set", "mat.probe=5000"], "mat.probe is 5000, but there are only 1200 training images"),
     ([*MAT, "--set", "mat.probe=1"], "mat.probe is 1"),
+    (
+        [*MAT, "--set", "mat.warmup_epochs=30"],
+        "mat.warmup_epochs is 30, but phase end_to_end of strategy mat lasts 25.045 epochs",
+    ),
+    (
+        ["run", "digits", "--strategies", "deep_incubation_mat", "--set", "mat.units=conv_layers"],
+        "mat.units is 'conv_layers' in strategy deep_incubation_mat, but only module 1 has a convolution",
+    ),
     (["run", "mat-digits", "--devices", "2"], "mat.slow_every of strategy mat_multirate is a control for one device"),
     (
         [*MAT, "--set", "partition=null", "--set", "model.name=vgg11", "--set", "model.options={}", "--set", "mat.units=heads"],
-        "partition is missing",
+        "timm cannot build model.name 'vgg11'",
     ),
     ([*RUN, "--devices", "0"], "machine.devices is 0"),
     ([*RUN, "--devices", "3"], "batch_size 32 in phase end_to_end of strategy end_to_end is not divisible by machine.devices 3"),
@@ -152,6 +161,14 @@ def test_bad_input(arguments, message, data_folder, capsys):
         ),
         ("strategies: {a: {kind: end_to_end, mat: {alpa: 1}}}\nrun: [a]", "'strategies.a.mat.alpa'; did you mean alpha"),
         ("strategies: {a: {kind: end_to_end, match: mat}}\nrun: [a]", "strategies.a.match is 'mat'; name a deep_incubation"),
+        (
+            "partition: {num_modules: 4}\nstrategies: {a: {kind: end_to_end, match: end_to_end}, end_to_end: {match: a}}",
+            "end_to_end",
+        ),
+        (
+            "strategies: {a: {kind: end_to_end, mat: {}, mat_phases: []}}\nrun: [a]",
+            "mat_phases is []: List should have at least 1",
+        ),
         ("strategies: {a: {kind: end_to_end, match: b}}\nrun: [a]", "strategies.a.match is 'b'"),
         ("data: {source: folder, pad: 2}\npartition: {num_modules: 4}", "pad has no meaning for streamed images"),
         ("training: {epochs: 2}\ntraining: {lr: 1e-3}", "'training' stands there twice"),
@@ -270,7 +287,8 @@ def test_a_phases_hash_knows_everything_in_it():
         "phase": "meta", "seed": 1, "data": DataSettings(test_images=500), "model": ModelSettings(depth=4),
         "target_depths": [1, 3], "meta_depths": [2, 1], "module_index": 1,
         "start": "stack", "inherit_stem": True, "inherit_head": True,
-        "training": TrainingSettings(lr=2e-3), "inputs": {"meta": "abd"}, "format": 99, "precision": "bfloat16",
+        "training": TrainingSettings(lr=2e-3), "mat": MATSettings(), "inputs": {"meta": "abd"}, "format": 99,
+        "precision": "bfloat16",
     }  # fmt: skip
     assert set(other) == set(PhaseSettings.model_fields), "a new field must be part of the hash"
     changed = {plain.model_copy(update={name: value}).digest() for name, value in other.items()}

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from incubate_lib.config import DataSettings, MATSettings, SettingsError, TrainingSettings, load_settings
 from incubate_lib.method.incubation import make_hybrid
 from incubate_lib.method.mat import PartialUpdates, choose, gradient_norms, same_number
+from incubate_lib.method.mntk import modular_kernels
 from incubate_lib.method.partition import split
 from incubate_lib.method.units import find_units
 from incubate_lib.pipeline.graph import plan
@@ -198,11 +199,11 @@ def test_stopped_error_takes_the_skip_connection_only(kind):
 
 def test_stopped_error_of_rows_is_that_of_the_active_rows():
     layer = nn.Sequential(nn.Linear(6, 6), nn.Conv2d(1, 4, 3, padding=1, stride=2))
-    from incubate_lib.method.mat import _with_rows
+    from incubate_lib.method.rows import with_rows
 
     for plain, x in ((layer[0], torch.randn(5, 6)), (layer[1], torch.randn(2, 1, 7, 7))):
         rows = torch.tensor([0, 3])
-        divided = _with_rows("x", plain)
+        divided = with_rows("x", plain)
         divided.divide(rows, stop_error=True)
         x.requires_grad_()
         out = divided(x)
@@ -212,6 +213,38 @@ def test_stopped_error_of_rows_is_that_of_the_active_rows():
         kept = torch.zeros_like(delta).index_copy(dim, rows, delta.index_select(dim, rows))
         (expected,) = torch.autograd.grad(plain(x), x, kept)
         torch.testing.assert_close(to_x, expected)
+
+
+@pytest.mark.parametrize(("kind", "stop_error"), [(k, k != "conv_layers") for k in NETWORKS])
+def test_kernels_and_gradient_norms_are_whole_whatever_rests(kind, stop_error):
+    """What resting changes on the way of the error must not reach what is looked at."""
+    build, size = NETWORKS[kind]
+    model, images = build(), images_for(size)
+    updates = PartialUpdates(model, find_units(model, kind), images[:1], stop_error=stop_error)
+    looked = []
+    for active in [torch.ones(len(updates.units)).bool(), *masks(len(updates.units))[:3]]:
+        updates.apply(active)
+        model.train()
+        kernels = modular_kernels(model, updates.units, images)
+        looked.append((kernels, gradient_norms(model, updates.units, images, torch.arange(8) % 4)))
+    for kernels, norms in looked[1:]:
+        torch.testing.assert_close(kernels, looked[0][0])
+        torch.testing.assert_close(norms, looked[0][1])
+
+
+def test_a_layer_of_which_every_head_rests_passes_no_error_on():
+    model, images = vit(), images_for(8)
+    updates = PartialUpdates(model, find_units(model, "heads"), images[:1], stop_error=True)
+    active = torch.ones(9).bool()
+    active[3:6] = False  # the second block's
+    updates.apply(active)
+    found = gradients(model, images)
+    expected = vit()
+    expected.blocks[1].attn.qkv.register_forward_pre_hook(lambda layer, inputs: (inputs[0].detach(),))
+    reference = gradients(expected, images)
+    assert "blocks.1.attn.qkv.weight" not in found
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, reference[name], rtol=1e-5, atol=1e-7)
 
 
 def test_stopped_error_needs_a_way_around():
@@ -312,7 +345,7 @@ def test_with_all_units_active_it_is_full_training_to_the_last_bit(kind):
     assert len(mat.mat.history) == 3
     for (name, a), b in zip(plain.model.state_dict().items(), mat.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    assert mat.flops == plain.flops + 3 * mat.mat.evaluation_flops
+    assert mat.flops == plain.flops + 3 * mat.mat.look_flops
 
 
 def test_rows_are_stepped_as_adamw_steps_whole_parameters():
@@ -458,7 +491,7 @@ def test_the_evaluations_own_cost_is_counted():
     trainer = trainer_of("sublayers", {"probe": 4})
     with without_recomputation(), FlopCounterMode(display=False) as counter:
         trainer.mat.look(0)
-    assert counter.get_total_flops() == trainer.mat.evaluation_flops > 4 * train_flops_per_image(vit(), (1, 8, 8)) / 2
+    assert counter.get_total_flops() == trainer.mat.look_flops > 4 * train_flops_per_image(vit(), (1, 8, 8)) / 2
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------------

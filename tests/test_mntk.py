@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.layers import StdConv2d
 from torch import nn
 from torch.func import functional_call, jacrev
 
@@ -228,6 +229,14 @@ def test_a_frozen_model_has_no_units():
     assert [unit.name for unit in find_units(model, "blocks")] == ["blocks.1"]
 
 
+def test_layers_that_do_something_to_their_weights_have_kernels_of_their_own_weights():
+    model = nn.Sequential(StdConv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)).double()
+    images = torch.randn(3, 1, 6, 6, dtype=torch.float64)
+    unit = Unit("conv", {"0.weight": None})
+    expected = by_jacobian(model, [unit], images, "sum")
+    torch.testing.assert_close(modular_kernels(model, [unit], images), expected, rtol=1e-8, atol=1e-12)
+
+
 def test_what_has_no_known_kernel_is_told():
     model, images = network("vit")
     with pytest.raises(ValueError, match="parameter cls_token belongs to no layer of its own"):
@@ -235,5 +244,8 @@ def test_what_has_no_known_kernel_is_told():
     shared = nn.Sequential(layer := nn.Linear(4, 4), nn.ReLU(), layer)
     with pytest.raises(ValueError, match="layer 0 is used more than once"):
         modular_kernels(shared, [Unit("a", {"0.weight": None})], torch.randn(2, 4))
+    folded = nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4), nn.Unflatten(0, (2, 3)), nn.Flatten())
+    with pytest.raises(ValueError, match="layer 1 sees 6 inputs for 2 images"):
+        modular_kernels(folded, [Unit("a", {"1.weight": None})], torch.randn(2, 3, 4))
     with pytest.raises(ValueError, match="belongs to two units: a and b"):
         modular_kernels(shared, [Unit("a", {"0.weight": None}), Unit("b", {"0.weight": None})], torch.randn(2, 4))

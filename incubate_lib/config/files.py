@@ -33,8 +33,11 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
     raw.setdefault("name", path.stem)
     raw.setdefault("strategies", {})
     if isinstance(raw["strategies"], dict) and all(v is None or isinstance(v, dict) for v in raw["strategies"].values()):
-        is_cut = raw.get("partition") is not None or any(override.startswith("partition") for override in overrides)
-        known = STRATEGIES if is_cut else UNCUT
+        cut = {"partition": copy.deepcopy(raw.get("partition"))}
+        for override in overrides:
+            if override.startswith("partition"):
+                _override(cut, override)
+        known = UNCUT if cut["partition"] is None else STRATEGIES
         raw["strategies"] = {
             name: copy.deepcopy(known.get(name, {})) | (raw["strategies"].get(name) or {})
             for name in [*known, *(n for n in raw["strategies"] if n not in known)]

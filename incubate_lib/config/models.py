@@ -62,9 +62,11 @@ class StrategySettings(Frozen):
     inherit_stem: bool = False  # module 1 starts with the meta model's embedding
     inherit_head: bool = False  # module K starts with the meta model's norm and head
     weights: str | None = None  # deep_incubation: a trained meta model, finetune: the network; relative to data/
-    match: str | None = None  # end_to_end: as many steps as cost the training FLOPs of that one, or as that end_to_end one has
+    match: str | None = None  # end_to_end: as many steps as cost the training FLOPs of that one; as many epochs as an end_to_end
     mat: MATChanges | None = None  # Modular Adaptive Training, and what differs from the section `mat`; {} is MAT as it is there
-    mat_phases: list[Literal["meta", "incubate", "finetune", "end_to_end"]] | None = None  # none: all but meta
+    mat_phases: list[Literal["meta", "incubate", "finetune", "end_to_end"]] | None = Field(
+        None, min_length=1
+    )  # none: all but meta
     phases: PhaseChanges = PhaseChanges()
 
     @model_validator(mode="after")
@@ -160,8 +162,10 @@ class Settings(Frozen):
         other = self.strategies.get(match)
         if other is None:
             raise ValueError(f"strategies.{name}.match is {match!r}; {nearest(match, self.strategies)}")
-        if other.kind == "finetune" or other.mat is not None or match == name or (other.match and other.match == name):
+        if other.kind == "finetune" or other.mat is not None or match == name:
             raise ValueError(f"strategies.{name}.match is {match!r}; name a deep_incubation or end_to_end strategy without MAT")
+        if other.kind == "end_to_end" and other.match and self.strategies.get(other.match, other).kind == "end_to_end":
+            raise ValueError(f"strategies.{name}.match is {match!r}, which is matched to {other.match!r} itself; name that one")
 
     def _check_fits(self, training: TrainingSettings, where: str) -> None:
         """Raise ValueError when a recipe asks for what these images or this many devices cannot give."""

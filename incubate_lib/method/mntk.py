@@ -22,9 +22,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from incubate_lib.method.rows import RowConv2d, RowLinear
 from incubate_lib.method.units import Ranges, Unit
 
 Outputs = Literal["sum", "all"]  # one number a sample, the sum of its logits (the paper's side code), or every logit
@@ -57,6 +59,8 @@ def modular_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor, *, 
                 raise ValueError(f"layer {name} is used more than once in a forward pass; its kernel is not known here")
             seen.add(name)
             x = inputs[0].detach()
+            if len(x) != len(images):
+                raise ValueError(f"layer {name} sees {len(x)} inputs for {len(images)} images; its kernel is not known here")
             version = x._version
             if not output.requires_grad:  # the first of its path: the backward pass ends here
                 roots.append(output.detach().requires_grad_())
@@ -118,7 +122,10 @@ def spectrum(kernels: Tensor) -> Tensor:
 
     Those of a kernel that is not finite are NaN.
     """
-    kernels = kernels.double().cpu()
+    return torch.cat([_spectrum(some.double().cpu()) for some in kernels.split(256)])  # of thousands, some at a time
+
+
+def _spectrum(kernels: Tensor) -> Tensor:
     finite = kernels.isfinite().flatten(-2).all(-1)
     values = torch.linalg.eigvalsh(torch.where(finite[..., None, None], kernels, 0)).flip(-1).clamp_min(0)
     return torch.where(finite[..., None], values, torch.nan)
@@ -152,13 +159,13 @@ def effective_rank(eigenvalues: Tensor) -> Tensor:
 
 
 def probe_bytes(model: nn.Module, units: Sequence[Unit], image_shape: tuple[int, ...]) -> int:
-    """Return the memory that each image of a probe (with `outputs="all"` each logit of it) needs: what is kept for the
-    backward pass, in bytes.
+    """Return the memory that each image of a probe (with `outputs="all"` each logit of it) needs, in bytes: what is kept for
+    the backward pass, and the largest layer's inputs at every place of a convolution.
 
-    Counted on the meta device. The kernels themselves, U·M², and one layer's gradients come on top.
+    Counted on the meta device. The kernels themselves, U·M², and a piece of one layer's gradients come on top.
     """
     model = copy.deepcopy(model).to("meta")
-    owners, kept = _owners(model, units), {}
+    owners, kept, unfolded = _owners(model, units), {}, [0]
     fixed = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -169,6 +176,8 @@ def probe_bytes(model: nn.Module, units: Sequence[Unit], image_shape: tuple[int,
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         keep(inputs[0])
+        if _is_matrix(layer) and isinstance(layer, nn.Conv2d):
+            unfolded.append(output[0, 0].numel() * layer.weight[0].numel() * output.element_size())
         return output if output.requires_grad else output.detach().requires_grad_().clone()
 
     for parameter in model.parameters():
@@ -177,7 +186,7 @@ def probe_bytes(model: nn.Module, units: Sequence[Unit], image_shape: tuple[int,
         model.get_submodule(name).register_forward_hook(hook)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.eval()(torch.empty(1, *image_shape, device="meta", dtype=next(model.parameters()).dtype))
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in kept.values()) + max(unfolded)
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager:
@@ -215,7 +224,7 @@ def _owners(model: nn.Module, units: Sequence[Unit]) -> dict[str, dict[str, Owne
 
 def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor, delta: Tensor) -> None:
     """Add what one layer's parameters give to the kernels, from inputs x [M, …, I] and gradients of its outputs."""
-    if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and _is_matrix(layer)):
+    if _is_matrix(layer):
         x, delta = _places(layer, x, delta)
         for short, owner in owners.items():
             if short == "weight" and isinstance(owner, int):
@@ -225,7 +234,7 @@ def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor,
             else:
                 _add_gradients(kernels, owner, delta.sum(1))
         return
-    if isinstance(layer, nn.LayerNorm):  # as below, in a third of the time; there are many of them
+    if type(layer) in (nn.LayerNorm, LayerNorm):  # as below, in a third of the time; there are many of them
         gradients = {"weight": delta * F.layer_norm(x, layer.normalized_shape, eps=layer.eps), "bias": delta}
         for short, owner in owners.items():
             _add_gradients(kernels, owner, gradients[short].flatten(1, -1 - len(layer.normalized_shape)).sum(1))
@@ -243,8 +252,11 @@ def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor,
         _add_gradients(kernels, owner, gradients[short])
 
 
-def _is_matrix(layer: nn.Conv2d) -> bool:
-    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+def _is_matrix(layer: nn.Module) -> bool:
+    """Whether a layer is the product of its weight with something at each place; subclasses may do anything to their weights."""
+    if type(layer) in (nn.Conv2d, RowConv2d):
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return type(layer) in (nn.Linear, RowLinear)
 
 
 def _places(layer: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

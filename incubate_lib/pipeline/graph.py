@@ -329,7 +329,7 @@ class _Planner:
         hashes |= {"weights": self.facts.weights[weights]} if weights else {}
         model, target, meta = self.settings.model, self.facts.target_depths, self.facts.meta_depths
         if mat := phase != "assemble" and more.get("training") and self.settings.mat_of(name, phase):
-            more["mat"] = self._with_units(mat, name)
+            more["mat"] = self._with_units(mat, name, phase, more["training"])
         if phase == "meta":  # what a phase does not depend on is no part of its identity
             model, target = model.model_copy(update={"depth": None}), []
         elif phase == "end_to_end":
@@ -339,7 +339,7 @@ class _Planner:
             target_depths=target, meta_depths=meta, **more,
         )  # fmt: skip
 
-    def _with_units(self, mat: MATSettings, name: str) -> MATSettings:
+    def _with_units(self, mat: MATSettings, name: str, phase: str, training: TrainingSettings) -> MATSettings:
         """Return the settings with the kind of units resolved; SettingsError if the network has none of that kind."""
         found = self.facts.units
         units = mat.units or ("sublayers" if "sublayers" in found else "conv_layers")
@@ -347,6 +347,15 @@ class _Planner:
             has = ", ".join(f"{kind} ({count})" for kind, count in found.items()) or "no units that are known here"
             raise SettingsError(
                 f"mat.units is {units!r} in strategy {name}, but model.name {self.settings.model.name!r} has none; it has: {has}"
+            )
+        if reason := self.facts.unfit.get(units):
+            raise SettingsError(f"mat.units {units!r} of strategy {name} is not possible with this network: {reason}")
+        if phase == "incubate" and units in ("conv_layers", "filters"):
+            raise SettingsError(f"mat.units is {units!r} in strategy {name}, but only module 1 has a convolution; use sublayers")
+        if mat.warmup_epochs >= training.epochs:
+            raise SettingsError(
+                f"mat.warmup_epochs is {mat.warmup_epochs:g}, but phase {phase} of strategy {name} lasts {training.epochs:g} "
+                "epochs: nothing would ever rest"
             )
         machine = self.settings.machine
         if mat.slow_every and (machine.team_size > 1 or machine.compile != "off"):  # wrapped and compiled at every update

@@ -58,11 +58,11 @@ class Adaptive:
         self.active = torch.ones(len(self.units), dtype=torch.bool)
         self.history: list[list[float]] = []  # principal eigenvalues [E][U]
         self.flops_of: dict[tuple[bool, ...], int] = {tuple(self.active.tolist()): flops_per_image}
-        self.evaluation_flops = self._count_evaluation() if team.is_first else 0
+        self.look_flops, self.rank_flops = self._count() if team.is_first else (0, 0)
 
     def is_due(self, step: int) -> bool:
         """Whether the units are looked at before update `step`."""
-        return step % self.every == 0 and step // self.every == len(self.history)
+        return step % self.every == 0 or step == self.warmup
 
     def look(self, step: int) -> dict[str, Any]:
         """Evaluate the kernels, decide which units train from here on, and return a record. This is training time."""
@@ -79,12 +79,14 @@ class Adaptive:
         if not eigenvalues.isfinite().all():
             raise FloatingPointError(f"an eigenvalue of the modular NTK is not finite before update {step}; is the lr too high?")
         self.history.append(eigenvalues.tolist())
+        flops = self.look_flops * self.team.devices  # each does it
         record: dict[str, Any] = {"step": step, "eigenvalues": self.history[-1], "effective_ranks": ranks, "cut": None}
         if step >= self.warmup:
+            flops += self.rank_flops * self.team.devices
             choice = choose(torch.tensor(self.history).double(), alpha=how.alpha, beta=how.beta, threshold=how.threshold)
             self.active = self._ranked(choice.active, eigenvalues, step)
             record |= {"cut": choice.cut, "forced": choice.forced}
-        return record | {"active": self.active.int().tolist()}
+        return record | {"active": self.active.int().tolist(), "flops": flops}
 
     def _ranked(self, active: Tensor, eigenvalues: Tensor, step: int) -> Tensor:
         """Return the units that train: MAT's, or as many by another ranking, for a control."""
@@ -105,20 +107,26 @@ class Adaptive:
         return torch.ones_like(self.active) if slow and step % slow == 0 else self.active
 
     def flops_per_image(self, active: Tensor) -> int:
-        """Return the counted FLOPs of a training image while exactly these units train; they must be applied."""
+        """Return the counted FLOPs of a training image while exactly these units train."""
         key = tuple(active.tolist())
         if key not in self.flops_of:
+            before = self.updates.active
+            self.updates.apply(active)
             self.flops_of[key] = train_flops_per_image(self.model, tuple(self.images.shape[1:]))
+            self.updates.apply(before)
         return self.flops_of[key]
 
-    def _count_evaluation(self) -> int:
+    def _count(self) -> tuple[int, int]:
+        """Return the FLOPs of looking at the kernels, and of ranking units by their gradients."""
         model = copy.deepcopy(self.model).to("meta")
-        images = torch.empty_like(self.images, device="meta")
-        with FlopCounterMode(display=False) as counter:
+        images, labels = torch.empty_like(self.images, device="meta"), self.labels.to("meta")
+        with FlopCounterMode(display=False) as looking:
             modular_kernels(model, self.units, images, outputs=self.settings.outputs)
-            if self.settings.rank == "gradient_norm":
-                gradient_norms(model, self.units, images, self.labels.to("meta"))
-        return counter.get_total_flops()
+        if self.settings.rank != "gradient_norm":
+            return looking.get_total_flops(), 0
+        with FlopCounterMode(display=False) as ranking:
+            gradient_norms(model, self.units, images, labels)
+        return looking.get_total_flops(), ranking.get_total_flops()
 
     def state(self) -> dict[str, Any]:
         return {"history": self.history, "active": self.active.tolist()}

@@ -4,6 +4,9 @@ Measuring imports torch and timm and reads the images (10 s on a slow machine); 
 sees in a moment that everything is done. This module itself does not import torch.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 from incubate_lib.config import PHASES_OF, Frozen, PhaseSettings, Settings, SettingsError
 
 
@@ -17,6 +20,7 @@ class Facts(Frozen):
     flops_per_image: dict[str, int]  # training FLOPs of one image: meta, target (fine-tuning too), incubate-0 …
     misfits: dict[str, str]  # starts that these networks cannot have, and why
     units: dict[str, int] = {}  # kinds of units that Modular Adaptive Training finds in the target network → their number
+    unfit: dict[str, str] = {}  # kinds among them that cannot be used, and why
     weights: dict[str, str] = {}  # files that strategies start from → SHA-256
 
     def flops_of(self, phase: PhaseSettings) -> int:
@@ -55,7 +59,7 @@ def measure(settings: Settings) -> Facts:
             whole = {"target": train_flops_per_image(model, shape)}
             return Facts(
                 num_images=len(train), num_classes=train.num_classes, target_depths=[], meta_depths=[], flops_per_image=whole,
-                misfits={}, units=units, weights=_weights(settings, train.num_classes, [], []),
+                misfits={}, units=units, unfit=_unfit(model, units, shape), weights=_weights(settings, train.num_classes, [], []),
             )  # fmt: skip
         target_depths, meta_depths = settings.partition.depths(len(model.blocks))
 
@@ -79,6 +83,28 @@ def measure(settings: Settings) -> Facts:
         flops_per_image=flops, misfits=misfits, units=units,
         weights=_weights(settings, train.num_classes, target_depths, meta_depths),
     )  # fmt: skip
+
+
+def _unfit(model: Any, kinds: Iterable[str], shape: tuple[int, int, int]) -> dict[str, str]:
+    """Return the kinds of units whose kernels or partial updates this network, on the meta device, does not allow, and why."""
+    import copy
+
+    import torch
+
+    from incubate_lib.method.mat import PartialUpdates
+    from incubate_lib.method.mntk import modular_kernels
+    from incubate_lib.method.units import find_units
+
+    unfit, images = {}, torch.empty(2, *shape, device="meta")
+    for kind in kinds:
+        twin = copy.deepcopy(model)
+        try:
+            units = find_units(twin, kind)
+            PartialUpdates(twin, units, images[:1])
+            modular_kernels(twin, units, images)
+        except (ValueError, RuntimeError) as error:  # the latter from layers that do something of their own
+            unfit[kind] = str(error).splitlines()[0]
+    return unfit
 
 
 def _weights(settings: Settings, num_classes: int, target_depths: list[int], meta_depths: list[int]) -> dict[str, str]:

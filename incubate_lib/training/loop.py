@@ -156,7 +156,7 @@ class Trainer:
         """Look at the units of Modular Adaptive Training before update `step`, decide which train, and return a record."""
         with autocast(self.device, self.precision):
             record = self.mat.look(step)
-        self.flops += self.mat.evaluation_flops
+        self.flops += record["flops"]
         self._apply(step)
         return record
 
@@ -168,6 +168,9 @@ class Trainer:
         """Take up the images from update `step` on."""
         order = Order(len(self.train), self.settings, self.seed, step, self.steps, rank=self.team.rank, devices=self.team.devices)
         self.batches = self.train.batches(order)
+        self._apply(step)  # of a checkpoint; what it costs is counted before the clock starts
+        if self.team.is_first:
+            self.flops_now()
 
     def step(self, step: int) -> Tensor:
         """Do update `step` (0-based) and return this device's mean loss, without waiting for the device."""
@@ -383,7 +386,8 @@ def fit(
             record |= {"epoch": step / per_epoch, "seconds": clock.lap() - before}
             clock.pause()  # what follows is for the record only
             if team.is_first:
-                folder.add_metrics(record | {"flops_per_image": trainer.flops_now(), "train_flops": trainer.flops}, MNTK)
+                per_image = trainer.mat.flops_per_image(trainer.mat.active)
+                folder.add_metrics(record | {"flops_per_image": per_image, "train_flops": trainer.flops}, MNTK)
                 if record.get("forced"):
                     print(f"{title}: at step {step} every unit would rest; the strongest goes on", flush=True)
             clock.start()
@@ -430,7 +434,7 @@ def fit(
         looks = folder.metrics(MNTK)
         mat = {"mat": {
             "units": [unit.name for unit in trainer.mat.units], "evaluations": len(looks),
-            "seconds": sum(row["seconds"] for row in looks), "flops": len(looks) * trainer.mat.evaluation_flops,
+            "seconds": sum(row["seconds"] for row in looks), "flops": sum(row["flops"] for row in looks),
         }}  # fmt: skip
     return trainer.judged, mat | {
         "steps": steps, "images_seen": steps * settings.batch_size, "epochs": steps / per_epoch,

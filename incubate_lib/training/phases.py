@@ -196,7 +196,7 @@ def train_phase(
     s = PhaseSettings.model_validate_json(json.dumps(settings))
     home = PhaseFolder(Path(folder), Lease(Path(folder) / "lease", lease))
     how = MachineSettings.model_validate_json(json.dumps(machine))
-    repeat_exactly(team.device, how.deterministic)
+    repeat_exactly(team.device, how.deterministic, strictly=s.phase != "end_to_end" or bool(s.target_depths))
     how = stage(s.data, how)
     train, judge = load_data(s.data, team.device, model_shape(s.model), how)
     if [len(train), train.num_classes] != expected:
@@ -254,13 +254,15 @@ def _touched(path: Path | str) -> int | None:
 
 def model_shape(settings: ModelSettings) -> tuple[int, int, int]:
     """Return the images that a model takes: C, H, W. One that takes any size gets model.img_size, or timm's usual."""
-    usual = timm.get_pretrained_cfg(settings.name) if timm.is_model(settings.name) else None
-    if usual is not None and not usual.fixed_input_size:
-        channels, height, width = usual.input_size
-        return (settings.in_chans or channels, settings.img_size or height, settings.img_size or width)
-    with torch.device("meta"):
-        model = build_model(settings, 1, 2)
-    return (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    try:
+        with torch.device("meta"):
+            model = build_model(settings, 1, 2)
+        return (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    except SettingsError:  # no plain Vision Transformer
+        if not timm.is_model(settings.name):
+            raise
+    channels, height, width = timm.get_pretrained_cfg(settings.name).input_size
+    return (settings.in_chans or channels, settings.img_size or height, settings.img_size or width)
 
 
 def pick_device() -> torch.device:
@@ -274,14 +276,15 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
-def repeat_exactly(device: torch.device, wanted: bool = True) -> None:
+def repeat_exactly(device: torch.device, wanted: bool = True, strictly: bool = True) -> None:
     """Have a GPU give the same bits again for the same work; a CPU does so anyway.
 
-    Strictly: told only to warn, torch's attention takes the faster backward pass, which does not repeat itself.
+    Strictly: told only to warn, torch's attention takes the faster backward pass, which does not repeat itself. Networks of
+    any kind are only warned: a VGG's pooling for small images has no backward pass that repeats itself.
     """
     if device.type == "cuda" and wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=not strictly)
         torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every new tensor once more
 
 

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,9 +65,9 @@ class StreamedSet:
 
     def some(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return images as judged, normalised [N, C, H, W], and labels [N] of an index; read here, without workers."""
-        reader = self._reader(None)
-        images = torch.stack([self._sound(reader[i, 0]) for i in index.tolist()])
-        labels = torch.from_numpy(self.labels[self.index[index.numpy()]])
+        reader = replace(self._reader(None), skip_broken=self.settings.skip_broken)
+        images, labels, broken = _collate([reader[i, 0] for i in index.tolist()])
+        self._note(broken, passed_over=self.settings.skip_broken and len(labels) == len(index))
         return self.normalise(images.to(self.device)), labels.to(self.device)
 
     def batches(self, order: Order) -> Iterator[tuple[Tensor, Tensor]]:
