@@ -15,6 +15,7 @@ from incubate_lib.cli import _parser
 from incubate_lib.config import load_settings, presets
 from incubate_lib.method.incubation import assemble, make_hybrid, start_module
 from incubate_lib.method.partition import split
+from incubate_lib.method.units import count_units
 from incubate_lib.pipeline import graph
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.facts import Facts
@@ -93,7 +94,7 @@ def facts_of(preset):
         flops[f"incubate-{i}"] = count(hybrid) + block * (target_depths[i] - 1)
     return Facts(
         num_images=images, num_classes=classes, target_depths=target_depths, meta_depths=meta_depths, flops_per_image=flops,
-        misfits={},
+        misfits={}, units=count_units(longer),
     )  # fmt: skip
 
 

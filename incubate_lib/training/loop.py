@@ -176,7 +176,7 @@ class Trainer:
         """Do update `step` (0-based) and return this device's mean loss, without waiting for the device."""
         losses = []
         self._apply(step)
-        self.model.zero_grad(set_to_none=True)
+        (self.model if self.mat else self.optimizer).zero_grad(set_to_none=True)  # of divided parameters it holds views only
         for k in range(self.number):
             began = time.perf_counter()
             x, y = next(self.batches)
