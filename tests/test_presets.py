@@ -105,9 +105,10 @@ def planned(preset, overrides=()):
     facts = facts.model_copy(update={"num_images": round(facts.num_images * settings.data.train_share)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph, "measure", lambda _: facts)
-        todo = graph.plan(settings, list(settings.strategies))
+        names = [name for name in settings.strategies if name != "mat_multirate"]  # a control that cannot be compiled
+        todo = graph.plan(settings, names)
     phases = {}
-    for name in settings.strategies:
+    for name in names:
         for node in graph._closure([todo.finals[name, 0]]):
             phases.setdefault(name, {}).setdefault(node.settings.phase, []).append(node)
     return todo, phases
