@@ -92,7 +92,8 @@ def _run(options: argparse.Namespace) -> int:
 
     from incubate_lib.config import SettingsError, load_settings, presets
     from incubate_lib.pipeline import execution, local, slurm, warm
-    from incubate_lib.pipeline.graph import Experiment, plan
+    from incubate_lib.pipeline.experiment import Experiment
+    from incubate_lib.pipeline.graph import plan
 
     on_slurm = options.backend == "slurm"
     if misplaced := [name for name in SLURM_ONLY if getattr(options, name) and not on_slurm]:
@@ -144,7 +145,8 @@ def _started(options: argparse.Namespace):
     """Return the plan of what was run with these settings."""
     from incubate_lib.config import SettingsError, load_settings
     from incubate_lib.pipeline import slurm
-    from incubate_lib.pipeline.graph import Experiment, plan
+    from incubate_lib.pipeline.experiment import Experiment
+    from incubate_lib.pipeline.graph import plan
 
     settings = load_settings(options.preset, options.set)
     experiment = Experiment.of(settings)
@@ -206,7 +208,7 @@ def _one_phase(wanted: str, keys: list[str]) -> str:
 def _stop(options: argparse.Namespace) -> int:
     from incubate_lib.config import SettingsError, load_settings
     from incubate_lib.pipeline import execution, slurm
-    from incubate_lib.pipeline.graph import STOP_FILE, Experiment
+    from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
 
     experiment = Experiment.of(load_settings(options.preset, options.set))
     if not experiment.is_known():

@@ -242,7 +242,7 @@ def test_a_rank_that_fails_ends_the_phase_with_its_traceback(tmp_path, data_fold
         textwrap.dedent("""
         import os
         if os.environ.get("RANK") == "1":
-            from incubate_lib.training.loop import Trainer
+            from incubate_lib.training.trainer import Trainer
             original = Trainer.step
             def step(self, number):
                 if number == 5:

@@ -16,7 +16,7 @@ from incubate_lib.config import load_settings, presets
 from incubate_lib.method.incubation import assemble, make_hybrid, start_module
 from incubate_lib.method.partition import split
 from incubate_lib.method.units import count_units
-from incubate_lib.pipeline import graph
+from incubate_lib.pipeline import experiment, graph
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.facts import Facts
 from incubate_lib.training.phases import build_model, model_shape, prepare
@@ -104,7 +104,7 @@ def planned(preset, overrides=()):
     settings, facts = load_settings(preset, overrides), facts_of(preset)
     facts = facts.model_copy(update={"num_images": round(facts.num_images * settings.data.train_share)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "measure", lambda _: facts)
+        patch.setattr(experiment, "measure", lambda _: facts)
         names = [name for name in settings.strategies if name != "mat_multirate"]  # a control that cannot be compiled
         todo = graph.plan(settings, names)
     phases = {}

@@ -17,13 +17,14 @@ from incubate_lib.config import DataSettings, MachineSettings, SettingsError, Tr
 from incubate_lib.method.incubation import make_hybrid
 from incubate_lib.method.partition import join, split
 from incubate_lib.pipeline.graph import open_phase, plan
-from incubate_lib.training import loop
+from incubate_lib.training import trainer as training
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.data import ImageSet, augment, load_data, shift
-from incubate_lib.training.loop import Trainer, evaluate, fit, make_optimizer
+from incubate_lib.training.loop import evaluate, fit
 from incubate_lib.training.phases import provenance
 from incubate_lib.training.runs import PhaseFolder, Stopped
 from incubate_lib.training.schedule import derive_seed, lr_at, steps_per_epoch, total_steps
+from incubate_lib.training.trainer import Trainer, make_optimizer
 
 
 @pytest.mark.parametrize(
@@ -336,8 +337,8 @@ def test_compiled_gradients_equal_eager_ones_after_every_change_of_phase(monkeyp
 
     aot_eager traces forward and backward as inductor does, and needs no C++ compiler.
     """
-    original = loop.compiled
-    monkeypatch.setattr(loop, "compiled", lambda model, mode: original(model, mode, "aot_eager"))
+    original = training.compiled
+    monkeypatch.setattr(training, "compiled", lambda model, mode: original(model, mode, "aot_eager"))
     meta, target = split(vit(2), [1, 1]), split(vit(4), [2, 2])
     phases = {
         "meta": lambda: join(meta),
@@ -361,7 +362,7 @@ def test_compiled_gradients_equal_eager_ones_after_every_change_of_phase(monkeyp
         for parameter, value in eager.items():
             torch.testing.assert_close(grads[parameter], value, rtol=1e-3, atol=1e-5, msg=f"{name}: {parameter}")
         assert not any("_orig_mod" in key for part in ("model", "optimizer") for key in map(str, tried.state()[part]))
-    loop.compiled(torch.nn.Identity(), "default")  # forgets what was compiled here
+    training.compiled(torch.nn.Identity(), "default")  # forgets what was compiled here
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")
@@ -385,7 +386,7 @@ def test_resumed_with_average_and_accumulation_equals_uninterrupted(tmp_path):
             asked = lambda stop=stop, seen=seen: stop is not None and next(seen) >= stop  # noqa: E731
             torch.manual_seed(1)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(loop, "STATUS_SECONDS", 0.0)
+                patch.setattr("incubate_lib.training.loop.STATUS_SECONDS", 0.0)
                 try:
                     kept, result = run_fit(tmp_path / name, settings, should_stop=asked)
                 except Stopped:

@@ -9,9 +9,7 @@ Planning checks everything that can be checked before anything is trained or wri
 """
 
 import contextlib
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,12 +24,11 @@ from incubate_lib.config import (
     Settings,
     SettingsError,
     TrainingSettings,
-    data_folder,
     load_settings,
     told,
 )
-from incubate_lib.training.facts import Facts, measure
-from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, read_json, write_json
+from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
+from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, write_json
 from incubate_lib.training.schedule import steps_per_epoch, total_steps
 
 NOTEBOOKS = {
@@ -41,7 +38,6 @@ NOTEBOOKS = {
     "finetune": "04_finetune",
     "end_to_end": "05_end_to_end",
 }
-STOP_FILE = "STOP"  # in the experiment's folder: phases save and stop when they see it
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +47,7 @@ class Node:
     key: str  # folder below the experiment, e.g. seed-0/deep_incubation/incubate-2
     strategy: str  # the first strategy that needs it
     settings: PhaseSettings
-    experiment: "Experiment"
+    experiment: Experiment
     inputs: dict[str, "Node"] = field(default_factory=dict)
     weights: str | None = None  # a file it starts from
 
@@ -145,68 +141,6 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """The folder of one set of settings, below data/runs."""
-
-    settings: Settings
-    path: Path
-
-    @classmethod
-    def of(cls, settings: Settings) -> "Experiment":
-        """Find the folder for these settings: `<name>`; `<name>-<hash>` for a variant, made by `--set` or by an edited file."""
-        runs = data_folder() / "runs"
-        plain, variant = runs / settings.name, runs / f"{settings.name}-{settings.digest()[:6]}"
-        return cls(settings, plain if not settings.is_variant and _owner(plain) in (None, settings.digest()) else variant)
-
-    @cached_property
-    def facts(self) -> Facts:
-        """What planning must know; measured unless the experiment's folder has it already."""
-        return (
-            Facts.model_validate(read_json(self.path / "experiment.json")["facts"]) if self.is_known() else measure(self.settings)
-        )
-
-    def is_known(self) -> bool:
-        """Whether this experiment has been started before."""
-        return _owner(self.path) == self.settings.digest()
-
-    def started(self) -> tuple[list[str], list[int]]:
-        """Return the strategies and seeds that have a folder here, in the settings' order."""
-        seeds = sorted(int(p.name.removeprefix("seed-")) for p in self.path.glob("seed-*"))
-        names = {p.name for p in self.path.glob("seed-*/*")}
-        return [name for name in self.settings.strategies if name in names], seeds
-
-    def create(self) -> None:
-        """Make the folder and say in it whose it is; SettingsError if other settings took it first."""
-        if _owner(self.path) is None:
-            settings, facts = self.settings.model_dump(mode="json"), self.facts.model_dump(mode="json")
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "experiment.json", {"hash": self.settings.digest(), "settings": settings, "facts": facts})
-        if _owner(self.path) != self.settings.digest():
-            raise SettingsError(f"{self.path} belongs to other settings; give yours another name (--set name=…)")
-
-    def check_writable(self) -> None:
-        """Raise SettingsError unless the data folder can be read and written; leaves nothing behind."""
-        place = self.path
-        try:
-            while not place.exists() and place.parent != place:
-                place = place.parent
-            os.listdir(place)
-            with tempfile.TemporaryFile(dir=place):
-                pass
-        except OSError as error:
-            raise SettingsError(
-                f"data folder {data_folder()}: cannot read and write {place} ({error.strerror}); "
-                "set INCUBATE_DATA to a folder of yours"
-            ) from None
-
-
-def _owner(path: Path) -> str | None:
-    """Return the hash of the settings an experiment's folder belongs to; None if it is nobody's yet."""
-    record = read_json(path / "experiment.json")
-    return record["hash"] if record else None
-
-
-@dataclass(frozen=True)
 class Plan:
     """All nodes of a run in an order in which they can be done."""
 
@@ -268,7 +202,7 @@ def open_phase(
 class _Planner:
     """Builds the nodes of strategies, each once."""
 
-    def __init__(self, settings: Settings, experiment: "Experiment") -> None:
+    def __init__(self, settings: Settings, experiment: Experiment) -> None:
         self.settings, self.experiment, self.facts = settings, experiment, experiment.facts
         self.nodes: dict[str, Node] = {}
 

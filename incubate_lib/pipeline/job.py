@@ -19,7 +19,8 @@ from typing import Any
 
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline import execution
-from incubate_lib.pipeline.graph import STOP_FILE, Node, open_phase, plan
+from incubate_lib.pipeline.experiment import STOP_FILE
+from incubate_lib.pipeline.graph import Node, open_phase, plan
 from incubate_lib.training.runs import PhaseFolder, read_json, write_json
 
 GIVEN_UP, AGAIN, STOPPED = 4, 75, 130  # exit statuses

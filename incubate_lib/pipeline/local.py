@@ -24,7 +24,8 @@ from incubate_lib.pipeline.execution import (
     only_run,
     start,
 )
-from incubate_lib.pipeline.graph import STOP_FILE, Node, Plan
+from incubate_lib.pipeline.experiment import STOP_FILE
+from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.view import Line, node_line, render
 
 POLL_SECONDS = 0.3

@@ -10,7 +10,8 @@ from typing import Any
 from incubate_lib.config import data_folder
 from incubate_lib.config.cluster import JobSettings, SlurmSettings
 from incubate_lib.pipeline.execution import ANALYSIS
-from incubate_lib.pipeline.graph import Experiment, Node, Plan
+from incubate_lib.pipeline.experiment import Experiment
+from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.job import AGAIN
 from incubate_lib.pipeline.limits import flag
 

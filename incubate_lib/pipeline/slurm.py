@@ -19,7 +19,8 @@ from rich.console import Console
 from incubate_lib.config import SettingsError, load_settings, presets
 from incubate_lib.config.cluster import SlurmSettings
 from incubate_lib.pipeline.execution import ANALYSIS, analysed, is_complete, only_run
-from incubate_lib.pipeline.graph import STOP_FILE, Experiment, Node, Plan
+from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
+from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.job import has_ended
 from incubate_lib.pipeline.limits import call, check
 from incubate_lib.pipeline.sbatch import job_name, scripts, shapes, team

@@ -1,6 +1,6 @@
 """What a training step costs on this machine: ours beside two references, and its growth with depth and image size.
 
-Ours is `loop.Trainer.step`, the very function that trains. The references are a bare hand-written loop over the same
+Ours is `Trainer.step`, the very function that trains. The references are a bare hand-written loop over the same
 stock timm model, and the same hybrids frozen as in the released code of arXiv 2212.04129. All run in one process, on
 one device and in turn, on random images that lie there. What only some recipes have (clipping, EMA, mixup, drop-path)
 is off in all of them. Nothing is printed and no file is touched.
@@ -28,10 +28,10 @@ from incubate_lib.config import (
 from incubate_lib.method.incubation import Hybrid
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.data import ImageSet
-from incubate_lib.training.loop import Trainer, autocast, compiled, make_optimizer
 from incubate_lib.training.phases import build_model, model_shape, pick_device, prepare, provenance, repeat_exactly
 from incubate_lib.training.schedule import micro_batches
 from incubate_lib.training.stopwatch import Variant, measure, peak_flops, yardstick
+from incubate_lib.training.trainer import Trainer, autocast, compiled, make_optimizer
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "fashion_mnist": 10}  # of data sources; others count as 1000
 GPU_BATCH = 256  # images of a step, unless the settings have fewer

@@ -1,51 +1,25 @@
 """The one training loop of every phase, and evaluation.
 
-A phase decides only the model and which of its parameters require gradients. Everything random follows from the seed:
-the order of the images from (seed, epoch), each streamed image's augmentation from (seed, epoch, place), all else from
-generators that are seeded anew for every micro-batch from (seed, update, micro-batch). So a phase that was killed and
-resumed ends in the same bits as one that was not (same device, same threads), and N devices see what one would.
+A phase decides only the model and which of its parameters require gradients.
 """
 
-import contextlib
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
-from timm.optim import param_groups_weight_decay
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, MATSettings, TrainingSettings
-from incubate_lib.method.mat import Piece
-from incubate_lib.training.adaptive import Adaptive
-from incubate_lib.training.data import ImageSet
-from incubate_lib.training.order import Order
 from incubate_lib.training.progress import Progress
 from incubate_lib.training.runs import MNTK, STATUS_SECONDS, PhaseFolder, Stopped
-from incubate_lib.training.schedule import derive_seed, lr_at, micro_batches, steps_per_epoch, total_steps
-from incubate_lib.training.stream import StreamedSet
+from incubate_lib.training.schedule import steps_per_epoch
 from incubate_lib.training.team import ALONE, Team
+from incubate_lib.training.trainer import DataSet, Trainer, autocast
 
-NO_DECAY = {"pos_embed", "cls_token", "reg_token", "dist_token"}  # besides biases and norms, in every phase
 DATA_SHARE_WARNED = 0.1  # of training time spent waiting for images
 SAVING_SHARE = 0.05  # checkpoints are spaced so that saving takes at most this share of the time
-DataSet = ImageSet | StreamedSet
-
-
-def seed_everything(seed: int, device: torch.device) -> None:
-    """Seed all generators that a micro-batch may draw from. (torch.manual_seed takes a stack trace without a GPU.)"""
-    random.seed(seed)
-    np.random.seed(seed)  # timm's Mixup draws from numpy
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
 
 
 class Chrono:
@@ -69,177 +43,6 @@ class Chrono:
         if self.since is not None:
             self.seconds += time.perf_counter() - self.since
         self.since = None
-
-
-def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequence[Piece] = ()) -> torch.optim.AdamW:
-    """Return AdamW over exactly the trainable parameters, without decay on biases, norms, embeddings and tokens.
-
-    Parameters of which rows can rest alone are given to it in `pieces`.
-    """
-    exempt = [name for name, _ in model.named_parameters() if name.split(".")[-1] in NO_DECAY]
-    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=exempt)
-    leaves: dict[int, list[nn.Parameter]] = {}
-    for piece in pieces:
-        leaves.setdefault(id(piece.parameter), []).append(piece.leaf)
-    for group in groups:
-        group["params"] = [leaf for parameter in group["params"] for leaf in leaves.get(id(parameter), [parameter])]
-    return torch.optim.AdamW(groups, lr=settings.peak_lr, betas=settings.betas, weight_decay=0.0, fused=True)
-
-
-def compiled(model: nn.Module, mode: str, backend: str = "inductor") -> nn.Module:
-    """Return `model`, or a compiled callable for its present set of trainable parameters that shares its weights.
-
-    Everything compiled before is forgotten: torch.compile may otherwise reuse a graph made for another set of
-    trainable parameters (pytorch issue 139476). The weights are always read from `model`, so that no file ever has
-    the prefix of a compiled one.
-    """
-    if mode == "off":
-        return model
-    torch._dynamo.reset()
-    return torch.compile(model, mode=None if mode == "default" else mode, backend=backend)
-
-
-class Trainer:
-    """One update of a model's trainable parameters at a time: data, forward, backward, clip, step.
-
-    With several devices each holds a replica; gradients are averaged over all micro-batches of all devices.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        train: DataSet,
-        settings: TrainingSettings,
-        *,
-        seed: int,
-        precision: str = "float32",
-        machine: MachineSettings = DEFAULT_MACHINE,
-        team: Team = ALONE,
-        mat: MATSettings | None = None,
-        flops_per_image: int = 0,
-    ) -> None:
-        self.model, self.train, self.settings, self.seed, self.team = model, train, settings, seed, team
-        self.flops_per_image, self.flops = flops_per_image, 0  # of an image while everything trains; all that was spent
-        self.device = next(model.parameters()).device
-        self.precision, self.machine = precision, machine
-        self.number, self.micro = micro_batches(settings.batch_size, settings.micro_batch, team.devices)
-        self.steps = total_steps(settings.epochs, len(train), settings.batch_size)
-        per_epoch = steps_per_epoch(len(train), settings.batch_size)
-        self.warmup = round(settings.warmup_epochs * per_epoch)
-        self.mat = None
-        if mat is not None:
-            self.mat = Adaptive(
-                model, train, mat, steps_per_epoch=per_epoch, flops_per_image=flops_per_image, seed=seed, team=team
-            )
-        self.optimizer = make_optimizer(model, settings, self.mat.updates.pieces if self.mat else ())
-        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.ema = ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None
-        self.mix = None
-        if settings.mixup or settings.cutmix:
-            self.mix = Mixup(
-                settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=train.num_classes
-            )
-        self.wrap()
-        self.wait_seconds = 0.0  # for images
-        self.batches: Iterator[tuple[Tensor, Tensor]] | None = None
-
-    def wrap(self) -> None:
-        """Wrap and compile the model for its present set of trainable parameters."""
-        self.replica = self.runner = None  # the one before lets go of the parameters first
-        self.replica = self.model
-        if self.team.devices > 1:  # what is frozen is frozen already, so no gradient is waited for in vain
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.replica = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
-        self.runner = compiled(self.replica, self.machine.compile)
-
-    def adapt(self, step: int) -> dict[str, Any]:
-        """Look at the units of Modular Adaptive Training before update `step`, decide which train, and return a record."""
-        with autocast(self.device, self.precision):
-            record = self.mat.look(step)
-        self.flops += record["flops"]
-        self._apply(step)
-        return record
-
-    def _apply(self, step: int) -> None:
-        if self.mat and self.mat.updates.apply(self.mat.wanted(step)):
-            self.wrap()
-
-    def begin(self, step: int) -> None:
-        """Take up the images from update `step` on."""
-        order = Order(len(self.train), self.settings, self.seed, step, self.steps, rank=self.team.rank, devices=self.team.devices)
-        self.batches = self.train.batches(order)
-        self._apply(step)  # of a checkpoint; what it costs is counted before the clock starts
-        if self.team.is_first:
-            self.flops_now()
-
-    def step(self, step: int) -> Tensor:
-        """Do update `step` (0-based) and return this device's mean loss, without waiting for the device."""
-        losses = []
-        self._apply(step)
-        (self.model if self.mat else self.optimizer).zero_grad(set_to_none=True)  # of divided parameters it holds views only
-        for k in range(self.number):
-            began = time.perf_counter()
-            x, y = next(self.batches)
-            self.wait_seconds += time.perf_counter() - began
-            seed_everything(derive_seed(self.seed, "draw", step, k * self.team.devices + self.team.rank), self.device)
-            x = self.train.finish(x, self.settings)
-            if self.mix is not None:
-                x, y = self.mix(x, y)
-            last = k == self.number - 1  # gradients travel once, after the last micro-batch
-            with self.replica.no_sync() if self.team.devices > 1 and not last else contextlib.nullcontext():
-                loss = self._loss(x, y)
-                (loss / self.number).backward()
-            losses.append(loss.detach().clone())  # a captured graph would overwrite it
-        if self.settings.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.trainable, self.settings.clip_grad)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(step, self.steps, self.warmup, self.settings.peak_lr, self.settings.min_lr)
-        if self.mat:
-            self.mat.updates.hand_over()
-        self.optimizer.step()
-        if self.mat and self.mat.settings.slow_every:
-            self.mat.updates.drift(self.optimizer)
-        if self.team.is_first:
-            self.flops += self.flops_now() * self.settings.batch_size
-        if self.ema is not None:
-            self.ema.update(self.model, step)
-        return losses[0] if self.number == 1 else torch.stack(losses).mean()
-
-    def flops_now(self) -> int:
-        """Return the FLOPs of a training image with what trains at present."""
-        return self.mat.flops_per_image(self.mat.updates.active) if self.mat else self.flops_per_image
-
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        with autocast(self.device, self.precision):
-            logits = self.runner(x)
-        smoothing = 0.0 if self.mix else self.settings.label_smoothing  # Mixup smooths its own targets
-        return F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
-
-    @property
-    def judged(self) -> nn.Module:
-        """The weights that count: the moving average if there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint needs; no random states, because all randomness follows from seed and step."""
-        ema = {} if self.ema is None else {"ema": self.ema.module.state_dict()}
-        mat = {"mat": self.mat.state()} if self.mat else {}
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "flops": self.flops, **ema, **mat}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        if self.mat:
-            self.mat.load_state(state["mat"])
-        # of a checkpoint from before these were counted here: all updates cost the same
-        self.flops = state.get("flops", state["step"] * self.settings.batch_size * self.flops_per_image)
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Return the context in which matrix products run in that precision; weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
 
 
 @torch.no_grad()

@@ -20,11 +20,12 @@ from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.training.data import load_data
 from incubate_lib.training.launch import train_on_devices
 from incubate_lib.training.lease import Lease
-from incubate_lib.training.loop import Trainer, evaluate, fit
+from incubate_lib.training.loop import evaluate, fit
 from incubate_lib.training.runs import PhaseFolder
 from incubate_lib.training.schedule import derive_seed
 from incubate_lib.training.scratch import stage
 from incubate_lib.training.team import Team
+from incubate_lib.training.trainer import Trainer
 from incubate_lib.training.weights import load_into
 
 Inputs = dict[str, Path]  # folders of the phases that a phase starts from; "weights": a folder or file of weights

@@ -7,10 +7,10 @@ import time
 
 
 class Finder:
-    """Changes `Trainer.step` as soon as the training loop is imported."""
+    """Changes `Trainer.step` as soon as it is imported."""
 
     def find_spec(self, name, path, target=None):
-        if name != "incubate_lib.training.loop":
+        if name != "incubate_lib.training.trainer":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

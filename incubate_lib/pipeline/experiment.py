@@ -1,0 +1,75 @@
+"""The folder of one set of settings below data/runs, and what is known of it before anything is trained."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from incubate_lib.config import Settings, SettingsError, data_folder
+from incubate_lib.training.facts import Facts, measure
+from incubate_lib.training.runs import read_json, write_json
+
+STOP_FILE = "STOP"  # in the experiment's folder: phases save and stop when they see it
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The folder of one set of settings, below data/runs."""
+
+    settings: Settings
+    path: Path
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Experiment":
+        """Find the folder for these settings: `<name>`; `<name>-<hash>` for a variant, made by `--set` or by an edited file."""
+        runs = data_folder() / "runs"
+        plain, variant = runs / settings.name, runs / f"{settings.name}-{settings.digest()[:6]}"
+        return cls(settings, plain if not settings.is_variant and _owner(plain) in (None, settings.digest()) else variant)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What planning must know; measured unless the experiment's folder has it already."""
+        return (
+            Facts.model_validate(read_json(self.path / "experiment.json")["facts"]) if self.is_known() else measure(self.settings)
+        )
+
+    def is_known(self) -> bool:
+        """Whether this experiment has been started before."""
+        return _owner(self.path) == self.settings.digest()
+
+    def started(self) -> tuple[list[str], list[int]]:
+        """Return the strategies and seeds that have a folder here, in the settings' order."""
+        seeds = sorted(int(p.name.removeprefix("seed-")) for p in self.path.glob("seed-*"))
+        names = {p.name for p in self.path.glob("seed-*/*")}
+        return [name for name in self.settings.strategies if name in names], seeds
+
+    def create(self) -> None:
+        """Make the folder and say in it whose it is; SettingsError if other settings took it first."""
+        if _owner(self.path) is None:
+            settings, facts = self.settings.model_dump(mode="json"), self.facts.model_dump(mode="json")
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "experiment.json", {"hash": self.settings.digest(), "settings": settings, "facts": facts})
+        if _owner(self.path) != self.settings.digest():
+            raise SettingsError(f"{self.path} belongs to other settings; give yours another name (--set name=…)")
+
+    def check_writable(self) -> None:
+        """Raise SettingsError unless the data folder can be read and written; leaves nothing behind."""
+        place = self.path
+        try:
+            while not place.exists() and place.parent != place:
+                place = place.parent
+            os.listdir(place)
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise SettingsError(
+                f"data folder {data_folder()}: cannot read and write {place} ({error.strerror}); "
+                "set INCUBATE_DATA to a folder of yours"
+            ) from None
+
+
+def _owner(path: Path) -> str | None:
+    """Return the hash of the settings an experiment's folder belongs to; None if it is nobody's yet."""
+    record = read_json(path / "experiment.json")
+    return record["hash"] if record else None

@@ -1,0 +1,46 @@
+"""Small networks of every kind that Modular Adaptive Training knows, images for them, and masks over their units."""
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def vit(depth: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=24, depth=depth, num_heads=3, in_chans=1, num_classes=4
+    )
+
+
+def vgg() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vgg11_bn", in_chans=1, num_classes=4, mlp_ratio=1 / 512)
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("resnet10t", in_chans=1, num_classes=4)
+
+
+NETWORKS = {
+    "heads": (vit, 8), "sublayers": (vit, 8), "blocks": (vit, 8), "conv_layers": (vgg, 32), "filters": (resnet, 32),
+}  # fmt: skip
+
+
+def images_for(size: int) -> torch.Tensor:
+    return torch.randn(8, 1, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: nn.Module, images: torch.Tensor, run=None) -> dict[str, torch.Tensor]:
+    model.train().zero_grad()
+    F.cross_entropy((run or model)(images).float(), torch.arange(8) % 4).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def masks(number: int) -> list[torch.Tensor]:
+    """Some rest, others rest, the upper half trains, all train again."""
+    generator = torch.Generator().manual_seed(2)
+    some = torch.rand(number, generator=generator) < 0.5
+    some[0] = True
+    return [some, ~some | (torch.arange(number) == number - 1), torch.arange(number) >= number // 2, torch.ones(number).bool()]
