@@ -1,5 +1,6 @@
 """Modular Adaptive Training in the loop: updates to the last bit, who trains, what it costs, a VGG as a whole."""
 
+import contextlib
 import math
 
 import pytest
@@ -278,6 +279,28 @@ def test_a_vgg_is_trained_whole_shown_and_exported(data_folder, tmp_path):
     ours = load_trained(todo.nodes[1].settings, todo.nodes[1].folder, 4)
     images = images_for(32)
     torch.testing.assert_close(model(images), ours(images))
+
+
+WHOLE = [  # network, options, kind of units → what is told, or nothing
+    ("resnet18", "{}", "filters", None),
+    ("convnext_atto", "{}", "conv_layers", None),
+    ("deit_tiny_distilled_patch16_224", "{}", "sublayers", None),
+    ("efficientnet_b0", "{}", "conv_layers", None),
+    ("efficientnet_b0", "{}", "filters", r"mat.units 'filters' of strategy mat .*not possible.*conv_dw .*cannot rest alone"),
+    ("swin_tiny_patch4_window7_224", "{depths: [1, 1], window_size: 4}", "heads", "sees 32 inputs for 2 images"),
+    ("swin_tiny_patch4_window7_224", "{depths: [1, 1], window_size: 4}", "sublayers", r"has none; it has: heads \(9\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "kind", "told"), WHOLE, ids=lambda v: v)
+def test_which_units_a_network_as_a_whole_allows_is_known_while_planning(name, options, kind, told, data_folder, tmp_path):
+    (tmp_path / "whole.yaml").write_text(
+        "data: {source: synthetic, num_images: 48, image_size: 64, channels: 3, test_images: 16}\n"
+        f"model: {{name: {name}, img_size: 64, options: {options}}}\n"
+        f"training: {{epochs: 2, batch_size: 8, warmup_epochs: 0}}\nmat: {{units: {kind}, probe: 4}}\nrun: [mat]\n"
+    )
+    with pytest.raises(SettingsError, match=told) if told else contextlib.nullcontext():
+        assert plan(load_settings(str(tmp_path / "whole.yaml"))).experiment.facts.units[kind] > 0
 
 
 def test_padding_surrounds_the_images():

@@ -55,12 +55,13 @@ def measure(settings: Settings) -> Facts:
     with torch.device("meta"):
         model = build_model(settings.model, settings.model.depth, train.num_classes, any_kind=settings.partition is None)
         units = count_units(model)
-        if settings.partition is None:
-            whole = {"target": train_flops_per_image(model, shape)}
-            return Facts(
-                num_images=len(train), num_classes=train.num_classes, target_depths=[], meta_depths=[], flops_per_image=whole,
-                misfits={}, units=units, unfit=_unfit(model, units, shape), weights=_weights(settings, train.num_classes, [], []),
-            )  # fmt: skip
+    if settings.partition is None:
+        return Facts(
+            num_images=len(train), num_classes=train.num_classes, target_depths=[], meta_depths=[],
+            flops_per_image={"target": train_flops_per_image(model, shape)}, misfits={}, units=units,
+            unfit=_unfit(model, units, shape), weights=_weights(settings, train.num_classes, [], []),
+        )  # fmt: skip
+    with torch.device("meta"):
         target_depths, meta_depths = settings.partition.depths(len(model.blocks))
 
         any_phase = PhaseSettings(
