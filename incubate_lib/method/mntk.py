@@ -17,7 +17,7 @@ outputs.
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -40,8 +40,9 @@ def modular_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor, *, 
     With `outputs="all"` row n·C + c is logit c of sample n. Weights and their gradients are left alone. Raises
     ValueError for parameters that no layer of their own holds, and for a layer that is used more than once.
     """
-    owners = _owners(model, units)
-    fixed = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    layers = dict(model.named_modules())
+    owners = _owners(layers, units)
+    learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     seen: set[str] = set()
     roots: list[Tensor] = []
     was_training = model.training
@@ -50,7 +51,7 @@ def modular_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor, *, 
         with torch.no_grad():
             classes = model(images[:1]).shape[1]
         images = images.repeat_interleave(classes, 0)
-    precision = torch.promote_types(next(iter(fixed.values())).dtype, torch.float32)
+    precision = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     kernels = torch.zeros(len(units), len(images), len(images), dtype=precision, device=images.device)
 
     def watch(name: str):
@@ -77,16 +78,20 @@ def modular_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor, *, 
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in owners]
+    handles = [layers[name].register_forward_hook(watch(name)) for name in owners]
+    for parameter in learns:
+        parameter.requires_grad_(False)  # their gradients are what must not be computed
     try:
         with torch.enable_grad():
-            logits = functional_call(model, fixed, (images,))
+            logits = model(images)
             if outputs == "all":
                 logits = logits * torch.eye(classes, device=logits.device, dtype=logits.dtype).repeat(len(logits) // classes, 1)
             torch.autograd.grad(logits.sum(), roots)
     finally:
         for handle in handles:
             handle.remove()
+        for parameter in learns:
+            parameter.requires_grad_(True)
         model.train(was_training)
     return kernels
 
@@ -165,7 +170,7 @@ def probe_bytes(model: nn.Module, units: Sequence[Unit], image_shape: tuple[int,
     Counted on the meta device. The kernels themselves, U·M², and a piece of one layer's gradients come on top.
     """
     model = copy.deepcopy(model).to("meta")
-    owners, kept, unfolded = _owners(model, units), {}, [0]
+    owners, kept, unfolded = _owners(dict(model.named_modules()), units), {}, [0]
     fixed = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -190,7 +195,8 @@ def probe_bytes(model: nn.Module, units: Sequence[Unit], image_shape: tuple[int,
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 # -- one layer ------------------------------------------------------------------------------------------------------------
@@ -198,8 +204,8 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager:
 Owner = int | tuple[Tensor, Tensor]  # the unit that has the whole parameter, or rows [R] and the unit of each
 
 
-def _owners(model: nn.Module, units: Sequence[Unit]) -> dict[str, dict[str, Owner]]:
-    """Return for each layer: its parameters' short names → the units that they belong to."""
+def _owners(layers: Mapping[str, nn.Module], units: Sequence[Unit]) -> dict[str, dict[str, Owner]]:
+    """Return for each layer, of all of a model by name: its parameters' short names → the units that they belong to."""
     parts: dict[str, list[tuple[int, Ranges | None]]] = {}
     for index, unit in enumerate(units):
         for name, ranges in unit.rows.items():
@@ -207,7 +213,7 @@ def _owners(model: nn.Module, units: Sequence[Unit]) -> dict[str, dict[str, Owne
     owners: dict[str, dict[str, Owner]] = {}
     for name, mine in parts.items():
         layer, _, short = name.rpartition(".")
-        if next(model.get_submodule(layer).children(), None) is not None:
+        if next(layers[layer].children(), None) is not None:
             raise ValueError(f"parameter {name} belongs to no layer of its own; use kernel_by_definition for it")
         if any(ranges is None for _, ranges in mine):
             if len(mine) > 1:
@@ -216,7 +222,7 @@ def _owners(model: nn.Module, units: Sequence[Unit]) -> dict[str, dict[str, Owne
         else:
             rows = [row for _, ranges in mine for first, end in ranges for row in range(first, end)]
             unit = [index for index, ranges in mine for first, end in ranges for _ in range(first, end)]
-            device = model.get_parameter(name).device
+            device = layers[layer].get_parameter(short).device
             owner = torch.tensor(rows, device=device), torch.tensor(unit, device=device)
         owners.setdefault(layer, {})[short] = owner
     return owners
@@ -226,6 +232,8 @@ def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor,
     """Add what one layer's parameters give to the kernels, from inputs x [M, …, I] and gradients of its outputs."""
     if _is_matrix(layer):
         x, delta = _places(layer, x, delta)
+        if isinstance(owners.get("weight"), int) and owners.get("weight") == owners.get("bias"):
+            x, owners = F.pad(x, (0, 1), value=1.0), {"weight": owners["weight"]}  # the bias is the weight of a constant input
         for short, owner in owners.items():
             if short == "weight" and isinstance(owner, int):
                 _add_weight(kernels[owner], x, delta)
