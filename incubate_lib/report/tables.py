@@ -226,6 +226,7 @@ def label(strategy: str) -> str:
         "mat_gradient_norm": "largest gradients, as many",
         "mat_inverted": "smallest eigenvalues, as many",
         "mat_multirate": "Multirate",
+        "mat_exact": "MAT, error everywhere",
     }
     return known.get(strategy, strategy.replace("_", " "))
 
