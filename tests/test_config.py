@@ -77,7 +77,13 @@ BAD = [  # command line → what the message must name
     ),
     (["run", "mat-digits", "--devices", "2"], "mat.slow_every of strategy mat_multirate is a control for one device"),
     (
-        [*MAT, "--set", "partition=null", "--set", "model.name=vgg11", "--set", "model.options={}", "--set", "mat.units=heads"],
+        [
+            *MAT,
+            *("--set", "run=[mat]"),
+            *("--set", "partition=null"),
+            *("--set", "model.name=vgg11"),
+            *("--set", "model.options={}"),
+        ],
         "timm cannot build model.name 'vgg11'",
     ),
     ([*RUN, "--devices", "0"], "machine.devices is 0"),
