@@ -33,7 +33,7 @@ def race(folder: str, barrier, won) -> None:
     if Lease.take(Path(folder)):
         with won.get_lock():
             won.value += 1
-    time.sleep(1)
+    barrier.wait()  # nobody dies, and so lets go, before all have tried
 
 
 def test_of_many_that_come_at_once_one_wins(tmp_path):
@@ -58,6 +58,18 @@ def of_another_host(folder, **changes) -> Lease:
 def test_a_dead_process_of_this_host_is_known_at_once_even_if_its_number_lives_on(tmp_path):
     of_another_host(tmp_path, host=socket.gethostname(), pid=os.getpid(), born="some other boot 17")
     assert holder(tmp_path) is None and Lease.take(tmp_path)
+
+
+def test_a_record_that_is_not_written_yet_holds(tmp_path):
+    (tmp_path / "000001.json").touch()
+    assert holder(tmp_path) and Lease.take(tmp_path) is None
+
+
+def test_a_process_that_one_may_not_look_at_lives(tmp_path, monkeypatch):
+    """Hosts may hide the processes of other users."""
+    of_another_host(tmp_path, host=socket.gethostname(), born="this boot 17")
+    monkeypatch.setattr(lease, "_born", lambda pid: "alive")
+    assert holder(tmp_path)["pid"] == 1 and Lease.take(tmp_path) is None
 
 
 def test_another_host_is_judged_by_its_signs_of_life_on_the_file_servers_clock(tmp_path, monkeypatch):

@@ -17,14 +17,13 @@ from incubate_lib.config import DataSettings, MachineSettings, SettingsError, Tr
 from incubate_lib.method.incubation import make_hybrid
 from incubate_lib.method.partition import join, split
 from incubate_lib.pipeline.graph import open_phase, plan
-from incubate_lib.training import trainer as training
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.data import ImageSet, augment, load_data, shift
 from incubate_lib.training.loop import evaluate, fit
 from incubate_lib.training.phases import provenance
 from incubate_lib.training.runs import PhaseFolder, Stopped
 from incubate_lib.training.schedule import derive_seed, lr_at, steps_per_epoch, total_steps
-from incubate_lib.training.trainer import Trainer, make_optimizer
+from incubate_lib.training.trainer import Trainer, compiled, make_optimizer
 
 
 @pytest.mark.parametrize(
@@ -337,8 +336,7 @@ def test_compiled_gradients_equal_eager_ones_after_every_change_of_phase(monkeyp
 
     aot_eager traces forward and backward as inductor does, and needs no C++ compiler.
     """
-    original = training.compiled
-    monkeypatch.setattr(training, "compiled", lambda model, mode: original(model, mode, "aot_eager"))
+    monkeypatch.setattr("incubate_lib.training.trainer.compiled", lambda model, mode: compiled(model, mode, "aot_eager"))
     meta, target = split(vit(2), [1, 1]), split(vit(4), [2, 2])
     phases = {
         "meta": lambda: join(meta),
@@ -362,7 +360,7 @@ def test_compiled_gradients_equal_eager_ones_after_every_change_of_phase(monkeyp
         for parameter, value in eager.items():
             torch.testing.assert_close(grads[parameter], value, rtol=1e-3, atol=1e-5, msg=f"{name}: {parameter}")
         assert not any("_orig_mod" in key for part in ("model", "optimizer") for key in map(str, tried.state()[part]))
-    training.compiled(torch.nn.Identity(), "default")  # forgets what was compiled here
+    compiled(torch.nn.Identity(), "default")  # forgets what was compiled here
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")

@@ -21,6 +21,7 @@ from typing import Any
 
 BEAT_SECONDS = 10.0  # between signs of life
 LOST_SECONDS = 120.0  # a holder on another host that gave no sign of life for so long is taken for dead
+UNWRITTEN = {"host": "(unknown)", "pid": "(unknown)"}
 KEPT = 3  # records that are kept, for people
 
 
@@ -96,8 +97,8 @@ def holder(folder: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError:  # being written
-        record = {}
+    except ValueError:  # made, and about to be written
+        record = UNWRITTEN
     return record if _is_alive(record, path) else None
 
 
@@ -108,7 +109,7 @@ def _is_alive(record: dict[str, Any], path: Path) -> bool:
     if record.get("job") and record["job"] == os.environ.get("SLURM_JOB_ID") and restarted:
         return False  # an earlier attempt of this very job: Slurm ended it before it started this one
     if record.get("host") == socket.gethostname():
-        return _born(record["pid"]) == record["born"]
+        return _born(record["pid"]) in (record["born"], "alive")  # alive, though /proc may not be read: somebody else's
     try:
         return _now(path.parent) - path.stat().st_mtime < LOST_SECONDS
     except FileNotFoundError:
