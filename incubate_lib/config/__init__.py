@@ -6,7 +6,6 @@ from incubate_lib.config.files import data_folder as data_folder
 from incubate_lib.config.files import load_settings as load_settings
 from incubate_lib.config.files import presets as presets
 from incubate_lib.config.models import DEFAULT_MACHINE as DEFAULT_MACHINE
-from incubate_lib.config.models import PHASES_OF as PHASES_OF
 from incubate_lib.config.models import PhaseSettings as PhaseSettings
 from incubate_lib.config.models import Settings as Settings
 from incubate_lib.config.models import told as told

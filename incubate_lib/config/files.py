@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from incubate_lib.config.models import PHASES_OF, STRATEGIES, UNCUT, Settings, told
+from incubate_lib.config.models import STRATEGIES, UNCUT, Settings, told
 from incubate_lib.config.sections import SettingsError, nearest
 
 
@@ -61,10 +61,11 @@ def _refuse_idle(settings: Settings, where: str) -> None:
 
     def overridden(name: str, phase: str) -> bool:
         layers = (settings.phases, settings.strategies[name].phases)
-        computed = field == "epochs" and phase == "end_to_end" and settings.is_matched(name)
+        last = phase == settings.strategies[name].trains[-1] or phase == "end_to_end"
+        computed = field == "epochs" and last and settings.is_matched(name)
         return computed or any(field in getattr(layer, phase).model_fields_set for layer in layers)
 
-    if all(overridden(name, phase) for name, s in settings.strategies.items() for phase in PHASES_OF[s.kind]):
+    if all(overridden(name, phase) for name, s in settings.strategies.items() for phase in s.trains):
         raise SettingsError(f"{where} has no effect: every phase sets its own {field}; use phases.<phase>.{field}")
 
 

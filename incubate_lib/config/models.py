@@ -20,6 +20,7 @@ from incubate_lib.config.sections import (
     ModelSettings,
     PartitionSettings,
     SettingsError,
+    Share,
     TrainingSettings,
     nearest,
 )
@@ -54,6 +55,13 @@ class PhaseChanges(Frozen):
     end_to_end: TrainingChanges = TrainingChanges()
 
 
+class LowResolution(Frozen):
+    """Small images first: cheaper updates at the beginning (FixRes, arXiv 1906.06423, and progressive resizing)."""
+
+    img_size: Annotated[int, Field(ge=1)] | None = None  # pixels; none: half of the network's, to a whole number of patches
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the training FLOPs; the rest is spent at the network's own size
+
+
 class StrategySettings(Frozen):
     """A named way from nothing to a trained network."""
 
@@ -62,33 +70,62 @@ class StrategySettings(Frozen):
     inherit_stem: bool = False  # module 1 starts with the meta model's embedding
     inherit_head: bool = False  # module K starts with the meta model's norm and head
     weights: str | None = None  # deep_incubation: a trained meta model, finetune: the network; relative to data/
-    match: str | None = None  # end_to_end: as many steps as cost the training FLOPs of that one; as many epochs as an end_to_end
+    incubate: Literal["labels", "features", "none"] = (
+        "labels"  # how modules learn: from labels through the hybrid (the paper), by
+    )
+    # imitating the meta module's features, or not at all: they keep their starting weights
+    match: str | None = None  # as long as costs the training FLOPs of that one; end_to_end of an end_to_end: as many epochs
+    match_on: Literal["flops", "critical_path"] = "flops"  # critical_path: what K workers can do together in that one's time
+    shares: dict[Literal["meta", "incubate"], Share] | None = None  # of what is matched; fine-tuning has the rest
+    low_resolution: LowResolution | None = None  # end_to_end: begin with small images
     mat: MATChanges | None = None  # Modular Adaptive Training, and what differs from the section `mat`; {} is MAT as it is there
     mat_phases: list[Literal["meta", "incubate", "finetune", "end_to_end"]] | None = Field(
         None, min_length=1
     )  # none: all but meta
     phases: PhaseChanges = PhaseChanges()
 
+    @property
+    def trains(self) -> list[str]:
+        """The phases that it trains, in order."""
+        if self.kind == "end_to_end":
+            return ["end_to_end", "finetune"] if self.low_resolution else ["end_to_end"]
+        if self.kind == "finetune":
+            return ["finetune"]
+        needs_meta = self.incubate != "none" or self.start != "random" or self.inherit_stem or self.inherit_head
+        meta = ["meta"] if needs_meta and not self.weights else []
+        return meta + (["incubate"] if self.incubate != "none" else []) + ["finetune"]
+
     @model_validator(mode="after")
     def _used(self) -> "StrategySettings":
-        own = {"end_to_end": {"match"}, "finetune": {"weights"}}.get(self.kind)
-        own = own or {"start", "inherit_stem", "inherit_head", "weights"}
-        idle = ({"start", "inherit_stem", "inherit_head", "weights", "match"} - own) & self.model_fields_set
-        phases = [p for p in PHASES_OF[self.kind] if not (p == "meta" and self.weights)]
+        cut = {"start", "inherit_stem", "inherit_head", "weights", "incubate", "match", "shares"}
+        own = {"end_to_end": {"match", "match_on", "low_resolution"}, "finetune": {"weights"}}.get(self.kind, cut)
+        idle = ((cut | {"match_on", "low_resolution"}) - own) & self.model_fields_set
         if self.mat is None and self.mat_phases is not None:
             raise ValueError("mat_phases has no meaning without mat: {}")
-        if wrong := sorted(set(self.mat_phases or []) - set(phases)):
-            raise ValueError(f"mat_phases names {', '.join(wrong)}, but kind {self.kind!r} trains {', '.join(phases)}")
-        idle |= {f"phases.{p}" for p in PhaseChanges.model_fields if p not in phases and p in self.phases.model_fields_set}
+        if wrong := sorted(set(self.mat_phases or []) - set(self.trains)):
+            raise ValueError(f"mat_phases names {', '.join(wrong)}, but kind {self.kind!r} trains {', '.join(self.trains)}")
+        idle |= {f"phases.{p}" for p in PhaseChanges.model_fields if p not in self.trains and p in self.phases.model_fields_set}
         if idle:
             given = f"kind {self.kind!r}" + (" with weights" if self.weights and self.kind == "deep_incubation" else "")
+            given += " that trains " + ", ".join(self.trains) if self.incubate == "none" else ""
             raise ValueError(f"{', '.join(sorted(idle))} has no meaning for {given}")
         if self.kind == "finetune" and not self.weights:
             raise ValueError("kind 'finetune' needs weights: the folder or .safetensors file of the network to start from")
+        if (self.shares or "match_on" in self.model_fields_set) and not self.match:
+            raise ValueError("shares and match_on have no meaning without match")
+        if wrong := sorted(set(self.shares or {}) - set(self.trains)):
+            raise ValueError(f"shares names {', '.join(wrong)}, but this strategy trains {', '.join(self.trains)}")
+        if sum((self.shares or {}).values()) >= 1:
+            raise ValueError(f"shares add up to {sum(self.shares.values()):g}, which leaves nothing for fine-tuning")
+        if self.mat is not None and self.low_resolution:
+            raise ValueError("mat and low_resolution do not go together")
         return self
 
+    def is_as_named(self, name: str) -> bool:
+        """Whether nothing of a known strategy was changed."""
+        return any(self == StrategySettings.model_validate(known[name]) for known in (STRATEGIES, UNCUT) if name in known)
 
-PHASES_OF = {"end_to_end": ["end_to_end"], "deep_incubation": ["meta", "incubate", "finetune"], "finetune": ["finetune"]}
+
 STRATEGIES = {
     "end_to_end": {"kind": "end_to_end", "match": "deep_incubation"},
     "deep_incubation": {"kind": "deep_incubation", "start": "random"},  # the paper's
@@ -98,6 +135,18 @@ STRATEGIES = {
     "deep_incubation_identity": {
         "kind": "deep_incubation", "start": "identity", "inherit_stem": True, "inherit_head": True,
     },
+    "stacking": {
+        "kind": "deep_incubation", "start": "stack", "inherit_stem": True, "inherit_head": True, "incubate": "none",
+        "match": "deep_incubation",
+    },
+    "growing": {
+        "kind": "deep_incubation", "start": "identity", "inherit_stem": True, "inherit_head": True, "incubate": "none",
+        "match": "deep_incubation",
+    },
+    "random_modules": {"kind": "deep_incubation", "start": "random", "incubate": "none", "match": "deep_incubation"},
+    "imitation": {"kind": "deep_incubation", "start": "random", "incubate": "features", "match": "deep_incubation"},
+    "end_to_end_longer": {"kind": "end_to_end", "match": "deep_incubation", "match_on": "critical_path"},
+    "end_to_end_low_resolution": {"kind": "end_to_end", "match": "deep_incubation", "low_resolution": {}},
     "mat": {"kind": "end_to_end", "match": "end_to_end", "mat": {}},
     "mat_random": {"kind": "end_to_end", "match": "end_to_end", "mat": {"rank": "random"}},
     "mat_gradient_norm": {"kind": "end_to_end", "match": "end_to_end", "mat": {"rank": "gradient_norm"}},
@@ -108,7 +157,7 @@ STRATEGIES = {
 UNCUT = {  # of networks that are not taken apart
     name: {field: value for field, value in strategy.items() if value != "deep_incubation"}
     for name, strategy in STRATEGIES.items()
-    if strategy["kind"] == "end_to_end"
+    if strategy["kind"] == "end_to_end" and "match_on" not in strategy
 }
 
 
@@ -152,7 +201,7 @@ class Settings(Frozen):
         for name, strategy in self.strategies.items():
             if strategy.match:
                 self._check_match(name)
-            for phase in PHASES_OF[strategy.kind]:
+            for phase in strategy.trains:
                 self._check_fits(self.training_of(name, phase), f"phase {phase} of strategy {name}")
                 self.mat_of(name, phase)  # raises where changes do not fit
         return self
@@ -164,8 +213,23 @@ class Settings(Frozen):
             raise ValueError(f"strategies.{name}.match is {match!r}; {nearest(match, self.strategies)}")
         if other.kind == "finetune" or other.mat is not None or match == name:
             raise ValueError(f"strategies.{name}.match is {match!r}; name a deep_incubation or end_to_end strategy without MAT")
-        if other.kind == "end_to_end" and other.match and self.strategies.get(other.match, other).kind == "end_to_end":
-            raise ValueError(f"strategies.{name}.match is {match!r}, which is matched to {other.match!r} itself; name that one")
+        if self.strategies[name].match_on == "critical_path" and other.kind != "deep_incubation":
+            raise ValueError(
+                f"strategies.{name}.match is {match!r}; with match_on: critical_path name a deep_incubation strategy"
+            )
+        if other.kind == "end_to_end" and self.strategies[name].kind == "end_to_end":
+            if other.low_resolution:
+                raise ValueError(f"strategies.{name}.match is {match!r}, which has images of two sizes; name another one")
+            if other.match and self.strategies.get(other.match, other).kind == "end_to_end":
+                raise ValueError(
+                    f"strategies.{name}.match is {match!r}, which is matched to {other.match!r} itself; name that one"
+                )
+        seen = [name]
+        while self.is_matched(seen[-1]):
+            seen.append(self.strategies[seen[-1]].match)
+            if seen[-1] in seen[:-1]:
+                circle = " → ".join(seen[seen.index(seen[-1]) :])
+                raise ValueError(f"match goes round in a circle: {circle}; give one of them its epochs")
 
     def _check_fits(self, training: TrainingSettings, where: str) -> None:
         """Raise ValueError when a recipe asks for what these images or this many devices cannot give."""
@@ -208,7 +272,7 @@ class Settings(Frozen):
     def mat_of(self, strategy: str, phase: str) -> MATSettings | None:
         """Return the settings of Modular Adaptive Training in a phase of a strategy; none where everything trains."""
         changes = self.strategy(strategy).mat
-        in_phases = self.strategy(strategy).mat_phases or [p for p in PHASES_OF[self.strategy(strategy).kind] if p != "meta"]
+        in_phases = self.strategy(strategy).mat_phases or [p for p in self.strategy(strategy).trains if p != "meta"]
         if changes is None or phase not in in_phases:
             return None
         try:
@@ -217,10 +281,13 @@ class Settings(Frozen):
             raise SettingsError(f"mat of strategy {strategy}: {told(error)}") from None
 
     def is_matched(self, name: str) -> bool:
-        """Whether the length of this end-to-end strategy follows from the cost of another one."""
-        strategy = self.strategies[name]
-        explicit = (self.phases.end_to_end.epochs, strategy.phases.end_to_end.epochs)
-        return strategy.match is not None and explicit == (None, None)
+        """Whether the length of this strategy follows from the cost of another one."""
+        strategy = self.strategies.get(name)
+        if strategy is None or strategy.match is None:
+            return False
+        if strategy.kind == "deep_incubation":  # all of them share `phases`, so only its own epochs speak against it
+            return strategy.phases.finetune.epochs is None
+        return (self.phases.end_to_end.epochs, strategy.phases.end_to_end.epochs) == (None, None)
 
     @property
     def is_variant(self) -> bool:
@@ -229,16 +296,17 @@ class Settings(Frozen):
         return any(not override.replace(" ", "").startswith(neutral) for override in self.overrides)
 
     def digest(self) -> str:
-        """Return the hash that names an experiment: of all settings that can change a result."""
-        settings = self.model_dump(mode="json", include={"data", "model", "partition", "precision"})
-        for name, strategy in self.strategies.items():
-            used = {phase: self.training_of(name, phase).model_dump(mode="json") for phase in PHASES_OF[strategy.kind]}
-            matched = self.is_matched(name) and strategy.match
-            settings[name] = strategy.model_dump(mode="json", exclude={"phases", "match", "mat", "mat_phases"})
-            settings[name] |= {"match": matched, "phases": used}
-            mats = {phase: mat.model_dump(mode="json") for phase in used if (mat := self.mat_of(name, phase))}
-            settings[name] |= {"mat": mats} if mats else {}
-        return digest({"format": FORMAT, **settings})
+        """Return the hash that names an experiment: of all settings that can change a result.
+
+        Of the known strategies only those that were changed count, so that a new one makes no other experiment of old runs.
+        """
+        sections = {"data", "model", "partition", "precision", "training", "phases", "mat"}
+        own = {
+            name: strategy.model_dump(mode="json", exclude_defaults=True)
+            for name, strategy in self.strategies.items()
+            if not strategy.is_as_named(name)
+        }
+        return digest({"format": FORMAT, **self.model_dump(mode="json", include=sections), "strategies": own})
 
 
 class PhaseSettings(Frozen):
@@ -251,9 +319,11 @@ class PhaseSettings(Frozen):
     target_depths: list[int]
     meta_depths: list[int]
     module_index: int | None = None  # 0-based; incubate only
-    start: Literal["random", "stack", "identity"] | None = None  # incubate only
+    start: Literal["random", "stack", "identity"] | None = None  # incubate; assemble, where nothing was incubated
     inherit_stem: bool = False
     inherit_head: bool = False
+    small_images: bool = False  # end_to_end only: the first part of a training that goes on at the network's own size
+    imitate: bool = False  # incubate only: the meta module's features instead of labels
     precision: Literal["float32", "bfloat16"] = "float32"
     training: TrainingSettings | None = None  # none for assemble, and for a meta model that is read from a file
     mat: MATSettings | None = None  # with the kind of units resolved
@@ -263,7 +333,14 @@ class PhaseSettings(Frozen):
     def digest(self) -> str:
         """Return the hash of all that decides the result and its record."""
         values = self.model_dump(mode="json")
-        for section, later in ((values, "mat"), (values["data"], "pad")):  # what was trained before there were these stays good
+        later_fields = (
+            (values, "mat"),
+            (values, "imitate"),
+            (values, "small_images"),
+            (values["data"], "pad"),
+            (values["data"], "resize"),
+        )
+        for section, later in later_fields:  # what was trained before there were these stays good
             if not section[later]:
                 del section[later]
         return digest(values)

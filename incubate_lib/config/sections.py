@@ -35,6 +35,7 @@ class DataSettings(Frozen):
 
     source: str = "digits"  # digits, synthetic, cifar10, cifar100, fashion_mnist, folder, or timm's torch/…, hfds/…, wds/…
     pad: Annotated[int, Field(ge=0)] = 0  # black pixels added on each side of images that are held in memory
+    resize: Positive | None = None  # pixels; images that are held in memory are shrunk to squares of this size
     folder: str | None = None  # where the images are, relative to data/datasets; the source's name if left out
     eval_split: Literal["val", "test"] = "test"  # "val" is cut from the training images, for choosing settings
     test_images: Positive | None = None  # class-balanced; of a source without a test split a third if left out, else all
@@ -61,8 +62,10 @@ class DataSettings(Frozen):
             raise ValueError(f"unknown source {self.source!r}; {told} ({', '.join(TIMM)} are followed by timm's name)")
         if idle := self.idle_fields & self.model_fields_set:
             raise ValueError(f"{', '.join(sorted(idle))} has no meaning for source {self.source!r}")
-        if self.pad and self.is_streamed:
-            raise ValueError("pad has no meaning for streamed images: they are brought to the model's size")
+        if (self.pad or self.resize) and self.is_streamed:
+            raise ValueError(
+                f"{'pad' if self.pad else 'resize'} has no meaning for streamed images: they are brought to the model's size"
+            )
         if self.in_memory and "crop_pct" in self.model_fields_set:
             raise ValueError("crop_pct has no meaning with in_memory: the images are used as they are")
         return self

@@ -39,6 +39,31 @@ class Hybrid(nn.Module):
         return self.suffix(self.target(x))
 
 
+class Imitation(Hybrid):
+    """A hybrid whose target learns what its meta module computes, instead of labels: the paper's control (its section 4.3).
+
+    In train mode its outputs are losses, in eval mode the hybrid's logits.
+    """
+
+    def __init__(self, prefix: nn.Module, target: ViTModule, suffix: nn.Module, model_of: ViTModule) -> None:
+        super().__init__(prefix, target, suffix)
+        self.model_of = model_of.requires_grad_(False)
+        self.train()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [B, C, H, W] to each image's loss [B]: the mean squared distance of the two modules' outputs.
+
+        It is divided by the variance of the meta module's outputs, so that every module's losses are of one size.
+        """
+        if not self.training:
+            return super().forward(x)
+        with torch.no_grad():
+            x = self.prefix(x)
+            wanted = self.model_of(x)
+        distance = (self.target(x) - wanted).float().square().flatten(1).mean(1)
+        return distance / wanted.float().var()
+
+
 def make_hybrid(meta_modules: Sequence[ViTModule], target: ViTModule, index: int) -> Hybrid:
     """Replace module `index` (0-based) of the meta model by `target` and freeze all others, in place.
 
@@ -56,6 +81,12 @@ def make_hybrid(meta_modules: Sequence[ViTModule], target: ViTModule, index: int
     suffix.requires_grad_(False)
     target.requires_grad_(True)
     return Hybrid(prefix, target, suffix).train()
+
+
+def make_imitation(meta_modules: Sequence[ViTModule], target: ViTModule, index: int) -> Imitation:
+    """Return the hybrid of `make_hybrid` whose target imitates meta module `index`; the same errors."""
+    hybrid = make_hybrid(meta_modules, target, index)
+    return Imitation(hybrid.prefix, hybrid.target, hybrid.suffix, meta_modules[index])
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Strategies as small graphs of phases: what runs, in what order, in which folder, from which settings.
 
-    end_to_end            end_to_end
+    end_to_end            end_to_end; with low_resolution: end_to_end (small images) ─→ finetune
     deep_incubation*      meta ─→ incubate-0 … incubate-K-1 ─→ assemble ─→ finetune
+    stacking, growing     meta ─→ assemble ─→ finetune; random_modules: without meta
     finetune              finetune, from a file of weights
 
 Planning checks everything that can be checked before anything is trained or written. Phases with the same settings
@@ -211,40 +212,98 @@ class _Planner:
         return getattr(self, f"_{self.settings.strategy(name).kind}")(name, seed)
 
     def _end_to_end(self, name: str, seed: int) -> Node:
-        training = self.settings.training_of(name, "end_to_end")
-        match = self.settings.strategies[name].match
-        if self.settings.is_matched(name) and self.settings.strategy(match).kind == "end_to_end":
-            training = training.model_copy(update={"epochs": self._end_to_end(match, seed).settings.training.epochs})
-        elif self.settings.is_matched(name):
-            final = self.strategy(match, seed)
-            budget = sum(self.flops(node.settings) for node in _closure([final]))
-            self._check_batch("end_to_end", training)
-            per_step = self.facts.flops_per_image["target"] * training.batch_size
-            epochs = budget / per_step / steps_per_epoch(self.facts.num_images, training.batch_size)
-            if epochs < training.warmup_epochs:
-                raise SettingsError(
-                    f"strategies.{name} is as long as {match} costs, {epochs:.3g} epochs, but "
-                    f"its warmup_epochs is {training.warmup_epochs:g}; set phases.end_to_end.warmup_epochs"
-                )
-            training = training.model_copy(update={"epochs": round(epochs, 3)})
+        strategy, training = self.settings.strategy(name), self.settings.training_of(name, "end_to_end")
+        matched = self.settings.is_matched(name)
+        if matched and self.settings.strategy(strategy.match).kind == "end_to_end" and not strategy.low_resolution:
+            training = training.model_copy(update={"epochs": self._end_to_end(strategy.match, seed).settings.training.epochs})
+        elif matched:
+            training = self._lasting(name, "end_to_end", training, self._budget(name, seed), self.facts.flops_per_image["target"])
+        if strategy.low_resolution:
+            return self._low_resolution(name, seed, training)
         return self._node(f"seed-{seed}/{name}", name, self._phase("end_to_end", name, seed, training=training))
+
+    def _low_resolution(self, name: str, seed: int, training: TrainingSettings) -> Node:
+        """Spend a share of what `training` costs on small images, the rest at the network's own size."""
+        size, share = self.facts.low_resolution.get(name), self.settings.strategy(name).low_resolution.share
+        if size is None:
+            raise SettingsError(f"strategies.{name}: this network's images are too small to begin with smaller ones")
+        budget = self.flops(self._phase("end_to_end", name, seed, training=training))
+        model, data = self.settings.model.model_copy(update={"img_size": size}), self.settings.data
+        if not data.is_streamed:  # those are brought to any size anyway
+            data = data.model_copy(update={"resize": size})
+        per_image = self.facts.flops_per_image[f"target-{size}"]
+        training = self._lasting(name, "end_to_end", training, share * budget, per_image)
+        phase = self._phase("end_to_end", name, seed, training=training, small_images=True)
+        first = self._node(f"seed-{seed}/{name}/end_to_end", name, phase.model_copy(update={"model": model, "data": data}))
+        per_image = self.facts.flops_per_image["target"]
+        training = self.settings.training_of(name, "finetune")
+        training = self._lasting(name, "finetune", training, budget - self.flops(first.settings), per_image)
+        phase = self._phase("finetune", name, seed, training=training, inputs={"small_images": first})
+        return self._node(f"seed-{seed}/{name}/finetune", name, phase, {"small_images": first})
+
+    def _budget(self, name: str, seed: int) -> float:
+        """Return the training FLOPs that a strategy has: those of the one it is matched to, or what K workers do in its time."""
+        strategy = self.settings.strategy(name)
+        final = self.strategy(strategy.match, seed)
+        if strategy.match_on == "critical_path":
+            return len(self.facts.target_depths) * self._longest(final)
+        return sum(self.flops(node.settings) for node in _closure([final]))
+
+    def _longest(self, node: Node) -> int:
+        return self.flops(node.settings) + max((self._longest(before) for before in node.inputs.values()), default=0)
+
+    def _lasting(self, name: str, phase: str, training: TrainingSettings, flops: float, per_image: int) -> TrainingSettings:
+        """Return settings that last as long as costs so many FLOPs."""
+        self._check_batch(phase, training)
+        match = self.settings.strategy(name).match
+        epochs = flops / (per_image * training.batch_size) / steps_per_epoch(self.facts.num_images, training.batch_size)
+        if epochs <= 0:
+            raise SettingsError(
+                f"strategies.{name} is as long as {match} costs, but its other phases cost more than that already"
+            )
+        if epochs < training.warmup_epochs:
+            raise SettingsError(
+                f"strategies.{name} is as long as {match} costs, which leaves its phase {phase} {epochs:.3g} epochs, but "
+                f"its warmup_epochs is {training.warmup_epochs:g}; set phases.{phase}.warmup_epochs"
+            )
+        return training.model_copy(update={"epochs": round(epochs, 3)})
 
     def _deep_incubation(self, name: str, seed: int) -> Node:
         strategy = self.settings.strategy(name)
         if misfit := self.facts.misfits.get(strategy.start):
             raise SettingsError(f"strategies.{name}.start {strategy.start!r} is not possible: {misfit}")
         start = {field: getattr(strategy, field) for field in ("start", "inherit_stem", "inherit_head")}
-        own_meta = strategy.phases.meta.model_fields_set or strategy.weights
-        training = None if strategy.weights else self.settings.training_of(name, "meta")
-        phase = self._phase("meta", name, seed, training=training, weights=strategy.weights)
-        key = f"seed-{seed}/{name}/meta" if own_meta else f"seed-{seed}/meta"
-        meta = self._node(key, name, phase, weights=strategy.weights)
-        modules = {}
-        for i in range(len(self.facts.target_depths)):
-            phase = self._phase("incubate", name, seed, inputs={"meta": meta}, module_index=i, **start)
-            modules[f"module-{i}"] = self._node(f"seed-{seed}/{name}/incubate-{i}", name, phase, {"meta": meta})
-        joined = self._node(f"seed-{seed}/{name}/assemble", name, self._phase("assemble", name, seed, inputs=modules), modules)
-        tuned = self._phase("finetune", name, seed, inputs={"assemble": joined})
+        budget = self._budget(name, seed) if self.settings.is_matched(name) else None
+        shares = (strategy.shares or {}) if budget else {}
+        inputs = {}
+        if "meta" in strategy.trains or strategy.weights:
+            training = None if strategy.weights else self.settings.training_of(name, "meta")
+            if "meta" in shares:
+                per_image = self.facts.flops_per_image["meta"]
+                training = self._lasting(name, "meta", training, shares["meta"] * budget, per_image)
+            phase = self._phase("meta", name, seed, training=training, weights=strategy.weights)
+            own = strategy.phases.meta.model_fields_set or strategy.weights or "meta" in shares
+            key = f"seed-{seed}/{name}/meta" if own else f"seed-{seed}/meta"
+            inputs["meta"] = self._node(key, name, phase, weights=strategy.weights)
+        if strategy.incubate != "none":
+            more = start | {"imitate": strategy.incubate == "features"}
+            training = self.settings.training_of(name, "incubate")
+            if "incubate" in shares:
+                kind = "imitate" if more["imitate"] else "incubate"
+                per_image = sum(flops for key, flops in self.facts.flops_per_image.items() if key.startswith(kind))
+                training = self._lasting(name, "incubate", training, shares["incubate"] * budget, per_image)
+            meta, modules = inputs, {}
+            for i in range(len(self.facts.target_depths)):
+                phase = self._phase("incubate", name, seed, inputs=meta, module_index=i, training=training, **more)
+                modules[f"module-{i}"] = self._node(f"seed-{seed}/{name}/incubate-{i}", name, phase, meta)
+            inputs, start = modules, {}
+        joined = self._phase("assemble", name, seed, inputs=inputs, **start)
+        joined = self._node(f"seed-{seed}/{name}/assemble", name, joined, inputs)
+        training = self.settings.training_of(name, "finetune")
+        if budget:
+            rest = budget - sum(self.flops(node.settings) for node in _closure([joined]))
+            training = self._lasting(name, "finetune", training, rest, self.facts.flops_per_image["target"])
+        tuned = self._phase("finetune", name, seed, inputs={"assemble": joined}, training=training)
         return self._node(f"seed-{seed}/{name}/finetune", name, tuned, {"assemble": joined})
 
     def _finetune(self, name: str, seed: int) -> Node:

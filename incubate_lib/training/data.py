@@ -96,6 +96,8 @@ def load_data(
     (x, y), (judged_x, judged_y) = (_pixels(settings, *part) for part in (learn, judge))
     if pad := settings.pad:
         x, judged_x = (np.pad(pixels, ((0, 0), (0, 0), (pad, pad), (pad, pad))) for pixels in (x, judged_x))
+    if settings.resize:
+        x, judged_x = (_shrink(pixels, settings.resize) for pixels in (x, judged_x))
     levels = np.arange(256) / 255
     counts = np.stack([np.bincount(x[:, c].ravel(), minlength=256) / x[:, c].size for c in range(x.shape[1])])
     mean = counts @ levels  # of a histogram: exact, and no copy of the images in floating point
@@ -167,6 +169,17 @@ def _pixels(settings: DataSettings, source: Source, index: np.ndarray) -> tuple[
         pixels = np.asarray(image)
         images.append(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
     return np.stack(images), source.labels[index]
+
+
+def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Return uint8 images [N, C, H, W] shrunk to squares, each new pixel the mean over what it covers."""
+    if size > min(pixels.shape[2:]):
+        raise SettingsError(
+            f"data.resize is {size}, but the images have {pixels.shape[2]} × {pixels.shape[3]} pixels; it shrinks only"
+        )
+    parts = torch.from_numpy(pixels).split(4096)
+    shrunk = [F.interpolate(part.float(), (size, size), mode="area").round() for part in parts]
+    return torch.cat(shrunk).to(torch.uint8).numpy()
 
 
 # -- augmentation on the device -------------------------------------------------------------------------------------------

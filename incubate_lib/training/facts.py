@@ -7,7 +7,7 @@ sees in a moment that everything is done. This module itself does not import tor
 from collections.abc import Iterable
 from typing import Any
 
-from incubate_lib.config import PHASES_OF, Frozen, PhaseSettings, Settings, SettingsError
+from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError
 
 
 class Facts(Frozen):
@@ -17,7 +17,10 @@ class Facts(Frozen):
     num_classes: int
     target_depths: list[int]
     meta_depths: list[int]
-    flops_per_image: dict[str, int]  # training FLOPs of one image: meta, target (fine-tuning too), incubate-0 …
+    flops_per_image: dict[
+        str, int
+    ]  # training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …
+    low_resolution: dict[str, int] = {}  # strategies that begin with small images → their size in pixels
     misfits: dict[str, str]  # starts that these networks cannot have, and why
     units: dict[str, int] = {}  # kinds of units that Modular Adaptive Training finds in the target network → their number
     unfit: dict[str, str] = {}  # kinds among them that cannot be used, and why
@@ -29,14 +32,18 @@ class Facts(Frozen):
 
 
 def _kind_of(phase: PhaseSettings) -> str:
-    return f"incubate-{phase.module_index}" if phase.phase == "incubate" else {"meta": "meta"}.get(phase.phase, "target")
+    if phase.phase == "incubate":
+        return f"{'imitate' if phase.imitate else 'incubate'}-{phase.module_index}"
+    if phase.phase == "end_to_end" and phase.small_images:
+        return f"target-{phase.model.img_size}"
+    return "meta" if phase.phase == "meta" else "target"
 
 
 def measure(settings: Settings) -> Facts:
     """Read the images, build the networks on the meta device and count; SettingsError if they do not fit together."""
     import torch
 
-    from incubate_lib.method.incubation import assemble, make_hybrid, start_module
+    from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
     from incubate_lib.method.units import count_units
     from incubate_lib.training.costs import train_flops_per_image
     from incubate_lib.training.data import load_data
@@ -50,16 +57,17 @@ def measure(settings: Settings) -> Facts:
             f"but data.source {settings.data.source!r} has {train.shape}"
         )
     for name, strategy in settings.strategies.items():
-        for phase in PHASES_OF[strategy.kind]:
+        for phase in strategy.trains:
             train.preview(1, settings.training_of(name, phase))  # an augmentation that cannot work fails now
     with torch.device("meta"):
         model = build_model(settings.model, settings.model.depth, train.num_classes, any_kind=settings.partition is None)
         units = count_units(model)
+    sizes, small = _small_images(settings, model, shape, train.num_classes)
     if settings.partition is None:
         return Facts(
             num_images=len(train), num_classes=train.num_classes, target_depths=[], meta_depths=[],
-            flops_per_image={"target": train_flops_per_image(model, shape)}, misfits={}, units=units,
-            unfit=_unfit(model, units, shape), weights=_weights(settings, train.num_classes, [], []),
+            flops_per_image={"target": train_flops_per_image(model, shape)} | small, misfits={}, units=units,
+            low_resolution=sizes, unfit=_unfit(model, units, shape), weights=_weights(settings, train.num_classes, [], []),
         )  # fmt: skip
     with torch.device("meta"):
         target_depths, meta_depths = settings.partition.depths(len(model.blocks))
@@ -72,6 +80,7 @@ def measure(settings: Settings) -> Facts:
         flops = {"meta": train_flops_per_image(assemble(metas), shape), "target": train_flops_per_image(assemble(targets), shape)}
         for i, target in enumerate(targets):
             flops[f"incubate-{i}"] = train_flops_per_image(make_hybrid(metas, target, i), shape)
+            flops[f"imitate-{i}"] = train_flops_per_image(make_imitation(metas, target, i), shape)
         misfits = {}
         for start in ("stack", "identity"):
             try:
@@ -81,9 +90,40 @@ def measure(settings: Settings) -> Facts:
                 misfits[start] = str(error)
     return Facts(
         num_images=len(train), num_classes=train.num_classes, target_depths=target_depths, meta_depths=meta_depths,
-        flops_per_image=flops, misfits=misfits, units=units,
+        flops_per_image=flops | small, misfits=misfits, units=units, low_resolution=sizes,
         weights=_weights(settings, train.num_classes, target_depths, meta_depths),
     )  # fmt: skip
+
+
+def _small_images(
+    settings: Settings, model: Any, shape: tuple[int, int, int], num_classes: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the size of the small images that strategies begin with, and what training on one of them costs, by kind."""
+    import torch
+
+    from incubate_lib.training.costs import train_flops_per_image
+    from incubate_lib.training.phases import build_model
+
+    sizes, flops = {}, {}
+    for name, strategy in settings.strategies.items():
+        if strategy.low_resolution is None:
+            continue
+        patch = model.patch_embed.patch_size[0] if hasattr(model, "patch_embed") and hasattr(model, "pos_embed") else 1
+        size = strategy.low_resolution.img_size or max(1, shape[1] // 2 // patch) * patch
+        if (size >= shape[1] or size % patch) and not strategy.is_as_named(name):
+            raise SettingsError(
+                f"strategies.{name}.low_resolution.img_size is {size}; it must be smaller than the network's images "
+                f"({shape[1]} pixels) and divisible by their patches ({patch})"
+            )
+        if size < shape[1]:
+            sizes[name] = size
+            with torch.device("meta"):
+                small = build_model(
+                    settings.model.model_copy(update={"img_size": size}), settings.model.depth, num_classes,
+                    any_kind=settings.partition is None,
+                )  # fmt: skip
+            flops[f"target-{size}"] = train_flops_per_image(small, (shape[0], size, size))
+    return sizes, flops
 
 
 def _unfit(model: Any, kinds: Iterable[str], shape: tuple[int, int, int]) -> dict[str, str]:

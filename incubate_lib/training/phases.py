@@ -11,11 +11,12 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, ModelSettings, PhaseSettings, SettingsError, nearest
-from incubate_lib.method.incubation import assemble, make_hybrid, start_module
+from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.training.data import load_data
 from incubate_lib.training.launch import train_on_devices
@@ -106,13 +107,20 @@ def _incubate(s: PhaseSettings, inputs: Inputs, classes: int) -> tuple[nn.Module
         assemble(meta).load_state_dict(PhaseFolder(inputs["meta"]).load_weights())
     target = build_parts(s, "target", classes)[s.module_index]
     start_module(target, meta[s.module_index], s.start, s.inherit_stem, s.inherit_head)
-    return make_hybrid(meta, target, s.module_index), target
+    return (make_imitation if s.imitate else make_hybrid)(meta, target, s.module_index), target
 
 
 def _assemble(s: PhaseSettings, inputs: Inputs, classes: int) -> tuple[nn.Module, nn.Module]:
+    """Put incubated modules together; where nothing was incubated, modules as they start."""
     modules = build_parts(s, "target", classes)
-    for module in modules:
-        module.load_state_dict(PhaseFolder(inputs[f"module-{module.index}"]).load_weights())
+    if "meta" in inputs:
+        meta = build_parts(s, "meta", classes)
+        assemble(meta).load_state_dict(PhaseFolder(inputs["meta"]).load_weights())
+        for module, small in zip(modules, meta, strict=True):
+            start_module(module, small, s.start, s.inherit_stem, s.inherit_head)
+    elif inputs:
+        for module in modules:
+            module.load_state_dict(PhaseFolder(inputs[f"module-{module.index}"]).load_weights())
     model = assemble(modules)
     return model, model
 
@@ -121,9 +129,21 @@ def _finetune(s: PhaseSettings, inputs: Inputs, classes: int) -> tuple[nn.Module
     model = build_target(s, classes)
     if "weights" in inputs:
         load_into(model, inputs["weights"], s.inputs["weights"])
+    elif "small_images" in inputs:
+        model.load_state_dict(at_size(PhaseFolder(inputs["small_images"]).load_weights(), model))
     elif inputs:  # none when only costs are counted
         model.load_state_dict(PhaseFolder(inputs["assemble"]).load_weights())
     return model, model
+
+
+def at_size(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return weights of the same network for images of another size: the position embedding is resampled, as timm does."""
+    own = getattr(model, "pos_embed", None)
+    if own is None or own.shape == weights["pos_embed"].shape:
+        return weights
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    resampled = resample_abs_pos_embed(weights["pos_embed"], list(model.patch_embed.grid_size), num_prefix_tokens=prefix)
+    return weights | {"pos_embed": resampled}
 
 
 RECIPES = {"meta": _meta, "incubate": _incubate, "assemble": _assemble, "finetune": _finetune, "end_to_end": _end_to_end}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, MATSettings, TrainingSettings
+from incubate_lib.method.incubation import Imitation
 from incubate_lib.method.mat import Piece
 from incubate_lib.training.adaptive import Adaptive
 from incubate_lib.training.data import ImageSet
@@ -184,6 +185,8 @@ class Trainer:
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         with autocast(self.device, self.precision):
             logits = self.runner(x)
+        if isinstance(self.model, Imitation):
+            return logits.mean()  # they are losses already
         smoothing = 0.0 if self.mix else self.settings.label_smoothing  # Mixup smooths its own targets
         return F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
 
