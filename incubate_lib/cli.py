@@ -37,7 +37,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("folder", metavar="DIR", help="new folder for config.json and model.safetensors")
             command.add_argument("--model", metavar="NAME", help="timm architecture (default: inferred from shapes)")
             command.add_argument("--num-heads", type=int, metavar="N", help="attention heads, which shapes do not show")
-        if name in ("presets", "import"):
+        if name == "study":
+            command.add_argument("study", help="a study, or a YAML file of yours; without it: list them", nargs="?")
+            command.add_argument("--dry-run", action="store_true", help="say what it would cost, train nothing")
+            command.add_argument("--publish", action="store_true", help="also write data/results/study_*.csv and figures")
+            _backend(command, "run of each cell")
+        if name in ("presets", "import", "study", "figures"):
             continue
         command.add_argument(
             "preset", nargs=None if name in ("export", "logs") else "?", default="digits",
@@ -66,24 +71,29 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--strategies", nargs="+", metavar="NAME", help=f"default: {which}")
         command.add_argument("--seeds", nargs="+", type=int, metavar="N", help=f"default: {seeds}")
         if name == "run":
-            command.add_argument("--jobs", type=int, metavar="N", help="notebooks side by side (default: one a core, at most 4)")
+            _backend(command, "job of each phase")
             command.add_argument("--devices", type=int, metavar="N", help="devices that train each phase together (default: 1)")
-            command.add_argument("--backend", choices=["local", "slurm"], default="local", help="default: local")
-            slurm = command.add_argument_group("with --backend slurm, for the job of each phase")
-            slurm.add_argument("--site", metavar="FILE", help="YAML file with these and more, which the options override")
-            slurm.add_argument("--partition", metavar="NAME", help="default: the cluster's")
-            slurm.add_argument("--gpus-per-node", type=int, metavar="N", help="that train the phase together (default: 1)")
-            slurm.add_argument("--nodes", type=int, metavar="N", help="that train the phase together (default: 1)")
-            slurm.add_argument("--time", metavar="TIME", help="limit of one attempt; a phase may take several")
-            slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores a node (default: its GPUs' share)")
-            slurm.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="any further option of sbatch")
-            slurm.add_argument("--dry-run", action="store_true", help="print the scripts, submit nothing")
+            command.add_argument("--dry-run", action="store_true", help="with --backend slurm: print the scripts, submit nothing")
         if name == "report":
             command.add_argument("--publish", action="store_true", help="also write data/results/*.csv and figures/*.png")
     return parser
 
 
-SLURM_ONLY = ("site", "partition", "gpus_per_node", "nodes", "time", "cpus_per_task", "sbatch", "dry_run")
+def _backend(command: argparse.ArgumentParser, what: str) -> None:
+    """Add the options of the machine or cluster that trains."""
+    command.add_argument("--jobs", type=int, metavar="N", help="phases side by side (default: one a core, at most 4)")
+    command.add_argument("--backend", choices=["local", "slurm"], default="local", help="default: local")
+    slurm = command.add_argument_group(f"with --backend slurm, for the {what}")
+    slurm.add_argument("--site", metavar="FILE", help="YAML file with these and more, which the options override")
+    slurm.add_argument("--partition", metavar="NAME", help="default: the cluster's")
+    slurm.add_argument("--gpus-per-node", type=int, metavar="N", help="that train the phase together (default: 1)")
+    slurm.add_argument("--nodes", type=int, metavar="N", help="that train the phase together (default: 1)")
+    slurm.add_argument("--time", metavar="TIME", help="limit of one attempt; a phase may take several")
+    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores a node (default: its GPUs' share)")
+    slurm.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="any further option of sbatch")
+
+
+SLURM_ONLY = ("site", "partition", "gpus_per_node", "nodes", "time", "cpus_per_task", "sbatch")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -96,9 +106,9 @@ def _run(options: argparse.Namespace) -> int:
     from incubate_lib.pipeline.graph import plan
 
     on_slurm = options.backend == "slurm"
-    if misplaced := [name for name in SLURM_ONLY if getattr(options, name) and not on_slurm]:
-        raise SettingsError(f"--{misplaced[0].replace('_', '-')} is for --backend slurm")
-    cluster = _cluster(options) if on_slurm else None
+    if options.dry_run and not on_slurm:
+        raise SettingsError("--dry-run is for --backend slurm")
+    cluster = _cluster(options)
     if options.devices is not None:
         options.set.append(f"machine.devices={options.devices}")
     settings = load_settings(options.preset, options.set)
@@ -131,14 +141,60 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _cluster(options: argparse.Namespace):
-    """Return what jobs ask for."""
+    """Return what jobs ask for; none without a cluster."""
     from incubate_lib.config import SettingsError
     from incubate_lib.config.cluster import load_slurm
 
+    if options.backend != "slurm":
+        if misplaced := [name for name in SLURM_ONLY if getattr(options, name)]:
+            raise SettingsError(f"--{misplaced[0].replace('_', '-')} is for --backend slurm")
+        return None
     if options.jobs is not None:
         raise SettingsError("--jobs is for --backend local; Slurm decides what runs side by side")
     given = {name: getattr(options, name) for name in ("partition", "gpus_per_node", "nodes", "time", "cpus_per_task")}
     return load_slurm(options.site, given, options.sbatch)
+
+
+def _study(options: argparse.Namespace) -> int:
+    from incubate_lib.config.study import load_study, studies
+
+    if options.study is None:
+        for name in studies():
+            print(f"{name}  {load_study(name).description}")
+        return 0
+    cluster = _cluster(options)
+    import pandas as pd
+    from rich.console import Console
+
+    from incubate_lib.pipeline import local, study, warm
+    from incubate_lib.report import studies as report
+
+    told, console = load_study(options.study), Console()
+    jobs = local.check_jobs(options.jobs)
+    if cluster is None and not options.dry_run:
+        warm.prepare()
+    print("Planning: reading the images, building the networks, counting FLOPs …", flush=True)
+    print(report.costs_text(study.costs(told), study.measured_speed(told), jobs), flush=True)
+    if options.dry_run:
+        return 0
+    steps, status = study.run(told, jobs=jobs, console=console, cluster=cluster)
+    if status:
+        return status
+    table = report.collect(steps)
+    for path in report.save(table, publish=options.publish):
+        print(f"wrote {path}")
+    with pd.option_context("display.width", 200):
+        print(report.summary(table).to_string(index=False))
+    print(*report.doubts(table), sep="\n")
+    return 0
+
+
+def _figures(options: argparse.Namespace) -> int:
+    from incubate_lib.report.publish import redraw
+
+    for path in redraw():
+        print(f"wrote {path}")
+    return 0
 
 
 def _started(options: argparse.Namespace):
@@ -336,6 +392,8 @@ def _print_table(todo) -> None:
 
 COMMANDS = {
     "run": (_run, "run the chain of notebooks; finished phases are kept, half-finished ones go on"),
+    "study": (_study, "run a grid of settings, strategies and seeds, with learning rates chosen for each; or list the studies"),
+    "figures": (_figures, "draw all figures again from the tracked tables in data/results"),
     "status": (_status, "show the state of every phase"),
     "stop": (_stop, "stop a run cleanly: its phases save a checkpoint first"),
     "logs": (_logs, "show the log of a phase"),

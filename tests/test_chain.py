@@ -242,11 +242,11 @@ def test_phases_side_by_side_see_different_gpus(tmp_path, monkeypatch):
     todo = plan(load_settings("smoke", ["machine.devices=2"]), ["end_to_end", "deep_incubation"])
     seen = []
     monkeypatch.setattr(local, "start", lambda *a, own, **k: seen.append(own) or execution.Execution(None, tmp_path, own))
-    pool = local.Pool(todo, {}, 2, Console())
+    pool = local.Pool([(todo, {})], 2, Console())
     for key in ("seed-0/meta", "seed-0/end_to_end"):
         node = next(node for node in todo.nodes if node.key == key)
-        pool.waiting[key] = node
-        pool._consider(node)
+        pool.waiting[node.folder.path] = node
+        pool._consider(node.folder.path)
     assert seen == [["4", "5"], ["6", "7"]]
 
 

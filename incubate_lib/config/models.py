@@ -351,13 +351,13 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def told(error: ValidationError) -> str:
-    """Say in a line or two what is wrong: field, value, and what would be right."""
+def told(error: ValidationError, model: type[Frozen] = Settings) -> str:
+    """Say in a line or two what is wrong with values of a model: field, value, and what would be right."""
     lines = []
     for item in error.errors()[:3]:
         field = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown field {field!r}; {nearest(str(item['loc'][-1]), _fields_at(item['loc'][:-1]))}")
+            lines.append(f"unknown field {field!r}; {nearest(str(item['loc'][-1]), _fields_at(item['loc'][:-1], model))}")
         elif item["type"] == "missing":
             lines.append(f"{field} is missing")
         else:
@@ -367,9 +367,8 @@ def told(error: ValidationError) -> str:
     return "; ".join(dict.fromkeys(lines))
 
 
-def _fields_at(loc: tuple) -> list[str]:
-    """Return the field names of the settings model at a place such as ("phases", "meta")."""
-    model: Any = Settings
+def _fields_at(loc: tuple, model: Any) -> list[str]:
+    """Return the field names of a model at a place such as ("phases", "meta")."""
     for part in loc:
         if model is Settings and part == "strategies":
             continue

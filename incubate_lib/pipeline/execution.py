@@ -28,9 +28,19 @@ class Execution:
 
 
 def start(
-    notebook: str, folder: Path, output: str, parameters: dict[str, Any], *, threads: int, own: list[str] | None = None
+    folder: Path,
+    parameters: dict[str, Any],
+    *,
+    threads: int,
+    notebook: str | None = None,
+    output: str | None = None,
+    phase: str | None = None,
+    own: list[str] | None = None,
 ) -> Execution:
-    """Start one notebook in a process of its own, with its cores and GPUs; its output is appended to log.txt."""
+    """Start a notebook, to be kept as `output`, or a phase alone, in a process of its own, with its cores and GPUs.
+
+    What it prints is appended to log.txt.
+    """
     from incubate_lib.pipeline import warm
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +48,9 @@ def start(
     env = os.environ | {"INCUBATE_THREADS": str(threads), "INCUBATE_HEADLESS": "1"}
     if own:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-    return Execution(warm.start(notebook, str(folder / output), parameters, log=str(log), env=env), log, own or [])
+    if notebook:
+        return Execution(warm.start(notebook, str(folder / output), parameters, log=str(log), env=env), log, own or [])
+    return Execution(warm.start_phase(phase, parameters, log=str(log), env=env), log, own or [])
 
 
 def clear_log(folder: Path) -> None:
@@ -94,7 +106,7 @@ def analyse(plan: Plan, source: dict[str, Any], console: Console, threads: int) 
     strategies, seeds = (list(dict.fromkeys(part)) for part in zip(*plan.finals, strict=True))
     console.print("Analysis …")
     seen, parameters = _seen(plan), source | {"strategies": strategies, "seeds": seeds}
-    job = start(ANALYSIS, path, f"{ANALYSIS}.ipynb", parameters, threads=threads)
+    job = start(path, parameters, notebook=ANALYSIS, output=f"{ANALYSIS}.ipynb", threads=threads)
     try:
         job.process.join()
     except KeyboardInterrupt:

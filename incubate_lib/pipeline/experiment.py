@@ -19,20 +19,21 @@ class Experiment:
 
     settings: Settings
     path: Path
+    given: Facts | None = None
 
     @classmethod
-    def of(cls, settings: Settings) -> "Experiment":
+    def of(cls, settings: Settings, facts: Facts | None = None) -> "Experiment":
         """Find the folder for these settings: `<name>`; `<name>-<hash>` for a variant, made by `--set` or by an edited file."""
         runs = data_folder() / "runs"
         plain, variant = runs / settings.name, runs / f"{settings.name}-{settings.digest()[:6]}"
-        return cls(settings, plain if not settings.is_variant and _owner(plain) in (None, settings.digest()) else variant)
+        return cls(settings, plain if not settings.is_variant and _owner(plain) in (None, settings.digest()) else variant, facts)
 
     @cached_property
     def facts(self) -> Facts:
-        """What planning must know; measured unless the experiment's folder has it already."""
-        return (
-            Facts.model_validate(read_json(self.path / "experiment.json")["facts"]) if self.is_known() else measure(self.settings)
-        )
+        """What planning must know; measured unless it was given or the experiment's folder has it already."""
+        if self.is_known():
+            return Facts.model_validate(read_json(self.path / "experiment.json")["facts"])
+        return self.given or measure(self.settings)
 
     def is_known(self) -> bool:
         """Whether this experiment has been started before."""

@@ -29,6 +29,7 @@ from incubate_lib.config import (
     told,
 )
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
+from incubate_lib.training.facts import Facts
 from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, write_json
 from incubate_lib.training.schedule import steps_per_epoch, total_steps
 
@@ -101,11 +102,9 @@ class Node:
         for node in self.inputs.values():
             node.run()
         self.experiment.create()
-        used = self._used() | ({"weights": self.settings.inputs["weights"]} if self.weights else {})
-        about = {"strategy": self.strategy, "inputs": {name: node.key for name, node in self.inputs.items()}}
-        about["inputs_sha256"] = used
-        if donor := self._donor(used):
-            return self._adopt(donor, about)
+        if copied := self.adopt():
+            return copied
+        about = self._about()
         inputs = {name: node.folder.path for name, node in self.inputs.items()}
         return run_phase(
             self.settings,
@@ -118,6 +117,18 @@ class Node:
             machine=self.experiment.settings.machine,
             stop_file=self.experiment.path / STOP_FILE,
         )
+
+    def _about(self) -> dict[str, Any]:
+        """Return what the summary must say of strategy and inputs, which must be finished."""
+        used = self._used() | ({"weights": self.settings.inputs["weights"]} if self.weights else {})
+        inputs = {name: node.key for name, node in self.inputs.items()}
+        return {"strategy": self.strategy, "inputs": inputs, "inputs_sha256": used}
+
+    def adopt(self) -> dict[str, Any] | None:
+        """Copy this phase from another run that finished it, if there is one, and return its summary; inputs must be finished."""
+        about = self._about()
+        donor = self._donor(about["inputs_sha256"])
+        return self._adopt(donor, about) if donor else None
 
     def _donor(self, used: dict[str, str]) -> PhaseFolder | None:
         """Find the same phase, settings and inputs, finished in another experiment: it need not be trained again."""
@@ -156,8 +167,13 @@ class Plan:
             node.run()
 
 
-def plan(settings: Settings, strategies: Sequence[str] | None = None, seeds: Sequence[int] = (0,)) -> Plan:
-    """Resolve settings to a graph of phases; SettingsError for anything that could not be trained."""
+def plan(
+    settings: Settings, strategies: Sequence[str] | None = None, seeds: Sequence[int] = (0,), *, facts: Facts | None = None
+) -> Plan:
+    """Resolve settings to a graph of phases; SettingsError for anything that could not be trained.
+
+    `facts` are those of these images and networks, if they are known already; else they are measured.
+    """
     strategies = list(strategies or settings.run)
     for name, values in {"seed": list(seeds), "strategy": strategies}.items():
         doubled = sorted({str(v) for v in values if values.count(v) > 1})
@@ -167,7 +183,7 @@ def plan(settings: Settings, strategies: Sequence[str] | None = None, seeds: Seq
         raise SettingsError(f"seed {min(seeds)} is negative; seeds are 0 or larger")
     for name in strategies:
         settings.strategy(name)
-    experiment = Experiment.of(settings)
+    experiment = Experiment.of(settings, facts)
     experiment.check_writable()
     planner = _Planner(settings, experiment)
     finals = {(name, seed): planner.strategy(name, seed) for seed in seeds for name in strategies}

@@ -46,7 +46,8 @@ def attempt(about: dict[str, Any]) -> int:
     if stuck(_attempts(node), _job(), about["attempts"]):
         return _give_up(node, about["attempts"])
     _begin(node)
-    process = execution.start(node.notebook, node.folder.path, "notebook.ipynb", _parameters(about), threads=_cores()).process
+    how = {"notebook": node.notebook, "output": "notebook.ipynb", "threads": _cores()}
+    process = execution.start(node.folder.path, _parameters(about), **how).process
     process.join()
     if execution.is_complete(node):
         _close(node, "done")

@@ -34,88 +34,107 @@ SUMMARY_SECONDS = 15.0  # between lines when the output is not a terminal
 
 @dataclass
 class Pool:
-    """State of a run: what waits, what runs, what failed and why."""
+    """State of a run: what waits, what runs, what failed and why; each phase by its folder."""
 
-    plan: Plan
-    source: dict[str, Any]  # preset and overrides, as the notebooks take them
+    plans: list[tuple[Plan, dict[str, Any]]]  # each with its source: preset and overrides, as the notebooks take them
     jobs: int
     console: Console
-    waiting: dict[str, Node] = field(default_factory=dict)
-    running: dict[str, Execution] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    notebooks: bool = True  # false: phases alone, for the many of a study
+    nodes: dict[Path, Node] = field(default_factory=dict)
+    sources: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    waiting: dict[Path, Node] = field(default_factory=dict)
+    running: dict[Path, Execution] = field(default_factory=dict)
+    failed: dict[Path, str] = field(default_factory=dict)
+    skipped: dict[Path, str] = field(default_factory=dict)
+    done: dict[Path, Line] = field(default_factory=dict)
     stopping: bool = False
 
+    def __post_init__(self) -> None:
+        for plan, source in self.plans:
+            for node in plan.nodes:
+                self.nodes[node.folder.path] = node
+                self.sources[node.folder.path] = source
+
     @property
-    def stop_file(self) -> Path:
-        return self.plan.experiment.path / STOP_FILE
+    def stop_files(self) -> list[Path]:
+        return list(dict.fromkeys(plan.experiment.path / STOP_FILE for plan, _ in self.plans))
+
+    def is_done(self, node: Node) -> bool:
+        return is_complete(node) if self.notebooks else node.summary() is not None
 
     def run(self) -> None:
         """Run everything that is missing; fills `failed` and `skipped`."""
-        nodes = {node.key: node for node in self.plan.nodes}
-        self.waiting = {key: node for key, node in nodes.items() if not is_complete(node)}
-        done = len(nodes) - len(self.waiting)
-        told = f"{self.plan.experiment.path.name}: {done} of {len(nodes)} phases are done already"
+        self.waiting = {path: node for path, node in self.nodes.items() if not self.is_done(node)}
+        names = list(dict.fromkeys(plan.experiment.path.name for plan, _ in self.plans))
+        told = names[0] if len(names) == 1 else f"{len(names)} runs"
+        told += f": {len(self.nodes) - len(self.waiting)} of {len(self.nodes)} phases are done already"
         self.console.print(told, highlight=False, markup=False)
         if not self.waiting:
             return
-        order = _remaining_path(self.plan)
+        order = {path: flops for plan, _ in self.plans for path, flops in _remaining_path(plan).items()}
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             with _View(self) as show:
                 while self.running or (self.waiting and not self.stopping):
-                    if self.stopping or self.stop_file.exists():
+                    if self.stopping or any(file.exists() for file in self.stop_files):
                         self.stopping = True
-                        self.stop_file.touch()  # again and again, for phases that begin only now
-                    for key in sorted(self.waiting, key=order.get, reverse=True):
-                        self._consider(nodes[key])
-                    for key in list(self.running):
-                        self._look_after(nodes[key])
+                        for file in self.stop_files:
+                            file.touch()  # again and again, for phases that begin only now
+                    for path in sorted(self.waiting, key=order.get, reverse=True):
+                        self._consider(path)
+                    for path in list(self.running):
+                        self._look_after(path)
                     show()
                     time.sleep(POLL_SECONDS)
         finally:
             for job in self.running.values():
                 kill(job)
-            self.stop_file.unlink(missing_ok=True)
+            for file in self.stop_files:
+                file.unlink(missing_ok=True)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _consider(self, node: Node) -> None:
-        """Start a waiting node if its inputs are there and a place is free; skip it if one of them failed."""
-        lost = [n.key for n in node.inputs.values() if n.key in self.failed or n.key in self.skipped]
-        if lost:
-            self.skipped[node.key] = f"needs {lost[0]}"
-            del self.waiting[node.key]
-        elif not self.stopping and len(self.running) < self.jobs and all(is_complete(n) for n in node.inputs.values()):
-            parameters = self.source | {"strategy": node.strategy, "seed": node.settings.seed}
+    def _consider(self, path: Path) -> None:
+        """Start a waiting phase if its inputs are there and a place is free; skip it if one of them failed."""
+        node = self.nodes[path]
+        before = {n.folder.path: n for n in node.inputs.values()}
+        if lost := [n.key for at, n in before.items() if at in self.failed or at in self.skipped]:
+            self.skipped[path] = f"needs {lost[0]}"
+            del self.waiting[path]
+        elif not self.stopping and len(self.running) < self.jobs and all(self.is_done(n) for n in before.values()):
+            if any(self.nodes[other].digest == node.digest for other in self.running):
+                return  # the same phase of another run: it will be copied
+            parameters = self.sources[path] | {"strategy": node.strategy, "seed": node.settings.seed}
             if node.settings.module_index is not None:
                 parameters["module_index"] = node.settings.module_index
-            devices = self.plan.experiment.settings.machine.devices
+            devices = node.experiment.settings.machine.devices
             busy = Counter(gpu for job in self.running.values() for gpu in job.gpus)
             free = sorted(gpus(), key=lambda gpu: busy[gpu])[:devices]  # stable: the first of the least busy
-            clear_log(node.folder.path)
-            self.running[node.key] = start(
-                node.notebook, node.folder.path, "notebook.ipynb", parameters, threads=fair_threads(self.jobs), own=free
-            )
-            del self.waiting[node.key]
+            clear_log(path)
+            if self.notebooks:
+                task = {"notebook": node.notebook, "output": "notebook.ipynb"}
+            else:
+                task = {"phase": node.settings.phase}
+            self.running[path] = start(path, parameters, **task, threads=fair_threads(self.jobs), own=free)
+            del self.waiting[path]
 
-    def _look_after(self, node: Node) -> None:
-        """Notice when a running node has ended, and how."""
-        job = self.running[node.key]
+    def _look_after(self, path: Path) -> None:
+        """Notice when a running phase has ended, and how."""
+        job, node = self.running[path], self.nodes[path]
         code = job.process.exitcode
         if code is None:
             return
-        del self.running[node.key]
-        if is_complete(node):
+        del self.running[path]
+        if self.is_done(node):
             return
         status = node.folder.status()
-        self.stopping = self.stopping or self.stop_file.exists()
+        self.stopping = self.stopping or any(file.exists() for file in self.stop_files)
         if self.stopping and (status["state"] == "stopped" or code < 0):
             return
         if code == 0:
-            self.failed[node.key] = "its notebook trained other settings: was the settings file changed meanwhile?"
+            self.failed[path] = "its notebook trained other settings: was the settings file changed meanwhile?"
         else:
-            self.failed[node.key] = last_error(job.log) or status.get("error") or f"ended with exit status {code}"
+            self.failed[path] = last_error(job.log) or status.get("error") or f"ended with exit status {code}"
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.stopping:  # the second time: at once
@@ -126,19 +145,26 @@ class Pool:
         self.console.print("\nStopping: phases save a checkpoint first (again: at once) …")
 
     def lines(self) -> list[Line]:
-        lines = []
-        for node in self.plan.nodes:
-            line = node_line(node)
-            if node.key in self.failed:
-                line.state, line.note = "failed", self.failed[node.key]
-            elif node.key in self.skipped:
-                line.state, line.note = "skipped", self.skipped[node.key]
-            elif node.key in self.running and line.state != "running":
-                line.state = "starting" if line.state != "done" else "finishing"
-            elif node.key in self.waiting and line.state in ("failed", "interrupted", "stopped"):
-                line.state = "waiting"
-            lines.append(line)
-        return lines
+        return [self._line(path) for path in self.nodes]
+
+    def _line(self, path: Path) -> Line:
+        if path in self.done:  # and stays so: there may be hundreds
+            return self.done[path]
+        line = node_line(self.nodes[path])
+        if path in self.failed:
+            line.state, line.note = "failed", self.failed[path]
+        elif path in self.skipped:
+            line.state, line.note = "skipped", self.skipped[path]
+        elif path in self.running and line.state != "running":
+            line.state = "starting" if line.state != "done" else "finishing"
+        elif path in self.waiting and line.state in ("failed", "interrupted", "stopped"):
+            line.state = "waiting"
+        elif line.state == "done" and path not in self.waiting:
+            self.done[path] = line
+        if len(self.plans) > 1:
+            run = self.nodes[path].experiment.path.name
+            line.key, line.title = f"{run}/{line.key}", f"{run} {line.title}"
+        return line
 
 
 class _View:
@@ -189,35 +215,46 @@ def run(plan: Plan, source: dict[str, Any], jobs: int, console: Console, began: 
 
 
 def _run(plan: Plan, source: dict[str, Any], jobs: int, console: Console, began: float) -> int:
-    experiment = plan.experiment
-    pool = Pool(plan, source, jobs, console)
-    pool.stop_file.unlink(missing_ok=True)
-    pool.run()
-    for key, reason in pool.failed.items():
-        log = experiment.path / key / "log.txt"
-        console.print(f"FAILED {key}: {reason}\n       log: {log}", soft_wrap=True, highlight=False, markup=False)
-    for key, reason in pool.skipped.items():
-        console.print(f"skipped {key}: {reason}", soft_wrap=True, highlight=False)
-    if pool.failed:
-        return 1
-    if pool.stopping:
-        console.print("Stopped. The same command goes on from here.")
-        return 130
-    status = 0
+    pool = Pool([(plan, source)], jobs, console)
+    if status := finish(pool):
+        return status
     if not analysed(plan):
-        clear_log(experiment.path)
+        clear_log(plan.experiment.path)
         status = analyse(plan, source, console, fair_threads(1))
     console.print(f"Finished in {time.monotonic() - began:.0f} s.", highlight=False)
     return status
 
 
-def _remaining_path(plan: Plan) -> dict[str, int]:
-    """Return for each node the FLOPs of the longest way from it to an end: those are started first."""
+def finish(pool: Pool) -> int:
+    """Run a pool and say what failed; return the exit status: 0 all done, 1 something failed, 130 stopped."""
+    for file in pool.stop_files:
+        file.unlink(missing_ok=True)
+    pool.run()
+    for path, reason in pool.failed.items():
+        told = f"FAILED {_name(pool, path)}: {reason}\n       log: {path / 'log.txt'}"
+        pool.console.print(told, soft_wrap=True, highlight=False, markup=False)
+    for path, reason in pool.skipped.items():
+        pool.console.print(f"skipped {_name(pool, path)}: {reason}", soft_wrap=True, highlight=False)
+    if pool.failed:
+        return 1
+    if pool.stopping:
+        pool.console.print("Stopped. The same command goes on from here.")
+        return 130
+    return 0
+
+
+def _name(pool: Pool, path: Path) -> str:
+    node = pool.nodes[path]
+    return node.key if len(pool.plans) == 1 else f"{node.experiment.path.name}/{node.key}"
+
+
+def _remaining_path(plan: Plan) -> dict[Path, int]:
+    """Return for each phase's folder the FLOPs of the longest way from it to an end: those are started first."""
     longest = dict(plan.flops)
     for node in reversed(plan.nodes):
         for before in node.inputs.values():
             longest[before.key] = max(longest[before.key], plan.flops[before.key] + longest[node.key])
-    return longest
+    return {node.folder.path: longest[node.key] for node in plan.nodes}
 
 
 def gpus() -> list[str]:

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,14 @@ def _default(text: str) -> Any:
 
 def run(name: str, output: str, parameters: dict[str, Any], **client: Any) -> int:
     """Execute a notebook and return an exit status; the reason of a failure is the last line printed."""
+    return told_errors(lambda: execute(name, Path(output), parameters, **client))
+
+
+def told_errors(work: Callable[[], Any]) -> int:
+    """Do some work and return an exit status; the reason of a failure is the last line printed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        execute(name, Path(output), parameters, **client)
+        work()
     except SettingsError as error:
         print(f"error: {error}", flush=True)
         return 2

@@ -50,6 +50,8 @@ def scripts(
         about = source | {"overrides": overrides, "phase": s.phase, "strategy": node.strategy, "seed": s.seed}
         about |= {"module_index": s.module_index} if s.module_index is not None else {}
         yield _make(experiment, node.key, about, job, slurm, shares.get(shape(node))), [n.key for n in node.inputs.values()]
+    if not plan.finals:
+        return
     strategies, seeds = (list(dict.fromkeys(part)) for part in zip(*plan.finals, strict=True))
     about = source | {"strategies": strategies, "seeds": seeds}
     finals = [node.key for node in plan.finals.values()]

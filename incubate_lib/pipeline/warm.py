@@ -49,9 +49,39 @@ def start(name: str, output: str, parameters: dict[str, Any], *, log: str, env: 
     return process
 
 
+def start_phase(phase: str, parameters: dict[str, Any], *, log: str, env: dict[str, str]) -> multiprocessing.Process:
+    """Train one phase without its notebook, in a fork of the warm process; `parameters` are those of `open_phase`."""
+    prepare()
+    process = context.Process(target=_phase, args=(phase, parameters, log, env))
+    process.start()
+    return process
+
+
 def _notebook(name: str, output: str, parameters: dict[str, Any], log: str, env: dict[str, str]) -> None:
     from incubate_lib.pipeline.notebook import run
 
+    _settle(log, env)
+    kernel = _ForkedKernel()  # now: no thread runs yet
+    _end_with_parent()
+    manager = type("WarmKernelManager", (_WarmKernelManager,), {"forked": kernel})
+    try:
+        code = run(name, output, parameters, kernel_manager_class=manager)
+    finally:
+        kernel.kill()  # it may never have been asked for, and waits
+    raise SystemExit(code)
+
+
+def _phase(phase: str, parameters: dict[str, Any], log: str, env: dict[str, str]) -> None:
+    from incubate_lib.pipeline.graph import open_phase
+    from incubate_lib.pipeline.notebook import told_errors
+
+    _settle(log, env)
+    _end_with_parent()
+    raise SystemExit(told_errors(lambda: open_phase(phase, **parameters).run()))
+
+
+def _settle(log: str, env: dict[str, str]) -> None:
+    """Be a process of its own group, environment and log."""
     os.setsid()  # out of the terminal's group
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if not env.get("INCUBATE_STOP"):  # Slurm signals every process of a job; there this file tells what to do
@@ -61,14 +91,6 @@ def _notebook(name: str, output: str, parameters: dict[str, Any], log: str, env:
     os.dup2(file, 2)
     os.environ.clear()
     os.environ.update(env)
-    kernel = _ForkedKernel()  # now: no thread runs yet
-    _end_with_parent()
-    manager = type("WarmKernelManager", (_WarmKernelManager,), {"forked": kernel})
-    try:
-        code = run(name, output, parameters, kernel_manager_class=manager)
-    finally:
-        kernel.kill()  # it may never have been asked for, and waits
-    raise SystemExit(code)
 
 
 def _end_with_parent() -> None:

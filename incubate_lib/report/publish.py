@@ -14,19 +14,38 @@ def publish(results: Results) -> list[Path]:
     """Write the tables, read them again, draw the figures from what was read; return the files."""
     written = []
     tables = {"": results.strategies, "_phases": results.phases, "_curves": results.curves}
-    figures = plots.PUBLISHED
     if len(results.mntk):
         tables["_mntk"] = results.mntk[results.mntk["strategy"].isin(mat.SHOWN)]  # of controls nobody asks
-        figures = figures | mat.PUBLISHED
     for part, table in tables.items():
         path = results_folder() / f"{results.name}{part}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(path, index=False, float_format="%.6g")
         written.append(path)
-    for name, draw in figures.items():
+    return written + _draw(published(results.name))
+
+
+def redraw() -> list[Path]:
+    """Draw every tracked figure again from the tracked tables; return the files."""
+    from incubate_lib.report import studies
+
+    written = []
+    for path in sorted(results_folder().glob("*.csv")):
+        if path.stem.startswith("bench_"):
+            table = pd.read_csv(path)
+            written += [_draw_growth(table, path.stem)] if "series" in table else []
+        elif path.stem.startswith("study_"):
+            written += [] if path.stem.endswith("_rates") else studies.draw(studies.published(path.stem.removeprefix("study_")))
+        elif not path.stem.endswith(("_phases", "_curves", "_mntk")):
+            written += _draw(published(path.stem))
+    return written
+
+
+def _draw(results: Results) -> list[Path]:
+    written = []
+    for name, draw in (plots.PUBLISHED | (mat.PUBLISHED if len(results.mntk) else {})).items():
         path = results_folder().parents[1] / "figures" / f"{results.name}_{name}.png"
         path.parent.mkdir(exist_ok=True)
-        draw(published(results.name)).savefig(path, dpi=150)
+        draw(results).savefig(path, dpi=150)
         written.append(path)
     return written
 
@@ -43,9 +62,11 @@ def publish_bench(table: pd.DataFrame, name: str) -> list[Path]:
     path = results_folder() / f"bench_{check_name(name)}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False, float_format="%.6g")
-    if "series" not in table:
-        return [path]
-    figure = results_folder().parents[1] / "figures" / f"bench_{name}.png"
+    return [path, _draw_growth(pd.read_csv(path), path.stem)] if "series" in table else [path]
+
+
+def _draw_growth(table: pd.DataFrame, name: str) -> Path:
+    figure = results_folder().parents[1] / "figures" / f"{name}.png"
     figure.parent.mkdir(exist_ok=True)
-    plots.growth(pd.read_csv(path)).savefig(figure, dpi=150)
-    return [path, figure]
+    plots.growth(table).savefig(figure, dpi=150)
+    return figure

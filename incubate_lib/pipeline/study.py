@@ -1,0 +1,239 @@
+"""Run a study: stage by stage, each the runs of all cells side by side, so that no core waits for a cell to end.
+
+First learning rates are chosen, phase after phase, on images cut from the training images; then every cell is trained with
+the chosen rates, all its strategies in one run, and judged on the test images. The state of a study is nothing but the
+records of its runs: called again it walks the same way, and trains what is missing. A phase that several runs share is trained
+once and copied.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+from incubate_lib.config import data_folder, presets
+from incubate_lib.config.cluster import SlurmSettings
+from incubate_lib.config.study import Cell, Study
+from incubate_lib.pipeline import local, slurm
+from incubate_lib.pipeline.execution import only_run
+from incubate_lib.pipeline.graph import Node, Plan, plan
+from incubate_lib.training.facts import Facts
+from incubate_lib.training.runs import read_json
+
+UNDER_WAY = 3  # exit status
+RunRates = dict[str, float]  # phase → learning rate
+Stage = tuple[str, list["Trial"]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a study."""
+
+    cell: Cell
+    overrides: list[str]
+    plan: Plan  # of this stage's phases alone
+    strategy: str | None = None  # whose rate is tried; none: all strategies, with the chosen rates
+    phase: str | None = None  # of which a rate is tried
+    rate: float | None = None
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The phases whose rate is tried."""
+        return [node for node in self.plan.nodes if node.settings.phase == self.phase]
+
+    def accuracies(self) -> dict[int, float]:
+        """Return the judged accuracy of this phase by seed, of incubation the mean over modules."""
+        by_seed: dict[int, list[float]] = {}
+        for node in self.nodes:
+            by_seed.setdefault(node.settings.seed, []).append(node.summary()["accuracy"])
+        return {seed: fmean(values) for seed, values in by_seed.items()}
+
+
+@dataclass
+class Walk:
+    """The stages of a study, in order; each is given out once what it depends on is known."""
+
+    study: Study
+    preset: str
+    tried: list[dict[str, Any]] = field(default_factory=list)  # a row a rate and seed
+    chosen: dict[tuple[str, str], RunRates] = field(default_factory=dict)  # (cell, strategy) → rates
+    facts: dict[str, Facts] = field(default_factory=dict)
+    is_known: bool = True  # false from the first stage on that is not finished: its choices are stand-ins, to count costs
+
+    def stages(self) -> Iterator[Stage]:
+        """Yield title and runs of each stage; after one that the caller left unfinished, only the costs of the rest are right."""
+        if self.study.rates:
+            yield from self._choosing()
+        yield "every strategy, judged on test images", self.last()
+
+    def last(self) -> list[Trial]:
+        """Return the runs that are judged on test images, with the rates that are chosen by now."""
+        return [self._trial(cell) for cell in self.study.cells()]
+
+    def _choosing(self) -> Iterator[Stage]:
+        rates = self.study.rates
+        cells = [c for c in self.study.cells() if all(c.place[axis] == value for axis, value in rates.at.items())]
+        for depth in range(3):  # no strategy trains more phases
+            trials = []
+            for cell in cells:
+                for name in self.study.strategies:
+                    phases = self.study.settings(cell).strategies[name].trains
+                    if depth < len(phases):
+                        trials += [self._trial(cell, name, phases[: depth + 1], rate) for rate in rates.values]
+            if trials:
+                yield f"rates, {' and '.join(dict.fromkeys(t.phase for t in trials))}", trials
+                self._choose(trials)
+
+    def _choose(self, trials: list[Trial]) -> None:
+        done = self.is_known = self.is_known and all(node.summary() for trial in trials for node in trial.nodes)
+        groups: dict[tuple[str, str], list[Trial]] = {}
+        for trial in trials:
+            groups.setdefault((trial.cell.label, trial.strategy), []).append(trial)
+        for (cell, name), group in groups.items():
+            results = {trial.rate: trial.accuracies() for trial in group} if done else {group[0].rate: {0: 0.0}}
+            best = max(results, key=lambda rate: fmean(results[rate].values()))  # of equal ones the first
+            self.chosen.setdefault((cell, name), {})[group[0].phase] = best
+            self.tried += [
+                group[0].cell.place
+                | {"strategy": name, "phase": group[0].phase, "lr": rate, "seed": seed, "accuracy": value, "chosen": rate == best}
+                for rate, by_seed in results.items() if done
+                for seed, value in by_seed.items()
+            ]  # fmt: skip
+
+    def rates_of(self, cell: Cell, strategy: str) -> RunRates:
+        """Return the learning rates of a strategy in a cell: chosen there, or where the study says."""
+        at = self.study.rates.at if self.study.rates else {}
+        place = cell.place | at
+        label = cell.model_copy(update={"place": place}).label
+        return self.chosen.get((label, strategy), {})
+
+    def _trial(
+        self, cell: Cell, strategy: str | None = None, phases: list[str] | None = None, rate: float | None = None
+    ) -> Trial:
+        names = [strategy] if strategy else self.study.strategies
+        overrides = list(cell.overrides)
+        for name in names:
+            rates = self.rates_of(cell, name) | ({phases[-1]: rate} if phases else {})
+            overrides += [f"strategies.{name}.phases.{phase}.lr={value!r}" for phase, value in rates.items()]
+        if strategy:
+            overrides.append("data.eval_split=val")
+        seeds = self.study.rates.seeds if strategy else self.study.seeds
+        settings = self.study.settings(cell, overrides[len(cell.overrides) :])
+        key = _facts_key(settings)
+        whole = plan(settings, names, seeds, facts=self.facts.get(key))
+        self.facts[key] = whole.experiment.facts
+        if strategy is None:
+            return Trial(cell, overrides, whole)
+        wanted = {*phases} | ({"assemble"} if phases[-1] == "finetune" else set())
+        part = dataclasses.replace(whole, nodes=[node for node in whole.nodes if node.settings.phase in wanted])
+        return Trial(cell, overrides, part, strategy, phases[-1], rate)
+
+    def source(self, trial: Trial) -> dict[str, Any]:
+        """Return preset and overrides of a run, as notebooks and `incubate run` take them."""
+        return {"preset": self.preset, "overrides": trial.overrides}
+
+
+def _facts_key(settings: Any) -> str:
+    """Return what the facts of an experiment depend on; learning rates do not matter."""
+    about = settings.model_dump(mode="json", include={"data", "model", "partition"})
+    about["strategies"] = {
+        name: [strategy.kind, strategy.weights, strategy.low_resolution and strategy.low_resolution.model_dump()]
+        for name, strategy in settings.strategies.items()
+    }
+    return json.dumps(about, sort_keys=True)
+
+
+@dataclass
+class Cost:
+    """What is left to do of a stage."""
+
+    title: str
+    runs: int
+    phases: int  # different ones
+    missing: int
+    flops: float  # of those that are missing
+
+
+def walk(study: Study) -> Walk:
+    """Return the walk through a study, ready to begin."""
+    preset = study.preset if study.preset in presets() else str(Path(study.preset).absolute())
+    return Walk(study, preset)
+
+
+def costs(study: Study) -> list[Cost]:
+    """Return what each stage of a study will cost, without training anything; each phase counts once.
+
+    Costs do not depend on learning rates, so they are known before these are chosen.
+    """
+    steps, seen, told = walk(study), set(), []
+    for title, trials in steps.stages():
+        nodes = {node.digest: (node, trial.plan.flops[node.key]) for trial in trials for node in trial.plan.nodes}
+        standing_in = len(study.rates.values) if study.rates and not steps.is_known and trials[0].phase else 1
+        if standing_in > 1:  # the rates before it are not known: all of them look alike, and are counted as often as they are
+            nodes = _once_a_rate(trials)
+        new = {digest: node for digest, node in nodes.items() if digest not in seen}
+        seen |= set(nodes)
+        missing = [flops for node, flops in new.values() if node.summary() is None]
+        told.append(Cost(title, len(trials), len(new), len(missing), float(sum(missing))))
+    return told
+
+
+def _once_a_rate(trials: list[Trial]) -> dict[str, tuple[Node, int]]:
+    """Return the phases of this stage's own kind, each once."""
+    return {node.digest: (node, trial.plan.flops[node.key]) for trial in trials for node in trial.nodes}
+
+
+def measured_speed(study: Study) -> float | None:
+    """Return the FLOP/s of one process in finished phases of this study, else of any run here; None if there is none."""
+    folder = data_folder() / "runs"
+    for pattern in (f"{study.name}-*", "*"):
+        flops = seconds = 0.0
+        for path in folder.glob(f"{pattern}/seed-*/**/summary.json"):
+            summary = read_json(path) or {}
+            if summary.get("train_seconds") and "copied_from" not in summary:
+                flops, seconds = flops + summary["train_flops"], seconds + summary["train_seconds"]
+        if seconds:
+            return flops / seconds
+    return None
+
+
+def run(study: Study, *, jobs: int, console: Console, cluster: SlurmSettings | None = None) -> tuple[Walk, int]:
+    """Go through a study here, `jobs` phases side by side, or hand each stage to Slurm; return the walk and an exit status.
+
+    0: all is done; 1: something failed; 130: stopped; with Slurm 3: jobs are under way, call again when they have ended.
+    """
+    steps = walk(study)
+    home = data_folder() / "studies" / study.name
+    home.mkdir(parents=True, exist_ok=True)
+    with only_run(home):
+        for title, trials in steps.stages():
+            missing = [trial for trial in trials if any(node.summary() is None for node in trial.plan.nodes)]
+            if missing:
+                console.print(f"{title}: {len(missing)} of {len(trials)} runs are not finished", highlight=False)
+                for trial in missing:
+                    trial.plan.experiment.create()
+                _copy_finished(missing)
+                runs = [(trial.plan, steps.source(trial)) for trial in missing]
+                if cluster is not None:
+                    last = trials[0].phase is None
+                    for plan, source in runs:
+                        plan = plan if last else dataclasses.replace(plan, finals={})  # no analysis of a part
+                        slurm.submit(plan, source, cluster, console)
+                    console.print("The next stage begins when these have ended: the same command again goes on.")
+                    return steps, UNDER_WAY
+                if status := local.finish(local.Pool(runs, jobs, console, notebooks=False)):
+                    return steps, status
+    return steps, 0
+
+
+def _copy_finished(trials: list[Trial]) -> None:
+    """Take over what is finished in another run, here and at once: that needs no process of its own."""
+    for trial in trials:
+        for node in trial.plan.nodes:
+            if node.summary() is None and all(before.summary() for before in node.inputs.values()):
+                node.adopt()

@@ -1,0 +1,266 @@
+"""A study's tables, what they say, and their figures. Everything is drawn from the tables, which are tracked."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from incubate_lib.config import SettingsError, data_folder, nearest
+from incubate_lib.config.study import BASELINE, COLUMNS
+from incubate_lib.pipeline.study import Cost, Walk
+from incubate_lib.report.plots import Figure, style
+from incubate_lib.report.tables import flop_unit, from_plan, label, results_folder
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """Results of a study: a row a cell, strategy and seed; and how the rates were chosen."""
+
+    name: str
+    results: pd.DataFrame  # the axes, then COLUMNS
+    rates: pd.DataFrame  # the axes, strategy, phase, lr, seed, accuracy on validation images, chosen
+
+    @property
+    def axes(self) -> list[str]:
+        return [column for column in self.results.columns if column not in COLUMNS]
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------------
+
+
+def collect(walk: Walk) -> StudyTable:
+    """Read what is finished of the last stage of a study."""
+    rows = []
+    for trial in walk.last():
+        images = trial.plan.experiment.facts.num_images
+        for row in from_plan(trial.plan).strategies.to_dict("records"):
+            rates = {f"lr_{phase}": rate for phase, rate in _rates(trial, row["strategy"]).items()}
+            row |= {"train_images": images} | rates | trial.cell.place
+            rows.append({column: row.get(column) for column in (*trial.cell.place, *COLUMNS)})
+    columns = [*walk.study.axes, *COLUMNS]
+    tried = pd.DataFrame(walk.tried, columns=[*walk.study.axes, "strategy", "phase", "lr", "seed", "accuracy", "chosen"])
+    return StudyTable(walk.study.name, pd.DataFrame(rows, columns=columns), tried)
+
+
+def _rates(trial, strategy: str) -> dict[str, float]:
+    settings = trial.plan.experiment.settings
+    return {phase: settings.training_of(strategy, phase).peak_lr for phase in settings.strategies[strategy].trains}
+
+
+def save(table: StudyTable, *, publish: bool) -> list[Path]:
+    """Write the tables to data/studies, and if they are to be published to data/results, with the figures drawn from them."""
+    folder = results_folder() if publish else data_folder() / "studies"
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = "study_" if publish else ""
+    written = []
+    for part, rows in {"": table.results, "_rates": table.rates}.items():
+        path = folder / f"{prefix}{table.name}{part}.csv"
+        rows.to_csv(path, index=False, float_format="%.6g")
+        written.append(path)
+    return written + (draw(published(table.name)) if publish else [])
+
+
+def published_studies() -> list[str]:
+    """Return the names of the studies whose tables are tracked."""
+    names = [path.stem.removeprefix("study_") for path in sorted(results_folder().glob("study_*.csv"))]
+    return [name for name in names if not name.endswith("_rates")]
+
+
+def published(name: str) -> StudyTable:
+    """Read the tracked tables of a study; SettingsError with the nearest names if there are none."""
+    path = results_folder() / f"study_{name}.csv"
+    if not path.exists():
+        raise SettingsError(f"no tracked table of a study {name!r}; {nearest(name, published_studies())}")
+    read = [pd.read_csv(path.with_name(f"study_{name}{part}.csv")) for part in ("", "_rates")]
+    axes = [column for column in read[0].columns if column not in COLUMNS]
+    return StudyTable(name, *(table.astype(dict.fromkeys(axes, str)) for table in read))
+
+
+# -- what they say --------------------------------------------------------------------------------------------------------
+
+
+def gains(table: StudyTable, baseline: str = BASELINE) -> pd.DataFrame:
+    """Return each strategy's gain in points over the baseline in the same cell, paired by seed.
+
+    Columns: the axes, strategy, seeds (number), gain, low and high (95 % interval of the mean by Student's t; NaN for one
+    seed), clear (whether it excludes zero), flops and critical_flops relative to the baseline's.
+    """
+    from scipy import stats
+
+    rows = []
+    for place, cell in _cells(table):
+        paired = cell.pivot(index="seed", columns="strategy", values="accuracy").mul(100)
+        cost = cell.groupby("strategy")[["flops", "critical_flops", "seconds"]].mean()
+        if baseline not in paired:
+            continue
+        for name in cell["strategy"].unique():
+            gain = (paired[name] - paired[baseline]).dropna()
+            if name == baseline or gain.empty:
+                continue
+            half = math.nan
+            if len(gain) > 1:
+                half = stats.t.ppf((1 + CONFIDENCE) / 2, len(gain) - 1) * gain.std() / math.sqrt(len(gain))
+            rows.append(place | {
+                "strategy": name, "seeds": len(gain), "gain": gain.mean(), "low": gain.mean() - half,
+                "high": gain.mean() + half, "clear": bool(abs(gain.mean()) > half),
+                **(cost.loc[name] / cost.loc[baseline]).to_dict(),
+            })  # fmt: skip
+    columns = ["strategy", "seeds", "gain", "low", "high", "clear", "flops", "critical_flops", "seconds"]
+    return pd.DataFrame(rows, columns=[*table.axes, *columns])
+
+
+def _cells(table: StudyTable):
+    if not table.axes:
+        yield {}, table.results
+        return
+    for values, cell in table.results.groupby(table.axes, sort=False):
+        yield dict(zip(table.axes, values if isinstance(values, tuple) else (values,), strict=True)), cell
+
+
+def summary(table: StudyTable) -> pd.DataFrame:
+    """Return a table for people: a row a cell and strategy; top-1 as mean ± standard deviation, and costs."""
+    from incubate_lib.report.tables import seconds_text, spread
+
+    unit, factor = flop_unit(table.results["flops"].max() if len(table.results) else 1)
+    gain = gains(table).set_index([*table.axes, "strategy"]) if len(table.results) else pd.DataFrame()
+    rows = []
+    for place, cell in _cells(table):
+        for name, group in cell.groupby("strategy", sort=False):
+            key = (*place.values(), name)
+            found = gain.loc[key if len(key) > 1 else key[0]] if key in gain.index or name in gain.index else None
+            rows.append(place | {
+                "strategy": label(name), "seeds": len(group), "top-1 %": spread(100 * group["accuracy"]),
+                "over end to end": "" if found is None else gain_text(found),
+                "assembled %": spread(100 * group["assembled_accuracy"].dropna()),
+                unit: f"{group['flops'].mean() / factor:.3g}",
+                f"critical path {unit}": f"{group['critical_flops'].mean() / factor:.3g}",
+                "training s": seconds_text(group["seconds"].mean()),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def gain_text(row: pd.Series) -> str:
+    """Return a gain with its interval, and whether it stands out of the noise."""
+    if math.isnan(row["low"]):
+        return f"{row['gain']:+.1f} (one seed)"
+    return f"{row['gain']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]" + ("" if row["clear"] else ", inside the noise")
+
+
+def costs_text(costs: list[Cost], speed: float | None, jobs: int) -> str:
+    """Say what a study will cost: a line a stage and one for all; hours from the measured speed of phases here, if there is one."""
+    unit, factor = flop_unit(max(cost.flops for cost in costs) or 1)
+    lines = []
+    for cost in costs:
+        left = f"{cost.missing} of {cost.phases} phases to train, {cost.flops / factor:.3g} {unit}" if cost.missing else "done"
+        lines.append(f"  {cost.title}: {cost.runs} runs, {left}")
+    total = sum(cost.flops for cost in costs)
+    if not total:
+        return "\n".join([*lines, "Everything is trained."])
+    told = f"Altogether {total / factor:.3g} {unit}"
+    if speed:
+        hours = total / speed / jobs / 3600
+        told += f", about {hours:.1f} hours" if hours >= 1 else f", about {60 * hours:.0f} minutes"
+        told += f" for {jobs} phases side by side at the {speed / 1e9:.3g} GFLOP/s that finished ones had here; evaluation comes on top."
+    else:
+        told += "; nothing was trained here yet that would tell how long that takes."
+    return "\n".join([*lines, told])
+
+
+def doubts(table: StudyTable) -> list[str]:
+    """Return what a reader should know before believing the rates: chosen ones at the grid's edge."""
+    grid = table.rates["lr"].unique()
+    if len(grid) < 2:
+        return []
+    edge = table.rates[table.rates["chosen"] & table.rates["lr"].isin([grid.min(), grid.max()])]
+    told = []
+    for (name, phase), group in edge.groupby(["strategy", "phase"], sort=False):
+        rates = ", ".join(f"{rate:g}" for rate in sorted(group["lr"].unique()))
+        cells = group[table.axes].drop_duplicates().shape[0] if table.axes else 1
+        told.append(f"{label(name)}, {phase}: the chosen rate {rates} is at the grid's edge in {cells} cell(s)")
+    return told
+
+
+# -- figures --------------------------------------------------------------------------------------------------------------
+
+COSTS = {
+    "flops": "all phases, one machine",
+    "critical_flops": "critical path, modules side by side",
+    "seconds": "measured, one machine",
+}
+
+
+def fronts(table: StudyTable, along: str | None = None) -> Figure:
+    """Draw top-1 against total FLOPs, the critical path and seconds: a line a strategy along one axis, a row a value of others.
+
+    `along` is the axis whose values are the points of a line, `budget` if there is one, else the first.
+    """
+    along = along or ("budget" if "budget" in table.axes else (table.axes or [None])[0])
+    others = [axis for axis in table.axes if axis != along]
+    groups = list(table.results.groupby(others, sort=False)) if others else [((), table.results)]
+    figure = Figure(figsize=(11, 3.6 * len(groups) + 0.9), layout="constrained")
+    axes = figure.subplots(len(groups), len(COSTS), sharey="row", squeeze=False)
+    for line, (values, rows) in zip(axes, groups, strict=True):
+        values = values if isinstance(values, tuple) else (values,)
+        where = ", ".join(f"{axis} {value}" for axis, value in zip(others, values, strict=True))
+        for axis, (cost, title) in zip(line, COSTS.items(), strict=True):
+            unit, factor = ("s", 1.0) if cost == "seconds" else flop_unit(rows[cost].max())
+            for name, group in rows.groupby("strategy", sort=False):
+                points = group.groupby(along, sort=False) if along else [(None, group)]
+                x = np.array([part[cost].mean() / factor for _, part in points])
+                y = np.array([100 * part["accuracy"].mean() for _, part in points])
+                sd = np.array([100 * part["accuracy"].std() if len(part) > 1 else 0.0 for _, part in points])
+                order, look = np.argsort(x), style(name)
+                axis.errorbar(x[order], y[order], yerr=sd[order], capsize=3, label=label(name), markersize=5, **look)
+            axis.set(xscale="log", xlabel=f"training cost ({unit})", title=f"{title}" + (f"\n{where}" if where else ""))
+            axis.grid(alpha=0.3, which="both")
+            axis.title.set_fontsize(9)
+        line[0].set_ylabel(f"top-1, {rows['judged_on'].iloc[0]} split (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"{table.name}: {seeds_text(table)}", fontsize=9)
+    return figure
+
+
+def seeds_text(table: StudyTable) -> str:
+    """Say how many seeds stand behind each point."""
+    counts = table.results.groupby([*table.axes, "strategy"])["seed"].nunique()
+    numbers = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    return f"mean ± standard deviation of {numbers} seeds"
+
+
+def gain_map(table: StudyTable, strategy: str) -> Figure:
+    """Draw one strategy's gain over end to end at equal settings as a map over the first two axes; a dot: inside the noise."""
+    found = gains(table)
+    found = found[found["strategy"] == strategy]
+    rows, columns = (table.axes + ["", ""])[:2]
+    row_values = list(dict.fromkeys(found[rows])) if rows else [""]
+    column_values = list(dict.fromkeys(found[columns])) if columns else [""]
+    values = np.full((len(row_values), len(column_values)), np.nan)
+    figure = Figure(figsize=(1.6 * len(column_values) + 3.2, 0.8 * len(row_values) + 1.8), layout="constrained")
+    axis = figure.subplots()
+    for _, row in found.iterrows():
+        i = row_values.index(row[rows]) if rows else 0
+        j = column_values.index(row[columns]) if columns else 0
+        values[i, j] = row["gain"]
+        text = f"{row['gain']:+.1f}" + ("" if row["clear"] else "\n(noise)")
+        axis.text(j, i, text, ha="center", va="center", fontsize=9)
+    bound = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 1.0
+    image = axis.imshow(values, cmap="PuOr", vmin=-bound, vmax=bound, alpha=0.75, aspect="auto")
+    axis.set_xticks(range(len(column_values)), column_values)
+    axis.set_yticks(range(len(row_values)), row_values)
+    axis.set(xlabel=columns, ylabel=rows, title=f"{label(strategy)}: points over end to end, same FLOPs\n{seeds_text(table)}")
+    axis.title.set_fontsize(9)
+    figure.colorbar(image, label="points of top-1")
+    return figure
+
+
+def draw(table: StudyTable) -> list[Path]:
+    """Draw a study's figures from its tracked tables into figures/."""
+    folder = results_folder().parents[1] / "figures"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"study_{table.name}.png"
+    fronts(table).savefig(path, dpi=150)
+    return [path]
