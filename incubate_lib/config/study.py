@@ -98,9 +98,9 @@ class Study(Frozen):
 
 
 COLUMNS = (  # of a study's table, besides its axes
-    "strategy", "seed", "accuracy", "meta_accuracy", "assembled_accuracy", "flops", "critical_flops", "seconds", "critical_seconds",
-    "lr_meta", "lr_incubate", "lr_finetune", "lr_end_to_end", "train_images", "judged_on", "device", "threads", "torch", "date",
-    "commit",
+    "strategy", "seed", "accuracy", "meta_accuracy", "assembled_accuracy", "flops", "critical_flops", "seconds",
+    "critical_seconds", "lr_meta", "lr_incubate", "lr_finetune", "lr_end_to_end", "train_images", "judged_on", "device",
+    "threads", "torch", "date", "commit",
 )  # fmt: skip
 
 

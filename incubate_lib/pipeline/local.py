@@ -111,10 +111,8 @@ class Pool:
             busy = Counter(gpu for job in self.running.values() for gpu in job.gpus)
             free = sorted(gpus(), key=lambda gpu: busy[gpu])[:devices]  # stable: the first of the least busy
             clear_log(path)
-            if self.notebooks:
-                task = {"notebook": node.notebook, "output": "notebook.ipynb"}
-            else:
-                task = {"phase": node.settings.phase}
+            whole = {"notebook": node.notebook, "output": "notebook.ipynb"}
+            task = whole if self.notebooks else {"phase": node.settings.phase}
             self.running[path] = start(path, parameters, **task, threads=fair_threads(self.jobs), own=free)
             del self.waiting[path]
 

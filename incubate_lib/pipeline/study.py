@@ -173,19 +173,11 @@ def costs(study: Study) -> list[Cost]:
     steps, seen, told = walk(study), set(), []
     for title, trials in steps.stages():
         nodes = {node.digest: (node, trial.plan.flops[node.key]) for trial in trials for node in trial.plan.nodes}
-        standing_in = len(study.rates.values) if study.rates and not steps.is_known and trials[0].phase else 1
-        if standing_in > 1:  # the rates before it are not known: all of them look alike, and are counted as often as they are
-            nodes = _once_a_rate(trials)
         new = {digest: node for digest, node in nodes.items() if digest not in seen}
         seen |= set(nodes)
         missing = [flops for node, flops in new.values() if node.summary() is None]
         told.append(Cost(title, len(trials), len(new), len(missing), float(sum(missing))))
     return told
-
-
-def _once_a_rate(trials: list[Trial]) -> dict[str, tuple[Node, int]]:
-    """Return the phases of this stage's own kind, each once."""
-    return {node.digest: (node, trial.plan.flops[node.key]) for trial in trials for node in trial.nodes}
 
 
 def measured_speed(study: Study) -> float | None:

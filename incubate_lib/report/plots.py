@@ -19,6 +19,12 @@ STYLE = {
     "deep_incubation_identity": {"color": "#009E73", "marker": "D", "linestyle": ":"},
     "deep_incubation_mat": {"color": "#56B4E9", "marker": "v", "linestyle": "-."},
     "end_to_end_short": {"color": "#777777", "marker": ".", "linestyle": ":"},
+    "stacking": {"color": "#E69F00", "marker": "P", "linestyle": "-."},
+    "growing": {"color": "#CC79A7", "marker": "v", "linestyle": "-"},
+    "random_modules": {"color": "#777777", "marker": "X", "linestyle": ":"},
+    "imitation": {"color": "#56B4E9", "marker": "<", "linestyle": "--"},
+    "end_to_end_longer": {"color": "#000000", "marker": "*", "linestyle": "--"},
+    "end_to_end_low_resolution": {"color": "#777777", "marker": "d", "linestyle": "-"},
     "mat": {"color": "#D55E00", "marker": "^", "linestyle": "-"},
     "mat_random": {"color": "#0072B2", "marker": "v", "linestyle": "--"},
     "mat_gradient_norm": {"color": "#009E73", "marker": "D", "linestyle": "-."},
@@ -187,7 +193,7 @@ def convergence(results: Results) -> Figure:
 
     The mean over seeds, with ± one standard deviation as a band; end-to-end training on the same axis.
     """
-    cut = results.phases[results.phases["phase"] == "incubate"]["strategy"].unique()
+    cut = results.phases[results.phases["phase"] == "assemble"]["strategy"].unique()
     names = [n for n in results.curves["strategy"].unique() if n != BASELINE]
     unit, factor = flop_unit(results.phases.groupby(["strategy", "seed"])["flops"].sum().max())
     figure = Figure(figsize=(10, 3.9 * max(1, len(names))), layout="constrained")
@@ -198,13 +204,21 @@ def convergence(results: Results) -> Figure:
             if name in cut:
                 _staircase(axis, results, name, factor)
             else:
-                _line(axis, results.curves[results.curves["strategy"] == name], 0, factor, style(name), label(name))
+                _one_after_another(axis, results, name, factor)
         seeds = results.strategies.loc[results.strategies["strategy"] == name, "seed"].nunique()
         axis.set(ylabel="top-1 (%)", title=f"{label(name)} against end to end (n = {seeds})")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower right")
     axes[-1].set_xlabel(f"training cost spent ({unit}), modules one after another")
     return figure
+
+
+def _one_after_another(axis, results: Results, name: str, factor: float) -> None:
+    curves, phases = (table[table["strategy"] == name] for table in (results.curves, results.phases))
+    spent, told = 0.0, label(name)
+    for phase in phases["phase"].unique():
+        _line(axis, curves[curves["phase"] == phase], spent, factor, style(name), told)
+        spent, told = spent + phases.loc[phases["phase"] == phase, "flops"].mean(), None
 
 
 def _staircase(axis, results: Results, name: str, factor: float) -> None:

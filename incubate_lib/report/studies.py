@@ -151,7 +151,7 @@ def gain_text(row: pd.Series) -> str:
 
 
 def costs_text(costs: list[Cost], speed: float | None, jobs: int) -> str:
-    """Say what a study will cost: a line a stage and one for all; hours from the measured speed of phases here, if there is one."""
+    """Say what a study will cost: a line a stage and one for all; hours from the speed that phases had here, if that is known."""
     unit, factor = flop_unit(max(cost.flops for cost in costs) or 1)
     lines = []
     for cost in costs:
@@ -164,7 +164,9 @@ def costs_text(costs: list[Cost], speed: float | None, jobs: int) -> str:
     if speed:
         hours = total / speed / jobs / 3600
         told += f", about {hours:.1f} hours" if hours >= 1 else f", about {60 * hours:.0f} minutes"
-        told += f" for {jobs} phases side by side at the {speed / 1e9:.3g} GFLOP/s that finished ones had here; evaluation comes on top."
+        told += (
+            f" for {jobs} phases side by side, at the {speed / 1e9:.3g} GFLOP/s that finished ones had here, without evaluation."
+        )
     else:
         told += "; nothing was trained here yet that would tell how long that takes."
     return "\n".join([*lines, told])
@@ -235,7 +237,7 @@ def gain_map(table: StudyTable, strategy: str) -> Figure:
     """Draw one strategy's gain over end to end at equal settings as a map over the first two axes; a dot: inside the noise."""
     found = gains(table)
     found = found[found["strategy"] == strategy]
-    rows, columns = (table.axes + ["", ""])[:2]
+    rows, columns = [*table.axes, "", ""][:2]
     row_values = list(dict.fromkeys(found[rows])) if rows else [""]
     column_values = list(dict.fromkeys(found[columns])) if columns else [""]
     values = np.full((len(row_values), len(column_values)), np.nan)

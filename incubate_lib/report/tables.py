@@ -88,7 +88,7 @@ def from_plan(plan: Plan) -> Results:
             kernels += [shared | unit for unit in _units_of(node, summary)]
         if all(node.summary() for node in _needed(final)):
             summary = final.summary()
-            strategies.append({"strategy": name, "seed": seed, **_strategy_row(final, summary)})
+            strategies.append({"strategy": name, "seed": seed, **_strategy_row(name, final, summary)})
     return Results(
         plan.experiment.path.name,
         pd.DataFrame(strategies, columns=STRATEGY_COLUMNS),
@@ -220,6 +220,12 @@ def label(strategy: str) -> str:
         "deep_incubation_stack": "Deep Incubation, stack start",
         "deep_incubation_identity": "Deep Incubation, identity start",
         "deep_incubation_mat": "Deep Incubation with MAT",
+        "stacking": "meta model, stacked, no incubation",
+        "growing": "meta model, grown, no incubation",
+        "random_modules": "random modules, no meta model",
+        "imitation": "modules imitate the meta model",
+        "end_to_end_longer": "end to end, K workers as long",
+        "end_to_end_low_resolution": "end to end, small images first",
         "end_to_end_short": "end to end, shorter",
         "mat": "MAT",
         "mat_random": "random units, as many",
@@ -229,6 +235,16 @@ def label(strategy: str) -> str:
         "mat_exact": "MAT, error everywhere",
     }
     return known.get(strategy, strategy.replace("_", " "))
+
+
+ISOLATES = {  # what a strategy is there to show, next to Deep Incubation
+    "stacking": "whether the meta model's weights, copied into the deep network, do without incubation",
+    "growing": "the same with blocks that begin as nothing: the deep network starts out as the meta model",
+    "random_modules": "whether the recipe of fine-tuning alone does it, without any weights of a meta model",
+    "imitation": "whether modules must learn from labels, or only what the meta module computes",
+    "end_to_end_longer": "whether the workers had better trained the whole network together, without loss by communication, as long",
+    "end_to_end_low_resolution": "whether another saving, small images first, does as well",
+}
 
 
 def flop_unit(flops: float) -> tuple[str, float]:
@@ -278,8 +294,10 @@ def _compare(table: pd.DataFrame, name: str) -> str:
 def not_from_nothing(phases: pd.DataFrame) -> list[str]:
     """Return the strategies that start from weights of a file: no meta model and no network was trained from random ones."""
     table = phases.reindex(columns=PHASE_COLUMNS).dropna(subset="strategy")
-    begun = table[table["phase"].isin(["meta", "end_to_end"]) & (table["steps"] > 0)]
-    return [name for name in table["strategy"].unique() if name not in set(begun["strategy"])]
+    begun = set(table.loc[table["phase"].isin(["meta", "end_to_end"]) & (table["steps"] > 0), "strategy"])
+    phases = table.groupby("strategy")["phase"].agg(set)
+    begun |= {name for name, those in phases.items() if "assemble" in those and "meta" not in those}  # of random modules
+    return [name for name in table["strategy"].unique() if name not in begun]
 
 
 def _meta_alone(table: pd.DataFrame, phases: pd.DataFrame) -> str:
@@ -295,7 +313,7 @@ def _meta_alone(table: pd.DataFrame, phases: pd.DataFrame) -> str:
     return told + (f"; not better on average: {', '.join(behind)}." if behind else ", and every strategy is better on average.")
 
 
-def _strategy_row(final: Node, summary: dict) -> dict:
+def _strategy_row(strategy: str, final: Node, summary: dict) -> dict:
     needed = {node.key: node.summary() for node in _needed(final)}
     row = {"accuracy": summary["accuracy"]}
     for phase, column in {"meta": "meta_accuracy", "assemble": "assembled_accuracy"}.items():
@@ -303,6 +321,9 @@ def _strategy_row(final: Node, summary: dict) -> dict:
     for short, name in {"flops": "train_flops", "seconds": "train_seconds"}.items():
         row[short] = sum(s[name] for s in needed.values())
         row[f"critical_{short}"] = _longest(final, {key: s[name] for key, s in needed.items()})
+    if final.experiment.settings.strategies[strategy].match_on == "critical_path":  # K workers that share every batch
+        workers = len(final.experiment.facts.target_depths)
+        row |= {f"critical_{short}": row[short] / workers for short in ("flops", "seconds")}
     row |= {name: sum(s[name] for s in needed.values()) for name in ("images_seen", "steps")}
     where = summary["provenance"]
     row |= {"device": where["device"], "threads": where["threads"], "torch": where["versions"]["torch"], "date": where["date"]}
