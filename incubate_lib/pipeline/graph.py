@@ -30,7 +30,7 @@ from incubate_lib.config import (
 )
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
 from incubate_lib.training.facts import Facts
-from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, write_json
+from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, read_json, write_json
 from incubate_lib.training.schedule import steps_per_epoch, total_steps
 
 NOTEBOOKS = {
@@ -124,20 +124,19 @@ class Node:
         inputs = {name: node.key for name, node in self.inputs.items()}
         return {"strategy": self.strategy, "inputs": inputs, "inputs_sha256": used}
 
-    def adopt(self) -> dict[str, Any] | None:
-        """Copy this phase from another run that finished it, if there is one, and return its summary; inputs must be finished."""
-        about = self._about()
-        donor = self._donor(about["inputs_sha256"])
-        return self._adopt(donor, about) if donor else None
+    def adopt(self, finished: dict[str, list[PhaseFolder]] | None = None) -> dict[str, Any] | None:
+        """Copy this phase from another run that finished it, if there is one, and return its summary; inputs must be finished.
 
-    def _donor(self, used: dict[str, str]) -> PhaseFolder | None:
-        """Find the same phase, settings and inputs, finished in another experiment: it need not be trained again."""
-        for path in sorted(self.experiment.path.parent.glob(f"*/seed-{self.settings.seed}/**/summary.json")):
-            folder = PhaseFolder(path.parent)
-            if path.parent != self.folder.path and folder.summary(self.digest, used):
+        `finished` is what `finished_phases` returned, for those who ask often.
+        """
+        about = self._about()
+        if finished is None:
+            finished = finished_phases(self.experiment.path.parent, self.settings.seed)
+        for folder in finished.get(self.digest, []):
+            if folder.path != self.folder.path and folder.summary(self.digest, about["inputs_sha256"]):
                 with contextlib.suppress(SettingsError):  # damaged: no use
                     folder.load_weights()
-                    return folder
+                    return self._adopt(folder, about)
         return None
 
     def _adopt(self, donor: PhaseFolder, about: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +149,15 @@ class Node:
             summary = donor.summary() | about | {"copied_from": str(donor.path.relative_to(self.experiment.path.parent))}
             write_json(self.folder.path / "summary.json", summary)
         return summary
+
+
+def finished_phases(runs: Path, seed: int | None = None) -> dict[str, list[PhaseFolder]]:
+    """Return the finished phases of all runs in a folder, of one seed or of all, by the hash of their settings."""
+    found: dict[str, list[PhaseFolder]] = {}
+    for path in sorted(runs.glob(f"*/seed-{'*' if seed is None else seed}/**/summary.json")):
+        if summary := read_json(path):
+            found.setdefault(summary.get("hash"), []).append(PhaseFolder(path.parent))
+    return found
 
 
 @dataclass(frozen=True)

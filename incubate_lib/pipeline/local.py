@@ -148,19 +148,19 @@ class Pool:
     def _line(self, path: Path) -> Line:
         if path in self.done:  # and stays so: there may be hundreds
             return self.done[path]
-        line = node_line(self.nodes[path])
+        node = self.nodes[path]
+        waits = path in self.waiting  # whatever an earlier run left there
+        line = Line(node.key, node.title, "waiting") if waits else node_line(node)
         if path in self.failed:
             line.state, line.note = "failed", self.failed[path]
         elif path in self.skipped:
             line.state, line.note = "skipped", self.skipped[path]
         elif path in self.running and line.state != "running":
             line.state = "starting" if line.state != "done" else "finishing"
-        elif path in self.waiting and line.state in ("failed", "interrupted", "stopped"):
-            line.state = "waiting"
-        elif line.state == "done" and path not in self.waiting:
+        elif line.state == "done":
             self.done[path] = line
         if len(self.plans) > 1:
-            run = self.nodes[path].experiment.path.name
+            run = node.experiment.path.name
             line.key, line.title = f"{run}/{line.key}", f"{run} {line.title}"
         return line
 

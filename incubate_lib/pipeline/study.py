@@ -21,7 +21,7 @@ from incubate_lib.config.cluster import SlurmSettings
 from incubate_lib.config.study import Cell, Study
 from incubate_lib.pipeline import local, slurm
 from incubate_lib.pipeline.execution import only_run
-from incubate_lib.pipeline.graph import Node, Plan, plan
+from incubate_lib.pipeline.graph import Node, Plan, finished_phases, plan
 from incubate_lib.training.facts import Facts
 from incubate_lib.training.runs import read_json
 
@@ -225,7 +225,8 @@ def run(study: Study, *, jobs: int, console: Console, cluster: SlurmSettings | N
 
 def _copy_finished(trials: list[Trial]) -> None:
     """Take over what is finished in another run, here and at once: that needs no process of its own."""
+    finished = finished_phases(data_folder() / "runs")
     for trial in trials:
         for node in trial.plan.nodes:
-            if node.summary() is None and all(before.summary() for before in node.inputs.values()):
-                node.adopt()
+            if node.digest in finished and node.summary() is None and all(before.summary() for before in node.inputs.values()):
+                node.adopt(finished)

@@ -242,7 +242,7 @@ ISOLATES = {  # what a strategy is there to show, next to Deep Incubation
     "growing": "the same with blocks that begin as nothing: the deep network starts out as the meta model",
     "random_modules": "whether the recipe of fine-tuning alone does it, without any weights of a meta model",
     "imitation": "whether modules must learn from labels, or only what the meta module computes",
-    "end_to_end_longer": "whether the workers had better trained the whole network together, without loss by communication, as long",
+    "end_to_end_longer": "whether K workers had better trained the whole network together, as long and without loss",
     "end_to_end_low_resolution": "whether another saving, small images first, does as well",
 }
 
