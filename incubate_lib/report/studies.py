@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator
 
 from incubate_lib.config import SettingsError, data_folder, nearest
-from incubate_lib.config.study import BASELINE, COLUMNS
+from incubate_lib.config.study import BASELINE, COLUMNS, load_study, studies
 from incubate_lib.pipeline.study import Cost, Walk
 from incubate_lib.report.plots import Figure, style
-from incubate_lib.report.tables import flop_unit, from_plan, label, results_folder
+from incubate_lib.report.tables import flop_unit, from_plan, hardware_of, label, results_folder
 
 CONFIDENCE = 0.95
 
@@ -80,6 +81,15 @@ def published(name: str) -> StudyTable:
     return StudyTable(name, *(table.astype(dict.fromkeys(axes, str)) for table in read))
 
 
+def described(table: StudyTable) -> str:
+    """Say in a few lines what a study asks, how large it is, and where it was measured."""
+    known = load_study(table.name) if table.name in studies() else None
+    cells = len(table.results[table.axes].drop_duplicates()) if table.axes else 1
+    lines = [f"{table.name}: {known.question}", f"   {known.description}"] if known else [f"{table.name}:"]
+    size = f"   {cells} cells, {table.results['strategy'].nunique()} strategies, {table.results['seed'].nunique()} seeds"
+    return "\n".join([*lines, f"{size}; {hardware_of(table.results)}"])
+
+
 # -- what they say --------------------------------------------------------------------------------------------------------
 
 
@@ -89,8 +99,6 @@ def gains(table: StudyTable, baseline: str = BASELINE) -> pd.DataFrame:
     Columns: the axes, strategy, seeds (number), gain, low and high (95 % interval of the mean by Student's t; NaN for one
     seed), clear (whether it excludes zero), flops and critical_flops relative to the baseline's.
     """
-    from scipy import stats
-
     rows = []
     for place, cell in _cells(table):
         paired = cell.pivot(index="seed", columns="strategy", values="accuracy").mul(100)
@@ -101,16 +109,20 @@ def gains(table: StudyTable, baseline: str = BASELINE) -> pd.DataFrame:
             gain = (paired[name] - paired[baseline]).dropna()
             if name == baseline or gain.empty:
                 continue
-            half = math.nan
-            if len(gain) > 1:
-                half = stats.t.ppf((1 + CONFIDENCE) / 2, len(gain) - 1) * gain.std() / math.sqrt(len(gain))
-            rows.append(place | {
-                "strategy": name, "seeds": len(gain), "gain": gain.mean(), "low": gain.mean() - half,
-                "high": gain.mean() + half, "clear": bool(abs(gain.mean()) > half),
-                **(cost.loc[name] / cost.loc[baseline]).to_dict(),
-            })  # fmt: skip
+            relative = (cost.loc[name] / cost.loc[baseline]).to_dict()
+            rows.append(place | {"strategy": name, "seeds": len(gain)} | _interval(gain) | relative)
     columns = ["strategy", "seeds", "gain", "low", "high", "clear", "flops", "critical_flops", "seconds"]
     return pd.DataFrame(rows, columns=[*table.axes, *columns])
+
+
+def _interval(gain: pd.Series) -> dict[str, float]:
+    from scipy import stats
+
+    half = math.nan
+    if len(gain) > 1:
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, len(gain) - 1) * gain.std() / math.sqrt(len(gain))
+    mean = gain.mean()
+    return {"gain": mean, "low": mean - half, "high": mean + half, "clear": bool(abs(mean) > half)}
 
 
 def _cells(table: StudyTable):
@@ -148,6 +160,111 @@ def gain_text(row: pd.Series) -> str:
     if math.isnan(row["low"]):
         return f"{row['gain']:+.1f} (one seed)"
     return f"{row['gain']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]" + ("" if row["clear"] else ", inside the noise")
+
+
+def answer(table: StudyTable) -> list[str]:
+    """Say in sentences what a study says about training in pieces, whatever the numbers are."""
+    if BASELINE not in set(table.results["strategy"]):
+        return ["There is no end-to-end training in this study to compare with."]
+    told = [*_cheapest(table), *_largest_gain(table), *_against_controls(table), *_assembled(table)]
+    return told or ["Nothing is finished yet."]
+
+
+def reached(table: StudyTable) -> pd.DataFrame:
+    """Return the cheapest cell in which each strategy is at least as good on average as end to end in its best cell.
+
+    Cells are compared along the axis `budget`, with the other axes' values kept; without that axis a cell is compared with
+    itself. Columns: the other axes, strategy, the budget at which, accuracy, gain over end to end's best with its interval
+    (paired by seed), and flops, critical_flops and seconds relative to end to end's best.
+    """
+    others = [axis for axis in table.axes if axis != "budget"]
+    rows = []
+    for values, group in table.results.groupby(others, sort=False) if others else [((), table.results)]:
+        place = dict(zip(others, values if isinstance(values, tuple) else (values,), strict=True))
+        cells = group.groupby(["budget"] if "budget" in table.axes else others or (lambda _: ""), sort=False)
+        base = [cell[cell["strategy"] == BASELINE] for _, cell in cells]
+        best = max(base, key=lambda cell: cell["accuracy"].mean())
+        costs = ["flops", "critical_flops", "seconds"]
+        for name in [n for n in group["strategy"].unique() if n != BASELINE]:
+            mine = [cell[cell["strategy"] == name] for _, cell in cells]
+            good = [cell for cell in mine if len(cell) and cell["accuracy"].mean() >= best["accuracy"].mean()]
+            if not good:
+                continue
+            cell = min(good, key=lambda cell: cell["flops"].mean())
+            paired = cell.set_index("seed")["accuracy"] - best.set_index("seed")["accuracy"]
+            rows.append(place | {"strategy": name} | ({"budget": cell["budget"].iloc[0]} if "budget" in cell else {}) | {
+                "accuracy": cell["accuracy"].mean(), "best": best["accuracy"].mean(), **_interval(100 * paired.dropna()),
+                **(cell[costs].mean() / best[costs].mean()).to_dict(),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _cheapest(table: StudyTable) -> list[str]:
+    found = reached(table)
+    if "budget" not in table.axes:
+        return []
+    told = []
+    for row in found.to_dict("records"):
+        where = ", ".join(f"{axis} {row[axis]}" for axis in table.axes if axis != "budget")
+        told.append(
+            f"{label(row['strategy'])}{' (' + where + ')' if where else ''} reaches end to end's best ({row['best']:.1%}) with "
+            f"{row['accuracy']:.1%} for {row['flops']:.2f} of its FLOPs, {row['critical_flops']:.2f} on the critical path "
+            f"({gain_text(pd.Series(row))})."
+        )
+    never = [n for n in table.results["strategy"].unique() if n != BASELINE and n not in set(found.get("strategy", []))]
+    if never:
+        told.append(f"Never as good as end to end's best, on average: {', '.join(map(label, never))}.")
+    return told
+
+
+def _largest_gain(table: StudyTable) -> list[str]:
+    equal = gains(table)
+    equal = equal[equal["flops"].between(0.95, 1.05)]
+    told = []
+    for sign, word in ((1, "largest gain"), (-1, "largest loss")):
+        row = equal.loc[(sign * equal["gain"]).idxmax()] if len(equal) else None
+        if row is None or sign * row["gain"] <= 0:
+            continue
+        where = ", ".join(f"{axis} {row[axis]}" for axis in table.axes)
+        where = f" at {where}" if where else ""
+        told.append(f"The {word} at equal FLOPs, in points: {label(row['strategy'])}{where}, {gain_text(row)}.")
+    return told
+
+
+INCUBATED = ("deep_incubation_identity", "deep_incubation_stack", "deep_incubation")  # the recommended one first
+UNINCUBATED = ("growing", "stacking")
+
+
+def _against_controls(table: StudyTable) -> list[str]:
+    """Compare incubation with the meta model's weights alone, cell by cell."""
+    there = set(table.results["strategy"])
+    name = next((name for name in INCUBATED if name in there), None)
+    told = []
+    for control in (c for c in UNINCUBATED if name and c in there):
+        found = gains(table, control)
+        found = found[found["strategy"] == name]
+        better, worse = (int((found["clear"] & (sign * found["gain"] > 0)).sum()) for sign in (1, -1))
+        told.append(
+            f"Against the control without incubation ({label(control)}), {label(name)} is clearly better in {better}, clearly "
+            f"worse in {worse} and inside the noise in {len(found) - better - worse} of {len(found)} cells (mean "
+            f"{found['gain'].mean():+.1f} points), for {found['critical_flops'].mean():.2f} of its critical path."
+        )
+    return told
+
+
+def _assembled(table: StudyTable) -> list[str]:
+    rows = table.results.dropna(subset=["assembled_accuracy"])
+    told = []
+    for name in (name for name in INCUBATED if name in set(rows["strategy"])):
+        mine = rows[rows["strategy"] == name]
+        mine = mine.assign(added=100 * (mine["accuracy"] - mine["assembled_accuracy"]))
+        cells = mine.groupby(table.axes or "strategy")["added"].mean()
+        ahead = 100 * (mine["accuracy"] - mine["meta_accuracy"]).mean()
+        told.append(
+            f"{label(name)}: fine-tuning adds {mine['added'].mean():+.1f} points to the assembled network (by cell from "
+            f"{cells.min():+.1f} to {cells.max():+.1f}); the finished network is {ahead:+.1f} points over its meta model."
+        )
+    return told
 
 
 def costs_text(costs: list[Cost], speed: float | None, jobs: int) -> str:
@@ -191,7 +308,7 @@ def doubts(table: StudyTable) -> list[str]:
 COSTS = {
     "flops": "all phases, one machine",
     "critical_flops": "critical path, modules side by side",
-    "seconds": "measured, one machine",
+    "seconds": "measured, phases one after another",
 }
 
 
@@ -217,7 +334,11 @@ def fronts(table: StudyTable, along: str | None = None) -> Figure:
                 sd = np.array([100 * part["accuracy"].std() if len(part) > 1 else 0.0 for _, part in points])
                 order, look = np.argsort(x), style(name)
                 axis.errorbar(x[order], y[order], yerr=sd[order], capsize=3, label=label(name), markersize=5, **look)
-            axis.set(xscale="log", xlabel=f"training cost ({unit})", title=f"{title}" + (f"\n{where}" if where else ""))
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("")
+            axis.set(xlabel=f"training cost ({unit})", title=f"{title}" + (f"\n{where}" if where else ""))
             axis.grid(alpha=0.3, which="both")
             axis.title.set_fontsize(9)
         line[0].set_ylabel(f"top-1, {rows['judged_on'].iloc[0]} split (%)")
@@ -233,36 +354,51 @@ def seeds_text(table: StudyTable) -> str:
     return f"mean ± standard deviation of {numbers} seeds"
 
 
-def gain_map(table: StudyTable, strategy: str) -> Figure:
-    """Draw one strategy's gain over end to end at equal settings as a map over the first two axes; a dot: inside the noise."""
+def gain_map(table: StudyTable) -> Figure:
+    """Draw the gain over end to end at equal FLOPs as a map: strategies over the values of one axis; of two, a map a strategy."""
     found = gains(table)
-    found = found[found["strategy"] == strategy]
-    rows, columns = [*table.axes, "", ""][:2]
-    row_values = list(dict.fromkeys(found[rows])) if rows else [""]
-    column_values = list(dict.fromkeys(found[columns])) if columns else [""]
-    values = np.full((len(row_values), len(column_values)), np.nan)
-    figure = Figure(figsize=(1.6 * len(column_values) + 3.2, 0.8 * len(row_values) + 1.8), layout="constrained")
-    axis = figure.subplots()
-    for _, row in found.iterrows():
-        i = row_values.index(row[rows]) if rows else 0
-        j = column_values.index(row[columns]) if columns else 0
-        values[i, j] = row["gain"]
-        text = f"{row['gain']:+.1f}" + ("" if row["clear"] else "\n(noise)")
-        axis.text(j, i, text, ha="center", va="center", fontsize=9)
-    bound = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 1.0
-    image = axis.imshow(values, cmap="PuOr", vmin=-bound, vmax=bound, alpha=0.75, aspect="auto")
-    axis.set_xticks(range(len(column_values)), column_values)
-    axis.set_yticks(range(len(row_values)), row_values)
-    axis.set(xlabel=columns, ylabel=rows, title=f"{label(strategy)}: points over end to end, same FLOPs\n{seeds_text(table)}")
-    axis.title.set_fontsize(9)
-    figure.colorbar(image, label="points of top-1")
+    found = found[found["flops"].between(0.95, 1.05)]
+    if len(table.axes) < 2:
+        column = table.axes[0] if table.axes else ""
+        panels = {"": (found.assign(strategy=found["strategy"].map(label)), "strategy", column)}
+    else:
+        rows, column = table.axes[:2]
+        panels = {label(name): (part, rows, column) for name, part in found.groupby("strategy", sort=False)}
+    bound = found["gain"].abs().max() if len(found) else 1.0
+    columns = max(part[column].nunique() if column else 1 for part, _, column in panels.values())
+    lines = sum(part[rows].nunique() for part, rows, _ in panels.values())
+    figure = Figure(figsize=(1.5 * columns + 4.5, 0.6 * lines + 1.2 * len(panels) + 0.6), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, (title, (part, rows, column)) in zip(axes, panels.items(), strict=True):
+        image = _map(axis, part, rows, column, bound)
+        axis.set_title(title, fontsize=9, loc="left")
+    figure.colorbar(image, ax=list(axes), label="points of top-1", shrink=0.8)
+    figure.suptitle(f"{table.name}: points over end to end at equal FLOPs\n{seeds_text(table)}, paired by seed", fontsize=9)
     return figure
+
+
+def _map(axis, part: pd.DataFrame, rows: str, column: str, bound: float):
+    row_values = list(dict.fromkeys(part[rows]))
+    column_values = list(dict.fromkeys(part[column])) if column else [""]
+    values = np.full((len(row_values), len(column_values)), np.nan)
+    for _, row in part.iterrows():
+        i, j = row_values.index(row[rows]), column_values.index(row[column]) if column else 0
+        values[i, j] = row["gain"]
+        text = f"{row['gain']:+.1f}" + ("" if row["clear"] else "\nnoise")
+        axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if abs(row["gain"]) > 0.6 * bound else "black")
+    image = axis.imshow(values, cmap="PuOr", vmin=-bound, vmax=bound, aspect="auto")
+    axis.set_xticks(range(len(column_values)), column_values)
+    axis.set_yticks(range(len(row_values)), row_values, fontsize=8)
+    axis.set(xlabel=column, ylabel="" if rows == "strategy" else rows)
+    return image
 
 
 def draw(table: StudyTable) -> list[Path]:
     """Draw a study's figures from its tracked tables into figures/."""
     folder = results_folder().parents[1] / "figures"
     folder.mkdir(exist_ok=True)
-    path = folder / f"study_{table.name}.png"
-    fronts(table).savefig(path, dpi=150)
-    return [path]
+    written = []
+    for name, figure in {"": fronts(table), "_gain": gain_map(table)}.items():
+        written.append(folder / f"study_{table.name}{name}.png")
+        figure.savefig(written[-1], dpi=150)
+    return written

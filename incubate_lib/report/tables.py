@@ -153,7 +153,11 @@ def comparison(results: Results) -> pd.DataFrame:
 
 def hardware(results: Results) -> str:
     """Return where and when the numbers were measured, in one line."""
-    table = results.strategies
+    return hardware_of(results.strategies)
+
+
+def hardware_of(table: pd.DataFrame) -> str:
+    """Return where and when the numbers of a table with a row a strategy and seed were measured, in one line."""
     if table.empty:
         return "nothing measured yet"
 

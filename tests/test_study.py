@@ -1,0 +1,251 @@
+"""Studies: rates chosen on validation images alone, every cell at the cost that was told, statistics that hold."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from incubate_lib.config import SettingsError
+from incubate_lib.config.study import COLUMNS, load_study, studies
+from incubate_lib.pipeline import study as walks
+from incubate_lib.pipeline.graph import finished_phases
+from incubate_lib.report import studies as report
+from incubate_lib.report.studies import StudyTable, answer, fronts, gain_map, gains, published, reached, summary
+
+STUDY = """
+description: two depths
+preset: smoke
+set:
+  training.epochs: 1
+  strategies.deep_incubation.match: end_to_end
+  strategies.deep_incubation.shares: {meta: 0.3, incubate: 0.4}
+  strategies.growing.match: end_to_end
+axes:
+  budget:
+    half: {phases.end_to_end.epochs: 2}
+    whole: {phases.end_to_end.epochs: 4}
+strategies: [end_to_end, deep_incubation, growing]
+seeds: [0, 1]
+rates: {values: [1e-3, 4e-3], seeds: [7], at: {budget: half}}
+"""
+
+
+def incubate(*arguments, folder):
+    env = os.environ | {"INCUBATE_DATA": str(folder), "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "incubate_lib.cli", *arguments], capture_output=True, text=True, env=env, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small study, from nothing to its tables: folder, file, costs told beforehand, what it printed."""
+    folder = tmp_path_factory.mktemp("study")
+    file = folder / "trial.yaml"
+    file.write_text(STUDY)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("INCUBATE_DATA", str(folder / "data"))
+    costs = walks.costs(load_study(str(file)))
+    result = incubate("study", str(file), "--jobs", "2", folder=folder / "data")
+    assert result.returncode == 0, result.stderr + result.stdout
+    yield folder / "data", file, costs, result.stdout
+    patch.undo()
+
+
+def tables(folder) -> StudyTable:
+    read = [pd.read_csv(folder / "studies" / f"trial{part}.csv") for part in ("", "_rates")]
+    return StudyTable("trial", *read)
+
+
+def test_every_cell_has_every_strategy_and_seed_once_at_equal_cost(trained):
+    results = tables(trained[0]).results
+    keys = results[["budget", "strategy", "seed"]].apply(tuple, axis=1)
+    assert sorted(keys) == sorted(
+        (b, s, seed) for b in ("half", "whole") for s in ("end_to_end", "deep_incubation", "growing") for seed in (0, 1)
+    )
+    assert set(results["judged_on"]) == {"test"}
+    means = results.groupby(["budget", "strategy"])["flops"].mean().unstack()
+    assert (means.div(means["end_to_end"], axis=0) - 1).abs().max().max() < 0.04  # half an update of 22
+    assert means.loc["whole", "end_to_end"] == pytest.approx(2 * means.loc["half", "end_to_end"], rel=0.01)
+
+
+def test_rates_are_the_best_on_validation_images_and_are_those_that_were_used(trained):
+    folder = trained[0]
+    table = tables(folder)
+    assert set(table.rates["budget"]) == {"half"} and set(table.rates["seed"]) == {7}
+    for (name, phase), group in table.rates.groupby(["strategy", "phase"]):
+        assert set(group["lr"]) == {1e-3, 4e-3}
+        best = group.loc[group["accuracy"] == group["accuracy"].max(), "lr"]
+        chosen = group.loc[group["chosen"], "lr"]
+        assert chosen.tolist() == [best.iloc[0]]
+        assert set(table.results.loc[table.results["strategy"] == name, f"lr_{phase}"]) == {chosen.iloc[0]}
+    split = {7: "val", 0: "test", 1: "test"}
+    for path in folder.glob("runs/*/seed-*/**/config.json"):
+        config = json.loads(path.read_text())
+        settings = config.get("settings", config)
+        assert settings["data"]["eval_split"] == split[settings["seed"]], path
+
+
+def test_it_costs_what_was_told_and_nothing_is_trained_twice(trained):
+    folder, _, costs, _ = trained
+    phases = finished_phases(folder / "runs")
+    own = [[p for p in copies if "copied_from" not in p.summary()] for copies in phases.values()]
+    assert all(len(one) == 1 for one in own)
+    spent = sum(one[0].summary()["train_flops"] for one in own)
+    assert spent == pytest.approx(sum(cost.flops for cost in costs), rel=0.02)
+    assert len(own) <= sum(cost.missing for cost in costs)  # rates that two strategies agree on have phases in common
+
+
+def test_called_again_it_trains_nothing_and_says_the_same(trained):
+    folder, file, _, told = trained
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("model.safetensors")}
+    saved = (folder / "studies" / "trial.csv").read_text()
+    again = incubate("study", str(file), folder=folder)
+    assert again.returncode == 0 and "Everything is trained." in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("model.safetensors")} == before
+    assert (folder / "studies" / "trial.csv").read_text() == saved
+    assert again.stdout.splitlines()[-8:] == told.splitlines()[-8:]
+
+
+def test_a_run_of_a_study_is_an_ordinary_run(trained):
+    folder, file, *_ = trained
+    steps = walks.walk(load_study(str(file)))
+    *_, (_, trials) = steps.stages()
+    source = steps.source(trials[0])
+    overrides = [part for value in source["overrides"] for part in ("--set", value)]
+    result = incubate("report", source["preset"], *overrides, folder=folder)
+    assert result.returncode == 0 and "than end to end" in result.stdout
+
+
+def test_it_is_told_what_is_left(trained, tmp_path):
+    _, file, *_ = trained
+    result = incubate("study", str(file), "--dry-run", folder=tmp_path)
+    assert result.returncode == 0 and "nothing was trained here yet" in result.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_tables_make_figures_and_sentences(trained):
+    table = tables(trained[0])
+    assert len(summary(table)) == 6 and len(answer(table)) >= 2
+    for figure in (fronts(table), gain_map(table)):
+        assert len(figure._repr_png_()) > 10_000
+
+
+# -- statistics -----------------------------------------------------------------------------------------------------------
+
+
+def made(rows) -> StudyTable:
+    """A table of (budget, strategy, accuracies by seed, flops, critical flops)."""
+    records = []
+    for budget, strategy, accuracies, flops, critical in rows:
+        for seed, accuracy in enumerate(accuracies):
+            record = dict.fromkeys(COLUMNS) | {"budget": budget, "strategy": strategy, "seed": seed, "accuracy": accuracy}
+            record |= {"flops": flops, "critical_flops": critical, "seconds": flops, "judged_on": "test"}
+            records.append(record | {"meta_accuracy": np.nan, "assembled_accuracy": np.nan})
+    rates = pd.DataFrame(columns=["budget", "strategy", "phase", "lr", "seed", "accuracy", "chosen"])
+    return StudyTable("made", pd.DataFrame(records)[["budget", *COLUMNS]], rates)
+
+
+def test_gains_are_paired_by_seed():
+    """Seeds differ by ten points, strategies by one: only pairs show it."""
+    base = np.array([0.5, 0.6, 0.7, 0.8])
+    gain = np.array([0.010, 0.012, 0.008, 0.010])
+    table = made([("1", "end_to_end", base, 4, 4), ("1", "growing", base + gain, 4, 4), ("1", "stacking", base[::-1], 4, 4)])
+    found = gains(table).set_index("strategy")
+    half = 3.182446 * np.std(100 * gain, ddof=1) / 2  # Student's t, three degrees of freedom
+    assert found.loc["growing", "gain"] == pytest.approx(1.0) and found.loc["growing", "clear"]
+    assert found.loc["growing", "low"] == pytest.approx(1.0 - half, abs=1e-6)
+    assert not found.loc["stacking", "clear"] and found.loc["stacking", "gain"] == pytest.approx(0.0)
+    assert gains(table, "growing").set_index("strategy").loc["end_to_end", "gain"] == pytest.approx(-1.0)
+
+
+def test_one_seed_says_nothing_about_chance():
+    table = made([("1", "end_to_end", [0.5], 4, 4), ("1", "growing", [0.9], 4, 4)])
+    row = gains(table).iloc[0]
+    assert math.isnan(row["low"]) and not row["clear"] and "one seed" in report.gain_text(row)
+
+
+def test_the_cheapest_way_to_end_to_ends_best():
+    table = made([
+        ("1/4", "end_to_end", [0.5, 0.5], 1, 1), ("1", "end_to_end", [0.9, 0.92], 4, 4),
+        ("1/4", "growing", [0.91, 0.92], 1, 1), ("1", "growing", [0.95, 0.96], 4, 4),
+        ("1/4", "deep_incubation", [0.6, 0.6], 1, 0.5), ("1", "deep_incubation", [0.8, 0.8], 4, 2),
+    ])  # fmt: skip
+    found = reached(table)
+    assert found["strategy"].tolist() == ["growing"] and found["budget"].tolist() == ["1/4"]
+    assert found["flops"].tolist() == [0.25] and found["gain"].iloc[0] == pytest.approx(0.5)
+    told = "\n".join(answer(table))
+    assert "for 0.25 of its FLOPs" in told and "Never as good as end to end's best, on average: Deep Incubation" in told
+    assert "The largest gain at equal FLOPs, in points: meta model, grown, no incubation at budget 1/4" in told
+    assert "The largest loss at equal FLOPs, in points: Deep Incubation, random start (paper) at budget 1, -11.0" in told
+
+
+# -- what is tracked ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", studies())
+def test_studies_of_the_package_are_whole(name):
+    study = load_study(name)
+    assert study.name == name and study.description and study.question and len(study.seeds) >= 3
+
+
+@pytest.mark.parametrize("name", report.published_studies())
+def test_tracked_tables_are_those_of_the_study(name):
+    table, study = published(name), load_study(name)
+    assert table.axes == list(study.axes)
+    cells = [tuple(cell.place.values()) for cell in study.cells()]
+    assert set(map(tuple, table.results[table.axes].drop_duplicates().to_numpy().tolist())) == set(cells)
+    counts = table.results.groupby([*table.axes, "strategy"])["seed"].agg(set)
+    assert set(counts.map(tuple)) == {tuple(sorted(study.seeds))} and len(counts) == len(cells) * len(study.strategies)
+    if study.rates:
+        assert set(table.rates["lr"]) == set(study.rates.values) and set(table.rates["seed"]) == set(study.rates.seeds)
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preset": "smok"}, "unknown preset"),
+        ({"axes": {"depth": {"6": {"model.dept": 6}}}}, "unknown field 'model.dept'; did you mean"),
+        ({"axes": {"depth": {"7": {"model.depth": 7}}}}, "study bad, depth 7: .*model.depth 7 is not divisible"),
+        ({"axes": {"depth": {}}}, "axes.depth has no values"),
+        ({"axes": {"seed": {"1": {}}}}, "axes.seed: that is a column of the table"),
+        ({"strategies": ["end_to_end", "growin"]}, "did you mean growing"),
+        ({"strategies": ["growing", "growing"]}, "one is given twice"),
+        ({"strategies": []}, "strategies"),
+        ({"seeds": [0, 0]}, "one is given twice"),
+        ({"seeds": [-1]}, "seeds"),
+        ({"rates": {"values": [1e-3, 1e-3], "seeds": [7]}}, "one is given twice"),
+        ({"rates": {"values": [1e-3], "seeds": [0]}}, "what a rate was chosen with must not judge it"),
+        ({"rates": {"values": [1e-3], "seeds": [7], "at": {"depht": "6"}}}, "did you mean depth"),
+        ({"rates": {"values": [1e-3], "seeds": [7], "at": {"depth": "8"}}}, "rates.at.depth is '8'"),
+        ({"rates": {"values": [], "seeds": [7]}}, "rates.values"),
+        ({"set": {"data.eval_split": "val"}}, "data.eval_split is what a study sets itself"),
+        ({"grid": {}}, "unknown field 'grid'"),
+        ({"preset": None}, "preset"),
+    ],
+)
+def test_bad_studies(change, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "data"))
+    study = {"preset": "smoke", "strategies": ["end_to_end"], "seeds": [0], "axes": {"depth": {"6": {"model.depth": 6}}}}
+    file = tmp_path / "bad.yaml"
+    file.write_text(json.dumps(study | change))
+    with pytest.raises(SettingsError, match="(?s)" + message):
+        load_study(str(file))
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_unknown_study_is_told(tmp_path):
+    with pytest.raises(SettingsError, match="did you mean digits-budget"):
+        load_study("digit-budget")
+    with pytest.raises(SettingsError, match="cannot read"):
+        load_study(str(tmp_path / "nowhere.yaml"))
+    with pytest.raises(SettingsError, match="no tracked table of a study 'nothing'"):
+        published("nothing")
