@@ -344,6 +344,36 @@ def test_a_hundred_phases_wait_in_the_queue_and_are_cancelled(site, chain):
     assert " queued " not in site.incubate("status", "smoke", *more).stdout
 
 
+def test_a_study_goes_from_stage_to_stage(site, chain):
+    """Rates first, then every strategy with the chosen ones; the analysis only of the latter."""
+    file = site.folder / "trial.yaml"
+    file.write_text(yaml.safe_dump({
+        "preset": "smoke", "set": {"phases.end_to_end.epochs": 1}, "strategies": ["end_to_end"], "seeds": [0],
+        "rates": {"values": [0.001], "seeds": [7]},
+    }))  # fmt: skip
+    study = ["study", str(file), "--backend", "slurm", "--site", str(site.site)]
+
+    def call(status: int) -> str:
+        result = site.incubate(*study)
+        assert result.returncode == status, result.stdout + result.stderr
+        return result.stdout
+
+    def wait() -> set[str]:
+        runs = {path.name for path in (site.data / "runs").glob("trial-*")}
+        for run in runs:
+            site.wait_until_ended(run)
+        return runs
+
+    assert "1 job(s) submitted" in call(3)
+    (first,) = wait()
+    assert "06_analysis" not in site.jobs(first)
+    told = call(3)
+    assert "2 job(s) submitted" in told and "rates" in told and "done" in told
+    assert len(wait()) == 2
+    assert "wrote" in call(0) and (site.data / "studies" / "trial.csv").exists()
+    assert "--partition is for --backend slurm" in site.incubate("study", str(file), "--partition", "gpu").stderr
+
+
 def test_a_dry_run_prints_scripts_and_writes_nothing(site, chain):
     before = site.states(), sorted(site.data.rglob("*"))
     result = site.incubate("run", "smoke", *BOTH, "--seeds", "7", "--backend", "slurm", "--dry-run", "--sbatch", "account=mine")
