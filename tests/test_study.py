@@ -3,14 +3,17 @@
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from incubate_lib.config import SettingsError
+from incubate_lib.config import SettingsError, presets
 from incubate_lib.config.study import COLUMNS, load_study, studies
 from incubate_lib.pipeline import study as walks
 from incubate_lib.pipeline.graph import finished_phases
@@ -192,6 +195,15 @@ def test_the_cheapest_way_to_end_to_ends_best():
 def test_studies_of_the_package_are_whole(name):
     study = load_study(name)
     assert study.name == name and study.description and study.question and len(study.seeds) >= 3
+
+
+def test_the_study_of_the_readme_is_one(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    text = re.search(r"```yaml\n(description: two depths.*?)```", readme, re.S)[1]
+    shutil.copy(presets()["digits"], tmp_path / "mine.yaml")
+    (tmp_path / "mine-depth.yaml").write_text(text)
+    study = load_study(str(tmp_path / "mine-depth.yaml"))
+    assert [cell.place for cell in study.cells()] == [{"depth": "12"}, {"depth": "24"}]
 
 
 @pytest.mark.parametrize("name", report.published_studies())
