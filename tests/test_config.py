@@ -126,7 +126,8 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--set", "model.options={depth: 3}"], "options.depth is a field of its own"),
     ([*RUN, "--set", "training.mixup=0.5", "--set", "training.batch_size=33"], "batch_size 33 is odd"),
     ([*RUN, "--set", "strategies.end_to_end.start=stack"], "start has no meaning for kind 'end_to_end'"),
-    ([*RUN, "--set", "strategies.deep_incubation.match=x"], "match has no meaning for kind 'deep_incubation'"),
+    ([*RUN, "--set", "strategies.deep_incubation.match=x"], "strategies.deep_incubation.match is 'x'"),
+    ([*RUN, "--set", "strategies.deep_incubation.match_on=flops"], "match_on has no meaning for kind 'deep_incubation'"),
     ([*RUN, "--set", "strategies.meta={kind: end_to_end}"], "that name is taken"),
     ([*RUN, "--set", "strategies.a/b={kind: end_to_end}"], "should match pattern"),
     ([*RUN, "--set", "strategies={mine: 5}"], "strategies.mine is 5"),
@@ -281,6 +282,7 @@ def test_the_experiments_hash_knows_what_changes_a_result():
     assert plain.digest() == load_settings("smoke", same).digest()
     changes = ["training.lr=3e-3", "phases.meta.clip_grad=null", "partition.meta_depths=[1,1,2]", "data.num_images=300"]
     changes += ["strategies.end_to_end.match=deep_incubation_stack", "strategies.deep_incubation.inherit_stem=true"]
+    changes += ["strategies.end_to_end.phases.end_to_end.clip_grad=null", "data.resize=4"]
     assert len({plain.digest(), *(load_settings("smoke", [change]).digest() for change in changes)}) == len(changes) + 1
 
 
@@ -294,7 +296,7 @@ def test_a_phases_hash_knows_everything_in_it():
         "target_depths": [1, 3], "meta_depths": [2, 1], "module_index": 1,
         "start": "stack", "inherit_stem": True, "inherit_head": True,
         "training": TrainingSettings(lr=2e-3), "mat": MATSettings(), "inputs": {"meta": "abd"}, "format": 99,
-        "precision": "bfloat16",
+        "precision": "bfloat16", "imitate": True, "small_images": True,
     }  # fmt: skip
     assert set(other) == set(PhaseSettings.model_fields), "a new field must be part of the hash"
     changed = {plain.model_copy(update={name: value}).digest() for name, value in other.items()}

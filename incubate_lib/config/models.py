@@ -123,7 +123,8 @@ class StrategySettings(Frozen):
 
     def is_as_named(self, name: str) -> bool:
         """Whether nothing of a known strategy was changed."""
-        return any(self == StrategySettings.model_validate(known[name]) for known in (STRATEGIES, UNCUT) if name in known)
+        known = (table[name] for table in (STRATEGIES, UNCUT) if name in table)
+        return any(_as_set(self) == _as_set(StrategySettings.model_validate(one)) for one in known)
 
 
 STRATEGIES = {
@@ -300,13 +301,14 @@ class Settings(Frozen):
 
         Of the known strategies only those that were changed count, so that a new one makes no other experiment of old runs.
         """
-        sections = {"data", "model", "partition", "precision", "training", "phases", "mat"}
-        own = {
-            name: strategy.model_dump(mode="json", exclude_defaults=True)
-            for name, strategy in self.strategies.items()
-            if not strategy.is_as_named(name)
-        }
-        return digest({"format": FORMAT, **self.model_dump(mode="json", include=sections), "strategies": own})
+        sections = self.model_dump(mode="json", include={"data", "model", "partition", "precision", "training", "mat"})
+        own = {name: _as_set(strategy) for name, strategy in self.strategies.items() if not strategy.is_as_named(name)}
+        return digest({"format": FORMAT, **sections, "phases": _as_set(self.phases), "strategies": own})
+
+
+def _as_set(changes: Frozen) -> dict[str, Any]:
+    """Return only what was set: in changes an explicit null is not the same as nothing."""
+    return changes.model_dump(mode="json", exclude_unset=True)
 
 
 class PhaseSettings(Frozen):
