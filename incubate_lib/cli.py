@@ -39,7 +39,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--num-heads", type=int, metavar="N", help="attention heads, which shapes do not show")
         if name == "study":
             command.add_argument("study", help="a study, or a YAML file of yours; without it: list them", nargs="?")
-            command.add_argument("--dry-run", action="store_true", help="say what it would cost, train nothing")
+            command.add_argument("--dry-run", action="store_true", help="say what is left to do and what it costs, train nothing")
+            command.add_argument("--stop", action="store_true", help="have what is under way save a checkpoint and stop")
             command.add_argument("--publish", action="store_true", help="also write data/results/study_*.csv and figures")
             _backend(command, "run of each cell")
         if name in ("presets", "import", "study", "figures"):
@@ -170,6 +171,9 @@ def _study(options: argparse.Namespace) -> int:
     from incubate_lib.report import studies as report
 
     told, console = load_study(options.study), Console()
+    if options.stop:
+        print(f"{study.stop(told)} run(s) of {told.name} are asked to stop; the same command goes on from there")
+        return 0
     jobs = local.check_jobs(options.jobs)
     if cluster is None and not options.dry_run:
         warm.prepare()

@@ -115,6 +115,26 @@ def test_called_again_it_trains_nothing_and_says_the_same(trained):
     assert again.stdout.splitlines()[-8:] == told.splitlines()[-8:]
 
 
+def test_stopped_in_the_middle_it_goes_on_and_ends_in_the_same_numbers(trained, tmp_path):
+    """Stopped from outside while phases run, then called again; the accuracies are those of the study that was not."""
+    folder, file, *_ = trained
+    env = os.environ | {"INCUBATE_DATA": str(tmp_path)}
+    command = [sys.executable, "-m", "incubate_lib.cli", "study", str(file), "--jobs", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        for line in process.stdout:
+            if "module 1 of 3" in line:
+                break
+        asked = incubate("study", str(file), "--stop", folder=tmp_path)
+        rest = process.stdout.read()
+    assert process.returncode == 130 and "Stopped." in rest and "asked to stop" in asked.stdout
+    assert not (tmp_path / "studies" / "trial.csv").exists()
+    assert incubate("study", str(file), "--jobs", "2", folder=tmp_path).returncode == 0
+    for table in ("trial.csv", "trial_rates.csv"):
+        ours, theirs = (pd.read_csv(data / "studies" / table) for data in (tmp_path, folder))
+        same = [column for column in theirs if column not in ("seconds", "critical_seconds", "date", "commit")]
+        pd.testing.assert_frame_equal(ours[same], theirs[same])
+
+
 def test_a_run_of_a_study_is_an_ordinary_run(trained):
     folder, file, *_ = trained
     steps = walks.walk(load_study(str(file)))

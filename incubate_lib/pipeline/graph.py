@@ -42,7 +42,7 @@ NOTEBOOKS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Node:
     """One phase of one seed: resolved settings, folder, and the nodes it starts from."""
 
@@ -52,6 +52,9 @@ class Node:
     experiment: Experiment
     inputs: dict[str, "Node"] = field(default_factory=dict)
     weights: str | None = None  # a file it starts from
+
+    def __repr__(self) -> str:  # not those of all it starts from, again and again
+        return f"Node({self.experiment.path.name}/{self.key})"
 
     @property
     def folder(self) -> PhaseFolder:

@@ -32,7 +32,7 @@ POLL_SECONDS = 0.3
 SUMMARY_SECONDS = 15.0  # between lines when the output is not a terminal
 
 
-@dataclass
+@dataclass(repr=False)  # of all phases: setting a signal's handler would make one each time, and take seconds
 class Pool:
     """State of a run: what waits, what runs, what failed and why; each phase by its folder."""
 

@@ -21,6 +21,7 @@ from incubate_lib.config.cluster import SlurmSettings
 from incubate_lib.config.study import Cell, Study
 from incubate_lib.pipeline import local, slurm
 from incubate_lib.pipeline.execution import only_run
+from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.graph import Node, Plan, finished_phases, plan
 from incubate_lib.training.facts import Facts
 from incubate_lib.training.runs import read_json
@@ -221,6 +222,19 @@ def run(study: Study, *, jobs: int, console: Console, cluster: SlurmSettings | N
                 if status := local.finish(local.Pool(runs, jobs, console, notebooks=False)):
                     return steps, status
     return steps, 0
+
+
+def stop(study: Study) -> int:
+    """Ask all that is under way to save and stop; cancel what waits in Slurm's queue. Return the number of runs asked."""
+    steps, asked = walk(study), set()
+    for _, trials in steps.stages():
+        for experiment in (trial.plan.experiment for trial in trials):
+            if experiment.is_known() and experiment.path not in asked:
+                asked.add(experiment.path)
+                (experiment.path / STOP_FILE).touch()
+                if slurm.was_submitted(experiment):
+                    slurm.stop(experiment)
+    return len(asked)
 
 
 def _copy_finished(trials: list[Trial]) -> None:
