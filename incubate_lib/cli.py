@@ -40,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "study":
             command.add_argument("study", help="a study, or a YAML file of yours; without it: list them", nargs="?")
             command.add_argument("--dry-run", action="store_true", help="say what is left to do and what it costs, train nothing")
+            command.add_argument(
+                "--set", action="append", default=[], metavar="FIELD=VALUE", help="of the machine: machine.compile=default"
+            )
             command.add_argument("--stop", action="store_true", help="have what is under way save a checkpoint and stop")
             command.add_argument("--publish", action="store_true", help="also write data/results/study_*.csv and figures")
             _backend(command, "run of each cell")
@@ -170,7 +173,7 @@ def _study(options: argparse.Namespace) -> int:
     from incubate_lib.pipeline import local, study, warm
     from incubate_lib.report import studies as report
 
-    told, console = load_study(options.study), Console()
+    told, console = load_study(options.study, options.set), Console()
     if options.stop:
         print(f"{study.stop(told)} run(s) of {told.name} are asked to stop; the same command goes on from there")
         return 0

@@ -107,10 +107,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     keys = where.strip().split(".")
     if not equals or not all(keys):
         raise SettingsError(f"--set {override!r}: write it as field=value, for example training.epochs=20")
-    try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError):
-        raise SettingsError(f"--set {override!r}: {text!r} is not a plain value") from None
+    value = yaml_value(override, text)
     for key in keys[:-1]:
         if raw.get(key) is None:
             raw[key] = {}
@@ -118,6 +115,14 @@ def _override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(raw, dict):
             raise SettingsError(f"--set {override!r}: {key} has no fields")
     raw[keys[-1]] = value
+
+
+def yaml_value(override: str, text: str) -> Any:
+    """Return the value of an override; SettingsError unless it is plain YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):
+        raise SettingsError(f"--set {override!r}: {text!r} is not a plain value") from None
 
 
 def _validate(raw: dict[str, Any], where: str) -> Settings:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from incubate_lib.config.files import load_settings, presets, read_yaml
+from incubate_lib.config.files import load_settings, presets, read_yaml, yaml_value
 from incubate_lib.config.models import Settings, told
 from incubate_lib.config.sections import Frozen, SettingsError, nearest
 
@@ -110,8 +110,11 @@ def studies() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_study(study: str) -> Study:
-    """Read a study by name or a YAML file by path, with every cell checked; SettingsError if anything is off."""
+def load_study(study: str, machine: list[str] | tuple[str, ...] = ()) -> Study:
+    """Read a study by name or a YAML file by path, with every cell checked; SettingsError if anything is off.
+
+    `machine` are overrides of the section `machine`, which no result depends on.
+    """
     path = studies().get(study)
     if path is None:
         path = Path(study)
@@ -129,6 +132,13 @@ def load_study(study: str) -> Study:
         found = Study.model_validate(raw)
     except ValidationError as error:
         raise SettingsError(f"{path.name}: {told(error, Study)}") from None
+    for override in machine:
+        field, _, value = override.partition("=")
+        if not field.strip().startswith("machine."):
+            raise SettingsError(
+                f"--set {override!r}: what results depend on stands in the study's file; here only machine.* is set"
+            )
+        found = found.model_copy(update={"set": found.set | {field.strip(): yaml_value(override, value)}})
     for cell in found.cells():
         settings = found.settings(cell)
         for name in found.strategies:
