@@ -119,8 +119,7 @@ def _run(options: argparse.Namespace) -> int:
     jobs = local.check_jobs(options.jobs, settings.machine.devices)
     experiment = Experiment.of(settings)
     experiment.check_writable()
-    if settings.machine.nodes > 1:
-        raise SettingsError("machine.nodes: several nodes need --backend slurm, and its --nodes")
+    local.check_machine([settings.machine])
     if on_slurm and settings.machine.devices > 1 and cluster.gpus_per_node:
         raise SettingsError("--devices is for the CPU (--gpus-per-node 0); on GPUs --gpus-per-node says how many a phase has")
     if not on_slurm and (active := slurm.still_active(experiment)):
@@ -175,9 +174,12 @@ def _study(options: argparse.Namespace) -> int:
 
     told, console = load_study(options.study, options.set), Console()
     if options.stop:
-        print(f"{study.stop(told)} run(s) of {told.name} are asked to stop; the same command goes on from there")
+        asked = study.stop(told)
+        print(f"{asked} run(s) of {told.name} are asked to stop" if asked else f"nothing of {told.name} is under way")
         return 0
-    jobs = local.check_jobs(options.jobs)
+    machines = [told.settings(cell).machine for cell in told.cells()]
+    jobs = local.check_jobs(options.jobs, max(machine.devices for machine in machines))
+    local.check_machine(machines)
     if cluster is None and not options.dry_run:
         warm.prepare()
     print("Planning: reading the images, building the networks, counting FLOPs …", flush=True)

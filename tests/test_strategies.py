@@ -123,6 +123,31 @@ def test_k_workers_spend_k_times_the_critical_path(done):
     assert abs(rows.loc["end_to_end_longer", "critical_flops"] - wanted) <= step / 3
 
 
+def test_how_long_plain_training_is_does_not_change_what_k_workers_do(tmp_path, monkeypatch):
+    """As in the studies, where `phases` sets the epochs of end to end."""
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
+    todo = plan(load_settings("smoke", ["phases.end_to_end.epochs=2"]), ["end_to_end", "end_to_end_longer", "deep_incubation"])
+    meta, module, tuned = (
+        todo.flops[f"seed-0/{key}"] for key in ("meta", "deep_incubation/incubate-0", "deep_incubation/finetune")
+    )
+    assert todo.flops["seed-0/end_to_end_longer"] == pytest.approx(3 * (meta + module + tuned), rel=0.02)
+    assert todo.flops["seed-0/end_to_end"] < todo.flops["seed-0/end_to_end_longer"] / 5
+
+
+def test_a_network_that_cannot_have_smaller_images_is_planned_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
+    change = [
+        "partition=null",
+        "model={name: vgg11, img_size: 32, in_chans: 1, options: {mlp_ratio: 0.002}}",
+        "data.image_size=32",
+    ]
+    change += ["run=[end_to_end]", "phases.finetune.epochs=1"]
+    settings = load_settings("smoke", change)
+    assert plan(settings, ["end_to_end"]).nodes
+    with pytest.raises(SettingsError, match="end_to_end_low_resolution is not possible: small images of 16 pixels"):
+        plan(settings, ["end_to_end_low_resolution"])
+
+
 def test_small_images_first(done):
     first, second = (n for n in done.nodes if n.strategy == "end_to_end_low_resolution")
     assert first.settings.model.img_size == 4 and second.settings.model.img_size == 8
@@ -173,6 +198,9 @@ def test_an_experiment_is_the_same_whatever_strategies_are_known(monkeypatch):
         ({"random_modules.phases.meta.lr": 0.1}, "phases.meta has no meaning"),
         ({"stacking.shares": {"incubate": 0.3}}, "shares names incubate, but this strategy trains meta, finetune"),
         ({"stacking.shares": {"meta": 1.0}}, "less than 1"),
+        ({"stacking.shares": {"meta": 0}}, "greater than 0"),
+        ({"stacking.shares": {"meta": 0.5}, "stacking.phases.finetune.epochs": 3}, "shares leave the rest to fine-tuning"),
+        ({"random_modules.weights": "x"}, "weights are those of a meta model, which this strategy does without"),
         ({"imitation.shares": {"meta": 0.5, "incubate": 0.5}}, "shares add up to 1, which leaves nothing for fine-tuning"),
         ({"deep_incubation.shares": {"meta": 0.5}}, "shares and match_on have no meaning without match"),
         ({"end_to_end_longer.match": "mat"}, "name a deep_incubation or end_to_end strategy without MAT"),
@@ -193,13 +221,13 @@ def test_bad_strategies(changes, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "strategy", "message"),
     [
-        (["strategies.end_to_end_low_resolution.low_resolution.img_size=3"], "end_to_end", "divisible by their patches"),
+        (["strategies.end_to_end_low_resolution.low_resolution.img_size=3"], "end_to_end", "divisible by its patches"),
         (["strategies.end_to_end_low_resolution.low_resolution.img_size=8"], "end_to_end", "must be smaller than"),
         (["strategies.stacking.phases.meta.epochs=100"], "stacking", "its other phases cost more than that already"),
         (["strategies.stacking.phases.meta.epochs=10", "strategies.stacking.phases.finetune.warmup_epochs=1.5"], "stacking",
          "which leaves its phase finetune"),
         (["data.resize=9"], "end_to_end", "data.resize is 9, but the images have 8 × 8 pixels"),
-        (["model.patch_size=8"], "end_to_end_low_resolution", "too small to begin with smaller ones"),
+        (["model.patch_size=8"], "end_to_end_low_resolution", "is not possible: small images of 8 pixels: it must be smaller"),
     ],
 )  # fmt: skip
 def test_strategies_that_do_not_fit(changes, strategy, message, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from incubate_lib.config import SettingsError, presets
+from incubate_lib.config import SettingsError
 from incubate_lib.config.study import COLUMNS, load_study, studies
 from incubate_lib.pipeline import study as walks
 from incubate_lib.pipeline.graph import finished_phases
@@ -61,8 +60,7 @@ def trained(tmp_path_factory):
 
 
 def tables(folder) -> StudyTable:
-    read = [pd.read_csv(folder / "studies" / f"trial{part}.csv") for part in ("", "_rates")]
-    return StudyTable("trial", *read)
+    return report.read_tables(folder / "studies", "trial", "trial")
 
 
 def test_every_cell_has_every_strategy_and_seed_once_at_equal_cost(trained):
@@ -203,9 +201,44 @@ def test_the_cheapest_way_to_end_to_ends_best():
     assert found["strategy"].tolist() == ["growing"] and found["budget"].tolist() == ["1/4"]
     assert found["flops"].tolist() == [0.25] and found["gain"].iloc[0] == pytest.approx(0.5)
     told = "\n".join(answer(table))
-    assert "for 0.25 of its FLOPs" in told and "Never as good as end to end's best, on average: Deep Incubation" in told
-    assert "The largest gain at equal FLOPs, in points: meta model, grown, no incubation at budget 1/4" in told
-    assert "The largest loss at equal FLOPs, in points: Deep Incubation, random start (paper) at budget 1, -11.0" in told
+    assert "for 0.25 of its FLOPs" in told and "(paper) does not reach end to end's best at any budget here" in told
+    assert "gain of 4 comparisons at equal FLOPs, in points: meta model, grown, no incubation at budget 1/4" in told
+    assert "loss of 4 comparisons at equal FLOPs, in points: Deep Incubation, random start (paper) at budget 1, -11.0" in told
+
+
+def test_a_study_without_what_is_compared_has_no_such_figures():
+    table = made([("1", "end_to_end", [0.5, 0.6], 4, 4), ("1", "growing", [0.9, 0.8], 8, 8)])
+    assert gain_map(table) is None and len(fronts(table)._repr_png_()) > 10_000
+    renamed = StudyTable("made", table.results.rename(columns={"budget": "depth"}), table.rates)
+    assert fronts(renamed) is None
+
+
+def test_values_of_axes_are_read_as_they_are_written(tmp_path):
+    table = made([(value, "end_to_end", [0.5, 0.6], 4, 4) for value in ("0.10", "None", "1/4", "NA")])
+    for part, rows in {"": table.results, "_rates": table.rates}.items():
+        rows.to_csv(tmp_path / f"x{part}.csv", index=False)
+    read = report.read_tables(tmp_path, "x", "made")
+    assert read.results["budget"].unique().tolist() == ["0.10", "None", "1/4", "NA"] and read.axes == ["budget"]
+    assert math.isnan(read.results["meta_accuracy"].iloc[0])
+
+
+def test_a_rate_that_is_too_high_is_an_answer(tmp_path, monkeypatch):
+    """What diverges counts as 0 while rates are chosen, is not tried again, and the study goes on with the other."""
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "data"))
+    file = tmp_path / "wild.yaml"
+    study = {"preset": "smoke", "strategies": ["end_to_end"], "seeds": [0], "set": {
+        "phases.end_to_end.epochs": 1, "training.clip_grad": None, "training.warmup_epochs": 0,
+    }, "rates": {"values": [1e30, 1e-3], "seeds": [7]}}  # fmt: skip
+    file.write_text(json.dumps(study))
+    result = incubate("study", str(file), "--jobs", "1", folder=tmp_path / "data")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "is not finite" in result.stdout or "loss is nan" in result.stdout or "FAILED" in result.stdout
+    rates = pd.read_csv(tmp_path / "data" / "studies" / "wild_rates.csv").set_index("lr")
+    assert rates.loc[1e30, "accuracy"] == 0 and rates.loc[1e-3, "chosen"] and not rates.loc[1e30, "chosen"]
+    study["rates"]["values"] = [1e30]
+    file.write_text(json.dumps(study))
+    result = incubate("study", str(file), "--jobs", "1", folder=tmp_path / "data")
+    assert result.returncode == 2 and "the loss is not finite at any rate (1e+30)" in result.stderr
 
 
 # -- what is tracked ------------------------------------------------------------------------------------------------------
@@ -220,7 +253,6 @@ def test_studies_of_the_package_are_whole(name):
 def test_the_study_of_the_readme_is_one(tmp_path):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     text = re.search(r"```yaml\n(description: two depths.*?)```", readme, re.S)[1]
-    shutil.copy(presets()["digits"], tmp_path / "mine.yaml")
     (tmp_path / "mine-depth.yaml").write_text(text)
     study = load_study(str(tmp_path / "mine-depth.yaml"))
     assert [cell.place for cell in study.cells()] == [{"depth": "12"}, {"depth": "24"}]
@@ -261,6 +293,16 @@ def test_tracked_tables_are_those_of_the_study(name):
         ({"rates": {"values": [], "seeds": [7]}}, "rates.values"),
         ({"set": {"data.eval_split": "val"}}, "data.eval_split is what a study sets itself"),
         ({"grid": {}}, "unknown field 'grid'"),
+        ({"name": "x_rates"}, "that ends in _rates"),
+        ({"axes": {"lr": {"1": {}}}}, "axes.lr: that is a column"),
+        (
+            {
+                "axes": {"s": {"1": {}, "2": {"strategies.stacking.incubate": "labels"}}},
+                "strategies": ["stacking"],
+                "rates": {"values": [1e-3], "seeds": [7], "at": {"s": "1"}},
+            },
+            "strategy stacking trains other phases in other cells",
+        ),
         ({"preset": None}, "preset"),
     ],
 )

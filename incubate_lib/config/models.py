@@ -20,7 +20,6 @@ from incubate_lib.config.sections import (
     ModelSettings,
     PartitionSettings,
     SettingsError,
-    Share,
     TrainingSettings,
     nearest,
 )
@@ -76,7 +75,9 @@ class StrategySettings(Frozen):
     # imitating the meta module's features, or not at all: they keep their starting weights
     match: str | None = None  # as long as costs the training FLOPs of that one; end_to_end of an end_to_end: as many epochs
     match_on: Literal["flops", "critical_path"] = "flops"  # critical_path: what K workers can do together in that one's time
-    shares: dict[Literal["meta", "incubate"], Share] | None = None  # of what is matched; fine-tuning has the rest
+    shares: dict[Literal["meta", "incubate"], Annotated[float, Field(gt=0, lt=1)]] | None = (
+        None  # of what is matched; fine-tuning has the rest
+    )
     low_resolution: LowResolution | None = None  # end_to_end: begin with small images
     mat: MATChanges | None = None  # Modular Adaptive Training, and what differs from the section `mat`; {} is MAT as it is there
     mat_phases: list[Literal["meta", "incubate", "finetune", "end_to_end"]] | None = Field(
@@ -85,14 +86,19 @@ class StrategySettings(Frozen):
     phases: PhaseChanges = PhaseChanges()
 
     @property
+    def needs_meta(self) -> bool:
+        """Whether there is a meta model."""
+        starts = self.start != "random" or self.inherit_stem or self.inherit_head
+        return self.kind == "deep_incubation" and (self.incubate != "none" or starts)
+
+    @property
     def trains(self) -> list[str]:
         """The phases that it trains, in order."""
         if self.kind == "end_to_end":
             return ["end_to_end", "finetune"] if self.low_resolution else ["end_to_end"]
         if self.kind == "finetune":
             return ["finetune"]
-        needs_meta = self.incubate != "none" or self.start != "random" or self.inherit_stem or self.inherit_head
-        meta = ["meta"] if needs_meta and not self.weights else []
+        meta = ["meta"] if self.needs_meta and not self.weights else []
         return meta + (["incubate"] if self.incubate != "none" else []) + ["finetune"]
 
     @model_validator(mode="after")
@@ -115,6 +121,10 @@ class StrategySettings(Frozen):
             raise ValueError("shares and match_on have no meaning without match")
         if wrong := sorted(set(self.shares or {}) - set(self.trains)):
             raise ValueError(f"shares names {', '.join(wrong)}, but this strategy trains {', '.join(self.trains)}")
+        if self.shares and self.phases.finetune.epochs is not None:
+            raise ValueError("shares leave the rest to fine-tuning; do not set phases.finetune.epochs besides")
+        if self.weights and self.kind == "deep_incubation" and not self.needs_meta:
+            raise ValueError("weights are those of a meta model, which this strategy does without")
         if sum((self.shares or {}).values()) >= 1:
             raise ValueError(f"shares add up to {sum(self.shares.values()):g}, which leaves nothing for fine-tuning")
         if self.mat is not None and self.low_resolution:
@@ -288,6 +298,8 @@ class Settings(Frozen):
             return False
         if strategy.kind == "deep_incubation":  # all of them share `phases`, so only its own epochs speak against it
             return strategy.phases.finetune.epochs is None
+        if strategy.match_on == "critical_path":  # likewise: `phases` says how long plain end-to-end training is
+            return strategy.phases.end_to_end.epochs is None
         return (self.phases.end_to_end.epochs, strategy.phases.end_to_end.epochs) == (None, None)
 
     @property

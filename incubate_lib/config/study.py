@@ -60,6 +60,8 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _agrees(self) -> "Study":
+        if self.name.endswith("_rates"):
+            raise ValueError(f"name {self.name!r}: a name that ends in _rates is that of another study's table of rates")
         for field in ("strategies", "seeds"):
             given = getattr(self, field)
             if len(set(given)) < len(given):
@@ -67,8 +69,8 @@ class Study(Frozen):
         for axis, values in self.axes.items():
             if not values:
                 raise ValueError(f"axes.{axis} has no values")
-            if axis in COLUMNS:
-                raise ValueError(f"axes.{axis}: that is a column of the table already; name the axis otherwise")
+            if axis in (*COLUMNS, *DERIVED):
+                raise ValueError(f"axes.{axis}: that is a column of the tables already; name the axis otherwise")
         for axis, value in (self.rates.at if self.rates else {}).items():
             if axis not in self.axes:
                 raise ValueError(f"rates.at names {axis!r}; {nearest(axis, self.axes) if self.axes else 'there are no axes'}")
@@ -86,7 +88,8 @@ class Study(Frozen):
             fields = dict(self.set)
             for axis, value in place.items():
                 fields |= self.axes[axis][value]
-            cells.append(Cell(place=place, overrides=[f"name={self.name}", *(f"{k}={json.dumps(v)}" for k, v in fields.items())]))
+            fields = {"name": self.name} | fields
+            cells.append(Cell(place=place, overrides=[f"{field}={_plain(field, value)}" for field, value in fields.items()]))
         return cells
 
     def settings(self, cell: Cell, more: list[str] | tuple[str, ...] = ()) -> Settings:
@@ -97,6 +100,14 @@ class Study(Frozen):
             raise SettingsError(f"study {self.name}, {cell.label}: {error}") from None
 
 
+def _plain(field: str, value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except TypeError:
+        raise SettingsError(f"{field} is {value!r}; a study's values are numbers, words, lists and mappings") from None
+
+
+DERIVED = ("phase", "lr", "chosen", "seeds", "gain", "low", "high", "clear", "best")  # columns of tables made from it
 COLUMNS = (  # of a study's table, besides its axes
     "strategy", "seed", "accuracy", "meta_accuracy", "assembled_accuracy", "flops", "critical_flops", "seconds",
     "critical_seconds", "lr_meta", "lr_incubate", "lr_finetune", "lr_end_to_end", "train_images", "judged_on", "device",
@@ -145,6 +156,14 @@ def load_study(study: str, machine: list[str] | tuple[str, ...] = ()) -> Study:
             settings.strategy(name)
         if settings.data.eval_split != "test":
             raise SettingsError(f"{path.name}: data.eval_split is what a study sets itself: val to choose rates, test to judge")
+    for name in found.strategies if found.rates and found.rates.at else []:
+        ways = {tuple(found.settings(cell).strategies[name].trains) for cell in found.cells()}
+        if len(ways) > 1:
+            them = " or ".join(", ".join(way) for way in sorted(ways))
+            raise SettingsError(
+                f"{path.name}: strategy {name} trains other phases in other cells ({them}), so rates chosen in one do not do for "
+                "all; leave out rates.at"
+            )
     return found
 
 

@@ -253,7 +253,8 @@ class _Planner:
         """Spend a share of what `training` costs on small images, the rest at the network's own size."""
         size, share = self.facts.low_resolution.get(name), self.settings.strategy(name).low_resolution.share
         if size is None:
-            raise SettingsError(f"strategies.{name}: this network's images are too small to begin with smaller ones")
+            why = self.facts.misfits.get(name, "this network's images are too small to begin with smaller ones")
+            raise SettingsError(f"strategies.{name} is not possible: {why}")
         budget = self.flops(self._phase("end_to_end", name, seed, training=training))
         model, data = self.settings.model.model_copy(update={"img_size": size}), self.settings.data
         if not data.is_streamed:  # those are brought to any size anyway
@@ -309,7 +310,7 @@ class _Planner:
                 per_image = self.facts.flops_per_image["meta"]
                 training = self._lasting(name, "meta", training, shares["meta"] * budget, per_image)
             phase = self._phase("meta", name, seed, training=training, weights=strategy.weights)
-            own = strategy.phases.meta.model_fields_set or strategy.weights or "meta" in shares
+            own = strategy.phases.meta.model_fields_set or strategy.weights or "meta" in shares or phase.mat
             key = f"seed-{seed}/{name}/meta" if own else f"seed-{seed}/meta"
             inputs["meta"] = self._node(key, name, phase, weights=strategy.weights)
         if strategy.incubate != "none":

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from incubate_lib.config import SettingsError
+from incubate_lib.config import MachineSettings, SettingsError
 from incubate_lib.pipeline.execution import (
     Execution,
     analyse,
@@ -261,6 +261,12 @@ def gpus() -> list[str]:
     if visible is not None:
         return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
     return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def check_machine(machines: list[MachineSettings]) -> None:
+    """Raise SettingsError for what this machine alone cannot be, and --nodes sets where it can."""
+    if any(machine.nodes > 1 for machine in machines):
+        raise SettingsError("machine.nodes: several nodes need --backend slurm, and its --nodes")
 
 
 def check_jobs(jobs: int | None, devices: int = 1) -> int:

@@ -16,14 +16,15 @@ from typing import Any
 
 from rich.console import Console
 
-from incubate_lib.config import data_folder, presets
+from incubate_lib.config import SettingsError, data_folder, presets
 from incubate_lib.config.cluster import SlurmSettings
 from incubate_lib.config.study import Cell, Study
 from incubate_lib.pipeline import local, slurm
-from incubate_lib.pipeline.execution import only_run
+from incubate_lib.pipeline.execution import is_running, only_run
 from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.graph import Node, Plan, finished_phases, plan
 from incubate_lib.training.facts import Facts
+from incubate_lib.training.lease import holder
 from incubate_lib.training.runs import read_json
 
 UNDER_WAY = 3  # exit status
@@ -48,10 +49,11 @@ class Trial:
         return [node for node in self.plan.nodes if node.settings.phase == self.phase]
 
     def accuracies(self) -> dict[int, float]:
-        """Return the judged accuracy of this phase by seed, of incubation the mean over modules."""
+        """Return the judged accuracy of this phase by seed, of incubation the mean over modules; 0 of what diverged."""
         by_seed: dict[int, list[float]] = {}
         for node in self.nodes:
-            by_seed.setdefault(node.settings.seed, []).append(node.summary()["accuracy"])
+            summary = node.summary()
+            by_seed.setdefault(node.settings.seed, []).append(summary["accuracy"] if summary else 0.0)
         return {seed: fmean(values) for seed, values in by_seed.items()}
 
 
@@ -91,13 +93,19 @@ class Walk:
                 self._choose(trials)
 
     def _choose(self, trials: list[Trial]) -> None:
-        done = self.is_known = self.is_known and all(node.summary() for trial in trials for node in trial.nodes)
+        done = self.is_known = self.is_known and all(is_over(node) for trial in trials for node in trial.nodes)
         groups: dict[tuple[str, str], list[Trial]] = {}
         for trial in trials:
             groups.setdefault((trial.cell.label, trial.strategy), []).append(trial)
         for (cell, name), group in groups.items():
             results = {trial.rate: trial.accuracies() for trial in group} if done else {group[0].rate: {0: 0.0}}
             best = max(results, key=lambda rate: fmean(results[rate].values()))  # of equal ones the first
+            if done and not any(results[best].values()):
+                rates = ", ".join(f"{rate:g}" for rate in results)
+                raise SettingsError(
+                    f"study {self.study.name}, {cell}: in phase {group[0].phase} of {name} the loss is not finite at any rate "
+                    f"({rates}); add lower ones to rates.values"
+                )
             self.chosen.setdefault((cell, name), {})[group[0].phase] = best
             self.tried += [
                 group[0].cell.place
@@ -126,7 +134,10 @@ class Walk:
         seeds = self.study.rates.seeds if strategy else self.study.seeds
         settings = self.study.settings(cell, overrides[len(cell.overrides) :])
         key = _facts_key(settings)
-        whole = plan(settings, names, seeds, facts=self.facts.get(key))
+        try:
+            whole = plan(settings, names, seeds, facts=self.facts.get(key))
+        except SettingsError as error:
+            raise SettingsError(f"study {self.study.name}, {cell.label}: {error}") from None
         self.facts[key] = whole.experiment.facts
         if strategy is None:
             return Trial(cell, overrides, whole)
@@ -147,6 +158,14 @@ def _facts_key(settings: Any) -> str:
         for name, strategy in settings.strategies.items()
     }
     return json.dumps(about, sort_keys=True)
+
+
+def is_over(node: Node) -> bool:
+    """Whether a phase is finished, or has diverged, which it would again: a rate that is too high is an answer, too."""
+    if node.summary():
+        return True
+    status = node.folder.status()
+    return status["state"] == "failed" and str(status.get("error")).startswith("FloatingPointError")
 
 
 @dataclass
@@ -173,11 +192,15 @@ def costs(study: Study) -> list[Cost]:
     """
     steps, seen, told = walk(study), set(), []
     for title, trials in steps.stages():
-        nodes = {node.digest: (node, trial.plan.flops[node.key]) for trial in trials for node in trial.plan.nodes}
-        new = {digest: node for digest, node in nodes.items() if digest not in seen}
-        seen |= set(nodes)
-        missing = [flops for node, flops in new.values() if node.summary() is None]
-        told.append(Cost(title, len(trials), len(new), len(missing), float(sum(missing))))
+        flops, done = {}, set()
+        for trial in trials:
+            for node in trial.plan.nodes:
+                flops[node.digest] = trial.plan.flops[node.key]
+                if is_over(node):
+                    done.add(node.digest)
+        new = set(flops) - seen
+        seen |= new
+        told.append(Cost(title, len(trials), len(new), len(new - done), float(sum(flops[digest] for digest in new - done))))
     return told
 
 
@@ -205,31 +228,58 @@ def run(study: Study, *, jobs: int, console: Console, cluster: SlurmSettings | N
     home.mkdir(parents=True, exist_ok=True)
     with only_run(home):
         for title, trials in steps.stages():
-            missing = [trial for trial in trials if any(node.summary() is None for node in trial.plan.nodes)]
-            if missing:
-                console.print(f"{title}: {len(missing)} of {len(trials)} runs are not finished", highlight=False)
-                for trial in missing:
-                    trial.plan.experiment.create()
-                _copy_finished(missing)
-                runs = [(trial.plan, steps.source(trial)) for trial in missing]
-                if cluster is not None:
-                    last = trials[0].phase is None
-                    for plan, source in runs:
-                        plan = plan if last else dataclasses.replace(plan, finals={})  # no analysis of a part
-                        slurm.submit(plan, source, cluster, console)
-                    console.print("The next stage begins when these have ended: the same command again goes on.")
-                    return steps, UNDER_WAY
-                if status := local.finish(local.Pool(runs, jobs, console, notebooks=False)):
-                    return steps, status
+            over = is_over if trials[0].phase else Node.summary  # only while rates are chosen a diverged phase is an answer
+            missing = [trial for trial in trials if not all(over(node) for node in trial.plan.nodes)]
+            if not missing:
+                continue
+            console.print(f"{title}: {len(missing)} of {len(trials)} runs are not finished", highlight=False)
+            for trial in missing:
+                trial.plan.experiment.create()
+                if cluster is None and (active := slurm.still_active(trial.plan.experiment)):
+                    raise SettingsError(
+                        f"{active} job(s) of {trial.plan.experiment.path.name} are in Slurm's queue; --stop ends them"
+                    )
+            _copy_finished(missing)
+            runs = [
+                (
+                    dataclasses.replace(trial.plan, nodes=[node for node in trial.plan.nodes if not over(node)]),
+                    steps.source(trial),
+                )
+                for trial in missing
+            ]
+            if cluster is not None:
+                _submit(runs, cluster, console)
+                console.print("The next stage begins when these have ended: the same command again goes on.")
+                return steps, UNDER_WAY
+            status = local.finish(local.Pool(runs, jobs, console, notebooks=False))
+            if status == 1 and all(over(node) for trial in trials for node in trial.plan.nodes):
+                console.print("A rate that is too high is an answer, too; the study goes on.")
+            elif status:
+                return steps, status
     return steps, 0
+
+
+def _submit(runs: list[tuple[Plan, dict[str, Any]]], cluster: SlurmSettings, console: Console) -> None:
+    """Hand to Slurm what is missing of some runs, each phase once: runs that share it copy it when they are submitted next."""
+    seen: set[str] = set()
+    for whole, source in runs:
+        nodes: list[Node] = []
+        for node in whole.nodes:
+            elsewhere = [before for before in node.inputs.values() if before.summary() is None and before not in nodes]
+            if node.digest not in seen and not elsewhere:
+                nodes.append(node)
+                seen.add(node.digest)
+        if nodes:
+            slurm.submit(dataclasses.replace(whole, nodes=nodes, finals={}), source, cluster, console)  # without an analysis
 
 
 def stop(study: Study) -> int:
     """Ask all that is under way to save and stop; cancel what waits in Slurm's queue. Return the number of runs asked."""
+    here = is_running(data_folder() / "studies" / study.name)
     steps, asked = walk(study), set()
     for _, trials in steps.stages():
-        for experiment in (trial.plan.experiment for trial in trials):
-            if experiment.is_known() and experiment.path not in asked:
+        for experiment in (trial.plan.experiment for trial in trials if not all(is_over(n) for n in trial.plan.nodes)):
+            if experiment.is_known() and experiment.path not in asked and (here or slurm.still_active(experiment)):
                 asked.add(experiment.path)
                 (experiment.path / STOP_FILE).touch()
                 if slurm.was_submitted(experiment):
@@ -242,5 +292,6 @@ def _copy_finished(trials: list[Trial]) -> None:
     finished = finished_phases(data_folder() / "runs")
     for trial in trials:
         for node in trial.plan.nodes:
-            if node.digest in finished and node.summary() is None and all(before.summary() for before in node.inputs.values()):
+            ready = node.digest in finished and all(before.summary() for before in node.inputs.values())
+            if ready and node.summary() is None and not holder(node.folder.path / "lease"):  # else somebody trains it just now
                 node.adopt(finished)

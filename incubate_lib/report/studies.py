@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.ticker import LogLocator
 
 from incubate_lib.config import SettingsError, data_folder, nearest
-from incubate_lib.config.study import BASELINE, COLUMNS, load_study, studies
+from incubate_lib.config.study import BASELINE, COLUMNS, DERIVED, load_study, studies
 from incubate_lib.pipeline.study import Cost, Walk
 from incubate_lib.report.plots import Figure, style
 from incubate_lib.report.tables import flop_unit, from_plan, hardware_of, label, results_folder
@@ -39,17 +39,13 @@ def collect(walk: Walk) -> StudyTable:
     for trial in walk.last():
         images = trial.plan.experiment.facts.num_images
         for row in from_plan(trial.plan).strategies.to_dict("records"):
-            rates = {f"lr_{phase}": rate for phase, rate in _rates(trial, row["strategy"]).items()}
+            settings, name = trial.plan.experiment.settings, row["strategy"]
+            rates = {f"lr_{phase}": settings.training_of(name, phase).lr for phase in settings.strategies[name].trains}
             row |= {"train_images": images} | rates | trial.cell.place
             rows.append({column: row.get(column) for column in (*trial.cell.place, *COLUMNS)})
     columns = [*walk.study.axes, *COLUMNS]
     tried = pd.DataFrame(walk.tried, columns=[*walk.study.axes, "strategy", "phase", "lr", "seed", "accuracy", "chosen"])
     return StudyTable(walk.study.name, pd.DataFrame(rows, columns=columns), tried)
-
-
-def _rates(trial, strategy: str) -> dict[str, float]:
-    settings = trial.plan.experiment.settings
-    return {phase: settings.training_of(strategy, phase).peak_lr for phase in settings.strategies[strategy].trains}
 
 
 def save(table: StudyTable, *, publish: bool) -> list[Path]:
@@ -76,9 +72,17 @@ def published(name: str) -> StudyTable:
     path = results_folder() / f"study_{name}.csv"
     if not path.exists():
         raise SettingsError(f"no tracked table of a study {name!r}; {nearest(name, published_studies())}")
-    read = [pd.read_csv(path.with_name(f"study_{name}{part}.csv")) for part in ("", "_rates")]
-    axes = [column for column in read[0].columns if column not in COLUMNS]
-    return StudyTable(name, *(table.astype(dict.fromkeys(axes, str)) for table in read))
+    return read_tables(path.parent, f"study_{name}", name)
+
+
+def read_tables(folder: Path, stem: str, name: str) -> StudyTable:
+    """Read a study's two tables; the values of axes stay as they are written, "0.10" and "None" too."""
+    read = []
+    for part in ("", "_rates"):
+        path = folder / f"{stem}{part}.csv"
+        axes = [column for column in pd.read_csv(path, nrows=0).columns if column not in (*COLUMNS, *DERIVED)]
+        read.append(pd.read_csv(path, dtype=dict.fromkeys(axes, str), keep_default_na=False, na_values=[""]))
+    return StudyTable(name, *read)
 
 
 def described(table: StudyTable) -> str:
@@ -185,7 +189,7 @@ def reached(table: StudyTable) -> pd.DataFrame:
         base = [cell[cell["strategy"] == BASELINE] for _, cell in cells]
         best = max(base, key=lambda cell: cell["accuracy"].mean())
         costs = ["flops", "critical_flops", "seconds"]
-        for name in [n for n in group["strategy"].unique() if n != BASELINE]:
+        for name in (n for n in group["strategy"].unique() if n != BASELINE):
             mine = [cell[cell["strategy"] == name] for _, cell in cells]
             good = [cell for cell in mine if len(cell) and cell["accuracy"].mean() >= best["accuracy"].mean()]
             if not good:
@@ -200,20 +204,23 @@ def reached(table: StudyTable) -> pd.DataFrame:
 
 
 def _cheapest(table: StudyTable) -> list[str]:
-    found = reached(table)
     if "budget" not in table.axes:
         return []
+    found, others = reached(table), [axis for axis in table.axes if axis != "budget"]
     told = []
     for row in found.to_dict("records"):
-        where = ", ".join(f"{axis} {row[axis]}" for axis in table.axes if axis != "budget")
+        where = ", ".join(f"{axis} {row[axis]}" for axis in others)
         told.append(
-            f"{label(row['strategy'])}{' (' + where + ')' if where else ''} reaches end to end's best ({row['best']:.1%}) with "
-            f"{row['accuracy']:.1%} for {row['flops']:.2f} of its FLOPs, {row['critical_flops']:.2f} on the critical path "
-            f"({gain_text(pd.Series(row))})."
+            f"{label(row['strategy'])}{' (' + where + ')' if where else ''} reaches end to end's best ({row['best']:.1%}) on "
+            f"average, with {row['accuracy']:.1%}, for {row['flops']:.2f} of its FLOPs, {row['critical_flops']:.2f} on the "
+            f"critical path ({gain_text(pd.Series(row))})."
         )
-    never = [n for n in table.results["strategy"].unique() if n != BASELINE and n not in set(found.get("strategy", []))]
-    if never:
-        told.append(f"Never as good as end to end's best, on average: {', '.join(map(label, never))}.")
+    there = table.results[[*others, "strategy"]].drop_duplicates()
+    done = set(found[[*others, "strategy"]].itertuples(index=False, name=None)) if len(found) else set()
+    missed = [row for row in there.itertuples(index=False, name=None) if row[-1] != BASELINE and row not in done]
+    for *values, name in missed:
+        where = ", ".join(f"{axis} {value}" for axis, value in zip(others, values, strict=True))
+        told.append(f"{label(name)}{' (' + where + ')' if where else ''} does not reach end to end's best at any budget here.")
     return told
 
 
@@ -221,31 +228,32 @@ def _largest_gain(table: StudyTable) -> list[str]:
     equal = gains(table)
     equal = equal[equal["flops"].between(0.95, 1.05)]
     told = []
-    for sign, word in ((1, "largest gain"), (-1, "largest loss")):
+    for sign, word in ((1, "gain"), (-1, "loss")):
         row = equal.loc[(sign * equal["gain"]).idxmax()] if len(equal) else None
         if row is None or sign * row["gain"] <= 0:
             continue
         where = ", ".join(f"{axis} {row[axis]}" for axis in table.axes)
         where = f" at {where}" if where else ""
-        told.append(f"The {word} at equal FLOPs, in points: {label(row['strategy'])}{where}, {gain_text(row)}.")
+        which = f"{label(row['strategy'])}{where}, {gain_text(row)}"
+        told.append(f"The largest {word} of {len(equal)} comparisons at equal FLOPs, in points: {which}.")
     return told
 
 
 INCUBATED = ("deep_incubation_identity", "deep_incubation_stack", "deep_incubation")  # the recommended one first
-UNINCUBATED = ("growing", "stacking")
+WITHOUT = {"deep_incubation_identity": "growing", "deep_incubation_stack": "stacking"}  # the same start, never incubated
 
 
 def _against_controls(table: StudyTable) -> list[str]:
-    """Compare incubation with the meta model's weights alone, cell by cell."""
-    there = set(table.results["strategy"])
-    name = next((name for name in INCUBATED if name in there), None)
-    told = []
-    for control in (c for c in UNINCUBATED if name and c in there):
+    """Compare incubation with the same start without it, cell by cell."""
+    there, told = set(table.results["strategy"]), []
+    for name, control in WITHOUT.items():
+        if not {name, control} <= there:
+            continue
         found = gains(table, control)
         found = found[found["strategy"] == name]
         better, worse = (int((found["clear"] & (sign * found["gain"] > 0)).sum()) for sign in (1, -1))
         told.append(
-            f"Against the control without incubation ({label(control)}), {label(name)} is clearly better in {better}, clearly "
+            f"Against the same start without incubation ({label(control)}), {label(name)} is clearly better in {better}, clearly "
             f"worse in {worse} and inside the noise in {len(found) - better - worse} of {len(found)} cells (mean "
             f"{found['gain'].mean():+.1f} points), for {found['critical_flops'].mean():.2f} of its critical path."
         )
@@ -312,12 +320,13 @@ COSTS = {
 }
 
 
-def fronts(table: StudyTable, along: str | None = None) -> Figure:
-    """Draw top-1 against total FLOPs, the critical path and seconds: a line a strategy along one axis, a row a value of others.
-
-    `along` is the axis whose values are the points of a line, `budget` if there is one, else the first.
+def fronts(table: StudyTable) -> Figure | None:
+    """Draw top-1 against total FLOPs, the critical path and seconds: a line a strategy over the axis `budget`, a row a value of
+    other axes. None for a study with axes and no budgets: its points would lie above one another.
     """
-    along = along or ("budget" if "budget" in table.axes else (table.axes or [None])[0])
+    if table.axes and "budget" not in table.axes:
+        return None
+    along = "budget" if table.axes else None
     others = [axis for axis in table.axes if axis != along]
     groups = list(table.results.groupby(others, sort=False)) if others else [((), table.results)]
     figure = Figure(figsize=(11, 3.6 * len(groups) + 0.9), layout="constrained")
@@ -354,17 +363,22 @@ def seeds_text(table: StudyTable) -> str:
     return f"mean ± standard deviation of {numbers} seeds"
 
 
-def gain_map(table: StudyTable) -> Figure:
-    """Draw the gain over end to end at equal FLOPs as a map: strategies over the values of one axis; of two, a map a strategy."""
+def gain_map(table: StudyTable) -> Figure | None:
+    """Draw the gain over end to end at equal FLOPs as a map: strategies over the values of one axis; of two, a map a strategy.
+
+    None where nothing has end to end's FLOPs.
+    """
     found = gains(table)
     found = found[found["flops"].between(0.95, 1.05)]
+    if found.empty:
+        return None
     if len(table.axes) < 2:
         column = table.axes[0] if table.axes else ""
         panels = {"": (found.assign(strategy=found["strategy"].map(label)), "strategy", column)}
     else:
         rows, column = table.axes[:2]
         panels = {label(name): (part, rows, column) for name, part in found.groupby("strategy", sort=False)}
-    bound = found["gain"].abs().max() if len(found) else 1.0
+    bound = found["gain"].abs().max()
     columns = max(part[column].nunique() if column else 1 for part, _, column in panels.values())
     lines = sum(part[rows].nunique() for part, rows, _ in panels.values())
     figure = Figure(figsize=(1.5 * columns + 4.5, 0.6 * lines + 1.2 * len(panels) + 0.6), layout="constrained")
@@ -399,6 +413,8 @@ def draw(table: StudyTable) -> list[Path]:
     folder.mkdir(exist_ok=True)
     written = []
     for name, figure in {"": fronts(table), "_gain": gain_map(table)}.items():
+        if figure is None:
+            continue
         written.append(folder / f"study_{table.name}{name}.png")
         figure.savefig(written[-1], dpi=150)
     return written

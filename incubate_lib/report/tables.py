@@ -199,7 +199,13 @@ def costs_table(node: Node) -> pd.DataFrame:
     flops = pd.Series(node.experiment.facts.flops_per_image) / 1e6
     table = pd.DataFrame({"MFLOP an image": flops.round(2), "of end to end": (flops / flops["target"]).round(3)})
     names = {"meta": "meta model", "target": "end to end, fine-tuning"}
-    table.index = [names.get(k) or f"hybrid, module {int(k.split('-')[1]) + 1}" for k in table.index]
+    kinds = {"incubate": "hybrid, module {}", "imitate": "imitation, module {}", "target": "end to end, {} pixels"}
+
+    def named(key: str) -> str:
+        kind, _, number = key.partition("-")
+        return names.get(key) or kinds[kind].format(int(number) + (kind != "target"))
+
+    table.index = [named(key) for key in table.index]
     return table
 
 
@@ -306,8 +312,8 @@ def not_from_nothing(phases: pd.DataFrame) -> list[str]:
 
 def _meta_alone(table: pd.DataFrame, phases: pd.DataFrame) -> str:
     """Say what the small shared network reaches by itself: the depth must be worth its cost."""
-    meta = phases[phases["phase"] == "meta"].drop_duplicates("seed")
-    if meta.empty:
+    meta = phases[phases["phase"] == "meta"].drop_duplicates(["seed", "flops"])
+    if meta.empty or meta["flops"].nunique() > 1:  # of strategies with meta models of their own each has another
         return ""
     means = table.groupby("strategy")[["accuracy", "flops"]].mean()
     share = meta["flops"].mean() / means.loc[BASELINE, "flops"]
@@ -325,7 +331,8 @@ def _strategy_row(strategy: str, final: Node, summary: dict) -> dict:
     for short, name in {"flops": "train_flops", "seconds": "train_seconds"}.items():
         row[short] = sum(s[name] for s in needed.values())
         row[f"critical_{short}"] = _longest(final, {key: s[name] for key, s in needed.items()})
-    if final.experiment.settings.strategies[strategy].match_on == "critical_path":  # K workers that share every batch
+    settings = final.experiment.settings
+    if settings.strategies[strategy].match_on == "critical_path" and settings.is_matched(strategy):  # K workers share each batch
         workers = len(final.experiment.facts.target_depths)
         row |= {f"critical_{short}": row[short] / workers for short in ("flops", "seconds")}
     row |= {name: sum(s[name] for s in needed.values()) for name in ("images_seen", "steps")}

@@ -21,7 +21,7 @@ class Facts(Frozen):
         str, int
     ]  # training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …
     low_resolution: dict[str, int] = {}  # strategies that begin with small images → their size in pixels
-    misfits: dict[str, str]  # starts that these networks cannot have, and why
+    misfits: dict[str, str]  # starts, and strategies with small images, that these networks cannot have, and why
     units: dict[str, int] = {}  # kinds of units that Modular Adaptive Training finds in the target network → their number
     unfit: dict[str, str] = {}  # kinds among them that cannot be used, and why
     weights: dict[str, str] = {}  # files that strategies start from → SHA-256
@@ -62,11 +62,11 @@ def measure(settings: Settings) -> Facts:
     with torch.device("meta"):
         model = build_model(settings.model, settings.model.depth, train.num_classes, any_kind=settings.partition is None)
         units = count_units(model)
-    sizes, small = _small_images(settings, model, shape, train.num_classes)
+    sizes, small, too_small = _small_images(settings, model, shape, train.num_classes)
     if settings.partition is None:
         return Facts(
             num_images=len(train), num_classes=train.num_classes, target_depths=[], meta_depths=[],
-            flops_per_image={"target": train_flops_per_image(model, shape)} | small, misfits={}, units=units,
+            flops_per_image={"target": train_flops_per_image(model, shape)} | small, misfits=too_small, units=units,
             low_resolution=sizes, unfit=_unfit(model, units, shape), weights=_weights(settings, train.num_classes, [], []),
         )  # fmt: skip
     with torch.device("meta"):
@@ -81,7 +81,7 @@ def measure(settings: Settings) -> Facts:
         for i, target in enumerate(targets):
             flops[f"incubate-{i}"] = train_flops_per_image(make_hybrid(metas, target, i), shape)
             flops[f"imitate-{i}"] = train_flops_per_image(make_imitation(metas, target, i), shape)
-        misfits = {}
+        misfits = dict(too_small)
         for start in ("stack", "identity"):
             try:
                 for target, meta in zip(targets, metas, strict=True):
@@ -97,33 +97,39 @@ def measure(settings: Settings) -> Facts:
 
 def _small_images(
     settings: Settings, model: Any, shape: tuple[int, int, int], num_classes: int
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the size of the small images that strategies begin with, and what training on one of them costs, by kind."""
+) -> tuple[dict[str, int], dict[str, int], dict[str, str]]:
+    """Return the size of the small images that strategies begin with, what training on one costs, and what is not possible, why.
+
+    A network that cannot have smaller images is an error only for a strategy that the user made or changed.
+    """
     import torch
 
     from incubate_lib.training.costs import train_flops_per_image
     from incubate_lib.training.phases import build_model
 
-    sizes, flops = {}, {}
+    sizes, flops, misfits = {}, {}, {}
     for name, strategy in settings.strategies.items():
         if strategy.low_resolution is None:
             continue
         patch = model.patch_embed.patch_size[0] if hasattr(model, "patch_embed") and hasattr(model, "pos_embed") else 1
         size = strategy.low_resolution.img_size or max(1, shape[1] // 2 // patch) * patch
-        if (size >= shape[1] or size % patch) and not strategy.is_as_named(name):
-            raise SettingsError(
-                f"strategies.{name}.low_resolution.img_size is {size}; it must be smaller than the network's images "
-                f"({shape[1]} pixels) and divisible by their patches ({patch})"
-            )
-        if size < shape[1]:
-            sizes[name] = size
+        try:
+            if size >= shape[1] or size % patch:
+                raise SettingsError(
+                    f"it must be smaller than the network's ({shape[1]} pixels) and divisible by its patches ({patch})"
+                )
             with torch.device("meta"):
                 small = build_model(
                     settings.model.model_copy(update={"img_size": size}), settings.model.depth, num_classes,
                     any_kind=settings.partition is None,
                 )  # fmt: skip
             flops[f"target-{size}"] = train_flops_per_image(small, (shape[0], size, size))
-    return sizes, flops
+            sizes[name] = size
+        except (SettingsError, RuntimeError) as error:  # the latter from poolings that find nothing left
+            misfits[name] = f"small images of {size} pixels: {str(error).splitlines()[0]}"
+            if not strategy.is_as_named(name):
+                raise SettingsError(f"strategies.{name}.low_resolution, {misfits[name]}") from None
+    return sizes, flops, misfits
 
 
 def _unfit(model: Any, kinds: Iterable[str], shape: tuple[int, int, int]) -> dict[str, str]:

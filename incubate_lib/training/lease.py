@@ -109,7 +109,10 @@ def _is_alive(record: dict[str, Any], path: Path) -> bool:
     if record.get("job") and record["job"] == os.environ.get("SLURM_JOB_ID") and restarted:
         return False  # an earlier attempt of this very job: Slurm ended it before it started this one
     if record.get("host") == socket.gethostname():
-        return _born(record["pid"]) in (record["born"], "alive")  # alive, though /proc may not be read: somebody else's
+        born = _born(record["pid"])
+        if born == record["born"] or born != "alive":
+            return born == record["born"]
+        # else somebody else's process, of which /proc tells nothing: only its signs of life tell
     try:
         return _now(path.parent) - path.stat().st_mtime < LOST_SECONDS
     except FileNotFoundError:
