@@ -171,6 +171,7 @@ def _study(options: argparse.Namespace) -> int:
 
     from incubate_lib.pipeline import local, study, warm
     from incubate_lib.report import studies as report
+    from incubate_lib.report import study_plots
 
     told, console = load_study(options.study, options.set), Console()
     if options.stop:
@@ -190,7 +191,10 @@ def _study(options: argparse.Namespace) -> int:
     if status:
         return status
     table = report.collect(steps)
-    for path in report.save(table, publish=options.publish):
+    written = report.save(table, publish=options.publish)
+    if options.publish:
+        written += study_plots.draw(report.published(table.name))
+    for path in written:
         print(f"wrote {path}")
     with pd.option_context("display.width", 200):
         print(report.summary(table).to_string(index=False))

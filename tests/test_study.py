@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from incubate_lib.config.study import COLUMNS, load_study, studies
 from incubate_lib.pipeline import study as walks
 from incubate_lib.pipeline.graph import finished_phases
 from incubate_lib.report import studies as report
-from incubate_lib.report.studies import StudyTable, answer, fronts, gain_map, gains, published, reached, summary
+from incubate_lib.report.studies import StudyTable, answer, gains, published, reached, summary
+from incubate_lib.report.study_plots import fronts, gain_map
 
 STUDY = """
 description: two depths
@@ -268,6 +270,24 @@ def test_tracked_tables_are_those_of_the_study(name):
     assert set(counts.map(tuple)) == {tuple(sorted(study.seeds))} and len(counts) == len(cells) * len(study.strategies)
     if study.rates:
         assert set(table.rates["lr"]) == set(study.rates.values) and set(table.rates["seed"]) == set(study.rates.seeds)
+
+
+def test_every_tracked_figure_is_drawn_again_from_a_tracked_table(tmp_path, monkeypatch):
+    """What `incubate figures` writes is what is tracked, no more and no less, and each only once."""
+    from incubate_lib.report import mat, plots, publish, study_plots
+
+    root = Path(__file__).parents[1]
+    (tmp_path / "data").mkdir()
+    shutil.copytree(root / "data" / "results", tmp_path / "data" / "results")
+    for module in (publish, report, study_plots):
+        monkeypatch.setattr(module, "results_folder", lambda: tmp_path / "data" / "results")
+    monkeypatch.setattr("incubate_lib.report.tables.results_folder", lambda: tmp_path / "data" / "results")
+    blank = plots.Figure(figsize=(1, 1))  # how they look is seen elsewhere
+    for module in (plots, mat):
+        monkeypatch.setattr(module, "PUBLISHED", {name: lambda _: blank for name in module.PUBLISHED})
+    written = publish.redraw()
+    tracked = {path.name for path in (root / "figures").glob("*.png")}
+    assert sorted(path.name for path in written) == sorted(tracked)
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def publish(results: Results) -> list[Path]:
 
 def redraw() -> list[Path]:
     """Draw every tracked figure again from the tracked tables; return the files."""
-    from incubate_lib.report import studies
+    from incubate_lib.report import studies, study_plots
 
     written = []
     for path in sorted(results_folder().glob("*.csv")):
@@ -34,9 +34,11 @@ def redraw() -> list[Path]:
             table = pd.read_csv(path)
             written += [_draw_growth(table, path.stem)] if "series" in table else []
         elif path.stem.startswith("study_"):
-            written += [] if path.stem.endswith("_rates") else studies.draw(studies.published(path.stem.removeprefix("study_")))
+            continue
         elif not path.stem.endswith(("_phases", "_curves", "_mntk")):
             written += _draw(published(path.stem))
+    for name in studies.published_studies():
+        written += study_plots.draw(studies.published(name))
     return written
 
 

@@ -1,0 +1,109 @@
+"""The figures of a study, drawn from its tables."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import LogLocator
+
+from incubate_lib.report.plots import Figure, style
+from incubate_lib.report.studies import StudyTable, at_equal_cost, seeds_text
+from incubate_lib.report.tables import flop_unit, label, results_folder
+
+COSTS = {
+    "flops": "all phases, one machine",
+    "critical_flops": "critical path, modules side by side",
+    "seconds": "measured, phases one after another",
+}
+
+
+def fronts(table: StudyTable) -> Figure | None:
+    """Draw top-1 against total FLOPs, the critical path and seconds: a line a strategy over the axis `budget`, a row a value of
+    other axes. None for a study with axes and no budgets: its points would lie above one another.
+    """
+    if table.axes and "budget" not in table.axes:
+        return None
+    along = "budget" if table.axes else None
+    others = [axis for axis in table.axes if axis != along]
+    groups = list(table.results.groupby(others, sort=False)) if others else [((), table.results)]
+    figure = Figure(figsize=(11, 3.6 * len(groups) + 0.9), layout="constrained")
+    axes = figure.subplots(len(groups), len(COSTS), sharey="row", squeeze=False)
+    for line, (values, rows) in zip(axes, groups, strict=True):
+        values = values if isinstance(values, tuple) else (values,)
+        where = ", ".join(f"{axis} {value}" for axis, value in zip(others, values, strict=True))
+        for axis, (cost, title) in zip(line, COSTS.items(), strict=True):
+            unit, factor = ("s", 1.0) if cost == "seconds" else flop_unit(rows[cost].max())
+            for name, group in rows.groupby("strategy", sort=False):
+                points = group.groupby(along, sort=False) if along else [(None, group)]
+                x = np.array([part[cost].mean() / factor for _, part in points])
+                y = np.array([100 * part["accuracy"].mean() for _, part in points])
+                sd = np.array([100 * part["accuracy"].std() if len(part) > 1 else 0.0 for _, part in points])
+                order, look = np.argsort(x), style(name)
+                axis.errorbar(x[order], y[order], yerr=sd[order], capsize=3, label=label(name), markersize=5, **look)
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("")
+            axis.set(xlabel=f"training cost ({unit})", title=f"{title}" + (f"\n{where}" if where else ""))
+            axis.grid(alpha=0.3, which="both")
+            axis.title.set_fontsize(9)
+        line[0].set_ylabel(f"top-1, {rows['judged_on'].iloc[0]} split (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"{table.name}: {seeds_text(table)}", fontsize=9)
+    return figure
+
+
+def gain_map(table: StudyTable) -> Figure | None:
+    """Draw the gain over end to end at equal FLOPs as a map: strategies over the values of one axis; of two, a map a strategy.
+
+    None where nothing has end to end's FLOPs.
+    """
+    found = at_equal_cost(table)
+    if found.empty:
+        return None
+    if len(table.axes) < 2:
+        column = table.axes[0] if table.axes else ""
+        panels = {"": (found.assign(strategy=found["strategy"].map(label)), "strategy", column)}
+    else:
+        rows, column = table.axes[:2]
+        panels = {label(name): (part, rows, column) for name, part in found.groupby("strategy", sort=False)}
+    bound = found["gain"].abs().max()
+    columns = max(part[column].nunique() if column else 1 for part, _, column in panels.values())
+    lines = sum(part[rows].nunique() for part, rows, _ in panels.values())
+    figure = Figure(figsize=(1.5 * columns + 4.5, 0.6 * lines + 1.2 * len(panels) + 0.6), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, (title, (part, rows, column)) in zip(axes, panels.items(), strict=True):
+        image = _map(axis, part, rows, column, bound)
+        axis.set_title(title, fontsize=9, loc="left")
+    figure.colorbar(image, ax=list(axes), label="points of top-1", shrink=0.8)
+    figure.suptitle(f"{table.name}: points over end to end at equal FLOPs\n{seeds_text(table)}, paired by seed", fontsize=9)
+    return figure
+
+
+def _map(axis, part: pd.DataFrame, rows: str, column: str, bound: float):
+    row_values = list(dict.fromkeys(part[rows]))
+    column_values = list(dict.fromkeys(part[column])) if column else [""]
+    values = np.full((len(row_values), len(column_values)), np.nan)
+    for _, row in part.iterrows():
+        i, j = row_values.index(row[rows]), column_values.index(row[column]) if column else 0
+        values[i, j] = row["gain"]
+        text = f"{row['gain']:+.1f}" + ("" if row["clear"] else "\nnoise")
+        axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if abs(row["gain"]) > 0.6 * bound else "black")
+    image = axis.imshow(values, cmap="PuOr", vmin=-bound, vmax=bound, aspect="auto")
+    axis.set_xticks(range(len(column_values)), column_values)
+    axis.set_yticks(range(len(row_values)), row_values, fontsize=8)
+    axis.set(xlabel=column, ylabel="" if rows == "strategy" else rows)
+    return image
+
+
+def draw(table: StudyTable) -> list[Path]:
+    """Draw a study's figures from its tracked tables into figures/."""
+    folder = results_folder().parents[1] / "figures"
+    folder.mkdir(exist_ok=True)
+    written = []
+    for name, figure in {"": fronts(table), "_gain": gain_map(table)}.items():
+        if figure is None:
+            continue
+        written.append(folder / f"study_{table.name}{name}.png")
+        figure.savefig(written[-1], dpi=150)
+    return written
