@@ -337,12 +337,12 @@ def test_bad_studies(change, message, tmp_path, monkeypatch):
 
 
 def test_only_the_machine_is_set_from_outside():
-    study = load_study("digits-depth", ["machine.checkpoint_seconds=7", "machine.data_folder=/a/copy"])
+    study = load_study("digits-depth-data", ["machine.checkpoint_seconds=7", "machine.data_folder=/a/copy"])
     settings = study.settings(study.cells()[0])
     assert settings.machine.checkpoint_seconds == 7 and settings.machine.data_folder == "/a/copy"
-    assert settings.digest() == load_study("digits-depth").settings(study.cells()[0]).digest()
+    assert settings.digest() == load_study("digits-depth-data").settings(study.cells()[0]).digest()
     with pytest.raises(SettingsError, match="stands in the study's file"):
-        load_study("digits-depth", ["training.lr=1"])
+        load_study("digits-depth-data", ["training.lr=1"])
 
 
 def test_an_unknown_study_is_told(tmp_path):
