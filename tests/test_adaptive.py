@@ -15,7 +15,7 @@ from incubate_lib.method.incubation import make_hybrid
 from incubate_lib.method.mat import PartialUpdates
 from incubate_lib.method.partition import split
 from incubate_lib.method.units import find_units
-from incubate_lib.pipeline.graph import plan
+from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import mat as report_mat
 from incubate_lib.report import plots
 from incubate_lib.report.export import export

@@ -21,8 +21,8 @@ from rich.console import Console
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline import execution, local, notebook
 from incubate_lib.pipeline.execution import is_complete
-from incubate_lib.pipeline.graph import plan
 from incubate_lib.pipeline.notebook import ROOT
+from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.runs import read_json
 
 pytestmark = pytest.mark.xdist_group("chain")  # one process, so that the chain runs once

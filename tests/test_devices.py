@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 
 from incubate_lib.config import MachineSettings, SettingsError, TrainingSettings, load_settings
-from incubate_lib.pipeline.graph import open_phase, plan
+from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training import launch
 from incubate_lib.training.launch import RankFailed
 from incubate_lib.training.lease import Lease

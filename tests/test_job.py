@@ -9,7 +9,7 @@ import pytest
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError
 from incubate_lib.pipeline import job
 from incubate_lib.pipeline.experiment import STOP_FILE
-from incubate_lib.pipeline.graph import open_phase
+from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.runs import read_json, write_json
 from incubate_lib.training.scratch import stage
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from incubate_lib.config import load_settings
-from incubate_lib.pipeline.graph import plan
+from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training import lease
 from incubate_lib.training.lease import Lease, Lost, holder
 from incubate_lib.training.runs import PhaseFolder, read_json

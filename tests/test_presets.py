@@ -16,7 +16,7 @@ from incubate_lib.config import load_settings, presets
 from incubate_lib.method.incubation import assemble, make_hybrid, start_module
 from incubate_lib.method.partition import split
 from incubate_lib.method.units import count_units
-from incubate_lib.pipeline import experiment, graph
+from incubate_lib.pipeline import experiment, graph, strategies
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.facts import Facts
 from incubate_lib.training.phases import build_model, model_shape, prepare
@@ -107,10 +107,10 @@ def planned(preset, overrides=()):
         patch.setattr(experiment, "measure", lambda _: facts)
         left_out = {"mat_multirate", "imitation", "end_to_end_low_resolution"}  # not to be compiled; not counted above
         names = [name for name in settings.strategies if name not in left_out]
-        todo = graph.plan(settings, names)
+        todo = strategies.plan(settings, names)
     phases = {}
     for name in names:
-        for node in graph._closure([todo.finals[name, 0]]):
+        for node in graph.closure([todo.finals[name, 0]]):
             phases.setdefault(name, {}).setdefault(node.settings.phase, []).append(node)
     return todo, phases
 

@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 from incubate_lib.config import SettingsError, load_settings
-from incubate_lib.pipeline.graph import plan
 from incubate_lib.pipeline.notebook import ROOT
+from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import mat, plots, publish, tables
 from incubate_lib.report.html import write_report
 from incubate_lib.report.tables import Results, comparison, flop_unit, from_plan, load_results, published, spread
@@ -136,7 +136,7 @@ def test_digits_are_published_with_five_seeds_and_equal_flops():
 
 
 def test_the_settings_table_shows_only_what_has_a_meaning(data_folder):
-    from incubate_lib.pipeline.graph import open_phase
+    from incubate_lib.pipeline.strategies import open_phase
 
     digits, generated = (tables.settings_table(open_phase("meta", preset)).index for preset in ("digits", "smoke"))
     assert "data.source" in digits and "training.lr" in digits

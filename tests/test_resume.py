@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from incubate_lib.config import SettingsError, load_settings
-from incubate_lib.pipeline.graph import open_phase, plan
+from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training import phases
 from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, Stopped, read_json
 

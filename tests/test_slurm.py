@@ -16,7 +16,7 @@ import yaml
 
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline.experiment import Experiment
-from incubate_lib.pipeline.graph import open_phase, plan
+from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training.runs import PhaseFolder, read_json
 
 missing = [] if os.environ.get("INCUBATE_REQUIRE_SLURM") else slurm_cluster.missing()  # then they fail instead

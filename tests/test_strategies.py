@@ -11,7 +11,7 @@ from torch import nn
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.method.incubation import make_hybrid, make_imitation, start_module
 from incubate_lib.method.partition import join, split
-from incubate_lib.pipeline.graph import plan
+from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables import ISOLATES, from_plan, label
 from incubate_lib.training.data import load_data
 from incubate_lib.training.phases import at_size, load_trained

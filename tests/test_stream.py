@@ -11,7 +11,7 @@ import torch
 from layouts import AUGMENTED, open_folder, settings_file, write_folder
 
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings, load_settings
-from incubate_lib.pipeline.graph import open_phase
+from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.data import ImageSet, load_data
 from incubate_lib.training.loop import evaluate
 from incubate_lib.training.order import Order

@@ -16,7 +16,7 @@ from torch import nn
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings, load_settings
 from incubate_lib.method.incubation import make_hybrid
 from incubate_lib.method.partition import join, split
-from incubate_lib.pipeline.graph import open_phase, plan
+from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.data import ImageSet, augment, load_data, shift
 from incubate_lib.training.loop import evaluate, fit

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from incubate_lib.cli import main
 from incubate_lib.config import SettingsError, load_settings
-from incubate_lib.pipeline.graph import plan
+from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.export import export
 from incubate_lib.report.tables import from_plan
 from incubate_lib.training import weights

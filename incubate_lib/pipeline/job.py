@@ -20,7 +20,8 @@ from typing import Any
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.experiment import STOP_FILE
-from incubate_lib.pipeline.graph import Node, open_phase, plan
+from incubate_lib.pipeline.graph import Node
+from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training.runs import PhaseFolder, read_json, write_json
 
 GIVEN_UP, AGAIN, STOPPED = 4, 75, 130  # exit statuses

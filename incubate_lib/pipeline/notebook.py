@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from incubate_lib.config import SettingsError, data_folder, nearest
-from incubate_lib.pipeline.graph import NOTEBOOKS, open_phase
+from incubate_lib.pipeline.graph import NOTEBOOKS
+from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.runs import write_atomic
 
 sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build a grammar for 2 s, for addresses no notebook has

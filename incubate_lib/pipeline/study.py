@@ -22,7 +22,8 @@ from incubate_lib.config.study import Cell, Study
 from incubate_lib.pipeline import local, slurm
 from incubate_lib.pipeline.execution import is_running, only_run
 from incubate_lib.pipeline.experiment import STOP_FILE
-from incubate_lib.pipeline.graph import Node, Plan, finished_phases, plan
+from incubate_lib.pipeline.graph import Node, Plan, finished_phases
+from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.facts import Facts
 from incubate_lib.training.lease import holder
 from incubate_lib.training.runs import read_json

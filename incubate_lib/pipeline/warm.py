@@ -72,8 +72,8 @@ def _notebook(name: str, output: str, parameters: dict[str, Any], log: str, env:
 
 
 def _phase(phase: str, parameters: dict[str, Any], log: str, env: dict[str, str]) -> None:
-    from incubate_lib.pipeline.graph import open_phase
     from incubate_lib.pipeline.notebook import told_errors
+    from incubate_lib.pipeline.strategies import open_phase
 
     _settle(log, env)
     _end_with_parent()

@@ -10,7 +10,8 @@ import yaml
 
 from incubate_lib.config import Settings, SettingsError
 from incubate_lib.pipeline.experiment import Experiment
-from incubate_lib.pipeline.graph import Plan, plan
+from incubate_lib.pipeline.graph import Plan
+from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables import flop_unit, from_plan, label, seconds_text
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from incubate_lib.config import SettingsError, load_settings, presets
-from incubate_lib.pipeline.graph import Node, Plan, plan
+from incubate_lib.pipeline.graph import Node, Plan
+from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.runs import MNTK
 
 BASELINE = "end_to_end"
