@@ -1,0 +1,71 @@
+"""Somebody who is logged in on a test cluster."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from slurm_cluster import Cluster
+
+from incubate_lib.config import load_settings
+from incubate_lib.pipeline.experiment import Experiment
+from incubate_lib.training.runs import PhaseFolder, read_json
+
+INCUBATE = str(Path(sys.executable).parent / "incubate")
+
+
+class Site:
+    """A cluster, a data folder that its nodes see, and the command line of somebody who is logged in there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.data, self.hooks = folder, folder / "data", folder / "hooks"
+        self.hooks.mkdir()
+        self.data.mkdir()
+        self.cluster = Cluster(folder / "cluster", hidden=self.data)
+        self.site = folder / "site.yaml"
+        self.site.write_text(yaml.safe_dump({"cpus_per_task": 1, "warn_seconds": 20, "prologue": [
+            f"export PYTHONPATH={Path(__file__).parent / 'hooks'} TEST_HOOKS={self.hooks}", "export GLOO_SOCKET_IFNAME=lo",
+        ]}))  # fmt: skip
+        self.env = self.cluster.env | {"INCUBATE_DATA": str(self.data), "COLUMNS": "160"}
+
+    def incubate(self, *arguments: str, **env: str):
+        return subprocess.run(
+            [INCUBATE, *arguments], capture_output=True, text=True, env=self.env | env, timeout=120, cwd=self.folder
+        )
+
+    def submit(self, *arguments: str):
+        """Submit a run of `smoke`; it is planned here, where torch is imported already."""
+        sets = [b for a, b in itertools.pairwise(arguments) if a == "--set"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("INCUBATE_DATA", str(self.data))
+            Experiment.of(load_settings("smoke", sets)).create()
+        result = self.incubate("run", "smoke", *arguments, "--backend", "slurm", "--site", str(self.site))
+        assert result.returncode == 0, result.stderr
+        return result.stdout.replace("\n", " ")
+
+    def phases(self, run: str) -> dict[str, PhaseFolder]:
+        return {key: PhaseFolder(self.data / "runs" / run / key) for key in self.jobs(run) if key != "06_analysis"}
+
+    def jobs(self, run: str) -> dict[str, str]:
+        return read_json(self.data / "runs" / run / "slurm.json")
+
+    def states(self) -> dict[str, str]:
+        lines = self.cluster.call("squeue", "-h", "--states=all", "-o", "%i %T").splitlines()
+        return dict(line.split() for line in lines)
+
+    def all_ended(self, run: str) -> bool:
+        states = self.states()
+        busy = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
+        return bool(states) and not busy & {states.get(job) for job in self.jobs(run).values()}
+
+    def wait_until_ended(self, run: str, seconds: float = 300) -> None:
+        self.cluster.wait_for(lambda: self.all_ended(run), seconds)
+
+    def skip_analysis(self, run: str) -> None:
+        """It has been seen to work, and takes its time."""
+        self.cluster.call("scancel", self.jobs(run)["06_analysis"])
+
+    def attempts(self, run: str, key: str) -> list[dict]:
+        return read_json(self.data / "runs" / run / key / "attempts.json") or []
