@@ -10,14 +10,15 @@ import shlex
 import pytest
 import torch
 import yaml
+from timm.models.vision_transformer import VisionTransformer
 
 from incubate_lib.cli import _parser
 from incubate_lib.config import load_settings, presets
-from incubate_lib.method.incubation import assemble, make_hybrid, start_module
+from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
 from incubate_lib.method.partition import split
 from incubate_lib.method.units import count_units
 from incubate_lib.pipeline import experiment, graph, strategies
-from incubate_lib.training.costs import train_flops_per_image
+from incubate_lib.training.costs import FlopCounts, train_flops_per_image
 from incubate_lib.training.facts import Facts
 from incubate_lib.training.phases import build_model, model_shape, prepare
 
@@ -75,26 +76,17 @@ def networks(preset):
 
 @functools.cache
 def facts_of(preset):
-    """Return what planning would measure, had it the images.
-
-    All blocks of a network are alike, so its FLOPs are linear in their number: networks with one block a module are
-    counted, and one block more. `test_flops_are_the_known_ones` counts a whole ViT-B.
-    """
+    """Return what planning would measure, had it the images. `test_flops_are_the_known_ones` counts a whole ViT-B."""
     settings = load_settings(preset)
     images, classes = IMAGES[settings.data.source]
-    _, meta, target_depths, meta_depths = networks(preset)
-    count = functools.partial(train_flops_per_image, image_shape=model_shape(settings.model))
-    with torch.device("meta"):
-        short, longer = (build_model(settings.model, len(target_depths) + more, classes) for more in (0, 1))
-    flops = {"meta": count(meta.requires_grad_(True)), "target": count(short)}
-    block = count(longer) - flops["target"]
-    flops["target"] += block * (sum(target_depths) - len(target_depths))
-    for i, module in enumerate(split(short, [1] * len(target_depths))):
-        hybrid = make_hybrid(split(meta, meta_depths), module, i)
-        flops[f"incubate-{i}"] = count(hybrid) + block * (target_depths[i] - 1)
+    target, meta, target_depths, meta_depths = networks(preset)
+    counts = FlopCounts(model_shape(settings.model))
+    flops = {"meta": counts.per_image(meta.requires_grad_(True)), "target": counts.per_image(target)}
+    for i, module in enumerate(split(target, target_depths)):
+        flops[f"incubate-{i}"] = counts.per_image(make_hybrid(split(meta, meta_depths), module, i))
     return Facts(
         num_images=images, num_classes=classes, target_depths=target_depths, meta_depths=meta_depths, flops_per_image=flops,
-        misfits={}, units=count_units(longer),
+        misfits={}, units=count_units(target),
     )  # fmt: skip
 
 
@@ -283,6 +275,20 @@ def test_flops_are_the_known_ones():
         budgets = ("deep_incubation", "deep_incubation_50", "deep_incubation_25")
         baseline = total(preset, "end_to_end_300")
         assert tuple(round(total(preset, name) / baseline, 2) for name in budgets) == shares
+
+
+@pytest.mark.parametrize("more", [{"reg_tokens": 2}, {"qk_norm": True, "class_token": False, "global_pool": "avg"}])
+def test_counts_by_parts_are_those_of_the_whole(more):
+    """Blocks that are alike gone through once or twice, modules shared by hybrids: the sum is exact."""
+    with torch.device("meta"):
+        target, meta = (
+            VisionTransformer(img_size=8, patch_size=4, embed_dim=16, num_heads=2, num_classes=3, depth=n, **more) for n in (8, 4)
+        )
+    targets, metas, counts = split(target, [3, 1, 4]), split(meta, [1, 1, 2]), FlopCounts((3, 8, 8))
+    made = [lambda i=i, make=make: make(metas, targets[i], i) for i in range(3) for make in (make_hybrid, make_imitation)]
+    for build in (lambda: meta, lambda: target, *made):
+        assert counts.per_image(build()) == train_flops_per_image(build(), (3, 8, 8))
+    assert [len(part.blocks) for part in targets] == [3, 1, 4]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -45,7 +45,7 @@ def measure(settings: Settings) -> Facts:
 
     from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
     from incubate_lib.method.units import count_units
-    from incubate_lib.training.costs import train_flops_per_image
+    from incubate_lib.training.costs import FlopCounts
     from incubate_lib.training.data import load_data
     from incubate_lib.training.phases import build_model, build_parts, model_shape
 
@@ -66,7 +66,7 @@ def measure(settings: Settings) -> Facts:
     if settings.partition is None:
         return Facts(
             num_images=len(train), num_classes=train.num_classes, target_depths=[], meta_depths=[],
-            flops_per_image={"target": train_flops_per_image(model, shape)} | small, misfits=too_small, units=units,
+            flops_per_image={"target": FlopCounts(shape).per_image(model)} | small, misfits=too_small, units=units,
             low_resolution=sizes, unfit=_unfit(model, units, shape), weights=_weights(settings, train.num_classes, [], []),
         )  # fmt: skip
     with torch.device("meta"):
@@ -77,10 +77,11 @@ def measure(settings: Settings) -> Facts:
             meta_depths=meta_depths, training=settings.training,
         )  # fmt: skip
         targets, metas = (build_parts(any_phase, which, train.num_classes) for which in ("target", "meta"))
-        flops = {"meta": train_flops_per_image(assemble(metas), shape), "target": train_flops_per_image(assemble(targets), shape)}
+        counts = FlopCounts(shape)
+        flops = {"meta": counts.per_image(assemble(metas)), "target": counts.per_image(assemble(targets))}
         for i, target in enumerate(targets):
-            flops[f"incubate-{i}"] = train_flops_per_image(make_hybrid(metas, target, i), shape)
-            flops[f"imitate-{i}"] = train_flops_per_image(make_imitation(metas, target, i), shape)
+            flops[f"incubate-{i}"] = counts.per_image(make_hybrid(metas, target, i))
+            flops[f"imitate-{i}"] = counts.per_image(make_imitation(metas, target, i))
         misfits = dict(too_small)
         for start in ("stack", "identity"):
             try:
@@ -104,7 +105,7 @@ def _small_images(
     """
     import torch
 
-    from incubate_lib.training.costs import train_flops_per_image
+    from incubate_lib.training.costs import FlopCounts
     from incubate_lib.training.phases import build_model
 
     sizes, flops, misfits = {}, {}, {}
@@ -123,7 +124,7 @@ def _small_images(
                     settings.model.model_copy(update={"img_size": size}), settings.model.depth, num_classes,
                     any_kind=settings.partition is None,
                 )  # fmt: skip
-            flops[f"target-{size}"] = train_flops_per_image(small, (shape[0], size, size))
+            flops[f"target-{size}"] = FlopCounts((shape[0], size, size)).per_image(small)
             sizes[name] = size
         except (SettingsError, RuntimeError) as error:  # the latter from poolings that find nothing left
             misfits[name] = f"small images of {size} pixels: {str(error).splitlines()[0]}"
