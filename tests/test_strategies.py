@@ -9,9 +9,11 @@ from networks import vit
 from torch import nn
 
 from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.config.study import load_study
 from incubate_lib.method.incubation import make_hybrid, make_imitation, start_module
 from incubate_lib.method.partition import join, split
 from incubate_lib.pipeline.strategies import plan
+from incubate_lib.report.studies import published
 from incubate_lib.report.tables import ISOLATES, from_plan, label
 from incubate_lib.training.data import load_data
 from incubate_lib.training.phases import at_size, load_trained
@@ -178,6 +180,34 @@ def test_shares_of_a_budget(tmp_path, monkeypatch):
     assert sum(by.values()) == pytest.approx(2 * whole, rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["recommended", "growing", "end_to_end_longer", "mat"])
+def test_a_budget_is_a_share_of_what_is_matched(name):
+    change = ["training.warmup_epochs=0.1", "mat.warmup_epochs=0.1"]
+    change.append("phases.incubate.epochs=9" if name == "mat" else "phases.end_to_end.epochs=16")
+    whole, part = (
+        plan(load_settings("smoke", [*change, f"strategies.{name}.budget={share}"]), [name]).flops.values()
+        for share in (1, 0.375)
+    )
+    assert sum(part) / sum(whole) == pytest.approx(0.375, rel=0.03)  # to whole updates
+
+
+def test_the_recommended_recipe_is_what_the_studies_ran():
+    """In the preset: the cell of digits-budget at a quarter of end to end's budget, with the rates that its table has."""
+    study = load_study("digits-budget")
+    cell = next(cell for cell in study.cells() if cell.place == {"budget": "1/4"})
+    table = published("digits-budget").results
+    row = table[(table["strategy"] == "deep_incubation_identity") & (table["budget"] == "1/4")].iloc[0]
+    rates = [f"{phase}.lr={float(row[f'lr_{phase}'])!r}" for phase in ("meta", "incubate", "finetune")]
+    studied = study.settings(cell, [f"strategies.deep_incubation_identity.phases.{rate}" for rate in rates])
+    recommended = plan(load_settings("digits"), ["recommended"])
+    for ours, theirs in zip(recommended.nodes, plan(studied, ["deep_incubation_identity"]).nodes, strict=True):
+        assert ours.settings.phase == theirs.settings.phase
+        if ours.settings.training:
+            ours, theirs = (node.settings.training.model_dump() for node in (ours, theirs))
+            assert abs(ours.pop("epochs") / theirs.pop("epochs") - 1) < 0.01  # end to end is 25.03 epochs in the preset
+            assert ours == theirs
+
+
 def test_an_experiment_is_the_same_whatever_strategies_are_known(monkeypatch):
     from incubate_lib.config import models
 
@@ -202,7 +232,9 @@ def test_an_experiment_is_the_same_whatever_strategies_are_known(monkeypatch):
         ({"stacking.shares": {"meta": 0.5}, "stacking.phases.finetune.epochs": 3}, "shares leave the rest to fine-tuning"),
         ({"random_modules.weights": "x"}, "weights are those of a meta model, which this strategy does without"),
         ({"imitation.shares": {"meta": 0.5, "incubate": 0.5}}, "shares add up to 1, which leaves nothing for fine-tuning"),
-        ({"deep_incubation.shares": {"meta": 0.5}}, "shares and match_on have no meaning without match"),
+        ({"deep_incubation.shares": {"meta": 0.5}}, "shares, budget and match_on have no meaning without match"),
+        ({"deep_incubation.budget": 0.5}, "shares, budget and match_on have no meaning without match"),
+        ({"stacking.budget": 0}, "greater than 0"),
         ({"end_to_end_longer.match": "mat"}, "name a deep_incubation or end_to_end strategy without MAT"),
         ({"end_to_end_longer.match": "end_to_end"}, "with match_on: critical_path name a deep_incubation strategy"),
         ({"mat.low_resolution": {}}, "mat and low_resolution do not go together"),
@@ -227,6 +259,7 @@ def test_bad_strategies(changes, message, tmp_path, monkeypatch):
         (["strategies.stacking.phases.meta.epochs=10", "strategies.stacking.phases.finetune.warmup_epochs=1.5"], "stacking",
          "which leaves its phase finetune"),
         (["data.resize=9"], "end_to_end", "data.resize is 9, but the images have 8 × 8 pixels"),
+        (["phases.end_to_end.epochs=9", "strategies.mat.budget=0.5"], "mat", "budget has no meaning: phases say already"),
         (["model.patch_size=8"], "end_to_end_low_resolution", "is not possible: small images of 8 pixels: it must be smaller"),
     ],
 )  # fmt: skip

@@ -75,8 +75,9 @@ class StrategySettings(Frozen):
     # imitating the meta module's features, or not at all: they keep their starting weights
     match: str | None = None  # as long as costs the training FLOPs of that one; end_to_end of an end_to_end: as many epochs
     match_on: Literal["flops", "critical_path"] = "flops"  # critical_path: what K workers can do together in that one's time
+    budget: Annotated[float, Field(gt=0)] = 1.0  # share of what is matched that it may cost
     shares: dict[Literal["meta", "incubate"], Annotated[float, Field(gt=0, lt=1)]] | None = (
-        None  # of what is matched; fine-tuning has the rest
+        None  # of that budget; fine-tuning has the rest
     )
     low_resolution: LowResolution | None = None  # end_to_end: begin with small images
     mat: MATChanges | None = None  # Modular Adaptive Training, and what differs from the section `mat`; {} is MAT as it is there
@@ -103,8 +104,8 @@ class StrategySettings(Frozen):
 
     @model_validator(mode="after")
     def _used(self) -> "StrategySettings":
-        cut = {"start", "inherit_stem", "inherit_head", "weights", "incubate", "match", "shares"}
-        own = {"end_to_end": {"match", "match_on", "low_resolution"}, "finetune": {"weights"}}.get(self.kind, cut)
+        cut = {"start", "inherit_stem", "inherit_head", "weights", "incubate", "match", "budget", "shares"}
+        own = {"end_to_end": {"match", "match_on", "budget", "low_resolution"}, "finetune": {"weights"}}.get(self.kind, cut)
         idle = ((cut | {"match_on", "low_resolution"}) - own) & self.model_fields_set
         if self.mat is None and self.mat_phases is not None:
             raise ValueError("mat_phases has no meaning without mat: {}")
@@ -117,8 +118,8 @@ class StrategySettings(Frozen):
             raise ValueError(f"{', '.join(sorted(idle))} has no meaning for {given}")
         if self.kind == "finetune" and not self.weights:
             raise ValueError("kind 'finetune' needs weights: the folder or .safetensors file of the network to start from")
-        if (self.shares or "match_on" in self.model_fields_set) and not self.match:
-            raise ValueError("shares and match_on have no meaning without match")
+        if ({"shares", "budget", "match_on"} & self.model_fields_set) and not self.match:
+            raise ValueError("shares, budget and match_on have no meaning without match")
         if wrong := sorted(set(self.shares or {}) - set(self.trains)):
             raise ValueError(f"shares names {', '.join(wrong)}, but this strategy trains {', '.join(self.trains)}")
         if self.shares and self.phases.finetune.epochs is not None:
@@ -145,6 +146,10 @@ STRATEGIES = {
     },
     "deep_incubation_identity": {
         "kind": "deep_incubation", "start": "identity", "inherit_stem": True, "inherit_head": True,
+    },
+    "recommended": {  # what our studies found best, see the README
+        "kind": "deep_incubation", "start": "identity", "inherit_stem": True, "inherit_head": True, "match": "end_to_end",
+        "shares": {"meta": 0.5, "incubate": 0.3},
     },
     "stacking": {
         "kind": "deep_incubation", "start": "stack", "inherit_stem": True, "inherit_head": True, "incubate": "none",
@@ -188,9 +193,7 @@ class Settings(Frozen):
     phases: PhaseChanges = PhaseChanges()
     mat: MATSettings = MATSettings()  # of the strategies that have Modular Adaptive Training
     strategies: dict[StrategyName, StrategySettings] = {}
-    run: list[str] = Field(
-        min_length=1, default=["end_to_end", "deep_incubation", "deep_incubation_stack"]
-    )  # strategies run by default
+    run: list[str] = Field(min_length=1, default=["end_to_end", "deep_incubation", "recommended"])  # strategies run by default
     machine: MachineSettings = DEFAULT_MACHINE
     overrides: list[str] = []  # the `--set` values already applied, for the record
 
@@ -212,6 +215,8 @@ class Settings(Frozen):
         for name, strategy in self.strategies.items():
             if strategy.match:
                 self._check_match(name)
+            if "budget" in strategy.model_fields_set and not self.is_matched(name):
+                raise ValueError(f"strategies.{name}.budget has no meaning: phases say already how many epochs it lasts")
             for phase in strategy.trains:
                 self._check_fits(self.training_of(name, phase), f"phase {phase} of strategy {name}")
                 self.mat_of(name, phase)  # raises where changes do not fit

@@ -85,7 +85,8 @@ class _Strategies:
         strategy, training = self.settings.strategy(name), self.settings.training_of(name, "end_to_end")
         matched = self.settings.is_matched(name)
         if matched and self.settings.strategy(strategy.match).kind == "end_to_end" and not strategy.low_resolution:
-            training = training.model_copy(update={"epochs": self._end_to_end(strategy.match, seed).settings.training.epochs})
+            epochs = self._end_to_end(strategy.match, seed).settings.training.epochs
+            training = training.model_copy(update={"epochs": strategy.budget * epochs})
         elif matched:
             training = self._lasting(name, "end_to_end", training, self._budget(name, seed), self.facts.flops_per_image["target"])
         if strategy.low_resolution:
@@ -113,12 +114,13 @@ class _Strategies:
         return self._node(f"seed-{seed}/{name}/finetune", name, phase, {"small_images": first})
 
     def _budget(self, name: str, seed: int) -> float:
-        """Return the training FLOPs that a strategy has: those of the one it is matched to, or what K workers do in its time."""
+        """Return the training FLOPs that a strategy has: its share of those of the one it is matched to, or of what K workers
+        do in that one's time."""
         strategy = self.settings.strategy(name)
         final = self.strategy(strategy.match, seed)
         if strategy.match_on == "critical_path":
-            return len(self.facts.target_depths) * self._longest(final)
-        return sum(self.flops(node.settings) for node in closure([final]))
+            return strategy.budget * len(self.facts.target_depths) * self._longest(final)
+        return strategy.budget * sum(self.flops(node.settings) for node in closure([final]))
 
     def _longest(self, node: Node) -> int:
         return self.flops(node.settings) + max((self._longest(before) for before in node.inputs.values()), default=0)

@@ -17,6 +17,7 @@ STYLE = {
     "deep_incubation": {"color": "#0072B2", "marker": "s", "linestyle": "--"},
     "deep_incubation_stack": {"color": "#D55E00", "marker": "^", "linestyle": "-."},
     "deep_incubation_identity": {"color": "#009E73", "marker": "D", "linestyle": ":"},
+    "recommended": {"color": "#009E73", "marker": "D", "linestyle": "-"},
     "deep_incubation_mat": {"color": "#56B4E9", "marker": "v", "linestyle": "-."},
     "end_to_end_short": {"color": "#777777", "marker": ".", "linestyle": ":"},
     "stacking": {"color": "#E69F00", "marker": "P", "linestyle": "-."},

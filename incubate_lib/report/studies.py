@@ -123,10 +123,14 @@ def at_equal_cost(table: StudyTable) -> pd.DataFrame:
 
 
 def seeds_text(table: StudyTable) -> str:
+    """Say what stands behind each point with its bars."""
+    return f"mean ± standard deviation of {seeds_count(table)}"
+
+
+def seeds_count(table: StudyTable) -> str:
     """Say how many seeds stand behind each point."""
     counts = table.results.groupby([*table.axes, "strategy"])["seed"].nunique()
-    numbers = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
-    return f"mean ± standard deviation of {numbers} seeds"
+    return (f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}") + " seeds"
 
 
 def _interval(gain: pd.Series) -> dict[str, float]:
@@ -247,8 +251,12 @@ def _largest_gain(table: StudyTable) -> list[str]:
     return told
 
 
-INCUBATED = ("deep_incubation_identity", "deep_incubation_stack", "deep_incubation")  # the recommended one first
-WITHOUT = {"deep_incubation_identity": "growing", "deep_incubation_stack": "stacking"}  # the same start, never incubated
+INCUBATED = ("recommended", "deep_incubation_identity", "deep_incubation_stack", "deep_incubation")  # the recommended ones first
+WITHOUT = {
+    "recommended": "growing",
+    "deep_incubation_identity": "growing",
+    "deep_incubation_stack": "stacking",
+}  # the same start, never incubated
 
 
 def _against_controls(table: StudyTable) -> list[str]:

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.ticker import LogLocator
 
 from incubate_lib.report.plots import Figure, style
-from incubate_lib.report.studies import StudyTable, at_equal_cost, seeds_text
+from incubate_lib.report.studies import StudyTable, at_equal_cost, seeds_count, seeds_text
 from incubate_lib.report.tables import flop_unit, label, results_folder
 
 COSTS = {
@@ -76,7 +76,9 @@ def gain_map(table: StudyTable) -> Figure | None:
         image = _map(axis, part, rows, column, bound)
         axis.set_title(title, fontsize=9, loc="left")
     figure.colorbar(image, ax=list(axes), label="points of top-1", shrink=0.8)
-    figure.suptitle(f"{table.name}: points over end to end at equal FLOPs\n{seeds_text(table)}, paired by seed", fontsize=9)
+    figure.suptitle(
+        f"{table.name}: points over end to end at equal FLOPs\nmean of {seeds_count(table)}, paired by seed", fontsize=9
+    )
     return figure
 
 

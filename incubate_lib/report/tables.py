@@ -230,6 +230,7 @@ def label(strategy: str) -> str:
         "deep_incubation": "Deep Incubation, random start (paper)",
         "deep_incubation_stack": "Deep Incubation, stack start",
         "deep_incubation_identity": "Deep Incubation, identity start",
+        "recommended": "Deep Incubation, recommended",
         "deep_incubation_mat": "Deep Incubation with MAT",
         "stacking": "meta model, stacked, no incubation",
         "growing": "meta model, grown, no incubation",
