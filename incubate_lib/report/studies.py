@@ -284,9 +284,11 @@ def _assembled(table: StudyTable) -> list[str]:
         mine = mine.assign(added=100 * (mine["accuracy"] - mine["assembled_accuracy"]))
         cells = mine.groupby(table.axes or "strategy")["added"].mean()
         ahead = 100 * (mine["accuracy"] - mine["meta_accuracy"]).mean()
+        added = round(mine["added"].mean(), 1) + 0.0  # no "-0.0"
         told.append(
-            f"{label(name)}: fine-tuning adds {mine['added'].mean():+.1f} points to the assembled network (by cell from "
-            f"{cells.min():+.1f} to {cells.max():+.1f}); the finished network is {ahead:+.1f} points over its meta model."
+            f"{label(name)}: fine-tuning adds {added:+.1f} points to the assembled network (by cell from "
+            f"{cells.min():+.1f} to {cells.max():+.1f}); the finished network is {abs(ahead):.1f} points "
+            f"{'above' if ahead > 0 else 'below'} its meta model."
         )
     return told
 
