@@ -19,7 +19,7 @@ from incubate_lib.pipeline import study as walks
 from incubate_lib.pipeline.graph import finished_phases
 from incubate_lib.report import studies as report
 from incubate_lib.report.studies import StudyTable, answer, gains, published, reached, summary
-from incubate_lib.report.study_plots import fronts, gain_map
+from incubate_lib.report.study_plots import fronts, gain_map, ranking
 
 STUDY = """
 description: two depths
@@ -216,7 +216,9 @@ def test_a_study_without_what_is_compared_has_no_such_figures():
     table = made([("1", "end_to_end", [0.5, 0.6], 4, 4), ("1", "growing", [0.9, 0.8], 8, 8)])
     assert gain_map(table) is None and len(fronts(table)._repr_png_()) > 10_000
     renamed = StudyTable("made", table.results.rename(columns={"budget": "depth"}), table.rates)
-    assert fronts(renamed) is None
+    assert fronts(renamed) is None and ranking(renamed) is None
+    single = StudyTable("made", table.results.drop(columns="budget"), table.rates)
+    assert fronts(single) is None and gain_map(single) is None and len(ranking(single)._repr_png_()) > 10_000
 
 
 def test_values_of_axes_are_read_as_they_are_written(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator
 
-from incubate_lib.report.plots import Figure, style
+from incubate_lib.report.plots import STYLE, Figure, style
 from incubate_lib.report.studies import StudyTable, at_equal_cost, seeds_count, seeds_text
 from incubate_lib.report.tables import flop_unit, label, results_folder
 
@@ -19,12 +19,11 @@ COSTS = {
 
 def fronts(table: StudyTable) -> Figure | None:
     """Draw top-1 against total FLOPs, the critical path and seconds: a line a strategy over the axis `budget`, a row a value of
-    other axes. None for a study with axes and no budgets: its points would lie above one another.
+    other axes. None for a study without budgets: its points would lie above one another.
     """
-    if table.axes and "budget" not in table.axes:
+    if "budget" not in table.axes:
         return None
-    along = "budget" if table.axes else None
-    others = [axis for axis in table.axes if axis != along]
+    others = [axis for axis in table.axes if axis != "budget"]
     groups = list(table.results.groupby(others, sort=False)) if others else [((), table.results)]
     figure = Figure(figsize=(11, 3.6 * len(groups) + 0.9), layout="constrained")
     axes = figure.subplots(len(groups), len(COSTS), sharey="row", squeeze=False)
@@ -34,7 +33,7 @@ def fronts(table: StudyTable) -> Figure | None:
         for axis, (cost, title) in zip(line, COSTS.items(), strict=True):
             unit, factor = ("s", 1.0) if cost == "seconds" else flop_unit(rows[cost].max())
             for name, group in rows.groupby("strategy", sort=False):
-                points = group.groupby(along, sort=False) if along else [(None, group)]
+                points = group.groupby("budget", sort=False)
                 x = np.array([part[cost].mean() / factor for _, part in points])
                 y = np.array([100 * part["accuracy"].mean() for _, part in points])
                 sd = np.array([100 * part["accuracy"].std() if len(part) > 1 else 0.0 for _, part in points])
@@ -53,22 +52,48 @@ def fronts(table: StudyTable) -> Figure | None:
     return figure
 
 
+def ranking(table: StudyTable) -> Figure | None:
+    """Draw a study of a single cell: each strategy's top-1, before and after fine-tuning, and what it costs. None for others."""
+    if table.axes:
+        return None
+    groups = sorted(table.results.groupby("strategy", sort=False), key=lambda pair: pair[1]["accuracy"].mean())
+    figure = Figure(figsize=(11, 0.34 * len(groups) + 1.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    unit, factor = flop_unit(table.results["flops"].max())
+    for y, (name, group) in enumerate(groups):
+        color = style(name)["color"] if name in STYLE else "#555555"
+        top, assembled = 100 * group["accuracy"], 100 * group["assembled_accuracy"].mean()
+        left.errorbar(top.mean(), y, xerr=top.std() if len(top) > 1 else 0.0, fmt="o", color=color, capsize=3, markersize=6)
+        if not np.isnan(assembled):
+            left.plot(assembled, y, "o", markerfacecolor="none", color=color, markersize=6)
+        right.barh(y, group["flops"].mean() / factor, height=0.62, color=color, alpha=0.3)
+        right.barh(y, group["critical_flops"].mean() / factor, height=0.62, color=color)
+    left.set_yticks(range(len(groups)), [label(name) for name, _ in groups], fontsize=8)
+    left.set_xlabel(f"top-1, {table.results['judged_on'].iloc[0]} split (%); hollow: assembled, before fine-tuning")
+    right.set_xlabel(f"training cost ({unit}); dark: critical path")
+    for axis in (left, right):
+        axis.grid(alpha=0.3, axis="x")
+        axis.set_axisbelow(True)
+    figure.suptitle(f"{table.name}: {seeds_text(table)}", fontsize=9)
+    return figure
+
+
 def gain_map(table: StudyTable) -> Figure | None:
     """Draw the gain over end to end at equal FLOPs as a map: strategies over the values of one axis; of two, a map a strategy.
 
-    None where nothing has end to end's FLOPs.
+    None without axes, and where nothing has end to end's FLOPs.
     """
     found = at_equal_cost(table)
-    if found.empty:
+    if found.empty or not table.axes:
         return None
-    if len(table.axes) < 2:
-        column = table.axes[0] if table.axes else ""
+    if len(table.axes) == 1:
+        column = table.axes[0]
         panels = {"": (found.assign(strategy=found["strategy"].map(label)), "strategy", column)}
     else:
         rows, column = table.axes[:2]
         panels = {label(name): (part, rows, column) for name, part in found.groupby("strategy", sort=False)}
     bound = found["gain"].abs().max()
-    columns = max(part[column].nunique() if column else 1 for part, _, column in panels.values())
+    columns = max(part[column].nunique() for part, _, column in panels.values())
     lines = sum(part[rows].nunique() for part, rows, _ in panels.values())
     figure = Figure(figsize=(1.5 * columns + 4.5, 0.6 * lines + 1.2 * len(panels) + 0.6), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
@@ -84,10 +109,10 @@ def gain_map(table: StudyTable) -> Figure | None:
 
 def _map(axis, part: pd.DataFrame, rows: str, column: str, bound: float):
     row_values = list(dict.fromkeys(part[rows]))
-    column_values = list(dict.fromkeys(part[column])) if column else [""]
+    column_values = list(dict.fromkeys(part[column]))
     values = np.full((len(row_values), len(column_values)), np.nan)
     for _, row in part.iterrows():
-        i, j = row_values.index(row[rows]), column_values.index(row[column]) if column else 0
+        i, j = row_values.index(row[rows]), column_values.index(row[column])
         values[i, j] = row["gain"]
         text = f"{row['gain']:+.1f}" + ("" if row["clear"] else "\nnoise")
         axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if abs(row["gain"]) > 0.6 * bound else "black")
@@ -103,7 +128,7 @@ def draw(table: StudyTable) -> list[Path]:
     folder = results_folder().parents[1] / "figures"
     folder.mkdir(exist_ok=True)
     written = []
-    for name, figure in {"": fronts(table), "_gain": gain_map(table)}.items():
+    for name, figure in {"": fronts(table) or ranking(table), "_gain": gain_map(table)}.items():
         if figure is None:
             continue
         written.append(folder / f"study_{table.name}{name}.png")
