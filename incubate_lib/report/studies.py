@@ -184,7 +184,7 @@ def answer(table: StudyTable) -> list[str]:
     """Say in sentences what a study says about training in pieces, whatever the numbers are."""
     if BASELINE not in set(table.results["strategy"]):
         return ["There is no end-to-end training in this study to compare with."]
-    told = [*_cheapest(table), *_largest_gain(table), *_against_controls(table), *_assembled(table)]
+    told = [*_cheapest(table), *_largest_gain(table), *_against_controls(table), *_against_workers(table), *_assembled(table)]
     return told or ["Nothing is finished yet."]
 
 
@@ -276,6 +276,21 @@ def _against_controls(table: StudyTable) -> list[str]:
     return told
 
 
+def _against_workers(table: StudyTable) -> list[str]:
+    """Compare incubation with K workers that train the whole network together for as long as its critical path."""
+    there, together = set(table.results["strategy"]), "end_to_end_longer"
+    name = next((name for name in INCUBATED if {name, together} <= there), None)
+    if name is None:
+        return []
+    found = gains(table, together)
+    found = found[found["strategy"] == name]
+    texts = ", ".join(gain_text(row) for _, row in found.iterrows())
+    return [
+        f"In the same time ({found['critical_flops'].mean():.2f} of the critical path), K workers that trained the whole network "
+        f"together would cost {1 / found['flops'].mean():.1f} times as much; {label(name)} against that, in points: {texts}."
+    ]
+
+
 def _assembled(table: StudyTable) -> list[str]:
     rows = table.results.dropna(subset=["assembled_accuracy"])
     told = []
@@ -283,12 +298,13 @@ def _assembled(table: StudyTable) -> list[str]:
         mine = rows[rows["strategy"] == name]
         mine = mine.assign(added=100 * (mine["accuracy"] - mine["assembled_accuracy"]))
         cells = mine.groupby(table.axes or "strategy")["added"].mean()
+        span = f" (by cell from {cells.min():+.1f} to {cells.max():+.1f})" if len(cells) > 1 else ""
         ahead = 100 * (mine["accuracy"] - mine["meta_accuracy"]).mean()
         added = round(mine["added"].mean(), 1) + 0.0  # no "-0.0"
+        side = "above" if ahead > 0 else "below"
         told.append(
-            f"{label(name)}: fine-tuning adds {added:+.1f} points to the assembled network (by cell from "
-            f"{cells.min():+.1f} to {cells.max():+.1f}); the finished network is {abs(ahead):.1f} points "
-            f"{'above' if ahead > 0 else 'below'} its meta model."
+            f"{label(name)}: fine-tuning adds {added:+.1f} points to the assembled network{span}; the finished network is "
+            f"{abs(ahead):.1f} points {side} its meta model."
         )
     return told
 
