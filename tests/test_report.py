@@ -13,7 +13,7 @@ from incubate_lib.report.tables import Results, comparison, flop_unit, from_plan
 PUBLISHED = sorted(
     p.stem
     for p in (ROOT / "data" / "results").glob("*.csv")
-    if not p.stem.endswith(("_phases", "_curves", "_mntk")) and not p.stem.startswith("bench_")
+    if not p.stem.endswith(("_phases", "_curves", "_mntk")) and not p.stem.startswith(("bench_", "study_"))
 )
 
 
