@@ -94,9 +94,10 @@ def gain_map(table: StudyTable) -> Figure | None:
         panels = {label(name): (part, rows, column) for name, part in found.groupby("strategy", sort=False)}
     bound = found["gain"].abs().max()
     columns = max(part[column].nunique() for part, _, column in panels.values())
-    lines = sum(part[rows].nunique() for part, rows, _ in panels.values())
-    figure = Figure(figsize=(1.5 * columns + 4.5, 0.6 * lines + 1.2 * len(panels) + 0.6), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    lines = max(part[rows].nunique() for part, rows, _ in panels.values())
+    width = (1.5 * columns + 4.5) if len(panels) == 1 else (1.1 * columns + 1.0) * len(panels) + 1.5
+    figure = Figure(figsize=(width, 0.6 * lines + 1.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (title, (part, rows, column)) in zip(axes, panels.items(), strict=True):
         image = _map(axis, part, rows, column, bound)
         axis.set_title(title, fontsize=9, loc="left")
