@@ -1,5 +1,6 @@
 """The figures of a study, drawn from its tables."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def _map(axis, part: pd.DataFrame, rows: str, column: str, bound: float):
         text = f"{row['gain']:+.1f}" + ("" if row["clear"] else "\nnoise")
         axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if abs(row["gain"]) > 0.6 * bound else "black")
     image = axis.imshow(values, cmap="PuOr", vmin=-bound, vmax=bound, aspect="auto")
-    axis.set_xticks(range(len(column_values)), column_values)
+    axis.set_xticks(range(len(column_values)), [textwrap.fill(value, 14) for value in column_values])
     axis.set_yticks(range(len(row_values)), row_values, fontsize=8)
     axis.set(xlabel=column, ylabel="" if rows == "strategy" else rows)
     return image
