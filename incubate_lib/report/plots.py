@@ -11,28 +11,32 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from incubate_lib.report import bench
 from incubate_lib.report.tables import BASELINE, Results, flop_unit, label
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
+# Okabe and Ito's colours, which people with any colour vision can tell apart; #882255 is Tol's, dark where a blue stands by.
 STYLE = {
     "end_to_end": {"color": "#000000", "marker": "o", "linestyle": "-"},
     "deep_incubation": {"color": "#0072B2", "marker": "s", "linestyle": "--"},
     "deep_incubation_stack": {"color": "#D55E00", "marker": "^", "linestyle": "-."},
     "deep_incubation_identity": {"color": "#009E73", "marker": "D", "linestyle": ":"},
-    "recommended": {"color": "#009E73", "marker": "D", "linestyle": "-"},
-    "deep_incubation_mat": {"color": "#56B4E9", "marker": "v", "linestyle": "-."},
-    "end_to_end_short": {"color": "#777777", "marker": ".", "linestyle": ":"},
+    "recommended": {"color": "#009E73", "marker": "h", "linestyle": "-"},
+    "deep_incubation_mat": {"color": "#56B4E9", "marker": ">", "linestyle": "-."},
+    "end_to_end_short": {"color": "#555555", "marker": ".", "linestyle": ":"},
     "stacking": {"color": "#E69F00", "marker": "P", "linestyle": "-."},
     "growing": {"color": "#CC79A7", "marker": "v", "linestyle": "-"},
-    "random_modules": {"color": "#777777", "marker": "X", "linestyle": ":"},
+    "random_modules": {"color": "#555555", "marker": "X", "linestyle": ":"},
     "imitation": {"color": "#56B4E9", "marker": "<", "linestyle": "--"},
     "end_to_end_longer": {"color": "#000000", "marker": "*", "linestyle": "--"},
-    "end_to_end_low_resolution": {"color": "#777777", "marker": "d", "linestyle": "-"},
+    "end_to_end_low_resolution": {"color": "#555555", "marker": "d", "linestyle": "-"},
     "mat": {"color": "#D55E00", "marker": "^", "linestyle": "-"},
-    "mat_random": {"color": "#0072B2", "marker": "v", "linestyle": "--"},
+    "mat_random": {"color": "#882255", "marker": "v", "linestyle": "--"},
     "mat_gradient_norm": {"color": "#009E73", "marker": "D", "linestyle": "-."},
     "mat_inverted": {"color": "#CC79A7", "marker": "X", "linestyle": ":"},
     "mat_multirate": {"color": "#E69F00", "marker": "P", "linestyle": "--"},
+    "mat_exact": {"color": "#56B4E9", "marker": "H", "linestyle": "-"},
 }
 SPARE = [{"color": c, "marker": m, "linestyle": "-"} for c, m in zip(("#CC79A7", "#E69F00", "#56B4E9"), "vPX", strict=True)]
+ONE_BY_ONE = [  # looks of curves that are no strategies
+    "end_to_end", "deep_incubation", "deep_incubation_stack", "deep_incubation_identity", "growing", "stacking", "imitation",
+]  # fmt: skip
 FROZEN, TRAINED = "#D9D9D9", "#F5B041"
 
 
@@ -109,7 +113,7 @@ def learning_curves(curves: dict[str, pd.DataFrame], reference: dict[str, float]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (name, table) in enumerate(curves.items()):
-        look = (list(STYLE.values()) + SPARE)[i % 7]
+        look = STYLE[ONE_BY_ONE[i % len(ONE_BY_ONE)]]
         dots = {**look, "markersize": 3}
         left.plot(table["epoch"], table["train_loss"], **dots | {"linestyle": ":"}, label=f"{name}, training (regularised)")
         left.plot(table["epoch"], table["loss"], **dots | {"linestyle": "-"}, label=f"{name}, judged")
@@ -119,7 +123,7 @@ def learning_curves(curves: dict[str, pd.DataFrame], reference: dict[str, float]
     left.set(xlabel="epoch", ylabel="loss (nats)")
     right.set(xlabel="epoch", ylabel="top-1 (%)")
     for axis in (left, right):
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=9)
         axis.grid(alpha=0.3)
     return figure
 
@@ -140,13 +144,13 @@ def module_bars(phases: pd.DataFrame) -> Figure:
     meta = phases.loc[phases["phase"] == "meta", "accuracy"].mean()
     left.axhline(100 * meta, color="black", linestyle="--", linewidth=1, label=f"meta model ({meta:.1%})")
     left.set(ylabel="top-1 of the hybrid (%)", ylim=(0, 105))
-    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3, frameon=False)
+    left.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3, frameon=False)
     right.bar(place, mean["flops"] / factor, 0.5, color=FROZEN, edgecolor="black")
     right.set(ylabel=f"training cost ({unit})")
     for axis in (left, right):
         axis.set_xticks(place, names)
     seeds = phases["seed"].nunique()
-    figure.suptitle(f"mean of {seeds} seeds, bars ± std" if seeds > 1 else "one seed", fontsize=8)
+    figure.suptitle(f"mean of {seeds} seeds, bars ± std" if seeds > 1 else "one seed", fontsize=9)
     return figure
 
 
@@ -175,7 +179,7 @@ def accuracy_vs_cost(results: Results) -> Figure:
         axis.set(title=title, xlabel=f"training cost ({unit}), equal ones drawn side by side", xlim=(0, 1.12 * widest))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"top-1, {table['judged_on'].iloc[0]} split (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -209,7 +213,7 @@ def convergence(results: Results) -> Figure:
         seeds = results.strategies.loc[results.strategies["strategy"] == name, "seed"].nunique()
         axis.set(ylabel="top-1 (%)", title=f"{label(name)} against end to end (n = {seeds})")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
+        axis.legend(fontsize=9, loc="lower right")
     axes[-1].set_xlabel(f"training cost spent ({unit}), modules one after another")
     return figure
 
@@ -274,14 +278,14 @@ def growth(table: pd.DataFrame) -> Figure:
         for size, points in part.groupby("size"):
             top = points.sort_values("step_flops").iloc[-1]
             place = (top["step_flops"] / 1e9, top["step_seconds"])
-            axis.annotate(f"{size}", place, (-4, 6), textcoords="offset points", ha="right", fontsize=8)
+            axis.annotate(f"{size}", place, (-4, 6), textcoords="offset points", ha="right", fontsize=9)
         ends = np.array([part["step_flops"].min(), part["step_flops"].max()])
         slope_one = ends * (part["step_seconds"] / part["step_flops"]).median()
         axis.plot(ends / 1e9, slope_one, color="#777777", linewidth=1, zorder=0, label="as FLOPs (slope 1), through the median")
         title = f"{name.replace('_', ' ')} (numbers at the points: {bench.SERIES[name]})"
         axis.set(xscale="log", yscale="log", xlabel="counted cost of a step (GFLOP)", title=title)
         axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=9)
     axes[0].set_ylabel("measured time of a step (s)")
-    figure.suptitle(bench.machine_line(table).replace("; ", "\n", 1), fontsize=8)
+    figure.suptitle(bench.machine_line(table).replace("; ", "\n", 1), fontsize=9)
     return figure

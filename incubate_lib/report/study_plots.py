@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.ticker import LogLocator
 
 from incubate_lib.report.plots import STYLE, Figure, style
@@ -46,10 +47,12 @@ def fronts(table: StudyTable) -> Figure | None:
             axis.xaxis.set_minor_formatter("")
             axis.set(xlabel=f"training cost ({unit})", title=f"{title}" + (f"\n{where}" if where else ""))
             axis.grid(alpha=0.3, which="both")
-            axis.title.set_fontsize(9)
+            axis.title.set_fontsize(10)
         line[0].set_ylabel(f"top-1, {rows['judged_on'].iloc[0]} split (%)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{table.name}: {seeds_text(table)}", fontsize=9)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), fontsize=10, loc="outside lower center", ncols=3, frameon=False, handlelength=3.5
+    )
+    figure.suptitle(f"{table.name}: {seeds_text(table)}", fontsize=10)
     return figure
 
 
@@ -67,15 +70,16 @@ def ranking(table: StudyTable) -> Figure | None:
         left.errorbar(top.mean(), y, xerr=top.std() if len(top) > 1 else 0.0, fmt="o", color=color, capsize=3, markersize=6)
         if not np.isnan(assembled):
             left.plot(assembled, y, "o", markerfacecolor="none", color=color, markersize=6)
-        right.barh(y, group["flops"].mean() / factor, height=0.62, color=color, alpha=0.3)
+        pale = {"color": color, "alpha": 0.3, "edgecolor": color, "linewidth": 0.8}
+        right.barh(y, group["flops"].mean() / factor, height=0.62, **pale)
         right.barh(y, group["critical_flops"].mean() / factor, height=0.62, color=color)
-    left.set_yticks(range(len(groups)), [label(name) for name, _ in groups], fontsize=8)
+    left.set_yticks(range(len(groups)), [label(name) for name, _ in groups], fontsize=10)
     left.set_xlabel(f"top-1, {table.results['judged_on'].iloc[0]} split (%); hollow: assembled, before fine-tuning")
     right.set_xlabel(f"training cost ({unit}); dark: critical path")
     for axis in (left, right):
         axis.grid(alpha=0.3, axis="x")
         axis.set_axisbelow(True)
-    figure.suptitle(f"{table.name}: {seeds_text(table)}", fontsize=9)
+    figure.suptitle(f"{table.name}: {seeds_text(table)}", fontsize=10)
     return figure
 
 
@@ -101,10 +105,10 @@ def gain_map(table: StudyTable) -> Figure | None:
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (title, (part, rows, column)) in zip(axes, panels.items(), strict=True):
         image = _map(axis, part, rows, column, bound)
-        axis.set_title(title, fontsize=9, loc="left")
+        axis.set_title(title, fontsize=10, loc="left")
     figure.colorbar(image, ax=list(axes), label="points of top-1", shrink=0.8)
     figure.suptitle(
-        f"{table.name}: points over end to end at equal FLOPs\nmean of {seeds_count(table)}, paired by seed", fontsize=9
+        f"{table.name}: points over end to end at equal FLOPs\nmean of {seeds_count(table)}, paired by seed", fontsize=10
     )
     return figure
 
@@ -117,10 +121,11 @@ def _map(axis, part: pd.DataFrame, rows: str, column: str, bound: float):
         i, j = row_values.index(row[rows]), column_values.index(row[column])
         values[i, j] = row["gain"]
         text = f"{row['gain']:+.1f}" + ("" if row["clear"] else "\nnoise")
-        axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if abs(row["gain"]) > 0.6 * bound else "black")
+        light = np.dot(colormaps["PuOr"](0.5 + row["gain"] / bound / 2)[:3], (0.2126, 0.7152, 0.0722)) > 0.45
+        axis.text(j, i, text, ha="center", va="center", fontsize=10, color="black" if light else "white")
     image = axis.imshow(values, cmap="PuOr", vmin=-bound, vmax=bound, aspect="auto")
     axis.set_xticks(range(len(column_values)), [textwrap.fill(value, 14) for value in column_values])
-    axis.set_yticks(range(len(row_values)), row_values, fontsize=8)
+    axis.set_yticks(range(len(row_values)), row_values, fontsize=10)
     axis.set(xlabel=column, ylabel="" if rows == "strategy" else rows)
     return image
 
