@@ -46,9 +46,10 @@ def _parser() -> argparse.ArgumentParser:
             _backend(command, "run of each cell")
         if name in ("presets", "import", "study", "figures"):
             continue
+        what = "a preset, or a YAML file of yours" + (", or a timm model" if name == "plan" else "")
         command.add_argument(
             "preset", nargs=None if name in ("export", "logs") else "?", default="digits",
-            help="a preset, or a YAML file of yours" + (" (default: digits)" if name != "export" else ""),
+            help=what + (" (default: digits)" if name != "export" else ""),
         )  # fmt: skip
         command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="e.g. training.epochs=20")
         if name == "bench":
@@ -58,6 +59,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--classes", type=int, metavar="N", help="default: those of the preset's data, or 1000")
             command.add_argument("--save", metavar="NAME", help="also write data/results/bench_NAME.csv (and --growth's figure)")
             command.set_defaults(preset=None)  # not the digits: --growth must know whether one was given
+            continue
+        if name == "plan":
+            command.add_argument("--strategies", nargs="+", metavar="NAME", help="default: those the preset runs")
+            command.add_argument("--bench", metavar="NAME", help="the speed that `incubate bench … --save NAME` measured")
+            command.add_argument("--device", metavar="NAME", help="else: whose peak (default: H100)")
+            command.add_argument("--share", type=float, metavar="X", help="and what share of it is reached (default: 0.4)")
+            command.add_argument(
+                "--devices", type=int, metavar="N", help="of a machine, that train a phase together (default: 1)"
+            )
+            command.add_argument("--machines", type=int, default=4, metavar="N", help="side by side (default: 4)")
+            command.add_argument("--images", type=int, metavar="N", help="to train on (default: the known number of the source)")
+            command.add_argument("--classes", type=int, metavar="N", help="default: the known number of the source")
+            command.add_argument("--figure", metavar="FILE", help="also draw the Gantt chart")
             continue
         if name == "export":
             command.add_argument("folder", metavar="DIR", help="new folder for config.json, model.safetensors and README.md")
@@ -78,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--dry-run", action="store_true", help="with --backend slurm: print the scripts, submit nothing")
         if name == "report":
             command.add_argument("--publish", action="store_true", help="also write data/results/*.csv and figures/*.png")
+        if name == "mirror":
+            command.add_argument("--to", choices=["tensorboard", "wandb"], default="tensorboard", help="default: tensorboard")
+            command.add_argument("--follow", "-f", action="store_true", help="go on as it grows, until nothing trains any more")
     return parser
 
 
@@ -106,9 +123,11 @@ COMMANDS = {
     "stop": (commands.stop, "stop a run cleanly: its phases save a checkpoint first"),
     "logs": (commands.logs, "show the log of a phase"),
     "report": (commands.report, "write the HTML report of what is finished, and print its table"),
+    "mirror": (commands.mirror, "show a run's records in TensorBoard or, offline, in Weights & Biases; they stay what counts"),
     "check": (commands.check, "open every image of a preset's data and name those that cannot be read"),
     "import": (commands.import_, "turn a released checkpoint, or K with one target module each, into a folder that timm loads"),
     "export": (commands.export, "write a finished network as a folder that timm loads, with a model card"),
+    "plan": (commands.plan, "say what a preset, or any plain timm ViT, would cost on given devices; trains nothing"),
     "bench": (commands.bench, "time a training step: ours, a bare loop, the released freezing; FLOPs and memory too"),
     "presets": (commands.presets, "list the presets"),
 }

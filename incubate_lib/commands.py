@@ -186,20 +186,11 @@ def _one_phase(wanted: str, keys: list[str]) -> str:
 
 
 def stop(options: argparse.Namespace) -> int:
-    from incubate_lib.config import SettingsError, load_settings
-    from incubate_lib.pipeline import execution, slurm
-    from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
+    from incubate_lib.config import load_settings
+    from incubate_lib.pipeline.background import stop_run
+    from incubate_lib.pipeline.experiment import Experiment
 
-    experiment = Experiment.of(load_settings(options.preset, options.set))
-    if not experiment.is_known():
-        raise SettingsError(f"nothing to stop: there is no run in {experiment.path}")
-    (experiment.path / STOP_FILE).touch()
-    if slurm.was_submitted(experiment) and (count := slurm.stop(experiment)):
-        print(f"{count} job(s) of {experiment.path.name}: those that wait are cancelled, those that run save a checkpoint first")
-    elif execution.is_running(experiment.path):
-        print(f"asked {experiment.path.name} to stop; its phases save a checkpoint first")
-    else:
-        print(f"no `incubate run` is at work in {experiment.path}; phases that notebooks train there are asked to stop")
+    print(stop_run(Experiment.of(load_settings(options.preset, options.set))))
     return 0
 
 
@@ -220,6 +211,51 @@ def report(options: argparse.Namespace) -> int:
         for path in publish(results):
             print(f"wrote {path}")
     _print_table(todo)
+    return 0
+
+
+def mirror(options: argparse.Namespace) -> int:
+    from incubate_lib.report.mirror import is_at_work, mirror
+
+    while True:
+        todo = _started(options)
+        more = options.follow and is_at_work(todo)  # asked first: what is written last is mirrored, too
+        written, unchanged = mirror(todo, options.to)
+        if written or not more:
+            print(f"{len(written)} phase(s) mirrored, {unchanged} unchanged", flush=True)
+        if not more:
+            break
+        time.sleep(5)
+    place = todo.experiment.path / "mirror" / options.to
+    print(f"tensorboard --logdir {place}" if options.to == "tensorboard" else f"W&B runs, a folder a phase: {place}")
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    from incubate_lib.config import SettingsError
+    from incubate_lib.report import planner
+
+    if options.bench and (options.device or options.share):
+        raise SettingsError("--bench is a measured speed, --device and --share an assumed one; give one of them")
+    if options.devices is not None:
+        options.set.append(f"machine.devices={options.devices}")
+    named = {"images": options.images, "classes": options.classes}
+    todo = planner.open_plan(options.preset, options.set, strategies=options.strategies, **named)
+    if options.bench:
+        speed = planner.measured_speed(options.bench)
+    else:
+        precision = todo.experiment.settings.precision
+        share = planner.SHARE if options.share is None else options.share
+        speed = planner.stated_speed(options.device or planner.DEVICE, share, precision)
+    costs = planner.forecast(todo, speed, machines=options.machines)
+    import pandas as pd
+
+    with pd.option_context("display.width", 200, "display.max_columns", None):
+        print(planner.strategies_table(costs), planner.phases_table(costs).to_string(index=False), sep="\n\n")
+    print("\n" + planner.in_words(costs))
+    if options.figure:
+        planner.gantt(costs).savefig(options.figure, dpi=150)
+        print(f"wrote {options.figure}")
     return 0
 
 

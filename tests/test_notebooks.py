@@ -79,7 +79,11 @@ def test_parameters_cell_is_what_papermill_sees(nb, path):
     for name, parameter in seen.items():
         assert parameter["help"], f"{name} has no comment"
         assert parameter["inferred_type_name"] == SHARED.get(name, parameter["inferred_type_name"])
-    own = {"07_modular_adaptive_training": {"preset": '"mat-digits"'}, "09_studies": {"names": "[]"}}
+    own = {
+        "07_modular_adaptive_training": {"preset": '"mat-digits"'},
+        "08_planner": {"preset": '"imagenet-vit-b"'},
+        "09_studies": {"names": "[]"},
+    }
     for name, default in own.get(path.stem, {"preset": '"digits"'}).items():
         assert seen[name]["default"] == default, "the committed default is the one that CI runs"
 

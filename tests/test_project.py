@@ -11,7 +11,12 @@ from incubate_lib.pipeline.notebook import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CARD = {"torch", "timm", "jupyterlab", "papermill", "matplotlib", "pandas", "ipywidgets", "pytest", "nbmake"}
-CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base", "jupyter-client": "jupyter_client"}
+CONDA_NAMES = {
+    "torch": "pytorch",
+    "playwright": "playwright-python",
+    "matplotlib": "matplotlib-base",
+    "jupyter-client": "jupyter_client",
+}
 
 
 def requirements(lines):

@@ -75,7 +75,7 @@ def from_plan(plan: Plan) -> Results:
             if summary is None:
                 continue
             row = summary | {"strategy": name}  # a shared phase is recorded under the first strategy that needed it
-            row |= {"flops": summary["train_flops"], "seconds": summary["train_seconds"]}
+            row |= {"flops": _number(summary["train_flops"]), "seconds": summary["train_seconds"]}
             row["lr"] = node.settings.training.peak_lr if node.settings.training else None
             if mat := summary.get("mat"):
                 row |= {"looks": mat["evaluations"], "look_seconds": mat["seconds"], "look_flops": mat["flops"]}
@@ -279,7 +279,7 @@ def spread(values: pd.Series) -> str:
 
 
 def _compare(table: pd.DataFrame, name: str) -> str:
-    from scipy import stats
+    from scipy.special import stdtrit  # Student's t; scipy.stats takes seconds to import
 
     paired = table.pivot(index="seed", columns="strategy", values="accuracy").mul(100)
     if BASELINE not in paired or name not in paired:
@@ -293,7 +293,7 @@ def _compare(table: pd.DataFrame, name: str) -> str:
         judged = "one seed only, so nothing is said about chance"
     else:
         error = gain.std() / math.sqrt(len(gain))
-        clear = abs(gain.mean()) > stats.t.ppf(0.975, len(gain) - 1) * error
+        clear = abs(gain.mean()) > stdtrit(len(gain) - 1, 0.975) * error
         judged = "clear" if clear else "inside the noise"
         judged += f" at 95 %, {int((gain > 0).sum())} of {len(gain)} seeds better"
     word = "better" if gain.mean() > 0 else "worse"
@@ -331,8 +331,8 @@ def _strategy_row(strategy: str, final: Node, summary: dict) -> dict:
     for phase, column in {"meta": "meta_accuracy", "assemble": "assembled_accuracy"}.items():
         row[column] = next((s["accuracy"] for s in needed.values() if s["phase"] == phase), None)
     for short, name in {"flops": "train_flops", "seconds": "train_seconds"}.items():
-        row[short] = sum(s[name] for s in needed.values())
-        row[f"critical_{short}"] = _longest(final, {key: s[name] for key, s in needed.items()})
+        row[short] = _number(sum(s[name] for s in needed.values()))
+        row[f"critical_{short}"] = _number(_longest(final, {key: s[name] for key, s in needed.items()}))
     settings = final.experiment.settings
     if settings.strategies[strategy].match_on == "critical_path" and settings.is_matched(strategy):  # K workers share each batch
         workers = len(final.experiment.facts.target_depths)
@@ -344,6 +344,11 @@ def _strategy_row(strategy: str, final: Node, summary: dict) -> dict:
         "judged_on": final.settings.data.eval_split,
         "commit": (where["commit"] or "")[:10] + ("+" if where["dirty"] else ""),
     }
+
+
+def _number(count: float) -> float:
+    """Return a count so that sums of it do not overflow: a table's integers end at 9.2e18, and ImageNet takes more FLOPs."""
+    return count if count < 2**53 else float(count)
 
 
 def _needed(final: Node) -> list[Node]:

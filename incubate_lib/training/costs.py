@@ -67,7 +67,7 @@ def _images(shape: tuple[int, int, int]) -> Tensor:
 def _count(part: nn.Module, x: Tensor, backward: bool) -> tuple[int, Tensor]:
     """Return the FLOPs of a part and its outputs; FLOPs are linear in the number of blocks that are alike."""
     blocks = getattr(part, "blocks", None)
-    if not isinstance(blocks, nn.Sequential) or len(blocks) < 3 or len({_description(block) for block in blocks}) > 1:
+    if not isinstance(blocks, nn.Sequential) or len(blocks) < 3 or len({description(block) for block in blocks}) > 1:
         return _go_through(part, x, backward=backward)
     try:
         part.blocks = blocks[:1]
@@ -88,6 +88,6 @@ def _go_through(part: nn.Module, x: Tensor, *, backward: bool) -> tuple[int, Ten
     return counter.get_total_flops(), torch.empty_like(out, requires_grad=backward)
 
 
-def _description(block: nn.Module) -> str:
+def description(block: nn.Module) -> str:
     """Describe layers, sizes, and which parameters are trained."""
     return f"{block} {[(name, tuple(p.shape), p.requires_grad) for name, p in block.named_parameters()]}"

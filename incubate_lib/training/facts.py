@@ -41,13 +41,8 @@ def _kind_of(phase: PhaseSettings) -> str:
 
 def measure(settings: Settings) -> Facts:
     """Read the images, build the networks on the meta device and count; SettingsError if they do not fit together."""
-    import torch
-
-    from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
-    from incubate_lib.method.units import count_units
-    from incubate_lib.training.costs import FlopCounts
     from incubate_lib.training.data import load_data
-    from incubate_lib.training.phases import build_model, build_parts, model_shape
+    from incubate_lib.training.phases import model_shape
 
     shape = model_shape(settings.model)
     train, _ = load_data(settings.data, shape=shape, machine=settings.machine)
@@ -59,15 +54,28 @@ def measure(settings: Settings) -> Facts:
     for name, strategy in settings.strategies.items():
         for phase in strategy.trains:
             train.preview(1, settings.training_of(name, phase))  # an augmentation that cannot work fails now
+    return count(settings, len(train), train.num_classes)
+
+
+def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
+    """Build the networks on the meta device and count, for so many images to train on; none is needed for it."""
+    import torch
+
+    from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
+    from incubate_lib.method.units import count_units
+    from incubate_lib.training.costs import FlopCounts
+    from incubate_lib.training.phases import build_model, build_parts, model_shape
+
+    shape = model_shape(settings.model)
     with torch.device("meta"):
-        model = build_model(settings.model, settings.model.depth, train.num_classes, any_kind=settings.partition is None)
+        model = build_model(settings.model, settings.model.depth, num_classes, any_kind=settings.partition is None)
         units = count_units(model)
-    sizes, small, too_small = _small_images(settings, model, shape, train.num_classes)
+    sizes, small, too_small = _small_images(settings, model, shape, num_classes)
     if settings.partition is None:
         return Facts(
-            num_images=len(train), num_classes=train.num_classes, target_depths=[], meta_depths=[],
+            num_images=num_images, num_classes=num_classes, target_depths=[], meta_depths=[],
             flops_per_image={"target": FlopCounts(shape).per_image(model)} | small, misfits=too_small, units=units,
-            low_resolution=sizes, unfit=_unfit(model, units, shape), weights=_weights(settings, train.num_classes, [], []),
+            low_resolution=sizes, unfit=_unfit(model, units, shape), weights=_weights(settings, num_classes, [], []),
         )  # fmt: skip
     with torch.device("meta"):
         target_depths, meta_depths = settings.partition.depths(len(model.blocks))
@@ -76,7 +84,7 @@ def measure(settings: Settings) -> Facts:
             phase="meta", seed=0, data=settings.data, model=settings.model, target_depths=target_depths,
             meta_depths=meta_depths, training=settings.training,
         )  # fmt: skip
-        targets, metas = (build_parts(any_phase, which, train.num_classes) for which in ("target", "meta"))
+        targets, metas = (build_parts(any_phase, which, num_classes) for which in ("target", "meta"))
         counts = FlopCounts(shape)
         flops = {"meta": counts.per_image(assemble(metas)), "target": counts.per_image(assemble(targets))}
         for i, target in enumerate(targets):
@@ -90,9 +98,9 @@ def measure(settings: Settings) -> Facts:
             except ValueError as error:
                 misfits[start] = str(error)
     return Facts(
-        num_images=len(train), num_classes=train.num_classes, target_depths=target_depths, meta_depths=meta_depths,
+        num_images=num_images, num_classes=num_classes, target_depths=target_depths, meta_depths=meta_depths,
         flops_per_image=flops | small, misfits=misfits, units=units, low_resolution=sizes,
-        weights=_weights(settings, train.num_classes, target_depths, meta_depths),
+        weights=_weights(settings, num_classes, target_depths, meta_depths),
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The phases: what each builds, what of it trains, what it leaves behind. One recipe each, one way to run them all."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -43,7 +44,7 @@ def build_model(
         raise SettingsError(f"model.name: timm has no {settings.name!r}; {nearest(settings.name, timm.list_models())}")
     arguments = timm_arguments(settings) | ({} if depth is None else {"depth": depth})
     try:
-        model = timm.create_model(settings.name, num_classes=num_classes, drop_path_rate=drop_path or None, **arguments)
+        model = _create(settings.name, num_classes=num_classes, drop_path_rate=drop_path or None, **arguments)
     except Exception as error:  # timm checks its arguments by asserts and by failing somewhere inside
         told = f"timm cannot build model.name {settings.name!r} with {arguments}: {error}"
         raise SettingsError(told if any_kind else f"{told} (only plain Vision Transformers can be taken apart)") from None
@@ -53,6 +54,13 @@ def build_model(
             "apart; without partition it can be trained end to end"
         )
     return model
+
+
+def _create(name: str, **arguments: Any) -> nn.Module:
+    if torch.get_default_device().type == "meta":  # nothing to initialise, and pretending to takes half of planning's time
+        with contextlib.suppress(TypeError):  # not all networks know how to skip it
+            return timm.create_model(name, weight_init="skip", **arguments)
+    return timm.create_model(name, **arguments)
 
 
 def timm_arguments(settings: ModelSettings) -> dict[str, Any]:

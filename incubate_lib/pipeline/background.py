@@ -1,0 +1,134 @@
+"""Start a run that needs neither this kernel nor the browser, and stop one, wherever it runs. One call each, from a notebook."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from incubate_lib.config import SettingsError, load_settings, presets
+from incubate_lib.pipeline import slurm
+from incubate_lib.pipeline.execution import is_running
+from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
+from incubate_lib.pipeline.local import check_jobs, check_machine
+from incubate_lib.pipeline.strategies import plan
+from incubate_lib.training.lease import holder
+
+LOG = "run.log"  # in the experiment's folder: what the command line would print
+START_SECONDS = 120.0  # that a run may take to be at work; it is planned already, so a slow disk's imports are all there is
+KERNELS_OWN = ("JPY_", "FORCE_COLOR", "CLICOLOR", "MPLBACKEND", "INCUBATE_HEADLESS")  # variables that speak of this kernel
+
+
+@dataclass(frozen=True)
+class Background:
+    """A run that was started in the background."""
+
+    experiment: Experiment
+    process: subprocess.Popen
+
+    @property
+    def log(self) -> Path:
+        return self.experiment.path / LOG
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it ends; return its exit status: 0 all done, 1 something failed, 130 stopped."""
+        return self.process.wait(timeout)
+
+    def __repr__(self) -> str:
+        name, code = self.experiment.path.name, self.process.poll()
+        told = f"runs in the background, as process {self.process.pid}" if code is None else f"has ended (exit status {code})"
+        return f"{name} {told}. It needs neither this kernel nor the browser; what it prints is in {self.log}"
+
+
+def start_run(
+    preset: str = "digits",
+    overrides: Sequence[str] = (),
+    *,
+    strategies: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    jobs: int | None = None,
+) -> Background:
+    """Start `incubate run` in the background and return when it is at work; finished phases are kept, half-finished go on.
+
+    `jobs` phases are trained side by side. SettingsError, before anything is started, for what could not be trained, and
+    while another run is at work there.
+    """
+    check_lists(overrides, strategies, seeds)
+    settings = load_settings(preset, list(overrides))
+    check_jobs(jobs, settings.machine.devices)
+    check_machine([settings.machine])
+    experiment = Experiment.of(settings)
+    _check_free(experiment)
+    experiment = plan(settings, strategies, seeds).experiment
+    experiment.create()  # with what planning has measured, so that the other process need not
+    command = [sys.executable, "-m", "incubate_lib.cli", "run"]
+    command += [preset if preset in presets() else str(Path(preset).absolute())]
+    command += [f"--set={override}" for override in overrides] + ["--seeds", *map(str, seeds)]
+    command += ["--strategies", *strategies] if strategies else []
+    command += ["--jobs", str(jobs)] if jobs else []
+    env = {name: value for name, value in os.environ.items() if not name.startswith(KERNELS_OWN)}
+    log = experiment.path / LOG
+    with open(log, "ab") as file:
+        began = file.tell()
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )  # a session of its own: what ends the kernel or its terminal does not reach it
+    threading.Thread(target=process.wait, daemon=True).start()  # or it would stay a zombie, and seem to be at work, when killed
+    _await_start(experiment, process, log, began)
+    return Background(experiment, process)
+
+
+def _check_free(experiment: Experiment) -> None:
+    if is_running(experiment.path):
+        other = holder(experiment.path / "lease") or {}
+        raise SettingsError(
+            f"a run (process {other.get('pid')} on {other.get('host')}) is at work in {experiment.path} already; "
+            "watch it, or stop it first"
+        )
+    if active := slurm.still_active(experiment):
+        raise SettingsError(f"{active} job(s) of {experiment.path.name} are in Slurm's queue; stop them first")
+
+
+def _await_start(experiment: Experiment, process: subprocess.Popen, log: Path, began: int) -> None:
+    """Wait until the process has the experiment, or has ended; SettingsError with its last words if it could not begin."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if (holder(experiment.path / "lease") or {}).get("pid") == process.pid:
+            return
+        if process.poll() is not None:
+            if process.returncode not in (0, 1, 130):  # those tell how a run ended
+                words = log.read_bytes()[began:].decode(errors="replace").strip().splitlines() or ["it said nothing"]
+                raise SettingsError(f"the run could not be started: {words[-1].removeprefix('incubate: ')}")
+            return
+        time.sleep(0.1)
+
+
+def check_lists(overrides: Sequence[str], strategies: Sequence[str] | None, seeds: Sequence[int]) -> None:
+    """Raise SettingsError for what the command line could not give, for example a word where a list is meant."""
+    for name, values, kind in (("overrides", overrides, str), ("strategies", strategies or (), str), ("seeds", seeds, int)):
+        if isinstance(values, (str, int)):  # a word would be a list of its letters
+            raise SettingsError(f"{name} is {values!r}; write a list, [{values!r}]")
+        for value in values:
+            if type(value) is not kind:
+                raise SettingsError(f"{name} has {value!r} in it; they must be {'words' if kind is str else 'whole numbers'}")
+    if not seeds:
+        raise SettingsError("seeds is empty; there must be at least one")
+
+
+def stop_run(experiment: Experiment) -> str:
+    """Have a run save checkpoints and stop, wherever it runs; return a sentence that says who was asked.
+
+    SettingsError if there is no run.
+    """
+    if not experiment.is_known():
+        raise SettingsError(f"nothing to stop: there is no run in {experiment.path}")
+    (experiment.path / STOP_FILE).touch()
+    name = experiment.path.name
+    if slurm.was_submitted(experiment) and (count := slurm.stop(experiment)):
+        return f"{count} job(s) of {name}: those that wait are cancelled, those that run save a checkpoint first"
+    if is_running(experiment.path):
+        return f"asked {name} to stop; its phases save a checkpoint first"
+    return f"no `incubate run` is at work in {experiment.path}; phases that notebooks train there are asked to stop"

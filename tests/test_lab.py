@@ -1,0 +1,166 @@
+"""The notebooks as a person has them: a real JupyterLab in a real browser, with mouse and keyboard.
+
+INCUBATE_SCREENSHOTS names a folder for pictures of every notebook, screen by screen.
+"""
+
+import os
+from pathlib import Path
+
+import lab
+import nbformat
+import pytest
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+from test_notebooks import TRACKED
+
+from incubate_lib.config import load_settings
+from incubate_lib.pipeline.notebook import ROOT, check_parameters
+from incubate_lib.pipeline.strategies import open_phase, plan
+from incubate_lib.training.runs import read_json
+
+missing = [] if os.environ.get("INCUBATE_REQUIRE_LAB") else lab.missing()  # then they fail instead
+pytestmark = [
+    pytest.mark.xdist_group("lab"),  # one server, one browser
+    pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing)} here: JupyterLab is tested with Debian's chromium"),
+]
+SMOKE = {"preset": "smoke"}
+SERIES = {  # parameters other than the committed ones, so that it takes seconds; words that stand there when it has run
+    "00_quickstart": (SMOKE | {"depth": 6, "meta_epochs": 2, "epochs": 1}, "Measured on"),
+    "01_meta_model": (SMOKE, "The meta model gets"),
+    "02_incubate_module": (SMOKE, "after incubation"),
+    "03_assemble": (SMOKE, "Assembled, before any fine-tuning"),
+    "04_finetune": (SMOKE, "Cost:"),
+    "05_end_to_end": (SMOKE, "End to end reaches"),
+    "06_analysis": (SMOKE, "Runs of this machine"),
+    "07_modular_adaptive_training": ({"probe": 4}, "add up to their common kernel"),
+    "09_studies": ({}, "digits-budget"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data folder in which the preset smoke has run."""
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INCUBATE_DATA", str(folder))
+        plan(load_settings("smoke")).run()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jupyter(data, tmp_path_factory):
+    screenshots = os.environ.get("INCUBATE_SCREENSHOTS")
+    folder = tmp_path_factory.mktemp("lab")
+    with lab.Lab(folder, env={"INCUBATE_DATA": str(data)}, screenshots=Path(screenshots) if screenshots else None) as started:
+        yield started
+        alive = started.processes()
+    assert len(alive) == 1, "a kernel outlived its tab"
+    assert not started.processes()
+
+
+@pytest.fixture
+def open_notebook(jupyter):
+    """Open a notebook of the series with parameters, as papermill would run it; tabs and kernels end with the test."""
+    opened = []
+
+    def opens(name: str, parameters: dict, copy: str = "") -> lab.NotebookPage:
+        check_parameters(name, parameters)
+        nb = parameterize_notebook(load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb")), parameters)
+        opened.append(jupyter.open(jupyter.add(f"notebooks/{copy or name}.ipynb", nb)))
+        return opened[-1]
+
+    yield opens
+    for page in opened:
+        page.close()
+
+
+def weights(run: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in run.rglob("model.safetensors")}
+
+
+def look_closer_at_06_analysis(page):
+    """The menu of phases changes the picture."""
+    options = page.options()
+    assert len(options) == len(set(options)) == 1 + 5 + 5, "one strategy has one phase, two have five with curves"
+    first = page.picture()
+    page.choose(options[1])
+    lab.wait_until(lambda: page.picture() != first, 20, "another picture")
+    page.choose(options[0])
+    lab.wait_until(lambda: page.picture() == first, 20, "the first picture")
+
+
+LOOK_CLOSER = {"06_analysis": look_closer_at_06_analysis}
+
+
+@pytest.mark.parametrize("name", [Path(path).stem for path in TRACKED])
+def test_notebook_opens_and_runs_to_its_end(open_notebook, data, name):
+    """Opened after a run, it shows its results and trains nothing of it again."""
+    parameters, words = SERIES.get(name, ({}, ""))
+    trained = weights(data / "runs" / "smoke")
+    page = open_notebook(name, parameters)
+    page.run_all()
+    assert page.errors() == []
+    assert words in page.text()
+    assert any("image/png" in output.get("data", {}) for output in page.outputs())
+    assert weights(data / "runs" / "smoke") == trained
+    if name in LOOK_CLOSER:
+        LOOK_CLOSER[name](page)
+    page.screenshots(name) if os.environ.get("INCUBATE_SCREENSHOTS") else page.screenshot(name)
+
+
+def test_the_page_may_be_reloaded_in_the_middle_of_training(open_notebook, data, monkeypatch):
+    """The kernel goes on, its training ends, and what it trained is read when the cells are run again."""
+    longer = ["training.epochs=25"]
+    monkeypatch.setenv("INCUBATE_DATA", str(data))
+    status = open_phase("end_to_end", "smoke", longer).folder.path / "status.json"
+    page = open_notebook("05_end_to_end", SMOKE | {"overrides": longer}, "reloaded")
+    page.start_all()
+    lab.wait_until(lambda: ((read_json(status) or {}).get("progress") or {}).get("step"), lab.RUN_SECONDS, "the first step")
+    saved, kernel = page.save(), page.state()["kernel"]
+    page.reload()
+    assert page.state()["kernel"] == kernel
+    assert page.shown_status() == "busy"
+    page.screenshot("reloaded")
+    kept = [cell.execution_count for cell in saved.cells if cell.cell_type == "code"]
+    assert kept[0] == 1 and kept[-1] is None, "saved in the middle"
+    page.wait_for_kernel()
+    assert page.state()["kernel"] == kernel
+    record = read_json(status)
+    assert record["state"] == "done" and record["attempt"] == 1
+    page.run_all()
+    assert page.errors() == [] and "End to end reaches" in page.text()
+    assert read_json(status) == record, "trained once"
+
+
+def test_mouse_and_keyboard_move_widgets_and_a_failing_cell_is_noticed(jupyter):
+    """What the tests above rely on."""
+    cells = [
+        "import ipywidgets\nfrom IPython.display import display",
+        "epochs = ipywidgets.IntSlider(description='epochs', min=0, max=100)\n"
+        "other = ipywidgets.FloatSlider(description='other')\n"
+        "press, said = ipywidgets.Button(description='Double it'), ipywidgets.HTML()\n"
+        "press.on_click(lambda _: setattr(said, 'value', f'twice {epochs.value} is {2 * epochs.value}'))\n"
+        "display(other, epochs, press, said)",
+        "1 / 0",
+        "print('never')",
+    ]
+    nb = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source) for source in cells],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+    )
+    page = jupyter.open(jupyter.add("widgets.ipynb", nb))
+    page.run_all()
+    assert page.errors() == ["ZeroDivisionError: division by zero"]
+    assert "never" not in page.text()
+
+    def says(words: str) -> None:
+        page.press("Double it")
+        lab.wait_until(lambda: page.widget("html").inner_text().strip() == words, 20, words)
+
+    assert page.drag(0.5, label="epochs") == "50"
+    says("twice 50 is 100")
+    page.enter(7, label="epochs")
+    says("twice 7 is 14")
+    page.screenshot("widgets")
+    page.close()
+    assert page.path not in [session["path"] for session in jupyter.ask("GET", "api/sessions")]

@@ -1,0 +1,176 @@
+"""The planner counts what is known, schedules what can be, and says what memory a step takes."""
+
+import pandas as pd
+import pytest
+import torch
+from networks import vit
+from torch.nn import functional
+
+from incubate_lib.cli import main
+from incubate_lib.config import SettingsError
+from incubate_lib.report import planner
+from incubate_lib.report.planner import Speed, forecast, open_plan, published_costs, stated_speed
+from incubate_lib.report.planner import planner as sliders
+from incubate_lib.report.widgets import Sentence
+from incubate_lib.training.memory import memory_by_part, step_memory
+from incubate_lib.training.stopwatch import LiveBytes
+
+# FLOPs of 100+100, 50+50 and 25+25 epochs with a meta model of 300, over those of 300 epochs end to end, as known
+RELATIVE = {"vit-b": [1.17, 0.75, 0.55], "vit-l": [0.92, 0.54, 0.36], "vit-h": [0.86, 0.49, 0.31]}
+
+
+def test_published_costs_come_out():
+    table = published_costs()
+    for network, shares in RELATIVE.items():
+        assert [round(share, 2) for share in table.loc[network].iloc[:3]] == shares
+    assert table.loc["vit-h", "… share of peak"] == pytest.approx(0.07, abs=0.005), "their baseline ran at 7 % of the peak"
+
+
+def test_a_forecast_is_flops_over_speed_and_a_schedule_that_can_be():
+    todo, speed = open_plan("smoke"), Speed("one for all", 1e9, {"meta": 5e8})
+    for machines in (1, 2, 3, 8):
+        costs = forecast(todo, speed, machines=machines)
+        for (name, _), final in todo.finals.items():
+            own = costs.phases[costs.phases["strategy"] == name]
+            hours = own["flops"] / own["phase"].map({"meta": 5e8}).fillna(1e9) / 3600
+            assert own["device_hours"].tolist() == pytest.approx(hours.tolist())
+            assert (own["end"] - own["begin"]).tolist() == pytest.approx(hours.tolist())
+            for _, side in own[own["flops"] > 0].groupby("machine"):  # one phase at a time on each
+                side = side.sort_values("begin")
+                assert (side["begin"].to_numpy()[1:] >= side["end"].to_numpy()[:-1] - 1e-12).all()
+            assert own["machine"].max() <= machines
+            if name != "end_to_end":
+                meta, modules, last = (own[own["phase"] == p] for p in ("meta", "incubate", "finetune"))
+                assert modules["begin"].min() >= meta["end"].max() and last["begin"].min() >= modules["end"].max()
+            row = costs.strategies.set_index("strategy").loc[name]
+            assert row["flops"] == own["flops"].sum() == sum(todo.flops[n.key] for n in planner.closure([final]))
+            if machines == 1:
+                assert row["hours"] == pytest.approx(row["device_hours"])
+            if machines >= 3:  # as many as modules
+                chain = modules["device_hours"].max() if name != "end_to_end" else 0
+                rest = own.loc[own["phase"] != "incubate", "device_hours"].sum()
+                assert row["hours"] == pytest.approx(rest + chain)
+
+
+def test_a_timm_name_needs_no_settings_and_no_images():
+    todo = open_plan("vit_small_patch16_224", ["phases.incubate.epochs=30"], images=5000, classes=7)
+    facts = todo.experiment.facts
+    assert (facts.num_images, facts.num_classes, facts.target_depths) == (5000, 7, [3, 3, 3, 3])
+    modules = [n for n in todo.nodes if n.settings.phase == "incubate"]
+    assert {n.settings.training.epochs for n in modules} == {30}
+    assert not todo.experiment.path.exists()
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("images", [4, 32])
+def test_memory_is_that_of_a_real_step(images, freeze):
+    model = vit(depth=6).train()
+    if freeze:  # the lower half, as in a hybrid's prefix
+        for part in (model.patch_embed, model.blocks[:3]):
+            part.requires_grad_(False)
+        model.pos_embed.requires_grad_(False)
+        model.cls_token.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    x, y = torch.randn(images, *shape), torch.zeros(images, dtype=torch.long)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    step()  # makes the optimiser's states
+    optimizer.zero_grad(set_to_none=True)
+    states = [v for s in optimizer.state.values() for v in s.values()]
+    with LiveBytes([*model.parameters(), *states]) as counted:
+        step()
+    memory = step_memory(model, shape)
+    assert memory.gradients == sum(p.numel() * 4 for p in trained) and memory.optimizer == 2 * memory.gradients
+    assert 0.85 < memory.peak(images) / counted.peak < 1.05
+
+
+def test_memory_of_a_hybrid_is_that_of_its_parts():
+    todo = open_plan("smoke")
+    node = next(n for n in todo.nodes if n.settings.phase == "incubate" and n.settings.module_index == 1)
+    with torch.device("meta"):
+        hybrid = planner._network(node.settings, 4)
+    parts = memory_by_part(hybrid, (1, 8, 8))
+    first, target, last = parts.values()
+    assert first.activations == first.gradients == 0, "nothing waits for the backward pass before the target"
+    assert target.gradients > 0 and last.gradients == 0 and last.activations > 0, "behind it the error passes through"
+    assert sum(p.weights for p in parts.values()) == sum(p.numel() * 4 for p in hybrid.parameters())
+
+
+def test_alike_blocks_are_counted_once_and_the_sum_is_exact():
+    with torch.device("meta"):
+        deep, mixed = vit(depth=7), vit(depth=7)
+        mixed.blocks[3].requires_grad_(False)  # not alike: gone through block by block
+    shape = (deep.patch_embed.proj.in_channels, *deep.patch_embed.img_size)
+    by_two = step_memory(deep, shape)
+    with torch.device("meta"):
+        mixed.blocks[3].requires_grad_(True)
+        mixed.blocks[3].extra = torch.nn.Identity()  # another description, the same computation
+    assert step_memory(mixed, shape) == by_two
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["nonsense"], "'nonsense' is no preset, no .yaml file and no timm model"),
+        (["smoke", "--machines", "0"], "machines is 0; it must be at least 1"),
+        (["smoke", "--share", "1.5"], "share of the peak is 1.5"),
+        (["smoke", "--device", "H10"], "did you mean H100"),
+        (["smoke", "--bench", "nothing"], "no measured speed 'nothing'"),
+        (["smoke", "--bench", "x", "--share", "0.5"], "give one of them"),
+        (["smoke", "--images", "0"], "images is 0"),
+        (["imagenet-vit-b", "--classes", "1"], "classes is 1; it must be at least 2"),
+    ],
+)
+def test_bad_input_is_a_sentence(arguments, told, capsys):
+    assert main(["plan", *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_command_says_what_the_tables_say(capsys, tmp_path):
+    assert main(["plan", "smoke", "--machines", "3", "--figure", str(tmp_path / "plan.png")]) == 0
+    out = capsys.readouterr().out
+    for told in ("critical path", "module 3", "fine-tuning", "an assumption", "Not in it: judging"):
+        assert told in out
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sliders_count_anew_and_headless_there_are_none(monkeypatch):
+    shown = sliders("smoke")
+    *controls, table, picture = shown.widget.children
+    modules = next(c for c in controls if c.description == "modules")
+    before, drawn = table.value, picture.value
+    modules.value = 6
+    assert table.value != before and picture.value != drawn
+    devices = next(c for c in controls if c.description == "devices of a machine")
+    devices.value = 3
+    assert "alert" in table.value and "batch_size" in table.value, "16 images cannot be shared by three"
+    devices.value = 1
+    assert "alert" not in table.value
+    assert shown._repr_mimebundle_().keys() >= {"image/png", "application/vnd.jupyter.widget-view+json"}
+    monkeypatch.setenv("INCUBATE_HEADLESS", "1")
+    assert hasattr(sliders("smoke"), "_repr_png_")
+    assert isinstance(sliders("nonsense"), Sentence)
+
+
+def test_measured_speeds_are_those_of_each_kind_of_phase(tmp_path, monkeypatch):
+    monkeypatch.setattr(planner, "results_folder", lambda: tmp_path)
+    rows = pd.DataFrame({
+        "variant": ["end_to_end", "meta", "incubate-0"], "flops_per_second": [4e9, 1e9, 2e9], "settings": "smoke",
+        "device": "a machine", "threads": 1, "precision": "float32", "batch": 16, "date": "2026-01-01",
+    })  # fmt: skip
+    rows.to_csv(tmp_path / "bench_mine.csv")
+    speed, phases = planner.measured_speed("mine"), {n.key.rpartition("/")[2]: n.settings for n in open_plan("smoke").nodes}
+    assert [speed.seconds(phases[key], 8e9) for key in ("end_to_end", "finetune", "meta", "incubate-0")] == [2, 2, 8, 4]
+    assert speed.seconds(phases["incubate-1"], 8e9) == 2, "what was not measured goes as end to end"
+
+
+def test_stated_speeds_are_shares_of_the_peak():
+    assert stated_speed("A100", 0.5).flops_per_second == pytest.approx(156e12)
+    with pytest.raises(SettingsError, match="T4"):
+        stated_speed("T4")  # has no bfloat16
