@@ -14,6 +14,7 @@ from papermill.parameterize import parameterize_notebook
 from test_notebooks import TRACKED
 
 from incubate_lib.config import load_settings
+from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.notebook import ROOT, check_parameters
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training.runs import read_json
@@ -33,7 +34,9 @@ SERIES = {  # parameters other than the committed ones, so that it takes seconds
     "05_end_to_end": (SMOKE, "End to end reaches"),
     "06_analysis": (SMOKE, "Runs of this machine"),
     "07_modular_adaptive_training": ({"probe": 4}, "add up to their common kernel"),
+    "08_planner": (SMOKE, "vit-h"),
     "09_studies": ({}, "digits-budget"),
+    "10_dashboard": (SMOKE, "only meta model right"),
 }
 
 
@@ -89,7 +92,14 @@ def look_closer_at_06_analysis(page):
     lab.wait_until(lambda: page.picture() == first, 20, "the first picture")
 
 
-LOOK_CLOSER = {"06_analysis": look_closer_at_06_analysis}
+def look_closer_at_08_planner(page):
+    """A slider plans anew."""
+    first = page.picture()
+    page.enter(1, label="machines")
+    lab.wait_until(lambda: page.picture() != first, 30, "another chart")
+
+
+LOOK_CLOSER = {"06_analysis": look_closer_at_06_analysis, "08_planner": look_closer_at_08_planner}
 
 
 @pytest.mark.parametrize("name", [Path(path).stem for path in TRACKED])
@@ -130,6 +140,34 @@ def test_the_page_may_be_reloaded_in_the_middle_of_training(open_notebook, data,
     page.run_all()
     assert page.errors() == [] and "End to end reaches" in page.text()
     assert read_json(status) == record, "trained once"
+
+
+def test_a_run_in_the_background_is_watched_over_a_reload_and_stopped(open_notebook, data, monkeypatch):
+    """The dashboard starts it; neither the page nor the kernel is needed; the button of a reopened page stops it."""
+    longer = ["training.epochs=400", "phases.meta.epochs=400"]
+    monkeypatch.setenv("INCUBATE_DATA", str(data))
+    todo = plan(load_settings("smoke", longer))
+    page = open_notebook("10_dashboard", SMOKE | {"overrides": longer, "start": True}, "watched")
+    page.run_all()
+    assert page.errors() == []
+
+    def steps() -> int:
+        return sum(((read_json(n.folder.path / "status.json") or {}).get("progress") or {}).get("step", 0) for n in todo.nodes)
+
+    lab.wait_until(steps, lab.RUN_SECONDS, "the first step")
+    page.save()
+    page.reload()
+    before = steps()
+    lab.wait_until(lambda: steps() > before, 60, "a step while the page is reloaded")
+    lab.wait_until(lambda: "running" in page.page.inner_text("body"), 60, "the widget, shown again")
+    page.screenshot("watched")
+    page.press("Stop: save and pause")
+    lab.wait_until(lambda: not execution.is_running(todo.experiment.path), lab.RUN_SECONDS, "the end of the run")
+    states = {node.key: node.folder.status()["state"] for node in todo.nodes}
+    assert "stopped" in states.values() and "failed" not in states.values(), states
+    assert any((node.folder.path / "checkpoint.pt").exists() for node in todo.nodes)
+    lab.wait_until(lambda: "stopped" in page.page.inner_text("body"), 60, "the widget says so")
+    page.screenshot("stopped")
 
 
 def test_mouse_and_keyboard_move_widgets_and_a_failing_cell_is_noticed(jupyter):

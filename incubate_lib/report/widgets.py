@@ -15,6 +15,7 @@ import ipywidgets
 import pandas as pd
 from matplotlib.patches import FancyBboxPatch
 
+from incubate_lib.config import SettingsError
 from incubate_lib.report.plots import Figure, learning_curves
 from incubate_lib.report.tables import Results, label
 
@@ -59,6 +60,8 @@ class Twinned:
         bundle, twin = self.widget._repr_mimebundle_(**kwargs), self.twin()
         if png := getattr(twin, "_repr_png_", None):
             return bundle | {"image/png": base64.b64encode(png()).decode()}
+        if page := getattr(twin, "_repr_html_", None):
+            return bundle | {"text/html": page()}
         return bundle | {"text/plain": str(twin)}
 
 
@@ -69,6 +72,14 @@ def with_twin(make_widget: Callable[[], ipywidgets.Widget], twin: Callable[[], A
     would have to store it.
     """
     return twin() if os.environ.get("INCUBATE_HEADLESS") else Twinned(make_widget(), twin)
+
+
+def attempt(make: Callable[[], Any]) -> Any:
+    """Return what a function makes; where that is not possible, the reason as a Sentence, as often as it is asked for."""
+    try:
+        return make()
+    except SettingsError as error:
+        return Sentence(str(error))
 
 
 # -- pictures -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,132 @@
+"""A run from nothing but the records in its folders: every phase that was begun, and what each started from.
+
+Not by planning its preset again: presets change, and a user's settings file may be gone. So runs of older layouts can be looked
+at, too, as far as they have what is asked for. Such a plan is for looking only.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
+
+from incubate_lib.config import PhaseSettings, Settings, SettingsError, told
+from incubate_lib.config.models import StrategySettings
+from incubate_lib.pipeline.experiment import Experiment
+from incubate_lib.pipeline.graph import Node, Plan, closure
+from incubate_lib.training.facts import Facts
+from incubate_lib.training.runs import read_json
+
+# what records that are not as they should be lead to
+DAMAGE = (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError)
+
+
+def recorded_plan(folder: Path) -> Plan:
+    """Return the plan of a run as its folders tell it: every phase that was begun, and the last one of each strategy.
+
+    Nothing is planned or counted anew, so this takes no data. SettingsError says what is missing or damaged.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    try:
+        settings = _settings(record["settings"])
+        experiment = Experiment(settings, folder, Facts.model_validate(record["facts"]))
+        nodes = _nodes(experiment)
+        finals = {}
+        for node in nodes.values():
+            parts = node.key.split("/")
+            whole = node.settings.phase in ("end_to_end", "finetune") and not node.settings.small_images
+            if whole and (len(parts) == 2 or parts[2] == "finetune"):
+                finals[parts[1], node.settings.seed] = node
+        order = [*settings.run, *settings.strategies]
+        finals = dict(sorted(finals.items(), key=lambda item: (item[0][1], order.index(item[0][0]))))
+        flops = {node.key: (node.summary() or {}).get("train_flops", 0) for node in nodes.values()}
+    except SettingsError:
+        raise
+    except DAMAGE as error:
+        raise SettingsError(f"{folder.name} cannot be opened: {reason(error)}") from None
+    return Plan(experiment, closure(nodes.values()), finals, flops)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what the folder says of itself; SettingsError if that is missing or not whole."""
+    if not folder.is_dir():
+        raise SettingsError(f"there is no run {folder.name}")
+    record = read_json(folder / "experiment.json")
+    if record is None:
+        there = (folder / "experiment.json").exists()
+        why = (
+            "its experiment.json is damaged" if there else "it has no experiment.json" if any(folder.iterdir()) else "it is empty"
+        )
+        raise SettingsError(f"{folder.name} is not a run that can be opened: {why}")
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise SettingsError(f"{folder.name} is not a run that can be opened: its experiment.json has no settings")
+    return record
+
+
+def _settings(values: dict[str, Any]) -> Settings:
+    strategies = {name: _as_set(StrategySettings, value) for name, value in values.get("strategies", {}).items()}
+    return Settings.model_validate_json(json.dumps(_as_set(Settings, values) | {"strategies": strategies}))
+
+
+def _as_set(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be given to get these values: records hold defaults, too, which are refused where they mean nothing."""
+    kept = {}
+    for name, value in values.items():
+        field = model.model_fields.get(name)  # none: an unknown name, which validation will tell
+        default = field.get_default(call_default_factory=True) if field and not field.is_required() else ...
+        if default is not ... and value == to_jsonable_python(default):
+            continue
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        kept[name] = _as_set(inner, value) if inner and isinstance(value, dict) else value
+    return kept
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RecordedNode(Node):
+    """A phase as its folder tells it; what was written before today's settings had all their fields counts, too."""
+
+    digest: str = ""  # the hash that was recorded
+
+    def _used(self) -> dict[str, str]:
+        known = (self.folder.summary() or {}).get("inputs_sha256", {})  # the oldest records have none
+        return {name: sha for name, sha in super()._used().items() if name in known}
+
+
+def _nodes(experiment: Experiment) -> dict[str, Node]:
+    """Return the phases of a run that have settings, by key, linked as their settings' hashes of inputs tell."""
+    phases: dict[str, tuple[PhaseSettings, str]] = {}
+    for path in sorted(experiment.path.glob("seed-*/**/config.json")):
+        config = read_json(path)
+        if isinstance(config, dict):
+            about = {name: value for name, value in config.items() if name not in ("hash", "inputs_sha256")}
+            settings = PhaseSettings.model_validate_json(json.dumps(_as_set(PhaseSettings, about)))
+            phases[str(path.parent.relative_to(experiment.path))] = (settings, config["hash"])
+    nodes: dict[str, Node] = {}
+
+    def node(key: str) -> Node:
+        if key not in nodes:
+            settings, own_hash = phases[key]
+            seed, strategy = key.split("/")[:2]
+            inputs = {}
+            for name, digest in settings.inputs.items():
+                found = [k for k, (_, own) in phases.items() if own == digest and k.startswith(f"{seed}/")]
+                found.sort(key=lambda k: not k.startswith(f"{seed}/{strategy}/"))  # its own before another strategy's
+                if found:  # else a file of weights, or a phase whose folder is gone
+                    inputs[name] = node(found[0])
+            nodes[key] = RecordedNode(key, strategy, settings, experiment, inputs, digest=own_hash)
+        return nodes[key]
+
+    return {key: node(key) for key in phases}
+
+
+def reason(error: Exception) -> str:
+    """Say what is wrong with records that led to this error."""
+    if isinstance(error, ValidationError):
+        return f"other settings than today's ({told(error)})"
+    if isinstance(error, KeyError):
+        return f"its records have no {error.args[0]!r}"
+    return f"its records are not as expected ({error})"

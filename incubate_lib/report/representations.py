@@ -1,0 +1,312 @@
+"""How alike the parts of trained networks are, and where they disagree: finished phases are read, nothing is trained.
+
+`similarity` is linear CKA (Kornblith et al. 2019, arXiv 1905.00414) between a module's output and that of the meta module it
+stands in for, with the unbiased estimator of HSIC (Song et al. 2012, eq. 5; Nguyen et al. 2021, arXiv 2010.15327): the plain one
+grows with the width alone, of 256 images and two unrelated features of width 768 it makes 0.75. Features are all tokens side by
+side, as is usual for Vision Transformers (Raghu et al. 2021, arXiv 2108.08810): the next module's attention reads each of them.
+Summaries mislead: in small networks that pool by averaging the class token, which nobody reads in the end, varied most.
+
+`disagreements` are the judge images that one of meta model and deep network gets right and the other does not.
+
+Letters: n images, p and q features, B images of a batch, C channels, H and W pixels.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from incubate_lib.config import SettingsError
+from incubate_lib.method.partition import ViTModule, split
+from incubate_lib.pipeline.graph import Node, Plan
+from incubate_lib.report.plots import Figure
+from incubate_lib.report.tables import BASELINE, label
+from incubate_lib.training.data import ImageSet
+from incubate_lib.training.phases import load_trained, pick_device, prepare
+from incubate_lib.training.sources import open_source
+from incubate_lib.training.stream import StreamedSet
+from incubate_lib.training.trainer import autocast
+
+BATCH = 64  # images at a time through a network
+PIECE = 16_384  # features at a time in double precision
+SMALLEST = 4  # images that the unbiased estimator needs
+NETWORKS = {  # in which a module stands → for people; in the order in which they come about
+    "start": "hybrid, before incubation",
+    "hybrid": "hybrid, incubated",
+    "assembled": "assembled, before fine-tuning",
+    "finetuned": "after fine-tuning",
+    "end_to_end": "end to end, for comparison",
+}
+LOOKS = {
+    "start": {"color": "#777777", "marker": "o", "linestyle": ":", "markerfacecolor": "white"},
+    "hybrid": {"color": "#0072B2", "marker": "s", "linestyle": "--"},
+    "assembled": {"color": "#D55E00", "marker": "^", "linestyle": "-."},
+    "finetuned": {"color": "#009E73", "marker": "D", "linestyle": "-"},
+    "end_to_end": {"color": "#000000", "marker": "X", "linestyle": (0, (1, 3))},
+}
+
+
+# -- similarity ---------------------------------------------------------------------------------------------------------------
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    """Return the linear CKA of two features [n, p] and [n, q] of the same images, at most 1; around 0 for unrelated ones.
+
+    1 of features that are a rotation, mirroring or multiple of each other; other linear maps change it. Not a number if one
+    of them is the same for all images. ValueError for fewer than four images or different numbers of them.
+    """
+    if len(x) != len(y) or len(x) < SMALLEST:
+        raise ValueError(f"features of {len(x)} and {len(y)} images; it takes the same {SMALLEST} or more")
+    return _alike(*(_gram([features]) for features in (x, y)))
+
+
+def _alike(k: Tensor, m: Tensor) -> float:
+    norm = (_hsic(k, k) * _hsic(m, m)) ** 0.5
+    return _hsic(k, m) / norm if norm > 0 else float("nan")
+
+
+def _gram(batches: Sequence[Tensor]) -> Tensor:
+    """Return inner products [n, n] of features given in batches [B, …], in double precision, a piece of the features at a time.
+
+    Means are taken off first, which changes nothing but rounding.
+    """
+    pieces = torch.cat([batch.flatten(1) for batch in batches]).split(PIECE, dim=1)
+    centred = (piece.double() - piece.double().mean(0) for piece in pieces)
+    return sum(piece @ piece.T for piece in centred)
+
+
+def _hsic(k: Tensor, m: Tensor) -> float:
+    """Return the unbiased estimate of the Hilbert-Schmidt independence criterion of two Gram matrices [n, n]."""
+    n = len(k)
+    k, m = (gram - gram.diag().diag() for gram in (k, m))
+    terms = (k * m).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) @ m.sum(0))
+    return float(terms) / (n * (n - 3))
+
+
+def similarity(plan: Plan, strategy: str, seed: int = 0, images: int = 256) -> pd.DataFrame:
+    """Return the CKA of each module's output with that of the meta module it stands in for, on the same judge images.
+
+    A row a module and network (see NETWORKS): columns strategy, seed, module_index (0-based), network, cka, images. In a hybrid
+    both get the same input; in the assembled and the fine-tuned network the target module gets what the target modules before
+    it made. The last module's outputs are logits. Read `hybrid` against `start`, the module before its incubation: blocks add to
+    what they are given, so even a random one can look like a module that changes little. Hybrids are left out where nothing was
+    incubated, end to end where it is not finished in this plan. Images are taken evenly from all judge images: those of a folder
+    are sorted by class. Computed in float32. SettingsError for a strategy without a meta model, and for one that is not finished.
+    """
+    final, meta, joined = _phases(plan, strategy, seed)
+    judge = _judge(final)
+    if images < SMALLEST:
+        raise SettingsError(f"images is {images}; it takes at least {SMALLEST}")
+    count = min(images, len(judge))
+    batches = [judge.some(some)[0] for some in torch.linspace(0, len(judge) - 1, count).long().split(BATCH)]
+    classes, depths = judge.num_classes, final.settings.target_depths
+    small = split(_trained(meta, classes), meta.settings.meta_depths)
+    wanted = [_gram(outputs) for outputs in _through(small, batches)]
+    rows = []
+
+    def compare(network: str, index: int, outputs: list[Tensor]) -> None:
+        told = {"strategy": strategy, "seed": seed, "module_index": index, "network": network}
+        rows.append(told | {"cka": _alike(wanted[index], _gram(outputs)), "images": count})
+
+    for node in final.upstream("incubate"):
+        index = node.settings.module_index
+        target = _start(node, classes)
+        for network in ("start", "hybrid"):
+            if network == "hybrid":
+                target.load_state_dict(node.folder.load_weights())
+            *_, outputs = _through([*small[:index], target], batches)
+            compare(network, index, outputs)
+    networks = {"assembled": joined, "finetuned": final, "end_to_end": _baseline(plan, final)}
+    for network, node in networks.items():
+        if node is not None:
+            for index, outputs in enumerate(_through(split(_trained(node, classes), depths), batches)):
+                compare(network, index, outputs)
+    order = {network: place for place, network in enumerate(NETWORKS)}
+    rows.sort(key=lambda row: (row["module_index"], order[row["network"]]))
+    return pd.DataFrame(rows)
+
+
+def similarity_figure(table: pd.DataFrame) -> Figure:
+    """Draw the rows of `similarity` over the modules, a line a network; several seeds as mean ± standard deviation."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axis = figure.subplots()
+    seeds = table["seed"].nunique()
+    there = [network for network in NETWORKS if network in set(table["network"])]
+    for place, network in enumerate(there):
+        by_module = table[table["network"] == network].groupby("module_index")["cka"]
+        x = by_module.mean().index + 1 + 0.05 * (place - (len(there) - 1) / 2)  # side by side, or equal ones hide each other
+        error = by_module.std() if seeds > 1 else None
+        axis.errorbar(x, by_module.mean(), yerr=error, markersize=7, capsize=3, linewidth=1.4, label=NETWORKS[network],
+                      **LOOKS[network])  # fmt: skip
+    axis.axhline(1, color="#BBBBBB", linewidth=0.8)
+    modules = sorted(table["module_index"].unique())
+    names = [f"module {i + 1}" + ("\n(logits)" if i == modules[-1] else "") for i in modules]
+    axis.set_xticks([i + 1 for i in modules], names)
+    axis.set(ylabel="similarity to the meta module\n(linear CKA, 1: alike)", ylim=(min(-0.05, table["cka"].min() - 0.05), 1.05))
+    strategies = ", ".join(label(name) for name in table["strategy"].unique())
+    spread = f"mean ± std of {seeds} seeds" if seeds > 1 else "one seed"
+    axis.set_title(f"{strategies}: {spread}, {table['images'].iloc[0]} judge images", fontsize=10)
+    axis.grid(alpha=0.3)
+    figure.legend(fontsize=9, loc="outside right center", frameon=False)
+    return figure
+
+
+def _through(modules: Sequence[ViTModule], batches: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Send batches of images through modules one after another; yield the outputs of each, on the CPU."""
+    device = pick_device()
+    for module in modules:
+        module.to(device).eval()
+        with torch.no_grad():
+            batches = [module(x.to(device)).cpu() for x in batches]
+        yield batches
+
+
+def _start(node: Node, classes: int) -> ViTModule:
+    """Return the target module as its incubation began."""
+    return prepare(node.settings, {name: n.folder.path for name, n in node.inputs.items()}, classes)[1]
+
+
+# -- what is finished ---------------------------------------------------------------------------------------------------------
+
+
+def _phases(plan: Plan, strategy: str, seed: int) -> tuple[Node, Node, Node]:
+    """Return the phases finetune, meta and assemble of a strategy; SettingsError unless there are such and all are finished."""
+    final = plan.finals.get((strategy, seed))
+    if final is None:
+        there = ", ".join(f"{name} (seed {number})" for name, number in plan.finals) or "none"
+        raise SettingsError(f"strategy {strategy}, seed {seed}, is not part of what was asked for, which is: {there}")
+    for phase, what in {"assemble": "modules", "meta": "meta model to compare with"}.items():
+        if not final.upstream(phase):
+            raise SettingsError(f"strategy {strategy} has no {what}; choose one of Deep Incubation")
+    missing = [node.title for node in [*final.upstream("meta"), *final.upstream("incubate"), *final.upstream("assemble"), final]
+               if node.summary() is None]  # fmt: skip
+    if missing:
+        told = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise SettingsError(f"strategy {strategy}, seed {seed}, is not finished: {told}; `incubate run` goes on")
+    return final, final.upstream("meta")[0], final.upstream("assemble")[0]
+
+
+def _baseline(plan: Plan, final: Node) -> Node | None:
+    """Return end-to-end training of the same network if it is part of the plan and finished."""
+    node = plan.finals.get((BASELINE, final.settings.seed))
+    same = node is not None and sum(node.settings.target_depths) == sum(final.settings.target_depths)
+    return node if same and node.summary() is not None else None
+
+
+def _judge(node: Node) -> ImageSet | StreamedSet:
+    return node.data()[1]
+
+
+def _trained(node: Node, classes: int) -> VisionTransformer:
+    return load_trained(node.settings, node.folder, classes)
+
+
+# -- disagreements ------------------------------------------------------------------------------------------------------------
+
+CASES = ("both right", "only meta model right", "only deep network right", "both wrong")
+DEEP = {"assembled": NETWORKS["assembled"], "finetuned": NETWORKS["finetuned"]}
+
+
+@dataclass(frozen=True)
+class Disagreements:
+    """What the meta model, the assembled and the fine-tuned network say of every judge image."""
+
+    strategy: str
+    seed: int
+    classes: list[str]  # for people
+    guesses: pd.DataFrame  # a row an image: label, meta, assembled, finetuned (classes, 0-based)
+    judge: ImageSet | StreamedSet
+
+    def cases(self, network: str = "finetuned") -> pd.Series:
+        """Return for every image which of CASES it is, for the `assembled` or the `finetuned` network."""
+        if network not in DEEP:
+            raise SettingsError(f"network is {network!r}; it must be one of {', '.join(DEEP)}")
+        meta, deep = (self.guesses[column] == self.guesses["label"] for column in ("meta", network))
+        which = np.select([meta & deep, meta & ~deep, ~meta & deep], CASES[:3], default=CASES[3])
+        return pd.Series(pd.Categorical(which, CASES), index=self.guesses.index, name="case")
+
+    def counts(self) -> pd.DataFrame:
+        """Return the number of images of each case: a row a network, a column a case."""
+        rows = {told: self.cases(network).value_counts(sort=False) for network, told in DEEP.items()}
+        return pd.DataFrame(rows).T[list(CASES)].rename_axis(index="network", columns=None)
+
+    def per_class(self, network: str = "finetuned") -> pd.DataFrame:
+        """Return the same numbers by class, and how many images it gains over the meta model; most lost first."""
+        table = pd.crosstab(self.guesses["label"], self.cases(network), dropna=False).reindex(columns=list(CASES), fill_value=0)
+        table = table[table.sum(axis=1) > 0]
+        table.insert(0, "images", table.sum(axis=1))
+        table["gain"] = table[CASES[2]] - table[CASES[1]]
+        table.index = [self.classes[i] for i in table.index]
+        return table.sort_values("gain", kind="stable").rename_axis(index="class", columns=None)
+
+    def figure(self, network: str = "finetuned", num: int = 8) -> Figure:
+        """Draw the first `num` images that only the meta model, and that only the deep network gets right."""
+        return _picture(self, network, num)
+
+
+def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
+    """Ask the meta model, the assembled and the fine-tuned network of a strategy about every judge image.
+
+    In the precision of the run, so that the numbers are those of its records. SettingsError as `similarity`.
+    """
+    final, meta, joined = _phases(plan, strategy, seed)
+    judge, device = _judge(final), pick_device()
+    nodes = {"meta": meta, "assembled": joined, "finetuned": final}
+    networks = {name: _trained(node, judge.num_classes).to(device) for name, node in nodes.items()}
+    found: dict[str, list[Tensor]] = {name: [] for name in ("label", *networks)}
+    for x, y in judge.judged():
+        found["label"].append(y.cpu())
+        for name, guess in _guesses(networks, x.to(device), final.settings.precision):
+            found[name].append(guess)
+    guesses = pd.DataFrame({name: torch.cat(parts).numpy() for name, parts in found.items()}).rename_axis(index="image")
+    return Disagreements(strategy, seed, _class_names(final, judge.num_classes), guesses, judge)
+
+
+@torch.no_grad()
+def _guesses(networks: dict[str, nn.Module], x: Tensor, precision: str) -> Iterator[tuple[str, Tensor]]:
+    for name, network in networks.items():
+        with autocast(x.device, precision):
+            yield name, network(x).float().argmax(1).cpu()
+
+
+def _class_names(node: Node, count: int) -> list[str]:
+    names = open_source(node.settings.data, node.experiment.settings.machine)[0].classes
+    return [*map(str, names), *(str(i) for i in range(len(names), count))]
+
+
+def _picture(found: Disagreements, network: str, num: int) -> Figure:
+    """Draw a row of images a case, with the class above and what the wrong network says below."""
+    cases, rows = found.cases(network), {CASES[1]: network, CASES[2]: "meta"}  # case → who is wrong
+    who = {"meta": "meta model", "assembled": "assembled", "finetuned": "fine-tuned"}
+    figure = Figure(figsize=(1.25 * num, 4.4), layout="constrained")
+    figure.suptitle(f"{label(found.strategy)}, {DEEP[network]} (seed {found.seed})", fontsize=11)
+    for panel, (case, wrong) in zip(figure.subfigures(2, 1), rows.items(), strict=True):
+        places = cases.index[cases == case]
+        panel.suptitle(f"{case}: {len(places)} of {len(cases)} judge images", fontsize=10, x=0.01, ha="left")
+        axes = panel.subplots(1, num, squeeze=False)[0]
+        for axis in axes:
+            axis.axis("off")
+        for axis, image, pixels in zip(axes, places, _pixels(found.judge, places[:num]), strict=False):
+            said = found.guesses.loc[image]
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set_title(_short(found.classes[said["label"]]), fontsize=9, pad=3)
+            axis.text(0.5, -0.04, f"{who[wrong]}:\n{_short(found.classes[said[wrong]])}", transform=axis.transAxes,
+                      ha="center", va="top", fontsize=9, color="#A33D00")  # fmt: skip
+    return figure
+
+
+def _pixels(judge: ImageSet | StreamedSet, places: Sequence[int]) -> list[np.ndarray]:
+    """Return images [H, W, C] uint8 as they are judged; read again, which spares keeping those of a large set."""
+    if not len(places):
+        return []
+    images, _ = judge.some(torch.as_tensor(np.asarray(places)))
+    images = (255 * (images * judge.std + judge.mean)).round().clamp(0, 255).to(torch.uint8)
+    return list(images.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 14 else f"{name[:13]}…"

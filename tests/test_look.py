@@ -1,0 +1,348 @@
+"""Looking into finished runs: similarity, disagreements, what hybrids cost, the browser of runs; what is damaged is told."""
+
+import json
+import shutil
+
+import ipywidgets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from layouts import write_folder
+
+from incubate_lib.config import SettingsError, data_folder, load_settings
+from incubate_lib.pipeline.recorded import recorded_plan
+from incubate_lib.pipeline.strategies import plan
+from incubate_lib.report import browser, hybrids, representations
+from incubate_lib.report.plots import Figure
+from incubate_lib.report.representations import CASES, disagreements, linear_cka, similarity
+from incubate_lib.report.tables import from_plan
+from incubate_lib.report.widgets import Sentence
+
+STRATEGIES = ["end_to_end", "deep_incubation", "deep_incubation_identity"]
+CHANGES = [  # identity modules that take no step, and a rate of their own, for the table of differences
+    "strategies.deep_incubation_identity.phases.incubate.epochs=0",
+    "strategies.deep_incubation_identity.phases.incubate.warmup_epochs=0",
+    "strategies.deep_incubation_identity.phases.finetune.lr=5e-4",
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A data folder of this file's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INCUBATE_DATA", str(tmp_path_factory.mktemp("look") / "data"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def done(home):
+    """A finished run of three strategies."""
+    made = plan(load_settings("smoke", CHANGES), STRATEGIES)
+    made.run()
+    return made
+
+
+@pytest.fixture(scope="module")
+def recorded(done):
+    return recorded_plan(done.experiment.path)
+
+
+def drawn(figure: Figure) -> bool:
+    return figure._repr_png_().startswith(b"\x89PNG")
+
+
+# -- similarity ---------------------------------------------------------------------------------------------------------------
+
+
+def test_cka_is_that_of_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 40, 6, 3, generator=generator, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(18, 18, generator=generator, dtype=torch.float64)).Q
+    stretched = x.flatten(1) * torch.logspace(-2, 2, 18, dtype=torch.float64)
+    assert linear_cka(x, x) == pytest.approx(1)
+    assert linear_cka(x, 7 * (x.flatten(1) @ rotation) + 3) == pytest.approx(1), "rotations, multiples, shifts change nothing"
+    assert linear_cka(x, stretched) < 0.9, "other linear maps do"
+    assert linear_cka(x, noise) == pytest.approx(linear_cka(noise, x)) and abs(linear_cka(x, noise)) < 0.25
+    assert np.isnan(linear_cka(x, torch.ones(40, 2)))
+
+
+def test_unrelated_features_are_not_alike_however_wide_they_are():
+    x, y = torch.randn(2, 64, 2000, generator=torch.Generator().manual_seed(1))
+    assert abs(linear_cka(x, y)) < 0.05
+    whole = linear_cka(x, x + y)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(representations, "PIECE", 300)
+        assert linear_cka(x, x + y) == pytest.approx(whole), "whatever the pieces in which it is added up"
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 3), (10, 9)])
+def test_cka_takes_enough_of_the_same_images(n, m):
+    with pytest.raises(ValueError, match=f"{n} and {m} images"):
+        linear_cka(torch.randn(n, 5), torch.randn(m, 5))
+
+
+def test_an_identity_start_without_a_step_is_its_meta_module(done):
+    table = similarity(done, "deep_incubation_identity").set_index(["network", "module_index"])["cka"]
+    for network in ("start", "hybrid", "assembled"):
+        assert table[network].to_numpy() == pytest.approx(1, abs=1e-5)
+    assert (table["finetuned"] < 1 - 1e-4).all(), "fine-tuning changes it"
+    assert (table["end_to_end"] < 0.95).all() and len(table) == 5 * 3
+
+
+def test_a_random_module_is_not(done):
+    table = similarity(done, "deep_incubation", images=64)
+    assert set(table["images"]) == {64} and list(table["network"].unique()) == list(representations.NETWORKS)
+    by_network = table.set_index(["network", "module_index"])["cka"]
+    assert (by_network[["start", "end_to_end"]].xs(0, level=1) < 0.95).all(), "of an identity start it is 1 to five digits"
+    assert by_network["assembled", 2] < by_network["hybrid", 2] < 0.95 and by_network["start", 1] != by_network["hybrid", 1]
+    assert by_network["hybrid", 0] == pytest.approx(by_network["assembled", 0]), "the first module sees images in both"
+    both = pd.concat([table, table.assign(seed=1)])
+    for rows in (table, both):
+        figure = representations.similarity_figure(rows)
+        assert drawn(figure) and "(linear CKA" in figure.axes[0].get_ylabel()
+
+
+def test_only_finished_strategies_with_a_meta_model_are_looked_at(done):
+    other = plan(load_settings("smoke", ["training.lr=0.5"]), ["deep_incubation"], facts=done.experiment.facts)
+    for look in (similarity, disagreements):
+        with pytest.raises(SettingsError, match="end_to_end has no modules"):
+            look(done, "end_to_end")
+        with pytest.raises(SettingsError, match="is not part of what was asked for"):
+            look(done, "growing")
+        with pytest.raises(SettingsError, match="is not finished: seed 0 meta, seed 0 module 1 of 3"):
+            look(other, "deep_incubation")
+    with pytest.raises(SettingsError, match="images is 3"):
+        similarity(done, "deep_incubation", images=3)
+
+
+# -- disagreements ------------------------------------------------------------------------------------------------------------
+
+
+def check_against_records(found, made, strategy):
+    final = made.finals[strategy, 0]
+    nodes = {"meta": final.upstream("meta")[0], "assembled": final.upstream("assemble")[0], "finetuned": final}
+    for network, node in nodes.items():
+        right = (found.guesses[network] == found.guesses["label"]).mean()
+        assert right == pytest.approx(node.summary()["accuracy"]), network
+    counts = found.counts()
+    assert list(counts.columns) == list(CASES) and (counts.sum(axis=1) == final.summary()["judge_images"]).all()
+    for (_, row), network in zip(counts.iterrows(), ("assembled", "finetuned"), strict=True):
+        images, by_class = row.sum(), found.per_class(network)
+        assert (row["both right"] + row["only meta model right"]) / images == pytest.approx(nodes["meta"].summary()["accuracy"])
+        assert (row["both right"] + row["only deep network right"]) / images == pytest.approx(
+            nodes[network].summary()["accuracy"]
+        )
+        assert (by_class[list(CASES)].sum() == row).all() and by_class["images"].sum() == images
+        assert by_class["gain"].is_monotonic_increasing
+        assert drawn(found.figure(network, num=4))
+
+
+def test_disagreements_agree_with_the_records(done):
+    check_against_records(found := disagreements(done, "deep_incubation"), done, "deep_incubation")
+    with pytest.raises(SettingsError, match="network is 'meta'"):
+        found.cases("meta")
+    image = found.cases().index[found.cases() != "both right"][0]
+    pixels = representations._pixels(found.judge, [image])[0]
+    assert (pixels == found.judge.images[image].permute(1, 2, 0).numpy()).all(), "the very image"
+
+
+def test_they_are_found_in_streamed_images_too(home, tmp_path):
+    write_folder(tmp_path / "set", size=(18, 18))
+    text = """
+        data: {source: folder, folder: %s}
+        model: {name: vit_tiny_patch16_224, img_size: 16, patch_size: 8, embed_dim: 16, depth: 4, num_heads: 2}
+        partition: {num_modules: 2}
+        training: {epochs: 1, batch_size: 4, lr: 1e-2, warmup_epochs: 0}
+        machine: {workers: 0}
+    """
+    (tmp_path / "streamed.yaml").write_text(text % (tmp_path / "set"))
+    made = plan(load_settings(str(tmp_path / "streamed.yaml")), ["deep_incubation"])
+    made.run()
+    found = disagreements(made, "deep_incubation")
+    check_against_records(found, made, "deep_incubation")
+    assert set(found.per_class().index) == {"ant", "bee", "cat"}
+    assert len(similarity(made, "deep_incubation", images=9)) == 2 * 4, "and there is no end to end"
+
+
+# -- hybrids ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_parts_of_a_hybrid_add_up_to_what_was_planned(done):
+    made = plan(load_settings("smoke"), ["deep_incubation", "imitation"], facts=done.experiment.facts)
+    facts = made.experiment.facts.flops_per_image
+    for strategy, kind in {"deep_incubation": "incubate", "imitation": "imitate"}.items():
+        for index in (0, 1, 2) if kind == "incubate" else (1,):
+            found = hybrids.hybrid_costs(made, strategy, index)
+            assert found.flops == facts[f"{kind}-{index}"]
+            assert [part.trained for part in found.parts] == [i == index for i in range(3)]
+            assert [part.memory.gradients > 0 for part in found.parts] == [i == index for i in range(3)], "frozen parts have none"
+            assert [part.memory.optimizer > 0 for part in found.parts] == [i == index for i in range(3)]
+            assert sum(part.memory.activations for part in found.parts[:index]) == 0, "nothing before the target waits"
+            assert found.images == 16
+    figure = hybrids.hybrid_figure(made, "deep_incubation", 1)
+    widths = [patch.get_width() for patch in figure.axes[0].patches]
+    flops = [part.flops for part in hybrids.hybrid_costs(made, "deep_incubation", 1).parts] + [facts["target"]]
+    assert np.array(widths) / widths[-1] == pytest.approx(np.array(flops) / flops[-1]), "to scale"
+
+
+def test_the_viewer_switches_its_picture_and_has_a_twin(done, monkeypatch):
+    monkeypatch.delenv("INCUBATE_HEADLESS", raising=False)
+    shown = hybrids.hybrid_viewer(done, "deep_incubation")
+    menu, picture = shown.widget.children
+    before = bytes(picture.value)
+    menu.value = 2
+    assert before.startswith(b"\x89PNG") and bytes(picture.value) != before
+    monkeypatch.setenv("INCUBATE_HEADLESS", "1")
+    assert drawn(hybrids.hybrid_viewer(done, "deep_incubation"))
+    told = hybrids.hybrid_viewer(done, "end_to_end")
+    assert isinstance(told, Sentence) and "has no hybrids" in told.words
+    with pytest.raises(SettingsError, match="index is 3"):
+        hybrids.hybrid_figure(load_settings("smoke", CHANGES), "deep_incubation", 3)
+
+
+# -- the browser --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_opened_from_its_folders_alone(done, recorded):
+    assert {node.key for node in recorded.nodes} == {node.key for node in done.nodes}
+    assert {key: node.key for key, node in recorded.finals.items()} == {key: node.key for key, node in done.finals.items()}
+    for node in recorded.nodes:
+        planned = next(n for n in done.nodes if n.key == node.key)
+        assert node.settings == planned.settings and node.digest == planned.digest
+        assert {name: n.key for name, n in node.inputs.items()} == {name: n.key for name, n in planned.inputs.items()}
+    for ours, theirs in zip(vars(from_plan(recorded)).values(), vars(from_plan(done)).values(), strict=True):
+        assert ours.equals(theirs) if isinstance(ours, pd.DataFrame) else ours == theirs
+    pd.testing.assert_frame_equal(similarity(recorded, "deep_incubation"), similarity(done, "deep_incubation"))
+
+
+def test_the_difference_names_exactly_what_was_set(done, recorded):
+    table = browser.settings_difference(recorded, STRATEGIES[1:])
+    assert set(table.index) == {
+        ("incubate", "start"), ("incubate", "inherit_stem"), ("incubate", "inherit_head"), ("incubate", "training.epochs"),
+        ("incubate", "training.warmup_epochs"), ("finetune", "training.lr"),
+    }  # fmt: skip
+    assert table.loc[("finetune", "training.lr")].to_dict() == {STRATEGIES[1]: "0.002", STRATEGIES[2]: "0.0005"}
+    assert browser.settings_difference(recorded, STRATEGIES[1:2]).empty
+    pd.testing.assert_frame_equal(browser.settings_difference(recorded), browser.settings_difference(done))
+    others = browser.settings_difference(recorded, ["end_to_end", "deep_incubation"])
+    assert set(others.index.get_level_values("setting")) == {"the whole phase"} and len(others) == 5
+    with pytest.raises(SettingsError, match="growing is not part of this run"):
+        browser.settings_difference(recorded, ["growing"])
+
+
+@pytest.mark.parametrize("x", browser.AXES)
+def test_curves_end_where_the_costs_do(recorded, x):
+    results = from_plan(recorded)
+    ends = results.strategies.set_index("strategy")
+    for name in STRATEGIES:
+        lines = list(browser._lines(*(t[t["strategy"] == name] for t in (results.curves, results.phases)), x))
+        end = max(line["x"].max() for _, line in lines)
+        parts = results.phases[results.phases["strategy"] == name]
+        assert end == pytest.approx(ends.loc[name, x] if x in ends else parts["epochs"].sum(), rel=1e-3)
+        assert lines[-1][1]["mean"].iloc[-1] == pytest.approx(100 * ends.loc[name, "accuracy"])
+    assert drawn(browser.curves_figure(results, STRATEGIES[:2], [0], x))
+    for wrong, told in ({"x": "weeks"}, "x is 'weeks'"), ({"seeds": [7]}, "nothing is finished"):
+        with pytest.raises(SettingsError, match=told):
+            browser.curves_figure(results, **{"x": x} | wrong)
+
+
+@pytest.fixture
+def damaged(done, tmp_path, monkeypatch):
+    """A data folder with a sound run and everything that can be wrong with others: name → what is told."""
+    runs = tmp_path / "data" / "runs"
+    sound = done.experiment.path
+    (runs / "nothing").mkdir(parents=True)
+    (runs / "a file").write_text("not a run")
+    (runs / "foreign").mkdir()
+    (runs / "foreign" / "notes.txt").write_text("not a run either")
+    names = ["sound", "half", "a-list", "no-facts", "other-settings", "no-hash", "half-summary", "no-accuracy", "odd-metrics"]
+    for name in [*names, "digits-budget-0123ab", "begun"]:
+        shutil.copytree(sound, runs / name)
+
+    def rewrite(name, path, change):
+        for file in (runs / name).glob(path):
+            file.write_text(change(file.read_text()))
+
+    def without(field):
+        return lambda text: json.dumps({key: value for key, value in json.loads(text).items() if key != field})
+
+    rewrite("half", "experiment.json", lambda text: text[:200])
+    rewrite("a-list", "experiment.json", lambda text: "[1, 2]")
+    rewrite("no-facts", "experiment.json", without("facts"))
+    rewrite("other-settings", "seed-0/meta/config.json", lambda text: text.replace('"phase"', '"stage"'))
+    rewrite("no-hash", "seed-0/**/config.json", without("hash"))
+    rewrite("half-summary", "seed-0/end_to_end/summary.json", lambda text: text[:100])
+    rewrite("no-accuracy", "seed-0/**/summary.json", without("accuracy"))
+    rewrite("odd-metrics", "seed-0/meta/metrics.jsonl", lambda text: "5\n")
+    rewrite("digits-budget-0123ab", "experiment.json", lambda text: text.replace('"name": "smoke"', '"name": "digits-budget"'))
+    for folder in (runs / "begun").glob("seed-*"):
+        shutil.rmtree(folder)
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "data"))
+    return {
+        "nothing": "it is empty", "foreign": "it has no experiment.json", "half": "its experiment.json is damaged",
+        "a-list": "its experiment.json has no settings", "no-facts": "no 'facts'", "other-settings": "unknown field 'stage'",
+        "no-hash": "no 'hash'", "no-accuracy": "no 'accuracy'", "odd-metrics": "not as expected", "begun": "is finished yet",
+        "missing": "there is no run missing",
+    }  # fmt: skip
+
+
+def test_what_is_damaged_becomes_a_sentence(damaged):
+    for name, told in damaged.items():
+        with pytest.raises(SettingsError, match=told):
+            browser.open_run(name)
+    results, _ = browser.open_run("half-summary")
+    assert set(results.strategies["strategy"]) == set(STRATEGIES[1:]), "the others can be looked at"
+
+
+def test_the_table_of_runs_tells_what_is_there(damaged):
+    table = browser.runs_table().set_index("name")
+    assert list(table.columns) == browser.COLUMNS[1:] and "a file" not in table.index
+    sound = table.loc["sound"]
+    assert (sound["state"], sound["seeds"]) == ("done", 1) and all(name in sound["strategies"] for name in STRATEGIES)
+    best = browser.open_run("sound")[0].strategies["accuracy"].max()
+    assert sound["best top-1 %"] == round(100 * best, 1) and sound["note"] == ", ".join(CHANGES)
+    assert table.loc["half-summary", "state"] == "unfinished" and "end_to_end" not in table.loc["half-summary", "strategies"]
+    assert table.loc["nothing", "state"] == table.loc["begun", "state"] == "empty"
+    for name in ("half", "a-list", "foreign", "no-accuracy"):
+        assert table.loc[name, "state"] == "damaged" and damaged[name] in table.loc[name, "note"]
+    assert table.loc["digits-budget", "note"].startswith("a study: 1 runs") and "digits-budget-0123ab" not in table.index
+    assert "digits-budget-0123ab" in set(browser.runs_table(cells=True)["name"])
+    assert table.loc["published: digits", "state"] == "published" and table.loc["published: digits", "seeds"] == 5
+
+
+def test_the_widget_follows_and_never_breaks(damaged, monkeypatch):
+    monkeypatch.delenv("INCUBATE_HEADLESS", raising=False)
+    shown = browser.browse_runs()
+    assert isinstance(shown.widget, ipywidgets.VBox) and "sound" in shown._repr_mimebundle_()["text/html"]
+    (run, cells), (strategies, _), axis = (
+        *(box.children for box in shown.widget.children[:2]),
+        shown.widget.children[2],
+    )
+    said, picture, tables = shown.widget.children[3:6]
+    for name in run.options:  # every one of them, the damaged ones and the published tables
+        run.value = name
+        told = damaged.get(name)
+        assert told.replace("'", "&#x27;") in said.value if told else "thread(s) a phase" in said.value, name
+        assert (picture.layout.display == "none") == bool(told)
+    run.value = "sound"
+    whole, compared = bytes(picture.value), tables.value
+    assert "training.lr" in compared and "Comparison" in compared
+    axis.value = "critical_seconds"
+    assert bytes(picture.value) != whole
+    strategies.value = ("end_to_end",)
+    assert "training.lr" not in tables.value
+    strategies.value = ()
+    assert "nothing is finished of these" in said.value and picture.layout.display == "none"
+    assert not {"digits-budget", "digits-budget-0123ab"} & set(run.options), "a study is no run"
+    cells.value = True
+    assert "digits-budget-0123ab" in run.options and run.value == "sound", "what was chosen stays chosen"
+    monkeypatch.setenv("INCUBATE_HEADLESS", "1")
+    assert isinstance(browser.browse_runs(), pd.DataFrame)
+
+
+def test_an_empty_data_folder_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.delenv("INCUBATE_HEADLESS", raising=False)
+    assert set(browser.runs_table()["state"]) == {"published"}
+    assert browser.browse_runs().widget is not None and not data_folder().exists()
