@@ -319,6 +319,7 @@ def test_the_widget_follows_and_never_breaks(damaged, monkeypatch):
         *(box.children for box in shown.widget.children[:2]),
         shown.widget.children[2],
     )
+    assert run.value == run.options[0], "the newest run stands there at once"
     said, picture, tables = shown.widget.children[3:6]
     for name in run.options:  # every one of them, the damaged ones and the published tables
         run.value = name

@@ -94,7 +94,7 @@ def test_memory_of_a_hybrid_is_that_of_its_parts():
     todo = open_plan("smoke")
     node = next(n for n in todo.nodes if n.settings.phase == "incubate" and n.settings.module_index == 1)
     with torch.device("meta"):
-        hybrid = planner._network(node.settings, 4)
+        hybrid = planner._network(node.settings, 4, {})
     parts = memory_by_part(hybrid, (1, 8, 8))
     first, target, last = parts.values()
     assert first.activations == first.gradients == 0, "nothing waits for the backward pass before the target"

@@ -25,7 +25,7 @@ from incubate_lib.training.facts import measure
 from incubate_lib.training.runs import read_json
 
 pytestmark = pytest.mark.xdist_group("watch")  # one process, so that the run of the fixture is made once
-LONG = ("training.epochs=30",)  # end to end, which is as long as the others together, lasts some seconds
+LONG = ("training.epochs=20",)  # end to end, which is as long as the others together, lasts some seconds
 WHAT = {"overrides": LONG, "strategies": ["end_to_end"]}
 
 
@@ -271,6 +271,8 @@ def test_half_written_records(todo):
     live.close()
     assert "cannot be read" in live.table.value and "a &lt;b&gt;" in live.table.value and ">50.0" not in live.curves.value
     assert "25.0 %" in live.curves.value and "0.500" in live.curves.value and "nan" not in live.curves.value
+    lines = re.findall(r'points="([^"]*)" fill="none" stroke="#D55E00"', live.curves.value)
+    assert len(lines) == 3 and {len(line.split()) for line in lines} == {2}, "two of the legend, and one without the nan"
 
 
 # -- twins ----------------------------------------------------------------------------------------------------------------

@@ -73,4 +73,4 @@ class Experiment:
 def _owner(path: Path) -> str | None:
     """Return the hash of the settings an experiment's folder belongs to; None if it is nobody's yet."""
     record = read_json(path / "experiment.json")
-    return record["hash"] if record else None
+    return record.get("hash", "nobody we know") if isinstance(record, dict) else record and "nobody we know"

@@ -333,13 +333,13 @@ def _browser() -> ipywidgets.Widget:
         runs.value = _html(table, "the runs")
         before = run.value
         run.options = list(table.loc[~table["state"].str.startswith("study"), "name"])
-        if before in run.options:
-            run.value = before
+        run.value = before if before in run.options else next(iter(run.options), None)  # a menu that had none chooses none
 
     def choose(_: object = None) -> None:
         opened.clear()
         strategies.options, seeds.options = (), ()
         if run.value is None:
+            picture.layout.display, tables.value = "none", ""
             say("There is no run yet; `incubate run smoke` makes one in a minute.")
             return
         try:

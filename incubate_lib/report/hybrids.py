@@ -147,8 +147,7 @@ def _hybrid(nodes: Sequence[Node], index: int) -> Costs:
     with torch.device("meta"):
         model, _ = prepare(s, {}, nodes[index].experiment.facts.num_classes)
     counts = FlopCounts(model_shape(s.model))
-    counts.per_image(model)
-    flops = {part: counted // 2 for (part, _, _), (counted, _) in counts.known.items()}  # two images are counted
+    flops = dict(counts.parts(model))
     memory = list(memory_by_part(model, counts.image_shape, precision=s.precision).values())
     parts = []
     for i, (module, bytes_) in enumerate(zip((*model.prefix, model.target, *model.suffix), memory, strict=True)):

@@ -16,6 +16,8 @@ import pandas as pd
 import torch
 
 from incubate_lib.config import PhaseSettings, Settings, SettingsError, load_settings, nearest, presets
+from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation
+from incubate_lib.method.partition import ViTModule
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.plots import Figure
@@ -23,7 +25,7 @@ from incubate_lib.report.tables import flop_unit, label, results_folder
 from incubate_lib.report.widgets import Sentence, with_twin
 from incubate_lib.training.facts import Facts, count
 from incubate_lib.training.memory import StepMemory, memory_by_part
-from incubate_lib.training.phases import build_model, model_shape, prepare
+from incubate_lib.training.phases import build_parts, build_target, model_shape
 from incubate_lib.training.schedule import micro_batches, total_steps
 from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
@@ -246,7 +248,7 @@ def _memory(node: Node, known: dict) -> StepMemory:
     if key not in known:
         classes, shape = node.experiment.facts.num_classes, model_shape(phase.model)
         with torch.device("meta"):
-            model = _network(phase, classes)
+            model = _network(phase, classes, known)
         parts = memory_by_part(model, shape, precision=phase.precision, known=_PARTS)
         memory = sum(parts.values(), StepMemory())
         average = memory.weights if phase.training.ema else 0  # of the weights, kept beside them
@@ -254,12 +256,27 @@ def _memory(node: Node, known: dict) -> StepMemory:
     return known[key]
 
 
-def _network(phase: PhaseSettings, classes: int) -> torch.nn.Module:
-    """Return what a phase trains, without drop-path: it keeps nothing, but makes blocks differ that can be counted as one."""
-    phase = phase.model_copy(update={"inputs": {}, "training": phase.training.model_copy(update={"drop_path": 0.0})})
-    if phase.phase == "finetune":
-        return build_model(phase.model, sum(phase.target_depths) or phase.model.depth, classes, any_kind=True)
-    return prepare(phase, {}, classes)[0]
+def _network(phase: PhaseSettings, classes: int, built: dict) -> torch.nn.Module:
+    """Return what a phase trains; `built` keeps the modules, which several phases share.
+
+    Without drop-path: it keeps nothing, but makes blocks differ that can be counted as one.
+    """
+    phase = phase.model_copy(update={"training": phase.training.model_copy(update={"drop_path": 0.0})})
+
+    def parts(which: str, depths: list[int]) -> list[ViTModule]:
+        key = (which, tuple(depths), phase.model.img_size)
+        if key not in built:
+            built[key] = build_parts(phase, which, classes)
+        return built[key]
+
+    if phase.phase == "incubate":
+        i, targets = phase.module_index, parts("target", phase.target_depths)
+        return (make_imitation if phase.imitate else make_hybrid)(parts("meta", phase.meta_depths), targets[i], i)
+    if phase.phase == "meta":
+        return assemble(parts("meta", phase.meta_depths)).requires_grad_(True)
+    if phase.target_depths:
+        return assemble(parts("target", phase.target_depths)).requires_grad_(True)
+    return build_target(phase, classes)
 
 
 # -- for people ---------------------------------------------------------------------------------------------------------

@@ -439,11 +439,12 @@ FONT = "font-size: 14px; line-height: 1.4; margin: 4px 0"
 
 def _table_html(phases: list[Phase], told: list[str]) -> str:
     shown = _table(phases)
-    cell = "padding: 2px 10px; text-align: {}; border-bottom: 1px solid " + FAINT
-    sides = ["left" if name in ("phase", "state", "Slurm", "note") else "right" for name in shown]
-    head = "".join(f'<th style="{cell.format(side)}">{escape(name)}</th>' for name, side in zip(shown, sides, strict=True))
+    cell = "padding: 2px 10px; text-align: {}; white-space: {}; border-bottom: 1px solid " + FAINT
+    words = {"phase", "state", "Slurm", "note"}
+    styles = [cell.format("left" if name in words else "right", "normal" if name == "note" else "nowrap") for name in shown]
+    head = "".join(f'<th style="{style}">{escape(name)}</th>' for name, style in zip(shown, styles, strict=True))
     rows = "".join(
-        "<tr>" + "".join(f'<td style="{cell.format(side)}">{escape(word)}</td>' for word, side in zip(row, sides, strict=True))
+        "<tr>" + "".join(f'<td style="{style}">{escape(word)}</td>' for word, style in zip(row, styles, strict=True))
         for row in shown.itertuples(index=False)
     )
     inside = f'<table style="border-collapse: collapse"><tr>{head}{rows}</table>' + "".join(f"<p>{escape(w)}</p>" for w in told)

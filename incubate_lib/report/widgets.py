@@ -140,10 +140,10 @@ class Picture:
                 inside.append(_tag("polyline", points=points, fill="none", **about))
         about = {
             "width": self.width,
-            "height": self.height,
+            "viewBox": f"0 0 {self.width} {self.height}",  # with it, a narrower page shows all of it, smaller
             "role": "img",
             "aria-label": self.about,
-            "style": "background: white",
+            "style": "background: white; max-width: 100%; height: auto",
         }
         return _tag("svg", "".join(inside), **about, **{"font-family": "Helvetica, Arial, sans-serif"})
 
@@ -221,14 +221,15 @@ def curve_panel(
             picture.text(x + width - 4, at, words, color=color, bold=True, anchor="end")
 
 
-def curve_legend(picture: Picture, x: float) -> None:
-    """Say what the lines of the panels beneath are."""
+def curve_legend(picture: Picture, x: float, numbers: str = "last values") -> None:
+    """Say what the lines and the numbers of the panels beneath are."""
     picture.height += 26
     y = picture.height - 10
     for words, color, dashed in (("top-1", TOP1, False), ("loss, judged", LOSS, False), ("loss, training", LOSS, True)):
         picture.line([(x, y - 4), (x + 22, y - 4)], color=color, width=1.8, dashed=dashed)
         picture.text(x + 27, y, words)
         x += 45 + len(words) * 12 * LETTER
+    picture.text(x, y, f"numbers: {numbers}")
 
 
 def top_of(curves: Iterable[Sequence[dict[str, Any]]]) -> float:
@@ -283,7 +284,8 @@ def all_curves(results: Results) -> Figure | Sentence:
         curves = [part.to_dict("records") for _, part in table.groupby("seed", sort=False)]
         rows.setdefault(strategy, []).append((phase_name(phase, index), curves, table["epoch"].max()))
     picture = Picture("learning curves of all phases", 980)
-    curve_legend(picture, MARGIN)
+    seeds = results.curves["seed"].nunique()
+    curve_legend(picture, MARGIN, "last values" + (f", mean of {seeds} seeds" if seeds > 1 else ""))
     for strategy, panels in rows.items():
         draw_row(picture, label(strategy), panels)
     return picture.figure()

@@ -31,30 +31,34 @@ class FlopCounts:
     """The same counts for a network before it is trained, and for hybrids made of the same modules: exact, too, and sooner.
 
     Going through all operations of a deep network takes seconds. So of blocks that are alike two are gone through,
-    and a module that several hybrids have in common once.
+    and of modules that are alike one.
     """
 
     image_shape: tuple[int, int, int]
-    known: dict[tuple[nn.Module, bool, bool], tuple[int, Tensor]] = field(default_factory=dict)
+    known: dict[tuple, tuple[int, Tensor]] = field(default_factory=dict)
 
     def per_image(self, model: nn.Module) -> int:
         """Return the FLOPs of forward and backward for one image; everything is on the meta device."""
+        return sum(flops for _, flops in self.parts(model))
+
+    def parts(self, model: nn.Module) -> list[tuple[nn.Module, int]]:
+        """Return the modules that an image goes through in training, in order, and each one's FLOPs; a whole network is one."""
         model.train()
-        x, total = _images(self.image_shape), 0
+        x, found = _images(self.image_shape), []
         prefix, target, suffix = (model.prefix, model.target, model.suffix) if isinstance(model, Hybrid) else ((), model, ())
         for part in prefix:
             flops, x = self._part(part, x, backward=False)
-            total += flops
+            found.append((part, flops // 2))
         if isinstance(model, Imitation):
-            total += self._part(model.model_of, x, backward=False)[0]
+            found.append((model.model_of, self._part(model.model_of, x, backward=False)[0] // 2))
             suffix = ()
         for part in (target, *suffix):
             flops, x = self._part(part, x, backward=True)
-            total += flops
-        return total // 2
+            found.append((part, flops // 2))
+        return found
 
     def _part(self, part: nn.Module, x: Tensor, *, backward: bool) -> tuple[int, Tensor]:
-        key = (part, backward, x.requires_grad)
+        key = (description(part), x.shape, backward, x.requires_grad)
         if key not in self.known:
             self.known[key] = _count(part, x, backward)
         return self.known[key]
