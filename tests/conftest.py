@@ -13,12 +13,12 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """Notebooks share one worker, because later ones use what earlier ones trained. They start first, then the cluster and
-    JupyterLab: they take longest."""
+    """Notebooks share one worker, because later ones use what earlier ones trained. They start first, and the cluster: they
+    take longest."""
     for item in items:
         if item.path.suffix == ".ipynb":
             item.add_marker(pytest.mark.xdist_group("notebooks"))
-    items.sort(key=lambda item: (item.path.suffix != ".ipynb", item.path.stem not in ("test_slurm", "test_lab")))
+    items.sort(key=lambda item: (item.path.suffix != ".ipynb", item.path.stem != "test_slurm"))
 
 
 @pytest.fixture
