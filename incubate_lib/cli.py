@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--images", type=int, metavar="N", help="to train on (default: the known number of the source)")
             command.add_argument("--classes", type=int, metavar="N", help="default: the known number of the source")
             command.add_argument("--figure", metavar="FILE", help="also draw the Gantt chart")
+            command.add_argument("--against", metavar="RUN", help="set predicted times beside those of a published run")
             continue
         if name == "export":
             command.add_argument("folder", metavar="DIR", help="new folder for config.json, model.safetensors and README.md")

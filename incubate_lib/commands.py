@@ -233,26 +233,31 @@ def mirror(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     from incubate_lib.config import SettingsError
-    from incubate_lib.report import planner
+    from incubate_lib.report import forecast, planner
+    from incubate_lib.report.tables import published
 
     if options.bench and (options.device or options.share):
         raise SettingsError("--bench is a measured speed, --device and --share an assumed one; give one of them")
     if options.devices is not None:
         options.set.append(f"machine.devices={options.devices}")
     named = {"images": options.images, "classes": options.classes}
-    todo = planner.open_plan(options.preset, options.set, strategies=options.strategies, **named)
+    todo = forecast.open_plan(options.preset, options.set, strategies=options.strategies, **named)
     if options.bench:
-        speed = planner.measured_speed(options.bench)
+        speed = forecast.measured_speed(options.bench)
     else:
         precision = todo.experiment.settings.precision
-        share = planner.SHARE if options.share is None else options.share
-        speed = planner.stated_speed(options.device or planner.DEVICE, share, precision)
-    costs = planner.forecast(todo, speed, machines=options.machines)
+        share = forecast.SHARE if options.share is None else options.share
+        speed = forecast.stated_speed(options.device or forecast.DEVICE, share, precision)
+    measured = published(options.against) if options.against else None
+    costs = forecast.forecast(todo, speed, machines=options.machines)
     import pandas as pd
 
     with pd.option_context("display.width", 200, "display.max_columns", None):
         print(planner.strategies_table(costs), planner.phases_table(costs).to_string(index=False), sep="\n\n")
-    print("\n" + planner.in_words(costs))
+        print("\n" + planner.in_words(costs))
+        if measured:
+            table = forecast.against_measured(measured, speed)
+            print(f"\n{planner.against_table(table).to_string(index=False)}\n\n{planner.against_in_words(table)}")
     if options.figure:
         planner.gantt(costs).savefig(options.figure, dpi=150)
         print(f"wrote {options.figure}")

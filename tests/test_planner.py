@@ -1,5 +1,7 @@
 """The planner counts what is known, schedules what can be, and says what memory a step takes."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -8,13 +10,24 @@ from torch.nn import functional
 
 from incubate_lib.cli import main
 from incubate_lib.config import SettingsError
+from incubate_lib.report import forecast as forecasts
 from incubate_lib.report import planner
-from incubate_lib.report.planner import Speed, forecast, open_plan, published_costs, stated_speed
+from incubate_lib.report.forecast import (
+    Speed,
+    against_measured,
+    forecast,
+    measured_speed,
+    open_plan,
+    published_costs,
+    stated_speed,
+)
 from incubate_lib.report.planner import planner as sliders
+from incubate_lib.report.tables import Results, published
 from incubate_lib.report.widgets import Sentence
 from incubate_lib.training.memory import memory_by_part, step_memory
 from incubate_lib.training.stopwatch import LiveBytes
 
+README = Path(__file__).parents[1] / "README.md"
 # FLOPs of 100+100, 50+50 and 25+25 epochs with a meta model of 300, over those of 300 epochs end to end, as known
 RELATIVE = {"vit-b": [1.17, 0.75, 0.55], "vit-l": [0.92, 0.54, 0.36], "vit-h": [0.86, 0.49, 0.31]}
 
@@ -43,7 +56,7 @@ def test_a_forecast_is_flops_over_speed_and_a_schedule_that_can_be():
                 meta, modules, last = (own[own["phase"] == p] for p in ("meta", "incubate", "finetune"))
                 assert modules["begin"].min() >= meta["end"].max() and last["begin"].min() >= modules["end"].max()
             row = costs.strategies.set_index("strategy").loc[name]
-            assert row["flops"] == own["flops"].sum() == sum(todo.flops[n.key] for n in planner.closure([final]))
+            assert row["flops"] == own["flops"].sum() == sum(todo.flops[n.key] for n in forecasts.closure([final]))
             if machines == 1:
                 assert row["hours"] == pytest.approx(row["device_hours"])
             if machines >= 3:  # as many as modules
@@ -94,7 +107,7 @@ def test_memory_of_a_hybrid_is_that_of_its_parts():
     todo = open_plan("smoke")
     node = next(n for n in todo.nodes if n.settings.phase == "incubate" and n.settings.module_index == 1)
     with torch.device("meta"):
-        hybrid = planner._network(node.settings, 4, {})
+        hybrid = forecasts._network(node.settings, 4, {})
     parts = memory_by_part(hybrid, (1, 8, 8))
     first, target, last = parts.values()
     assert first.activations == first.gradients == 0, "nothing waits for the backward pass before the target"
@@ -121,6 +134,7 @@ def test_alike_blocks_are_counted_once_and_the_sum_is_exact():
         (["smoke", "--machines", "0"], "machines is 0; it must be at least 1"),
         (["smoke", "--share", "1.5"], "share of the peak is 1.5"),
         (["smoke", "--device", "H10"], "did you mean H100"),
+        (["smoke", "--against", "digit"], "no published run 'digit'; did you mean digits?"),
         (["smoke", "--bench", "nothing"], "no measured speed 'nothing'"),
         (["smoke", "--bench", "x", "--share", "0.5"], "give one of them"),
         (["smoke", "--images", "0"], "images is 0"),
@@ -159,15 +173,43 @@ def test_sliders_count_anew_and_headless_there_are_none(monkeypatch):
 
 
 def test_measured_speeds_are_those_of_each_kind_of_phase(tmp_path, monkeypatch):
-    monkeypatch.setattr(planner, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(forecasts, "results_folder", lambda: tmp_path)
     rows = pd.DataFrame({
         "variant": ["end_to_end", "meta", "incubate-0"], "flops_per_second": [4e9, 1e9, 2e9], "settings": "smoke",
-        "device": "a machine", "threads": 1, "precision": "float32", "batch": 16, "date": "2026-01-01",
+        "device": "a machine", "threads": 1, "precision": "float32", "batch": 16, "date": "2026-01-01", "model": "vit_tiny",
     })  # fmt: skip
     rows.to_csv(tmp_path / "bench_mine.csv")
-    speed, phases = planner.measured_speed("mine"), {n.key.rpartition("/")[2]: n.settings for n in open_plan("smoke").nodes}
-    assert [speed.seconds(phases[key], 8e9) for key in ("end_to_end", "finetune", "meta", "incubate-0")] == [2, 2, 8, 4]
-    assert speed.seconds(phases["incubate-1"], 8e9) == 2, "what was not measured goes as end to end"
+    speed = measured_speed("mine")
+    took = [speed.seconds(phase, index, 8e9) for phase, index in
+            (("end_to_end", None), ("finetune", None), ("meta", None), ("incubate", 0), ("incubate", 1))]  # fmt: skip
+    assert took == [2, 2, 8, 4, 2], "what was not measured goes as end to end"
+    costs = forecast(open_plan("smoke"), speed)
+    assert "measured on another network (vit_tiny" in planner.in_words(costs)
+    rows.assign(model=costs.network).to_csv(tmp_path / "bench_mine.csv")
+    assert "another network" not in planner.in_words(forecast(open_plan("smoke"), measured_speed("mine")))
+
+
+def test_predicted_times_stand_beside_measured_ones():
+    phases = pd.DataFrame({
+        "strategy": ["whole", "whole", "pieces", "pieces"], "seed": [0, 1, 0, 0],
+        "phase": ["end_to_end", "end_to_end", "meta", "incubate"],
+        "module_index": [None, None, None, 1], "flops": [8e9, 8e9, 2e9, 4e9], "seconds": [4.0, 6.0, 1.0, 3.0],
+    })  # fmt: skip
+    results = Results("a run", pd.DataFrame(), phases.astype({"module_index": "Int64"}), pd.DataFrame())
+    table = against_measured(results, Speed("told", 2e9, {"incubate-1": 1e9}))
+    assert table["measured"].tolist() == [5, 5, 1, 3, 4] and table["predicted"].tolist() == [4, 4, 1, 4, 5]
+    assert table["ratio"].tolist() == pytest.approx([0.8, 0.8, 1, 4 / 3, 1.25])
+    shown, told = planner.against_table(table), planner.against_in_words(table)
+    assert shown.iloc[1].tolist()[1:] == ["all phases", "5.0 ± 1.4", "4.0", "0.80"] and shown.loc[3, "phase"] == "module 2"
+    assert "-20 to +25 % for whole strategies, by -20 to +33 % for single phases" in told
+
+
+def test_our_own_runs_are_predicted_within_fifteen_percent():
+    """What the tracked tables say, and README with them."""
+    table = against_measured(published("digits"), measured_speed("digits-cpu"))
+    whole = table[table["phase"] == "all phases"]
+    assert len(whole) == 3 and whole["ratio"].between(0.85, 1.15).all(), table
+    assert planner.against_in_words(table).partition(": ")[2].rstrip(".") in " ".join(README.read_text().split())
 
 
 def test_stated_speeds_are_shares_of_the_peak():

@@ -8,7 +8,7 @@ from PIL import Image
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.planner import open_plan
+from incubate_lib.report.forecast import open_plan
 from incubate_lib.report.tables import comparison, from_plan
 
 README = (ROOT / "README.md").read_text()

@@ -17,9 +17,11 @@ from incubate_lib.pipeline.background import start_run, stop_run
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import watch as watching
+from incubate_lib.report.phase_graph import draw, snapshot
 from incubate_lib.report.plots import Figure
+from incubate_lib.report.progress import Reader, table
 from incubate_lib.report.tables import published
-from incubate_lib.report.watch import find, snapshot, table, watch
+from incubate_lib.report.watch import find, watch
 from incubate_lib.report.widgets import Sentence, Twinned, browse
 from incubate_lib.training.facts import measure
 from incubate_lib.training.runs import read_json
@@ -298,5 +300,5 @@ def test_a_widget_is_saved_with_its_picture(todo):
 def test_many_rows_are_folded(data_folder, facts):
     """Where there are more than a few, those of which all phases wait or are done take one line."""
     few, many = (plan(load_settings("smoke"), ["deep_incubation"], range(number), facts=facts) for number in (3, 12))
-    heights = [watching.draw(todo, watching.Reader(todo).look())[0].height for todo in (few, many)]
-    assert heights[1] < heights[0] and not watching.draw(many, watching.Reader(many).look())[1].marks
+    heights = [draw(todo, Reader(todo).look())[0].height for todo in (few, many)]
+    assert heights[1] < heights[0] and not draw(many, Reader(many).look())[1].marks

@@ -107,6 +107,9 @@ class ModelSettings(Frozen):
         """Return the arguments that were set, for `timm.create_model`."""
         return {k: v for k, v in self.model_dump(exclude={"name", "options"}).items() if v is not None} | self.options
 
+    def __str__(self) -> str:
+        return " ".join([self.name, *(f"{name}={value}" for name, value in self.timm_arguments().items())])
+
 
 class PartitionSettings(Frozen):
     """How the network is cut: `num_modules` equal parts, or the blocks of every part."""

@@ -1,285 +1,24 @@
-"""What a run would cost on given devices, before a step is trained: FLOPs, device-hours, a schedule, memory.
+"""What a plan costs, for people: tables, sentences, a Gantt chart, and sliders that count everything anew."""
 
-FLOPs and memory are counted on the networks themselves, without images. Seconds are FLOPs over a speed: measured by
-`incubate bench` on the user's own machine, or a stated share of a device's peak. Judging, reading images and saving are
-not in them, nor what devices that train one phase together lose by talking to each other.
-"""
-
-import functools
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 import pandas as pd
-import torch
 
-from incubate_lib.config import PhaseSettings, Settings, SettingsError, load_settings, nearest, presets
-from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation
-from incubate_lib.method.partition import ViTModule
-from incubate_lib.pipeline.graph import Node, Plan, closure
-from incubate_lib.pipeline.strategies import plan
+from incubate_lib.config import SettingsError
+from incubate_lib.pipeline.graph import Plan
+from incubate_lib.report.curves import phase_name
+from incubate_lib.report.forecast import DEVICE, SHARE, Forecast, forecast, open_plan, stated_speed
 from incubate_lib.report.plots import Figure
-from incubate_lib.report.tables import flop_unit, label, results_folder
+from incubate_lib.report.tables import flop_unit, label
 from incubate_lib.report.widgets import Sentence, with_twin
-from incubate_lib.training.facts import Facts, count
-from incubate_lib.training.memory import StepMemory, memory_by_part
-from incubate_lib.training.phases import build_parts, build_target, model_shape
-from incubate_lib.training.schedule import micro_batches, total_steps
 from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
-# Images to train on, and classes, of known sources; a folder is taken for ImageNet-1K until its own numbers are given.
-IMAGES = {
-    "digits": (1200, 10), "fashion_mnist": (60_000, 10), "cifar10": (50_000, 10), "cifar100": (50_000, 100),
-    "folder": (1_281_167, 1000),
-}  # fmt: skip
-DEVICE, SHARE = "H100", 0.4  # assumed where nothing is said; a realistic ceiling for a ViT-B is 0.7, many runs reach 0.1
-PUBLISHED_HOURS = {  # A100-hours: end to end for 300 epochs, Deep Incubation (arXiv 2212.04129)
-    "imagenet-vit-b": (290, 390), "imagenet-vit-l": (1090, 890), "imagenet-vit-h": (4790, 2720),
-}  # fmt: skip
 PHASE_LOOKS = {  # Okabe and Ito's colours, and a pattern for those who do not see them
     "meta": ("#E69F00", ".."), "incubate": ("#56B4E9", ""), "finetune": ("#009E73", "//"), "end_to_end": ("#777777", "xx"),
     "assemble": ("#CC79A7", ""),
 }  # fmt: skip
-_COUNTED: dict[str, Facts] = {}  # sliders ask often
-_PARTS: dict = {}  # and the memory of parts that were gone through
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Training FLOP/s of one device: measured for each kind of phase, or one number for all."""
-
-    told: str  # where it comes from, in words
-    flops_per_second: float
-    measured: dict[str, float] = field(default_factory=dict)  # end_to_end, meta, incubate-0 … → FLOP/s
-
-    def seconds(self, phase: PhaseSettings, flops: float) -> float:
-        """Return how long one device takes for so many FLOPs of a phase."""
-        return flops / self.measured.get(_kind(phase), self.flops_per_second)
-
-
-def stated_speed(device: str = DEVICE, share: float = SHARE, precision: str = "bfloat16") -> Speed:
-    """Return a share of a device's nominal dense peak in that precision; SettingsError for a device that is not known."""
-    if not 0 < share <= 1:
-        raise SettingsError(f"the share of the peak is {share:g}; it must be above 0 and at most 1")
-    if device not in PEAKS:
-        raise SettingsError(f"the peak of {device!r} is not known; {nearest(device, PEAKS)}; or measure it with `incubate bench`")
-    peak = peak_flops(device, precision)
-    if not peak:
-        raise SettingsError(f"the peak of {device} in {precision} is not known; measure it with `incubate bench … --save NAME`")
-    return Speed(f"{share:.0%} of the {peak / 1e12:g} TFLOP/s ({precision}) of one {device}: an assumption", share * peak)
-
-
-def measured_speed(name: str) -> Speed:
-    """Return what `incubate bench … --save NAME` measured; SettingsError if there is no such table."""
-    folder = results_folder()
-    known = [p.stem.removeprefix("bench_") for p in sorted(folder.glob("bench_*.csv")) if "growth" not in p.stem]
-    if name not in known:
-        raise SettingsError(
-            f"no measured speed {name!r}; {nearest(name, known)}; `incubate bench PRESET --save NAME` measures one"
-        )
-    rows = pd.read_csv(folder / f"bench_{name}.csv").set_index("variant")
-    first = rows.iloc[0]
-    told = f"measured with {first['settings']} on {first['device']}, {first['threads']} thread(s), {first['precision']}, "
-    told += f"batch {first['batch']}, {first['date'][:10]}"
-    rates = rows["flops_per_second"]
-    return Speed(told, float(rates["end_to_end"]), {str(kind): float(rate) for kind, rate in rates.items()})
-
-
-def _kind(phase: PhaseSettings) -> str:
-    """Return the name under which a phase's speed is measured."""
-    if phase.phase == "incubate":
-        return f"incubate-{phase.module_index}"
-    return "meta" if phase.phase == "meta" else "end_to_end"
-
-
-# -- what is planned ----------------------------------------------------------------------------------------------------
-
-
-def open_plan(
-    preset: str = "digits",
-    overrides: Sequence[str] = (),
-    *,
-    strategies: Sequence[str] | None = None,
-    images: int | None = None,
-    classes: int | None = None,
-) -> Plan:
-    """Return the plan of one seed without looking at images: for a preset, a file, or any plain timm ViT by its name.
-
-    A timm name gets the ImageNet recipe and four modules. `images` and `classes` are those of the data, if they are not
-    those of the settings' source.
-    """
-    settings = _settings(preset, overrides)
-    data = settings.data
-    known = (IMAGES | {"synthetic": (data.num_images, data.num_classes)}).get(data.source, IMAGES["folder"])
-    for name, value, least in (("images", images, 1), ("classes", classes, 2)):
-        if value is not None and value < least:
-            raise SettingsError(f"{name} is {value}; it must be at least {least}")
-    shared = round((images or known[0]) * data.train_share)
-    facts = _facts(settings, classes or known[1]).model_copy(update={"num_images": shared})
-    return plan(settings, list(strategies) if strategies else None, facts=facts)
-
-
-def _settings(preset: str, overrides: Sequence[str]) -> Settings:
-    from pathlib import Path
-
-    if preset in presets() or Path(preset).suffix in (".yaml", ".yml") or Path(preset).exists():
-        return load_settings(preset, list(overrides))
-    import timm
-
-    if not timm.is_model(preset):
-        known = nearest(preset, [*presets(), *timm.list_models("vit*")])
-        raise SettingsError(f"{preset!r} is no preset, no .yaml file and no timm model; {known}")
-    own = [f"name={preset.replace('.', '-')}", f"model={{name: {preset}}}", "partition={num_modules: 4}"]
-    return load_settings("imagenet-vit-b", [*own, *overrides])
-
-
-def _facts(settings: Settings, classes: int) -> Facts:
-    """Count, once for all settings whose networks are the same."""
-    whole = settings.model_dump(mode="json", include={"model", "partition", "strategies"})
-    parts = {name: (s["low_resolution"], s["weights"]) for name, s in whole.pop("strategies").items()}
-    key = json.dumps([whole, parts, classes])
-    if key not in _COUNTED:
-        _COUNTED[key] = count(settings, 1, classes)
-    return _COUNTED[key]
-
-
-# -- what it costs ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a plan costs: a row a phase and a row a strategy; a shared phase stands in every strategy that needs it.
-
-    phases: strategy, phase, module, epochs, steps, flops, device_hours, begin, end, machine, images, memory;
-    strategies: strategy, flops, critical_flops, device_hours, hours, memory.
-    """
-
-    name: str
-    speed: Speed
-    machines: int
-    devices: int  # of each machine, that train one phase together
-    reference: str | None  # the strategy that others are compared with
-    phases: pd.DataFrame  # begin and end in hours; memory in bytes of a device
-    strategies: pd.DataFrame
-
-
-def forecast(todo: Plan, speed: Speed, *, machines: int = 1) -> Forecast:
-    """Return what each strategy of a plan costs on so many machines, each with the settings' devices for one phase at a time.
-
-    Of phases that could begin, the one with the longest way to the end goes first, as `incubate run` does it.
-    """
-    if machines < 1:
-        raise SettingsError(f"machines is {machines}; it must be at least 1")
-    devices, known, rows, totals = todo.experiment.settings.machine.team_size, {}, [], []
-    for (name, _), final in todo.finals.items():
-        nodes = closure([final])
-        hours = {n.key: speed.seconds(n.settings, todo.flops[n.key]) / 3600 for n in nodes}
-        places = _schedule(nodes, {key: time / devices for key, time in hours.items()}, machines)
-        own = []
-        for node in nodes:
-            begin, end, machine = places[node.key]
-            images = _at_once(node.settings, devices)
-            own.append({
-                "strategy": name, "phase": node.settings.phase,
-                "module": None if node.settings.module_index is None else node.settings.module_index + 1,
-                "epochs": node.settings.training.epochs if node.settings.training else 0.0,
-                "steps": _steps(node), "flops": float(todo.flops[node.key]), "device_hours": hours[node.key],
-                "begin": begin, "end": end, "machine": machine, "images": images,
-                "memory": _memory(node, known).peak(images) if images else 0,
-            })  # fmt: skip
-        rows += own
-        table = pd.DataFrame(own)
-        totals.append({
-            "strategy": name, "flops": table["flops"].sum(), "critical_flops": float(_longest(final, todo.flops)),
-            "device_hours": table["device_hours"].sum(), "hours": table["end"].max(), "memory": int(table["memory"].max()),
-        })  # fmt: skip
-    phases = pd.DataFrame(rows).astype({"module": "Int64"})
-    whole = [name for name, _ in todo.finals if todo.experiment.settings.strategies[name].kind == "end_to_end"]
-    free = [name for name in whole if not todo.experiment.settings.is_matched(name)]
-    return Forecast(
-        todo.experiment.settings.name, speed, machines, devices, next(iter([*free, *whole]), None), phases, pd.DataFrame(totals)
-    )
-
-
-def _schedule(nodes: list[Node], hours: dict[str, float], machines: int) -> dict[str, tuple[float, float, int]]:
-    """Return begin, end and machine of each phase."""
-    after = {node.key: [n for n in nodes if node.key in {before.key for before in n.inputs.values()}] for node in nodes}
-
-    @functools.cache
-    def rest(key: str) -> float:
-        return hours[key] + max((rest(n.key) for n in after[key]), default=0.0)
-
-    places: dict[str, tuple[float, float, int]] = {}
-    free = dict.fromkeys(range(1, machines + 1), 0.0)  # machine → when it is free
-    waiting = list(nodes)
-    while waiting:
-        ready = [node for node in waiting if all(before.key in places for before in node.inputs.values())]
-        begins = {node.key: max((places[b.key][1] for b in node.inputs.values()), default=0.0) for node in ready}
-        now = max(min(free.values()), min(begins.values()))
-        node = max((n for n in ready if begins[n.key] <= now), key=lambda n: rest(n.key))
-        machine = next(machine for machine, time in free.items() if time <= now)
-        free[machine] = now + hours[node.key]
-        places[node.key] = (now, free[machine], machine)
-        waiting.remove(node)
-    return places
-
-
-def _longest(node: Node, flops: dict[str, int]) -> int:
-    return flops[node.key] + max((_longest(before, flops) for before in node.inputs.values()), default=0)
-
-
-def _steps(node: Node) -> int:
-    training = node.settings.training
-    return total_steps(training.epochs, node.experiment.facts.num_images, training.batch_size) if training else 0
-
-
-def _at_once(phase: PhaseSettings, devices: int) -> int:
-    """Return the images that one device takes at once; 0 where nothing is trained."""
-    training = phase.training
-    return micro_batches(training.batch_size, training.micro_batch, devices)[1] if training else 0
-
-
-def _memory(node: Node, known: dict) -> StepMemory:
-    """Return the memory of a phase's step; `known` keeps what its network's parts take."""
-    phase = node.settings
-    key = (_kind(phase), phase.imitate, phase.model.img_size, bool(phase.training.ema))
-    if key not in known:
-        classes, shape = node.experiment.facts.num_classes, model_shape(phase.model)
-        with torch.device("meta"):
-            model = _network(phase, classes, known)
-        parts = memory_by_part(model, shape, precision=phase.precision, known=_PARTS)
-        memory = sum(parts.values(), StepMemory())
-        average = memory.weights if phase.training.ema else 0  # of the weights, kept beside them
-        known[key] = memory + StepMemory(weights=average)
-    return known[key]
-
-
-def _network(phase: PhaseSettings, classes: int, built: dict) -> torch.nn.Module:
-    """Return what a phase trains; `built` keeps the modules, which several phases share.
-
-    Without drop-path: it keeps nothing, but makes blocks differ that can be counted as one.
-    """
-    phase = phase.model_copy(update={"training": phase.training.model_copy(update={"drop_path": 0.0})})
-
-    def parts(which: str, depths: list[int]) -> list[ViTModule]:
-        key = (which, tuple(depths), phase.model.img_size)
-        if key not in built:
-            built[key] = build_parts(phase, which, classes)
-        return built[key]
-
-    if phase.phase == "incubate":
-        i, targets = phase.module_index, parts("target", phase.target_depths)
-        return (make_imitation if phase.imitate else make_hybrid)(parts("meta", phase.meta_depths), targets[i], i)
-    if phase.phase == "meta":
-        return assemble(parts("meta", phase.meta_depths)).requires_grad_(True)
-    if phase.target_depths:
-        return assemble(parts("target", phase.target_depths)).requires_grad_(True)
-    return build_target(phase, classes)
-
-
-# -- for people ---------------------------------------------------------------------------------------------------------
 
 
 def strategies_table(costs: Forecast) -> pd.DataFrame:
@@ -324,9 +63,28 @@ def phases_table(costs: Forecast) -> pd.DataFrame:
     })[lambda shown: table["steps"] > 0]  # fmt: skip
 
 
+def against_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what `against_measured` found, for people."""
+    seconds = table["measured"].map("{:,.1f}".format)
+    spread = table["spread"].map(lambda value: "" if pd.isna(value) else f" ± {value:,.1f}")
+    names = ["all phases" if row.phase == "all phases" else _phase_name(row) for row in table.itertuples()]
+    return pd.DataFrame({
+        "strategy": table["strategy"].map(label), "phase": names, "s, measured": seconds + spread,
+        "s, predicted": table["predicted"].map("{:,.1f}".format), "predicted / measured": table["ratio"].map("{:.2f}".format),
+    })  # fmt: skip
+
+
+def against_in_words(table: pd.DataFrame) -> str:
+    """Say how far off the predicted times are."""
+    off, whole = 100 * (table["ratio"] - 1), table["phase"] == "all phases"
+    return (
+        f"Predicted over measured training time: off by {off[whole].min():+.0f} to {off[whole].max():+.0f} % for whole "
+        f"strategies, by {off[~whole].min():+.0f} to {off[~whole].max():+.0f} % for single phases."
+    )
+
+
 def _phase_name(row: Any) -> str:
-    names = {"meta": "meta model", "finetune": "fine-tuning", "end_to_end": "end to end"}
-    return f"module {row.module}" if row.phase == "incubate" else names.get(row.phase, row.phase)
+    return phase_name(row.phase, row.module - 1 if row.phase == "incubate" else None)
 
 
 def time_unit(hours: float) -> tuple[str, float]:
@@ -350,6 +108,8 @@ def in_words(costs: Forecast) -> str:
             "FLOPs."
         )
     lines.append(f"Speed of a device: {costs.speed.told}.")
+    if costs.speed.network and costs.speed.network != costs.network:
+        lines.append(f"It was measured on another network ({costs.speed.network}), so for this one it is only a guess.")
     lines.append(
         "Not in it: judging, reading images, saving, and what devices that train one phase together lose by talking to each "
         "other. Memory is counted without workspace and fragments of the allocator: a device should have a tenth more."
@@ -386,26 +146,6 @@ def gantt(costs: Forecast) -> Figure:
     axes[-1].set_xlabel(f"{time} after the start")
     figure.supylabel("machine", fontsize=10)
     return figure
-
-
-def published_costs(peak: float = 312e12) -> pd.DataFrame:
-    """Return the authors' FLOPs and hours on A100s, and the share of the peak (FLOP/s) that both together imply.
-
-    FLOPs are counted here, relative to 300 epochs end to end at 100+100, 50+50 and 25+25 epochs; hours are theirs.
-    """
-    rows = []
-    for preset, (whole_hours, pieces_hours) in PUBLISHED_HOURS.items():
-        names = ["end_to_end_300", "deep_incubation", "deep_incubation_50", "deep_incubation_25"]
-        todo = open_plan(preset, strategies=names)
-        flops = [sum(todo.flops[n.key] for n in closure([todo.finals[name, 0]])) for name in names]
-        budgets = [f"{epochs} / end to end" for epochs in ("100+100", "50+50", "25+25")]
-        rows.append({
-            "network": preset.removeprefix("imagenet-"),
-            **{budget: f / flops[0] for budget, f in zip(budgets, flops[1:], strict=True)},
-            "end to end, hours": whole_hours, "… share of peak": flops[0] / (whole_hours * 3600 * peak),
-            "in pieces, hours": pieces_hours, "… share of peak ": flops[1] / (pieces_hours * 3600 * peak),
-        })  # fmt: skip
-    return pd.DataFrame(rows).set_index("network")
 
 
 # -- with sliders -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from incubate_lib.config import SettingsError, load_settings, presets
+from incubate_lib.config import SettingsError, load_settings, nearest, presets
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.runs import MNTK
@@ -112,7 +112,10 @@ def _units_of(node: Node, summary: dict) -> list[dict]:
 
 
 def published(name: str) -> Results:
-    """Read the tracked tables of an experiment."""
+    """Read the tracked tables of an experiment; SettingsError if there are none of that name."""
+    known = [path.name.removesuffix("_phases.csv") for path in sorted(results_folder().glob("*_phases.csv"))]
+    if name not in known:
+        raise SettingsError(f"no published run {name!r}; {nearest(name, known)}; `incubate report PRESET --publish` makes one")
     read = [pd.read_csv(results_folder() / f"{name}{part}.csv") for part in ("", "_phases", "_curves")]
     phases, curves = (table.astype({"module_index": "Int64"}) for table in read[1:])
     path = results_folder() / f"{name}_mntk.csv"

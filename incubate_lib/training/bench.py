@@ -218,9 +218,8 @@ def growth(
 def about(settings: Settings, device: torch.device) -> dict[str, Any]:
     """Return what every row must carry: settings, machine, date."""
     where = provenance(device)
-    model = " ".join([settings.model.name, *(f"{name}={value}" for name, value in settings.model.timm_arguments().items())])
     return {
-        "settings": settings.name, "model": model, "precision": settings.precision,
+        "settings": settings.name, "model": str(settings.model), "precision": settings.precision,
         "compile": settings.machine.compile, "peak_flops_per_second": peak_flops(where["device"], settings.precision),
         "device": where["device"], "threads": where["threads"], "torch": where["versions"]["torch"], "date": where["date"],
         "commit": (where["commit"] or "")[:10] + ("+" if where["dirty"] else ""),

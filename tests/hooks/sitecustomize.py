@@ -30,7 +30,7 @@ def changed(step):
 
     def slow(self, number):
         if os.path.exists(f"{hooks}/slow-{seed}"):
-            time.sleep(0.4)
+            time.sleep(0.4 if number < 100 else 3)  # so that none is done before it is told to, however busy the machine is
         if number == 5 and os.path.exists(f"{hooks}/fail-{phase}-{seed.removeprefix('seed-')}"):
             raise OSError("the disk is on fire")
         return step(self, number)

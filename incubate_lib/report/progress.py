@@ -1,0 +1,172 @@
+"""How far a run is, read from its own files: the state of each phase, its curves, what is left to do, in words.
+
+Nothing is written. Records may be half-written, of another version or damaged; what cannot be read is told as that.
+"""
+
+import contextlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from incubate_lib.pipeline import slurm
+from incubate_lib.pipeline.execution import is_running
+from incubate_lib.pipeline.graph import Node, Plan
+from incubate_lib.pipeline.local import check_jobs
+from incubate_lib.pipeline.view import Line, node_line
+from incubate_lib.training.lease import holder
+from incubate_lib.training.runs import METRICS
+
+AT_WORK = ("running", "starting", "queued", "ending")
+
+
+@dataclass
+class Phase:
+    """One phase, as its files tell it."""
+
+    node: Node
+    line: Line
+    rows: list[dict[str, Any]] = field(default_factory=list)  # its evaluations
+    share: float = 0.0  # of its updates that are done
+    seconds: float | None = None  # that it takes yet, by its own account
+    pace: tuple[float, float] = (0.0, 0.0)  # seconds and FLOPs from which its speed can be told
+
+
+class Reader:
+    """Reads the phases of a plan, again only those whose files have changed."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.seen = plan, {}
+        self.on_slurm = False
+        self.told: list[str] = []  # by Slurm, for people
+
+    def look(self) -> list[Phase]:
+        """Return all phases; with jobs in Slurm's queue this asks Slurm."""
+        phases = []
+        for node in self.plan.nodes:
+            stamp = _stamp(node)
+            if self.seen.get(node.key, (None,))[0] != stamp:
+                self.seen[node.key] = (stamp, _read(node, self.plan.flops[node.key]))
+            phases.append(self.seen[node.key][1])
+        self.on_slurm = slurm.was_submitted(self.plan.experiment)
+        if self.on_slurm:
+            phases = [Phase(**vars(p) | {"line": Line(**vars(p.line))}) for p in phases]  # for Slurm adds to lines
+            self.told = slurm.annotate([p.line for p in phases], self.plan)
+        return phases
+
+
+def _stamp(node: Node) -> list[Any]:
+    """Return what changes when a phase's record does: its files, the results it must have started from, who trains it."""
+    path = node.folder.path
+    files = [path / name for name in ("status.json", "summary.json", METRICS)]
+    files += [before.folder.path / "summary.json" for before in node.inputs.values()]
+    stamp: list[Any] = []
+    for file in files:
+        try:
+            about = file.stat()
+            stamp.append((about.st_mtime_ns, about.st_size, about.st_ino))
+        except OSError:
+            stamp.append(None)
+    done = stamp[1] is not None
+    return [*stamp, not done and stamp[0] is not None and _is_held(path)]  # a killed process changes no file
+
+
+def _is_held(path: Path) -> bool:
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OSError):
+        return holder(path / "lease") is not None
+    return False
+
+
+def _read(node: Node, flops: int) -> Phase:
+    try:
+        phase = Phase(node, node_line(node), [row for row in node.folder.metrics() if isinstance(row, dict)])
+        if phase.line.state == "done":
+            summary, phase.share = node.summary(), 1.0
+            phase.pace = summary["train_seconds"] + summary["eval_seconds"], summary["train_flops"]
+        elif phase.line.state != "waiting":
+            progress, epochs = node.folder.status().get("progress") or {}, node.settings.training.epochs if flops else 0
+            shares = [progress["step"] / progress["steps"]] if progress else []
+            shares += [phase.rows[-1]["epoch"] / epochs] if phase.rows and epochs else []  # also before it tells of itself
+            phase.share = min(1.0, max(shares, default=0.0))
+            if phase.line.state == "running" and progress.get("eta_seconds") is not None:
+                phase.seconds = progress["eta_seconds"]
+                phase.pace = phase.seconds, flops * (1 - phase.share)
+        else:
+            phase.rows = []  # of other settings, or of other inputs
+        return phase
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:  # half-written, or by hand
+        told = f"its records cannot be read ({type(error).__name__}: {error})"
+        return Phase(node, Line(node.key, node.title, "unreadable", note=told))
+
+
+def at_work(plan: Plan, phases: list[Phase]) -> bool:
+    return is_running(plan.experiment.path) or any(phase.line.state in AT_WORK for phase in phases)
+
+
+def seconds_left(plan: Plan, phases: list[Phase], on_slurm: bool) -> float | None:
+    """Return about how long the run takes yet: what the machine has to do, or its longest way, whichever is longer.
+
+    The speed is that of the phases so far, so nothing is told before there are any.
+    """
+    seconds, flops = (sum(part) for part in zip(*(phase.pace for phase in phases), strict=True))
+    if not flops:
+        return None
+    left = {
+        p.node.key: 0.0 if p.line.state == "done" else p.seconds or plan.flops[p.node.key] * (1 - p.share) * seconds / flops
+        for p in phases
+    }
+    longest: dict[str, float] = {}
+    for node in plan.nodes:  # inputs first
+        longest[node.key] = left[node.key] + max((longest[before.key] for before in node.inputs.values()), default=0.0)
+    if on_slurm:
+        return max(longest.values())
+    states = {phase.node.key: phase.line.state for phase in phases}
+    running = sum(state == "running" for state in states.values())
+    waits = any(p.line.state != "done" and p.line.state != "running" and
+                all(states[before.key] == "done" for before in p.node.inputs.values()) for p in phases)  # fmt: skip
+    if not waits:  # else there are no more places than are taken
+        running = max(running, check_jobs(None, plan.experiment.settings.machine.devices))
+    return max(sum(left.values()) / max(1, running), *longest.values())
+
+
+def duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def headline(plan: Plan, phases: list[Phase], on_slurm: bool) -> str:
+    """Say in a sentence how far a run is."""
+    count = Counter(phase.line.state for phase in phases)
+    told = [f"{plan.experiment.path.name}: {count['done']} of {len(phases)} phases done"]
+    told += [f"{number} {state}" for state, number in count.items() if state not in ("done", "waiting")]
+    if at_work(plan, phases):
+        left = seconds_left(plan, phases, on_slurm)
+        if count["done"] == len(phases):
+            told.append("the analysis is under way")
+        elif not any(count[state] for state in AT_WORK):
+            told.append("the next are being started")
+        elif left is not None:
+            told.append(f"about {duration(left)} left")
+    elif count["done"] < len(phases):
+        told.append("nothing is at work; `start_run` or `incubate run` goes on from here")
+    return ", ".join(told)
+
+
+def table(plan: Plan) -> pd.DataFrame:
+    """Return a row for each phase: state, epoch, loss, top-1, ETA; and what Slurm says, and what went wrong, if anything."""
+    return table_of(Reader(plan).look())
+
+
+def table_of(phases: list[Phase]) -> pd.DataFrame:
+    lines = [phase.line for phase in phases]
+    titles = Counter(line.title for line in lines)  # meta models of several strategies have the same
+    names = [p.line.title + (f", {p.node.strategy}" if titles[p.line.title] > 1 else "") for p in phases]
+    columns = {"state": "state", "epoch": "epoch", "loss": "loss", "top-1": "accuracy", "ETA": "eta"}
+    columns |= {
+        name: key for name, key in {"Slurm": "where", "note": "note"}.items() if any(getattr(line, key) for line in lines)
+    }
+    return pd.DataFrame({"phase": names} | {name: [getattr(line, key) for line in lines] for name, key in columns.items()})
