@@ -204,7 +204,7 @@ def report(options: argparse.Namespace) -> int:
     results = from_plan(todo)
     if results.strategies.empty:
         raise SettingsError(f"no strategy is finished yet in {todo.experiment.path}; `incubate status` shows how far it is")
-    write_report(results, todo.experiment.path / "report.html")
+    write_report(results, todo.experiment.path / "report.html", todo)
     if options.strategies or options.seeds is not None:
         (todo.experiment.path / "analysed.json").unlink(missing_ok=True)  # the next run writes a whole report again
     if options.publish:

@@ -1,9 +1,12 @@
 """Somebody who is logged in on a test cluster."""
 
+import contextlib
 import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +14,7 @@ from slurm_cluster import Cluster
 
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline.experiment import Experiment
+from incubate_lib.report.watch import Live
 from incubate_lib.training.runs import PhaseFolder, read_json
 
 INCUBATE = str(Path(sys.executable).parent / "incubate")
@@ -44,6 +48,17 @@ class Site:
         result = self.incubate("run", "smoke", *arguments, "--backend", "slurm", "--site", str(self.site))
         assert result.returncode == 0, result.stderr
         return result.stdout.replace("\n", " ")
+
+    @contextlib.contextmanager
+    def watch(self, *arguments: Any) -> Iterator[Live]:
+        """The widget that shows a run, in a notebook on this site's login node."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.env.items():
+                patch.setenv(name, value)
+            live = Live(*arguments, every=1.0)
+            yield live
+            live.close()
+            live.thread.join()
 
     def phases(self, run: str) -> dict[str, PhaseFolder]:
         return {key: PhaseFolder(self.data / "runs" / run / key) for key in self.jobs(run) if key != "06_analysis"}

@@ -170,6 +170,36 @@ def test_a_run_in_the_background_is_watched_over_a_reload_and_stopped(open_noteb
     page.screenshot("stopped")
 
 
+def test_training_in_this_kernel_is_watched_and_stopped(jupyter, data, monkeypatch):
+    """While a cell trains, the widget of the cell before it shows how far it is, and its button is heard."""
+    longer = ["training.epochs=500"]
+    monkeypatch.setenv("INCUBATE_DATA", str(data))
+    folder = open_phase("end_to_end", "smoke", longer).folder
+    cells = [
+        "from incubate_lib.pipeline.strategies import open_phase\nfrom incubate_lib.report.watch import watch",
+        f"phase = open_phase('end_to_end', 'smoke', {longer})",
+        f"watch('smoke', {longer}, strategies=['end_to_end'], every=1.0)",
+        "phase.run()",
+    ]
+    page = jupyter.open(jupyter.add("here.ipynb", code_notebook(cells)))
+    page.start_all()
+    lab.wait_until(lambda: "1 running" in page.page.inner_text("body"), lab.RUN_SECONDS, "the widget to show it")
+    page.screenshot("here")
+    page.press("Stop: save and pause")
+    page.wait()
+    assert [error.partition(":")[0] for error in page.errors()] == ["Stopped"]
+    assert folder.status()["state"] == "stopped" and (folder.path / "checkpoint.pt").exists()
+    lab.wait_until(lambda: "1 stopped" in page.page.inner_text("body"), 60, "the widget says so")
+    page.close()
+
+
+def code_notebook(sources: list[str]) -> nbformat.NotebookNode:
+    return nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source) for source in sources],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+    )
+
+
 def test_mouse_and_keyboard_move_widgets_and_a_failing_cell_is_noticed(jupyter):
     """What the tests above rely on."""
     cells = [
@@ -182,11 +212,7 @@ def test_mouse_and_keyboard_move_widgets_and_a_failing_cell_is_noticed(jupyter):
         "1 / 0",
         "print('never')",
     ]
-    nb = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(source) for source in cells],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},
-    )
-    page = jupyter.open(jupyter.add("widgets.ipynb", nb))
+    page = jupyter.open(jupyter.add("widgets.ipynb", code_notebook(cells)))
     page.run_all()
     assert page.errors() == ["ZeroDivisionError: division by zero"]
     assert "never" not in page.text()

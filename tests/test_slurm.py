@@ -133,8 +133,8 @@ def others(site, chain, here):
 def hardships(site, others):
     """Three seeds, each on a node of its own, and what can happen to them. They go on only when told so.
 
-    Seed 0: its time limit, then `incubate stop`. Seed 1: preemption, a requeue, then scancel. Both would not save by
-    themselves. Seed 2: its node is lost. Meanwhile the controller is away for a while. In the end `incubate run` again.
+    Seed 0: its time limit, then the stop button of the watch widget. Seed 1: preemption, a requeue, scancel. Both would not save
+    by themselves. Seed 2: its node is lost. Meanwhile the controller is away for a while. In the end `incubate run` again.
     """
     call, cluster = site.cluster.call, site.cluster
     for seed in range(3):
@@ -159,6 +159,8 @@ def hardships(site, others):
     wait_for_attempt(1, 0, 1, 2)
     nodes = [attempts(seed)[0]["node"] for seed in range(3)]
     shown = site.incubate("status", *VARIANT).stdout
+    with site.watch("smoke", LONG, ["end_to_end"], range(3)) as live:
+        watched = [live.headline.value, live.table.value]
 
     limit = int((time.time() - attempts(0)[0]["began"]) / 60) + 1  # a minute more at most; Slurm looks every half minute
     call("scontrol", "update", f"JobId={ids[0]}", f"TimeLimit={limit}")
@@ -176,8 +178,12 @@ def hardships(site, others):
     call("scancel", ids[1])
     cluster.wait_for(lambda: site.states()[ids[1]] == "CANCELLED", 60)
     cluster.wait_for(lambda: site.states()[ids[2]] == "COMPLETED", 120)
-    stopped = site.incubate("stop", *VARIANT).stdout
-    site.wait_until_ended(run)
+    with site.watch("smoke", LONG, ["end_to_end"], range(3)) as live:
+        live.stop.click()
+        stopped = live.said.value
+        site.wait_until_ended(run)
+        live.look()
+        watched += [live.headline.value, live.table.value]
     halfway = [site.phases(run)[key].status() for key in KEYS]
     cluster.start("slurmd", "-N", nodes[2])
     for seed in range(2):
@@ -185,7 +191,9 @@ def hardships(site, others):
     more = site.submit(*ONE, "--seeds", "0", "1", "2")
     site.skip_analysis(run)
     site.wait_until_ended(run)
-    return {"run": run, "nodes": nodes, "shown": shown, "stopped": stopped, "halfway": halfway, "more": more}
+    return {
+        "run": run, "nodes": nodes, "shown": shown, "watched": watched, "stopped": stopped, "halfway": halfway, "more": more,
+    }  # fmt: skip
 
 
 def test_whatever_happens_ends_in_the_same_weights_as_on_this_machine(site, hardships, here):
@@ -221,6 +229,13 @@ def test_stop_saves_and_run_submits_what_is_missing(site, hardships):
 def test_status_says_where_phases_run(hardships):
     assert re.search(r"seed 1 end_to_end +running +\d+\.\d/20\.0 .*\d+ running on n\d", hardships["shown"])
     assert re.search(r"analysis +queued .*\d+ Dependency", hardships["shown"])
+
+
+def test_the_widget_shows_jobs_of_the_cluster(hardships):
+    """Before anything happens to them, and after its button was pressed, whose message is tested above."""
+    headline, table, headline_after, table_after = hardships["watched"]
+    assert "0 of 3 phases done, 3 running" in headline and len(re.findall(r"\d+ running on n\d", table)) == 3
+    assert "1 of 3 phases done, 2 stopped" in headline_after and " running on " not in table_after
 
 
 # -- failures -------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,16 @@ def measured_speed(name: str) -> Speed:
     return Speed(told, float(rates["end_to_end"]), {str(kind): float(rate) for kind, rate in rates.items()}, first["model"])
 
 
+def speed_of(results: Results) -> Speed:
+    """Return the speed at which a run trained, for each kind of phase."""
+    trained = results.phases[results.phases["flops"] > 0]
+    kinds = [_kind(p.phase, None if pd.isna(p.module_index) else int(p.module_index)) for p in trained.itertuples()]
+    sums = trained.groupby(kinds)[["flops", "seconds"]].sum()
+    rates = sums["flops"] / sums["seconds"]
+    whole = trained["flops"].sum() / trained["seconds"].sum()
+    return Speed("that of the run itself", float(whole), {str(kind): float(rate) for kind, rate in rates.items()})
+
+
 def _kind(phase: str, module_index: int | None) -> str:
     """Return the name under which a phase's speed is measured."""
     if phase == "incubate":

@@ -9,7 +9,15 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from incubate_lib.config import SettingsError
+from incubate_lib.pipeline.graph import Plan
+from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import mat, plots
+from incubate_lib.report.browser import settings_difference
+from incubate_lib.report.forecast import forecast, speed_of
+from incubate_lib.report.hybrids import hybrids_figure
+from incubate_lib.report.phase_graph import snapshot
+from incubate_lib.report.planner import gantt, strategies_table
 from incubate_lib.report.tables import Results, comparison, flop_unit, hardware, label
 from incubate_lib.training.runs import read_json, write_atomic
 
@@ -44,8 +52,8 @@ _FIGURES = {
 }
 
 
-def write_report(results: Results, path: Path) -> Path:
-    """Write the report of what is finished and return its path."""
+def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:
+    """Write the report of what is finished and return its path; with the run itself also what widgets show of it."""
     title = f"Deep Incubation report: {results.name}"
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts.append("<blockquote>" + "<br>".join(html.escape(line) for line in results.verdict().splitlines()) + "</blockquote>")
@@ -64,6 +72,8 @@ def write_report(results: Results, path: Path) -> Path:
             parts.append(f"<h2>{html.escape(name)}</h2>{_image(plots.module_bars(phases), name)}")
     if len(results.mntk):
         parts += _modular_adaptive_training(results)
+    if run is not None:
+        parts += _the_run(results, run)
     parts.append("<h2>Every phase</h2>" + _table(_phase_table(results)))
     settings = (read_json(path.parent / "experiment.json") or {}).get("settings")
     if settings:
@@ -73,6 +83,41 @@ def write_report(results: Results, path: Path) -> Path:
     page += f"<title>{html.escape(title)}</title><style>{_CSS}</style></head><body>{''.join(parts)}</body></html>\n"
     write_atomic(path, page.encode())
     return path
+
+
+def _the_run(results: Results, run: Plan) -> list[str]:
+    """Return what the dashboard's and the planner's widgets show of a run, as pictures and tables."""
+    parts = [
+        "<h2>The run</h2>" + _image(snapshot(run), "the graph of phases, each with its state, and their learning curves"),
+        '<p class="note">Phases, states and curves as notebook 10 shows them while they go on.</p>',
+    ]
+    names = list(results.strategies["strategy"].unique())
+    settings, seed = run.experiment.settings, int(results.strategies["seed"].iloc[0])
+    one = plan(settings, names, [seed], facts=run.experiment.facts)
+    machines = max(len(run.experiment.facts.target_depths), 1)
+    if machines > 1:
+        costs = forecast(one, speed_of(results), machines=machines)
+        parts.append("<h2>With a machine for every module</h2>" + _image(gantt(costs), "when each phase would run"))
+        parts.append(_table(strategies_table(costs), index=True))
+        parts.append(
+            f'<p class="note">Seed {seed} on {machines} machines, each as fast as this run was; training only, without judging, '
+            "reading and saving. Notebook 08 plans other machines and other budgets.</p>"
+        )
+    drawn = set()
+    for name in names:
+        try:
+            picture = hybrids_figure(one, name)
+        except SettingsError:  # nothing is incubated
+            continue
+        same = tuple(results.phases.loc[results.phases["strategy"] == name, "parameters"])
+        if same not in drawn:
+            drawn.add(same)
+            title = f"What each worker trains: {label(name)}"
+            parts.append(f"<h2>{html.escape(title)}</h2>{_image(picture, title)}")
+    difference = settings_difference(one, names)
+    if len(names) > 1 and len(difference):
+        parts.append("<h2>What the strategies differ in</h2>" + _table(difference, index=True))
+    return parts
 
 
 def _modular_adaptive_training(results: Results) -> list[str]:

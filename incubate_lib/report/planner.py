@@ -76,10 +76,10 @@ def against_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def against_in_words(table: pd.DataFrame) -> str:
     """Say how far off the predicted times are."""
-    off, whole = 100 * (table["ratio"] - 1), table["phase"] == "all phases"
+    off, whole = 100 * (table["ratio"] - 1).abs(), table["phase"] == "all phases"
     return (
-        f"Predicted over measured training time: off by {off[whole].min():+.0f} to {off[whole].max():+.0f} % for whole "
-        f"strategies, by {off[~whole].min():+.0f} to {off[~whole].max():+.0f} % for single phases."
+        f"Predicted training times are off by at most {off[whole].max():.1f} % for whole strategies and "
+        f"{off[~whole].max():.1f} % for single phases."
     )
 
 
