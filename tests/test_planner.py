@@ -134,7 +134,7 @@ def test_alike_blocks_are_counted_once_and_the_sum_is_exact():
         (["smoke", "--machines", "0"], "machines is 0; it must be at least 1"),
         (["smoke", "--share", "1.5"], "share of the peak is 1.5"),
         (["smoke", "--device", "H10"], "did you mean H100"),
-        (["smoke", "--against", "digit"], "no published run 'digit'; did you mean digits?"),
+        (["smoke", "--against", "digit"], "no published run 'digit'; did you mean digits"),
         (["smoke", "--bench", "nothing"], "no measured speed 'nothing'"),
         (["smoke", "--bench", "x", "--share", "0.5"], "give one of them"),
         (["smoke", "--images", "0"], "images is 0"),

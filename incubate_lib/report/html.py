@@ -14,10 +14,12 @@ from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import mat, plots
 from incubate_lib.report.browser import settings_difference
+from incubate_lib.report.curves import all_curves
 from incubate_lib.report.forecast import forecast, speed_of
 from incubate_lib.report.hybrids import hybrids_figure
-from incubate_lib.report.phase_graph import snapshot
+from incubate_lib.report.phase_graph import draw
 from incubate_lib.report.planner import gantt, strategies_table
+from incubate_lib.report.progress import Reader
 from incubate_lib.report.tables import Results, comparison, flop_unit, hardware, label
 from incubate_lib.training.runs import read_json, write_atomic
 
@@ -64,8 +66,8 @@ def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:
         "assembled one before fine-tuning. FLOPs are counted exactly (multiply-add = 2), evaluation apart; seconds are "
         "update steps only, and phases side by side slow each other down.</p>"
     )
-    for name, (draw, caption) in _FIGURES.items():
-        parts.append(f"<h2>{name}</h2>{_image(draw(results), name)}<p class='note'>{caption}</p>")
+    for name, (figure, caption) in _FIGURES.items():
+        parts.append(f"<h2>{name}</h2>{_image(figure(results), name)}<p class='note'>{caption}</p>")
     for strategy, phases in results.phases.groupby("strategy", sort=False):
         if (phases["phase"] == "incubate").any():
             name = f"Modules: {label(strategy)}"
@@ -87,13 +89,13 @@ def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:
 
 def _the_run(results: Results, run: Plan) -> list[str]:
     """Return what the dashboard's and the planner's widgets show of a run, as pictures and tables."""
-    parts = [
-        "<h2>The run</h2>" + _image(snapshot(run), "the graph of phases, each with its state, and their learning curves"),
-        '<p class="note">Phases, states and curves as notebook 10 shows them while they go on.</p>',
-    ]
     names = list(results.strategies["strategy"].unique())
     settings, seed = run.experiment.settings, int(results.strategies["seed"].iloc[0])
     one = plan(settings, names, [seed], facts=run.experiment.facts)
+    graph, _ = draw(one, Reader(one).look())
+    parts = [f"<h2>The phases of seed {seed}</h2>" + _image(graph.figure(), "the graph of phases, each with its state")]
+    if len(results.curves):
+        parts.append("<h2>Learning curves</h2>" + _image(all_curves(results), "learning curves of all phases"))
     machines = max(len(run.experiment.facts.target_depths), 1)
     if machines > 1:
         costs = forecast(one, speed_of(results), machines=machines)

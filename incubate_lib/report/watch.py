@@ -75,6 +75,7 @@ class Live(ipywidgets.VBox):
         self.stop = ipywidgets.Button(description="Stop: save and pause", disabled=True, layout={"width": "auto"})
         self.stop.tooltip = "Phases that train save a checkpoint first; the run can go on from there"
         self.stop.on_click(self._stop)
+        _hear_while_busy(self.stop)
         super().__init__([self.headline, ipywidgets.HBox([self.stop, self.said]), self.graph, self.curves, self.table])
         busy = self.look()
         replaced = _shown.pop((preset, *overrides), None)
@@ -138,6 +139,16 @@ class Live(ipywidgets.VBox):
     def close(self) -> None:
         self.over.set()
         super().close()
+
+
+def _hear_while_busy(widget: ipywidgets.Widget) -> None:
+    """Have what the page says to a widget handled at once, also while this kernel trains.
+
+    JupyterLab sends it to a subshell, a thread beside the busy one (ipykernel 7 and later). But since 7.4 the kernel hands
+    messages to the shell in which the widget was made, and that is busy. Without subshells they wait for the cell's end.
+    """
+    if widget.comm is not None:
+        widget.comm._reply_subshell_for = lambda data, subshell: subshell
 
 
 _shown: dict[tuple[str, ...], Live] = {}  # the widget that shows a run, in this kernel
