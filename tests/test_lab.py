@@ -20,10 +20,9 @@ from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training.runs import read_json
 
 missing = [] if os.environ.get("INCUBATE_REQUIRE_LAB") else lab.missing()  # then they fail instead
-pytestmark = [
-    pytest.mark.xdist_group("lab"),  # one server, one browser
-    pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing)} here: JupyterLab is tested with Debian's chromium"),
-]
+pytestmark = pytest.mark.skipif(
+    bool(missing), reason=f"no {', '.join(missing)} here: JupyterLab is tested with Debian's chromium"
+)  # in no group: every process that tests has a server and a browser, which start in seconds
 SMOKE = {"preset": "smoke"}
 SERIES = {  # parameters other than the committed ones, so that it takes seconds; words that stand there when it has run
     "00_quickstart": (SMOKE | {"depth": 6, "meta_epochs": 2, "epochs": 1}, "Measured on"),

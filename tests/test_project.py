@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
 import yaml
 
 from incubate_lib.pipeline.notebook import ROOT
@@ -39,6 +40,14 @@ def test_conda_environment_is_in_step_with_pyproject():
 
 def test_the_cards_packages_are_required():
     assert set(requirements(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"])) >= CARD
+
+
+@pytest.mark.xdist_group("together")
+def test_tests_of_a_group_share_a_process(request):
+    """pytest-xdist writes the group into the id; where it cannot, long fixtures are quietly made once in each process."""
+    if not hasattr(request.config, "workerinput"):
+        pytest.skip("the tests run in one process")
+    assert request.node.nodeid.endswith("@together")
 
 
 def test_constraints_are_names_and_versions_only():
