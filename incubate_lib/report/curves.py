@@ -73,7 +73,13 @@ def curve_panel(
             picture.text(x - 4, place + 10, high_word, color="#555555", anchor="end")
             picture.text(x - 4, place + height, low_word, color="#555555", anchor="end")
     picture.text(x, low + LOSS_HEIGHT + 15, "0", color="#555555")
-    picture.text(x + width, low + LOSS_HEIGHT + 15, f"{epochs:.3g} epochs", color="#555555", anchor="end")
+    picture.text(
+        x + width,
+        low + LOSS_HEIGHT + 15,
+        f"{epochs:,.0f} epochs" if epochs >= 100 else f"{epochs:.3g} epochs",
+        color="#555555",
+        anchor="end",
+    )
     for name, color, place, height, scale, dashed in (
         ("train_loss", LOSS, low, LOSS_HEIGHT, top_loss, True),
         ("loss", LOSS, low, LOSS_HEIGHT, top_loss, False),

@@ -9,16 +9,11 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from incubate_lib.config import SettingsError
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import mat, plots
-from incubate_lib.report.browser import settings_difference
 from incubate_lib.report.curves import all_curves
-from incubate_lib.report.forecast import forecast, speed_of
-from incubate_lib.report.hybrids import hybrids_figure
 from incubate_lib.report.phase_graph import draw
-from incubate_lib.report.planner import gantt, strategies_table
 from incubate_lib.report.progress import Reader
 from incubate_lib.report.tables import Results, comparison, flop_unit, hardware, label
 from incubate_lib.training.runs import read_json, write_atomic
@@ -88,7 +83,15 @@ def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:
 
 
 def _the_run(results: Results, run: Plan) -> list[str]:
-    """Return what the dashboard's and the planner's widgets show of a run, as pictures and tables."""
+    """Return what the dashboard's and the planner's widgets show of a run, as pictures and tables.
+
+    Their modules are imported here: they need torch, which takes seconds, and the rest of an analysis does not.
+    """
+    from incubate_lib.report.browser import settings_difference
+    from incubate_lib.report.forecast import forecast, speed_of
+    from incubate_lib.report.hybrids import hybrids_figure
+    from incubate_lib.report.planner import gantt, strategies_table
+
     names = list(results.strategies["strategy"].unique())
     settings, seed = run.experiment.settings, int(results.strategies["seed"].iloc[0])
     one = plan(settings, names, [seed], facts=run.experiment.facts)
@@ -107,15 +110,12 @@ def _the_run(results: Results, run: Plan) -> list[str]:
         )
     drawn = set()
     for name in names:
-        try:
-            picture = hybrids_figure(one, name)
-        except SettingsError:  # nothing is incubated
-            continue
-        same = tuple(results.phases.loc[results.phases["strategy"] == name, "parameters"])
-        if same not in drawn:
-            drawn.add(same)
+        incubated = results.phases[(results.phases["strategy"] == name) & (results.phases["phase"] == "incubate")]
+        sizes = tuple(incubated["parameters"])
+        if sizes and sizes not in drawn:  # most strategies differ in how modules start, not in what they are
+            drawn.add(sizes)
             title = f"What each worker trains: {label(name)}"
-            parts.append(f"<h2>{html.escape(title)}</h2>{_image(picture, title)}")
+            parts.append(f"<h2>{html.escape(title)}</h2>{_image(hybrids_figure(one, name), title)}")
     difference = settings_difference(one, names)
     if len(names) > 1 and len(difference):
         parts.append("<h2>What the strategies differ in</h2>" + _table(difference, index=True))

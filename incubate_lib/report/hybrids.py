@@ -70,12 +70,20 @@ class Costs:
         return sum((part.memory for part in self.parts), StepMemory()).peak(self.images)
 
 
+class Known:
+    """What was counted of parts that the networks of a strategy share."""
+
+    def __init__(self, node: Node) -> None:
+        self.flops, self.memory = FlopCounts(model_shape(node.settings.model)), {}
+
+
 def hybrid_costs(given: Settings | Plan, strategy: str, index: int) -> Costs:
     """Return what the parts of the hybrid of module `index` (0-based) cost while it is incubated.
 
     The FLOPs add up to the facts' `incubate-<index>`. SettingsError if the strategy incubates no such module.
     """
-    return _hybrid(_modules(given, strategy), index)
+    nodes = _modules(given, strategy)
+    return _hybrid(nodes, index, Known(nodes[0]))
 
 
 def hybrid_figure(given: Settings | Plan, strategy: str, index: int) -> Figure:
@@ -84,7 +92,8 @@ def hybrid_figure(given: Settings | Plan, strategy: str, index: int) -> Figure:
     SettingsError if the strategy incubates no such module.
     """
     nodes = _modules(given, strategy)
-    return _draw([_hybrid(nodes, index), _whole(nodes[0])], strategy)
+    known = Known(nodes[0])
+    return _draw([_hybrid(nodes, index, known), _whole(nodes[0], known)], strategy)
 
 
 def hybrids_figure(given: Settings | Plan, strategy: str) -> Figure:
@@ -92,8 +101,9 @@ def hybrids_figure(given: Settings | Plan, strategy: str) -> Figure:
     return _all(_modules(given, strategy), strategy)
 
 
-def _all(nodes: Sequence[Node], strategy: str) -> Figure:
-    return _draw([*(_hybrid(nodes, i) for i in range(len(nodes))), _whole(nodes[0])], strategy)
+def _all(nodes: Sequence[Node], strategy: str, known: Known | None = None) -> Figure:
+    known = known or Known(nodes[0])
+    return _draw([*(_hybrid(nodes, i, known) for i in range(len(nodes))), _whole(nodes[0], known)], strategy)
 
 
 def hybrid_viewer(given: Settings | Plan, strategy: str) -> Any:
@@ -105,18 +115,19 @@ def hybrid_viewer(given: Settings | Plan, strategy: str) -> Any:
         nodes = _modules(given, strategy)
     except SettingsError as error:
         return Sentence(str(error))
-    return with_twin(lambda: _slider(nodes, strategy), lambda: _all(nodes, strategy))
+    known = Known(nodes[0])
+    return with_twin(lambda: _slider(nodes, strategy, known), lambda: _all(nodes, strategy, known))
 
 
-def _slider(nodes: Sequence[Node], strategy: str) -> ipywidgets.Widget:
+def _slider(nodes: Sequence[Node], strategy: str, known: Known) -> ipywidgets.Widget:
     options = [(f"module {i + 1} of {len(nodes)}", i) for i in range(len(nodes))]
     menu = ipywidgets.SelectionSlider(options=options, description="incubate", layout={"width": "32rem"})
     shown = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
-    whole, pictures = _whole(nodes[0]), {}
+    whole, pictures = _whole(nodes[0], known), {}
 
     def show(_: object = None) -> None:
         if menu.value not in pictures:
-            pictures[menu.value] = _draw([_hybrid(nodes, menu.value), whole], strategy)._repr_png_()
+            pictures[menu.value] = _draw([_hybrid(nodes, menu.value, known), whole], strategy)._repr_png_()
         shown.value = pictures[menu.value]
 
     menu.observe(show, names="value")
@@ -140,15 +151,14 @@ def _modules(given: Settings | Plan, strategy: str) -> list[Node]:
     return sorted(nodes, key=lambda node: node.settings.module_index)
 
 
-def _hybrid(nodes: Sequence[Node], index: int) -> Costs:
+def _hybrid(nodes: Sequence[Node], index: int, known: Known) -> Costs:
     if not 0 <= index < len(nodes):
         raise SettingsError(f"index is {index}; this strategy has the modules 0 … {len(nodes) - 1}")
     s = nodes[index].settings
     with torch.device("meta"):
         model, _ = prepare(s, {}, nodes[index].experiment.facts.num_classes)
-    counts = FlopCounts(model_shape(s.model))
-    flops = dict(counts.parts(model))
-    memory = list(memory_by_part(model, counts.image_shape, precision=s.precision).values())
+    flops = dict(known.flops.parts(model))
+    memory = list(memory_by_part(model, known.flops.image_shape, precision=s.precision, known=known.memory).values())
     parts = []
     for i, (module, bytes_) in enumerate(zip((*model.prefix, model.target, *model.suffix), memory, strict=True)):
         work = WORK["before" if i < index else "target" if i == index else "behind"]
@@ -160,13 +170,12 @@ def _hybrid(nodes: Sequence[Node], index: int) -> Costs:
     return Costs(f"module {index + 1} of {len(nodes)} incubates", parts, _at_once(s, nodes[index]))
 
 
-def _whole(node: Node) -> Costs:
+def _whole(node: Node, known: Known) -> Costs:
     s, classes = node.settings, node.experiment.facts.num_classes
     with torch.device("meta"):
         model = build_target(s, classes)
-    shape = model_shape(s.model)
-    memory = memory_by_part(model, shape, precision=s.precision)["network"]
-    part = Part("whole network", len(model.blocks), True, WORK["target"], FlopCounts(shape).per_image(model), memory)
+    memory = memory_by_part(model, known.flops.image_shape, precision=s.precision, known=known.memory)["network"]
+    part = Part("whole network", len(model.blocks), True, WORK["target"], known.flops.per_image(model), memory)
     return Costs("end to end", [part], _at_once(s, node))
 
 

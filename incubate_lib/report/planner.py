@@ -89,7 +89,8 @@ def _phase_name(row: Any) -> str:
 
 def time_unit(hours: float) -> tuple[str, float]:
     """Return a unit in which so many hours read well, and its length in hours."""
-    return ("hours", 1.0) if hours >= 2 else ("minutes", 1 / 60) if hours * 60 >= 2 else ("seconds", 1 / 3600)
+    units = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600, "milliseconds": 1 / 3.6e6}
+    return next(((unit, size) for unit, size in units.items() if hours >= 2 * size), ("microseconds", 1 / 3.6e9))
 
 
 def in_words(costs: Forecast) -> str:
