@@ -11,12 +11,11 @@ from html import escape
 from typing import Any
 
 import ipywidgets
-import pandas as pd
 
 from incubate_lib.config import SettingsError
-from incubate_lib.report.curves import all_curves, by_phase
+from incubate_lib.report.curves import all_curves, by_phase, phase_name
 from incubate_lib.report.plots import learning_curves
-from incubate_lib.report.tables import Results
+from incubate_lib.report.tables import Results, label
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,13 @@ def _menu(results: Results) -> ipywidgets.Widget:
     """
     groups = {}
     for (strategy, seed, phase, index), table in by_phase(results, "seed"):
-        module = "" if pd.isna(index) else f" module {int(index) + 1}"
-        groups[f"{strategy}, seed {seed}: {phase}{module}"] = table
+        groups[f"{label(strategy)} ({strategy}), seed {seed}: {phase_name(phase, index)}"] = table
     menu = ipywidgets.Dropdown(options=list(groups), description="phase", layout={"width": "36rem"})
     shown = ipywidgets.Image(format="png")
 
     def show(_: object = None) -> None:
         if menu.value is not None:
-            shown.value = learning_curves({menu.value: groups[menu.value]})._repr_png_()
+            shown.value = learning_curves({menu.value.rpartition(": ")[2]: groups[menu.value]})._repr_png_()
 
     menu.observe(show, names="value")
     show()
