@@ -189,6 +189,17 @@ def test_measured_speeds_are_those_of_each_kind_of_phase(tmp_path, monkeypatch):
     assert "another network" not in planner.in_words(forecast(open_plan("smoke"), measured_speed("mine")))
 
 
+def test_adaptive_training_is_planned_in_full_until_its_cost_is_known():
+    todo = open_plan("mat-digits", strategies=["end_to_end", "mat"])
+    costs = forecast(todo, Speed("told", 1e12))
+    assert costs.adaptive == ["mat"] and costs.strategies["flops"].nunique() == 1
+    assert "as if nothing ever rested, because only training shows what does: MAT." in planner.in_words(costs)
+    spent = {todo.finals["mat", 0].key: 10**12}
+    costs = forecast(todo, Speed("told", 1e12), spent=spent)
+    row = costs.strategies.set_index("strategy").loc["mat"]
+    assert costs.adaptive == [] and row["flops"] == row["critical_flops"] == 1e12 and row["hours"] == pytest.approx(1 / 3600)
+
+
 def test_predicted_times_stand_beside_measured_ones():
     phases = pd.DataFrame({
         "strategy": ["whole", "whole", "pieces", "pieces"], "seed": [0, 1, 0, 0],

@@ -165,21 +165,24 @@ class Forecast:
     machines: int
     devices: int  # of each machine, that train one phase together
     reference: str | None  # the strategy that others are compared with
+    adaptive: list[str]  # strategies that train adaptively, planned as if no unit ever rested
     phases: pd.DataFrame  # begin and end in hours; memory in bytes of a device
     strategies: pd.DataFrame
 
 
-def forecast(todo: Plan, speed: Speed, *, machines: int = 1) -> Forecast:
+def forecast(todo: Plan, speed: Speed, *, machines: int = 1, spent: dict[str, int] | None = None) -> Forecast:
     """Return what each strategy of a plan costs on so many machines, each with the settings' devices for one phase at a time.
 
-    Of phases that could begin, the one with the longest way to the end goes first, as `incubate run` does it.
+    `spent` has the FLOPs of phases that were trained, by their keys: with Modular Adaptive Training they are known only then. Of
+    phases that could begin, the one with the longest way to the end goes first, as `incubate run` does it.
     """
     if machines < 1:
         raise SettingsError(f"machines is {machines}; it must be at least 1")
-    devices, known, rows, totals = todo.experiment.settings.machine.team_size, {}, [], []
+    flops, settings = todo.flops | (spent or {}), todo.experiment.settings
+    devices, known, rows, totals = settings.machine.team_size, {}, [], []
     for (name, _), final in todo.finals.items():
         nodes = closure([final])
-        hours = {n.key: speed.seconds(n.settings.phase, n.settings.module_index, todo.flops[n.key]) / 3600 for n in nodes}
+        hours = {n.key: speed.seconds(n.settings.phase, n.settings.module_index, flops[n.key]) / 3600 for n in nodes}
         places = _schedule(nodes, {key: time / devices for key, time in hours.items()}, machines)
         own = []
         for node in nodes:
@@ -189,21 +192,25 @@ def forecast(todo: Plan, speed: Speed, *, machines: int = 1) -> Forecast:
                 "strategy": name, "phase": node.settings.phase,
                 "module": None if node.settings.module_index is None else node.settings.module_index + 1,
                 "epochs": node.settings.training.epochs if node.settings.training else 0.0,
-                "steps": _steps(node), "flops": float(todo.flops[node.key]), "device_hours": hours[node.key],
+                "steps": _steps(node), "flops": float(flops[node.key]), "device_hours": hours[node.key],
                 "begin": begin, "end": end, "machine": machine, "images": images,
                 "memory": _memory(node, known).peak(images) if images else 0,
             })  # fmt: skip
         rows += own
         table = pd.DataFrame(own)
         totals.append({
-            "strategy": name, "flops": table["flops"].sum(), "critical_flops": float(_longest(final, todo.flops)),
+            "strategy": name, "flops": table["flops"].sum(), "critical_flops": float(_longest(final, flops)),
             "device_hours": table["device_hours"].sum(), "hours": table["end"].max(), "memory": int(table["memory"].max()),
         })  # fmt: skip
     phases = pd.DataFrame(rows).astype({"module": "Int64"})
-    whole = [name for name, _ in todo.finals if todo.experiment.settings.strategies[name].kind == "end_to_end"]
-    free = [name for name in whole if not todo.experiment.settings.is_matched(name)]
-    settings, reference = todo.experiment.settings, next(iter([*free, *whole]), None)
-    return Forecast(settings.name, str(settings.model), speed, machines, devices, reference, phases, pd.DataFrame(totals))
+    whole = [name for name, _ in todo.finals if settings.strategies[name].kind == "end_to_end"]
+    free = [name for name in whole if not settings.is_matched(name)]
+    reference = next(iter([*free, *whole]), None)
+    adaptive = [name for (name, _), final in todo.finals.items()
+                if any(node.settings.mat and node.key not in (spent or {}) for node in closure([final]))]  # fmt: skip
+    return Forecast(
+        settings.name, str(settings.model), speed, machines, devices, reference, adaptive, phases, pd.DataFrame(totals)
+    )
 
 
 def _schedule(nodes: list[Node], hours: dict[str, float], machines: int) -> dict[str, tuple[float, float, int]]:

@@ -101,7 +101,8 @@ def _the_run(results: Results, run: Plan) -> list[str]:
         parts.append("<h2>Learning curves</h2>" + _image(all_curves(results), "learning curves of all phases"))
     machines = max(len(run.experiment.facts.target_depths), 1)
     if machines > 1:
-        costs = forecast(one, speed_of(results), machines=machines)
+        spent = {node.key: summary["train_flops"] for node in one.nodes if (summary := node.summary())}
+        costs = forecast(one, speed_of(results), machines=machines, spent=spent)
         parts.append("<h2>With a machine for every module</h2>" + _image(gantt(costs), "when each phase would run"))
         parts.append(_table(strategies_table(costs), index=True))
         parts.append(

@@ -102,6 +102,10 @@ def in_words(costs: Forecast) -> str:
             f"{label(name)}: {ratio['flops']:.2f} times the FLOPs of {label(costs.reference)} ({costs.reference}), "
             f"{ratio['critical_flops']:.2f} times on the critical path."
         )
+    if costs.adaptive:
+        lines.append(
+            f"Planned as if nothing ever rested, because only training shows what does: {', '.join(map(label, costs.adaptive))}."
+        )
     if costs.machines > 1:
         lines.append(
             f"Side by side, end to end has one of the {costs.machines} machines and pieces have all of them. Where all devices "
