@@ -254,10 +254,10 @@ def plan(options: argparse.Namespace) -> int:
 
     with pd.option_context("display.width", 200, "display.max_columns", None):
         print(planner.strategies_table(costs), planner.phases_table(costs).to_string(index=False), sep="\n\n")
-        print("\n" + planner.in_words(costs))
-        if measured:
-            table = forecast.against_measured(measured, speed)
-            print(f"\n{planner.against_table(table).to_string(index=False)}\n\n{planner.against_in_words(table)}")
+    print("\n" + planner.in_words(costs))
+    if measured:
+        table = forecast.against_measured(measured, speed)
+        print(f"\n{planner.against_table(table).to_string(index=False)}\n\n{planner.against_in_words(table)}")
     if options.figure:
         planner.gantt(costs).savefig(options.figure, dpi=150)
         print(f"wrote {options.figure}")

@@ -26,6 +26,7 @@ from incubate_lib.report.tables import (
     hardware,
     label,
     published,
+    published_runs,
     results_folder,
     settings_table,
 )
@@ -162,11 +163,10 @@ def _both(cells: Sequence[dict[str, Any]], column: str) -> str:
 
 def _published_rows() -> list[dict[str, Any]]:
     rows = []
-    for path in sorted(results_folder().glob("*_curves.csv")):
-        name = path.stem.removesuffix("_curves")
+    for name in published_runs():
         row = dict.fromkeys(COLUMNS, "") | {"name": PUBLISHED + name, "state": "published", "settings": name, "seeds": None}
         try:
-            table = pd.read_csv(path.with_name(f"{name}.csv"))
+            table = pd.read_csv(results_folder() / f"{name}.csv")
             by_strategy = table.groupby("strategy", sort=False)["accuracy"]
             row |= {
                 "date": str(table["date"].max())[:16].replace("T", " "), "seeds": table["seed"].nunique(),

@@ -83,7 +83,7 @@ def measured_speed(name: str) -> Speed:
 def speed_of(results: Results) -> Speed:
     """Return the speed at which a run trained, for each kind of phase."""
     trained = results.phases[results.phases["flops"] > 0]
-    kinds = [_kind(p.phase, None if pd.isna(p.module_index) else int(p.module_index)) for p in trained.itertuples()]
+    kinds = [_kind(phase.phase, phase.module_index) for phase in trained.itertuples()]
     sums = trained.groupby(kinds)[["flops", "seconds"]].sum()
     rates = sums["flops"] / sums["seconds"]
     whole = trained["flops"].sum() / trained["seconds"].sum()
@@ -91,7 +91,7 @@ def speed_of(results: Results) -> Speed:
 
 
 def _kind(phase: str, module_index: int | None) -> str:
-    """Return the name under which a phase's speed is measured."""
+    """Return the name under which a phase's speed is measured; only those that incubate need an index."""
     if phase == "incubate":
         return f"incubate-{module_index}"
     return "meta" if phase == "meta" else "end_to_end"
@@ -303,11 +303,10 @@ def against_measured(results: Results, speed: Speed) -> pd.DataFrame:
     for strategy, phases in trained.groupby("strategy", sort=False):
         own = []
         for (phase, module), seeds in phases.groupby(["phase", "module_index"], sort=False, dropna=False):
-            index = None if pd.isna(module) else int(module)
             flops, seconds = seeds["flops"].mean(), seeds["seconds"]
             own.append({
-                "phase": phase, "module": None if index is None else index + 1, "flops": flops, "measured": seconds.mean(),
-                "spread": seconds.std(), "predicted": speed.seconds(phase, index, flops),
+                "phase": phase, "module": module + 1, "flops": flops, "measured": seconds.mean(), "spread": seconds.std(),
+                "predicted": speed.seconds(phase, module, flops),
             })  # fmt: skip
         whole = phases.groupby("seed")["seconds"].sum()
         sums = {column: sum(row[column] for row in own) for column in ("flops", "predicted")}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from incubate_lib.pipeline.graph import Plan
+from incubate_lib.pipeline.graph import Plan, closure
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import mat, plots
 from incubate_lib.report.curves import all_curves
@@ -99,7 +99,7 @@ def _the_run(results: Results, run: Plan) -> list[str]:
     parts = [f"<h2>The phases of seed {seed}</h2>" + _image(graph.figure(), "the graph of phases, each with its state")]
     if len(results.curves):
         parts.append("<h2>Learning curves</h2>" + _image(all_curves(results), "learning curves of all phases"))
-    machines = max(len(run.experiment.facts.target_depths), 1)
+    machines = len(run.experiment.facts.target_depths)
     if machines > 1:
         spent = {node.key: summary["train_flops"] for node in one.nodes if (summary := node.summary())}
         costs = forecast(one, speed_of(results), machines=machines, spent=spent)
@@ -109,14 +109,14 @@ def _the_run(results: Results, run: Plan) -> list[str]:
             f'<p class="note">Seed {seed} on {machines} machines, each as fast as this run was; training only, without judging, '
             "reading and saving. Notebook 08 plans other machines and other budgets.</p>"
         )
-    drawn = set()
-    for name in names:
-        incubated = results.phases[(results.phases["strategy"] == name) & (results.phases["phase"] == "incubate")]
-        sizes = tuple(incubated["parameters"])
-        if sizes and sizes not in drawn:  # most strategies differ in how modules start, not in what they are
-            drawn.add(sizes)
-            title = f"What each worker trains: {label(name)}"
-            parts.append(f"<h2>{html.escape(title)}</h2>{_image(hybrids_figure(one, name), title)}")
+    kinds: dict[bool, str] = {}  # strategies differ in how modules start; what trains is one of two things
+    for (name, _), final in one.finals.items():
+        for node in closure([final]):
+            if node.settings.phase == "incubate":
+                kinds.setdefault(node.settings.imitate, name)
+    for name in kinds.values():
+        title = f"What each worker trains: {label(name)}"
+        parts.append(f"<h2>{html.escape(title)}</h2>{_image(hybrids_figure(one, name), title)}")
     difference = settings_difference(one, names)
     if len(names) > 1 and len(difference):
         parts.append("<h2>What the strategies differ in</h2>" + _table(difference, index=True))

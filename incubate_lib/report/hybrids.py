@@ -98,11 +98,11 @@ def hybrid_figure(given: Settings | Plan, strategy: str, index: int) -> Figure:
 
 def hybrids_figure(given: Settings | Plan, strategy: str) -> Figure:
     """Draw the hybrids of all modules, and the whole network: what `hybrid_viewer` shows one by one."""
-    return _all(_modules(given, strategy), strategy)
+    nodes = _modules(given, strategy)
+    return _all(nodes, strategy, Known(nodes[0]))
 
 
-def _all(nodes: Sequence[Node], strategy: str, known: Known | None = None) -> Figure:
-    known = known or Known(nodes[0])
+def _all(nodes: Sequence[Node], strategy: str, known: Known) -> Figure:
     return _draw([*(_hybrid(nodes, i, known) for i in range(len(nodes))), _whole(nodes[0], known)], strategy)
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from incubate_lib.config import SettingsError
 from incubate_lib.report import mat, plots
-from incubate_lib.report.tables import Results, published, results_folder
+from incubate_lib.report.tables import Results, published, published_runs, results_folder
 
 
 def publish(results: Results) -> list[Path]:
@@ -29,14 +29,11 @@ def redraw() -> list[Path]:
     from incubate_lib.report import studies, study_plots
 
     written = []
-    for path in sorted(results_folder().glob("*.csv")):
-        if path.stem.startswith("bench_"):
-            table = pd.read_csv(path)
-            written += [_draw_growth(table, path.stem)] if "series" in table else []
-        elif path.stem.startswith("study_"):
-            continue
-        elif not path.stem.endswith(("_phases", "_curves", "_mntk")):
-            written += _draw(published(path.stem))
+    for path in sorted(results_folder().glob("bench_*.csv")):
+        table = pd.read_csv(path)
+        written += [_draw_growth(table, path.stem)] if "series" in table else []
+    for name in published_runs():
+        written += _draw(published(name))
     for name in studies.published_studies():
         written += study_plots.draw(studies.published(name))
     return written

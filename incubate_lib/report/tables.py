@@ -113,14 +113,18 @@ def _units_of(node: Node, summary: dict) -> list[dict]:
 
 def published(name: str) -> Results:
     """Read the tracked tables of an experiment; SettingsError if there are none of that name."""
-    known = [path.name.removesuffix("_phases.csv") for path in sorted(results_folder().glob("*_phases.csv"))]
-    if name not in known:
+    if name not in (known := published_runs()):
         raise SettingsError(f"no published run {name!r}; {nearest(name, known)}; `incubate report PRESET --publish` makes one")
     read = [pd.read_csv(results_folder() / f"{name}{part}.csv") for part in ("", "_phases", "_curves")]
     phases, curves = (table.astype({"module_index": "Int64"}) for table in read[1:])
     path = results_folder() / f"{name}_mntk.csv"
     kernels = pd.read_csv(path).astype({"module_index": "Int64"}) if path.exists() else pd.DataFrame(columns=MNTK_COLUMNS)
     return Results(name, read[0], phases.reindex(columns=PHASE_COLUMNS), curves, kernels, published=True)
+
+
+def published_runs() -> list[str]:
+    """Return the names of experiments that have tracked tables; studies and benches have other ones."""
+    return [path.name.removesuffix("_curves.csv") for path in sorted(results_folder().glob("*_curves.csv"))]
 
 
 def results_folder() -> Path:
