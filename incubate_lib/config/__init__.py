@@ -9,6 +9,7 @@ from incubate_lib.config.models import DEFAULT_MACHINE as DEFAULT_MACHINE
 from incubate_lib.config.models import PhaseSettings as PhaseSettings
 from incubate_lib.config.models import Settings as Settings
 from incubate_lib.config.models import told as told
+from incubate_lib.config.sections import LARGEST_SEED as LARGEST_SEED
 from incubate_lib.config.sections import MADE as MADE
 from incubate_lib.config.sections import DataSettings as DataSettings
 from incubate_lib.config.sections import Frozen as Frozen
@@ -17,4 +18,6 @@ from incubate_lib.config.sections import MATSettings as MATSettings
 from incubate_lib.config.sections import ModelSettings as ModelSettings
 from incubate_lib.config.sections import SettingsError as SettingsError
 from incubate_lib.config.sections import TrainingSettings as TrainingSettings
+from incubate_lib.config.sections import check_name as check_name
+from incubate_lib.config.sections import in_a_line as in_a_line
 from incubate_lib.config.sections import nearest as nearest

@@ -11,7 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from incubate_lib.config.models import STRATEGIES, UNCUT, Settings, told
-from incubate_lib.config.sections import SettingsError, nearest
+from incubate_lib.config.sections import SettingsError, nearest, shortened
+
+LONGEST_FOLDER = 3000  # bytes; Linux opens paths of 4,095, and runs' names, strategies' and files' stand below the data folder
 
 
 def presets() -> dict[str, Path]:
@@ -25,9 +27,9 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
     path = presets().get(preset)
     if path is None:
         path = Path(preset)
-        if path.is_dir():
+        if os.path.isdir(path):
             raise SettingsError(f"{preset} is a folder; give a preset ({', '.join(presets())}) or a .yaml file")
-        if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        if path.suffix not in (".yaml", ".yml") and not os.path.isfile(path):
             raise SettingsError(f"unknown preset {preset!r}; {nearest(preset, presets())}, or give a .yaml file")
     raw = read_yaml(path)
     raw.setdefault("name", path.stem)
@@ -45,7 +47,7 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
     for override in overrides:
         _override(raw, override)
     raw["overrides"] = list(overrides)
-    settings = _validate(raw, " ".join([path.name, *(f"--set {override}" for override in overrides)]))
+    settings = _validate(raw, " ".join([path.name, *(f"--set {shortened(override)}" for override in overrides)]))
     for name in settings.run:
         settings.strategy(name)
     for override in overrides:
@@ -133,5 +135,13 @@ def _validate(raw: dict[str, Any], where: str) -> Settings:
 
 
 def data_folder() -> Path:
-    """Return the folder of datasets, runs and results: $INCUBATE_DATA, or `data/` of the project."""
-    return Path(os.environ.get("INCUBATE_DATA") or Path(__file__).resolve().parents[2] / "data").absolute()
+    """Return the folder of datasets, runs and results: $INCUBATE_DATA, or `data/` of the project.
+
+    Raises SettingsError where no path below it could be opened, because it or a part of it is too long already.
+    """
+    folder = Path(os.environ.get("INCUBATE_DATA") or Path(__file__).resolve().parents[2] / "data").absolute()
+    if len(os.fsencode(folder)) > LONGEST_FOLDER or any(len(os.fsencode(part)) > 255 for part in folder.parts):
+        raise SettingsError(
+            f"INCUBATE_DATA {str(folder)[:60]}… is too long: {LONGEST_FOLDER} bytes are possible, and 255 for each folder's name"
+        )
+    return folder

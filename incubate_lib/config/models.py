@@ -7,9 +7,10 @@ computed, and is not.
 
 import hashlib
 import json
+from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
 
 from incubate_lib.config.sections import (
     ARRAYS,
@@ -18,16 +19,20 @@ from incubate_lib.config.sections import (
     MachineSettings,
     MATSettings,
     ModelSettings,
+    Name,
     PartitionSettings,
+    Seed,
     SettingsError,
     TrainingSettings,
+    check_name,
     nearest,
+    shortened,
 )
 
 PhaseName = Literal["meta", "incubate", "assemble", "finetune", "end_to_end"]
 FORMAT = 3  # of everything a phase's result depends on besides its settings; raise it when old results must not be reused
 
-StrategyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+StrategyName = Annotated[str, AfterValidator(partial(check_name, dots=False))]  # `--set strategies.NAME.…` has the dots
 
 
 # The same fields, all optional: what differs from `training`. Ranges are checked when the layers are merged.
@@ -183,7 +188,7 @@ DEFAULT_MACHINE = MachineSettings()
 class Settings(Frozen):
     """Everything one experiment needs. Presets and users' files have exactly these fields."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     description: str = ""
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
@@ -208,6 +213,10 @@ class Settings(Frozen):
             self.partition.depths(self.model.depth)
         if "meta" in self.strategies:
             raise ValueError("strategies.meta: that name is taken, for the folder of the shared meta model")
+        alike: dict[str, str] = {"meta": "the folder of the shared meta model, meta,"}
+        for name in self.strategies:
+            if (other := alike.setdefault(name.lower(), name)) != name:
+                raise ValueError(f"strategies.{name} and {other} differ in case only, which not every file system tells apart")
         if self.machine.download and self.data.source not in ARRAYS and not self.data.source.startswith(("torch/", "hfds/")):
             raise ValueError(
                 f"machine.download is for torchvision's and Hugging Face's sets, not for data.source {self.data.source!r}"
@@ -332,7 +341,7 @@ class PhaseSettings(Frozen):
     """Everything that one phase's result depends on, resolved; `config.json` in its folder. Its hash is its identity."""
 
     phase: PhaseName
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     data: DataSettings
     model: ModelSettings
     target_depths: list[int]
@@ -374,14 +383,15 @@ def told(error: ValidationError, model: type[Frozen] = Settings) -> str:
     """Say in a line or two what is wrong with values of a model: field, value, and what would be right."""
     lines = []
     for item in error.errors()[:3]:
-        field = ".".join(str(part) for part in item["loc"])
+        field = ".".join(str(part) for part in item["loc"] if part != "[key]")
+        field = shortened(field)
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown field {field!r}; {nearest(str(item['loc'][-1]), _fields_at(item['loc'][:-1], model))}")
         elif item["type"] == "missing":
             lines.append(f"{field} is missing")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            value = "" if isinstance(item["input"], dict) else f" is {item['input']!r}:"
+            value = "" if isinstance(item["input"], dict) else f" is {shortened([item['input']])[1:-1]}:"
             lines.append(f"{field}{value} {message}".strip())
     return "; ".join(dict.fromkeys(lines))
 

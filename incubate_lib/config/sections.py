@@ -1,13 +1,40 @@
 """The sections of a settings file: images, network, partition, recipe, machine; each checks what is within it."""
 
 import difflib
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 UnitKind = Literal["heads", "sublayers", "blocks", "conv_layers", "filters"]  # method/units.py
 Share = Annotated[float, Field(ge=0, lt=1)]
+LONGEST_NAME = 100  # of the 255 bytes that a file's name can have; tables, figures and variants add to it
+LARGEST_SEED = 2**63 - 1
+
+
+def check_name(name: str, *, dots: bool = True) -> str:
+    """Return a name that becomes a part of paths; ValueError unless it can be one everywhere, with nothing to escape."""
+    sign = "[A-Za-z0-9._-]" if dots else "[A-Za-z0-9_-]"
+    if len(name) > LONGEST_NAME or not re.fullmatch(f"[A-Za-z0-9]{sign}*", name):
+        raise ValueError(
+            f"a name has at most {LONGEST_NAME} letters (a to z), digits, {'dots, ' * dots}dashes and underscores, and begins "
+            "with a letter or digit"
+        )
+    return name
+
+
+def check_label(text: str) -> str:
+    """Return words that head a column or stand in one; ValueError unless they are one line of readable length."""
+    if not text.strip() or not text.isprintable() or len(text) > LONGEST_NAME:
+        raise ValueError(f"it must be 1 to {LONGEST_NAME} printable characters in one line")
+    return text
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+Label = Annotated[str, AfterValidator(check_label)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
 class SettingsError(ValueError):
@@ -81,8 +108,22 @@ class DataSettings(Frozen):
         return self.source not in (*MADE, *ARRAYS) and not self.in_memory
 
 
+WEIGHTS = "trained ones are read with strategies.<name>.weights"
+LOADING = ("pretrained", "checkpoint", "cache_dir")  # timm's arguments that begin so say which weights to load, and whence
+ELSEWHERE = {  # timm's arguments that follow from other settings → what to do instead
+    "num_classes": "it follows from the images",
+    "drop_path_rate": "set training.drop_path",
+    "drop_path": "set training.drop_path",
+    "device": "phases train on the machine's GPUs where it has some; how many is set by machine.devices",
+    "dtype": "set precision",
+}
+
+
 class ModelSettings(Frozen):
-    """Any timm Vision Transformer by name; a field left out keeps timm's value for that name."""
+    """Any timm Vision Transformer by name; a field left out keeps timm's value for that name.
+
+    Weights are always random: what would have timm load some is refused here, before timm sees it.
+    """
 
     name: str = "vit_tiny_patch16_224"
     img_size: Positive | None = None  # pixels
@@ -101,7 +142,29 @@ class ModelSettings(Frozen):
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
         if doubled := sorted(set(self.options) & set(type(self).model_fields)):
             raise ValueError(f"options.{doubled[0]} is a field of its own: set model.{doubled[0]}")
+        if elsewhere := sorted(set(self.options) & set(ELSEWHERE)):
+            raise ValueError(f"options.{elsewhere[0]} is not set here: {ELSEWHERE[elsewhere[0]]}")
+        for where, value in _leaves(self.options, "options"):
+            name = where.rpartition(".")[2]
+            if name.startswith(LOADING):
+                raise ValueError(f"{where} has timm load weights, but every network here begins with random ones; {WEIGHTS}")
+            if name == "weight_init" and value == "skip":
+                raise ValueError(
+                    f"{where} 'skip' leaves weights as the memory happens to be; leave it out, or name a scheme of timm"
+                )
         return self
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        if not name.isprintable() or any(sign in name for sign in ":/\\"):
+            raise ValueError(f"a plain name of timm is needed, not a place to load from; {WEIGHTS}")
+        if "." in name:
+            plain = name.partition(".")[0]
+            raise ValueError(
+                f"the part after the dot names weights, and every network begins with random ones: write {plain}; {WEIGHTS}"
+            )
+        return name
 
     def timm_arguments(self) -> dict[str, Any]:
         """Return the arguments that were set, for `timm.create_model`."""
@@ -109,6 +172,13 @@ class ModelSettings(Frozen):
 
     def __str__(self) -> str:
         return " ".join([self.name, *(f"{name}={value}" for name, value in self.timm_arguments().items())])
+
+
+def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield every value within mappings and lists, and these themselves, with its place: ("options.a.b", 3)."""
+    yield where, value
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _leaves(inner, f"{where}.{key}")
 
 
 class PartitionSettings(Frozen):
@@ -249,3 +319,14 @@ def nearest(name: str, known: Any) -> str:
     """Return the most similar names, or all of them, as the end of an error message."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known)}"
+
+
+def in_a_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind if it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def shortened(value: Any) -> str:
+    """Return a value as it would be written, on one line, and only the beginning of a very long one."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from incubate_lib.config.files import load_settings, presets, read_yaml, yaml_value
 from incubate_lib.config.models import Settings, told
-from incubate_lib.config.sections import Frozen, SettingsError, nearest
+from incubate_lib.config.sections import Frozen, Label, Name, Seed, SettingsError, nearest
 
 BASELINE = "end_to_end"
 
@@ -22,7 +22,7 @@ class Rates(Frozen):
     """
 
     values: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # judged on images cut from the training images
+    seeds: list[Seed] = Field(min_length=1)  # judged on images cut from the training images
     at: dict[str, str] = {}  # axis → its value at which rates are chosen for all others; axes left out: chosen at each value
 
     @model_validator(mode="after")
@@ -48,14 +48,14 @@ class Cell(Frozen):
 class Study(Frozen):
     """The fields of a study's file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     description: str = ""
     question: str = ""  # that it answers, for the notebook
     preset: str
     set: dict[str, Any] = {}  # field → value, in every cell
-    axes: dict[str, dict[str, dict[str, Any]]] = {}  # axis → value, for people → field → value
+    axes: dict[Label, dict[Label, dict[str, Any]]] = {}  # axis → value, for people → field → value
     strategies: list[str] = Field(min_length=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
     rates: Rates | None = None  # none: the preset's
 
     @model_validator(mode="after")

@@ -14,7 +14,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from incubate_lib.config import MATSettings, PhaseSettings, Settings, SettingsError, TrainingSettings, load_settings, told
+from incubate_lib.config import (
+    LARGEST_SEED,
+    MATSettings,
+    PhaseSettings,
+    Settings,
+    SettingsError,
+    TrainingSettings,
+    load_settings,
+    told,
+)
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.training.facts import Facts
@@ -35,6 +44,8 @@ def plan(
             raise SettingsError(f"{name} {', '.join(doubled)} is given twice")
     if any(seed < 0 for seed in seeds):
         raise SettingsError(f"seed {min(seeds)} is negative; seeds are 0 or larger")
+    if any(seed > LARGEST_SEED for seed in seeds):
+        raise SettingsError(f"a seed is larger than {LARGEST_SEED}, the largest there is")
     for name in strategies:
         settings.strategy(name)
     experiment = Experiment.of(settings, facts)

@@ -7,6 +7,7 @@ not in them, nor what devices that train one phase together lose by talking to e
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -127,14 +128,15 @@ def open_plan(
 def _settings(preset: str, overrides: Sequence[str]) -> Settings:
     from pathlib import Path
 
-    if preset in presets() or Path(preset).suffix in (".yaml", ".yml") or Path(preset).exists():
+    if preset in presets() or Path(preset).suffix in (".yaml", ".yml") or os.path.exists(preset):
         return load_settings(preset, list(overrides))
     import timm
 
     if not timm.is_model(preset):
         known = nearest(preset, [*presets(), *timm.list_models("vit*")])
         raise SettingsError(f"{preset!r} is no preset, no .yaml file and no timm model; {known}")
-    own = [f"name={preset.replace('.', '-')}", f"model={{name: {preset}}}", "partition={num_modules: 4}"]
+    name = preset.partition(".")[0]  # what follows names weights, which cost nothing
+    own = [f"name={name}", f"model={{name: {name}}}", "partition={num_modules: 4}"]
     return load_settings("imagenet-vit-b", [*own, *overrides])
 
 

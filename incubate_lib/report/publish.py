@@ -1,10 +1,10 @@
 """Put an experiment's results under version control: tables in data/results, and figures drawn from those tables."""
 
-import re
 from pathlib import Path
 
 import pandas as pd
 
+from incubate_lib import config
 from incubate_lib.config import SettingsError
 from incubate_lib.report import mat, plots
 from incubate_lib.report.tables import Results, published, published_runs, results_folder
@@ -51,9 +51,10 @@ def _draw(results: Results) -> list[Path]:
 
 def check_name(name: str) -> str:
     """Return the name under which a measurement is kept; SettingsError unless it can be part of a file's name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise SettingsError(f"--save {name!r}: use letters, digits, dots, dashes and underscores")
-    return name
+    try:
+        return config.check_name(name)
+    except ValueError as error:
+        raise SettingsError(f"--save {name!r}: {error}") from None
 
 
 def publish_bench(table: pd.DataFrame, name: str) -> list[Path]:

@@ -7,7 +7,7 @@ sees in a moment that everything is done. This module itself does not import tor
 from collections.abc import Iterable
 from typing import Any
 
-from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError
+from incubate_lib.config import Frozen, ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line
 
 
 class Facts(Frozen):
@@ -69,6 +69,7 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     shape = model_shape(settings.model)
     with torch.device("meta"):
         model = build_model(settings.model, settings.model.depth, num_classes, any_kind=settings.partition is None)
+        _check_output(model, settings.model, shape, num_classes)
         units = count_units(model)
     sizes, small, too_small = _small_images(settings, model, shape, num_classes)
     if settings.partition is None:
@@ -102,6 +103,35 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
         flops_per_image=flops | small, misfits=misfits, units=units, low_resolution=sizes,
         weights=_weights(settings, num_classes, target_depths, meta_depths),
     )  # fmt: skip
+
+
+def _check_output(model: Any, settings: ModelSettings, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raise SettingsError unless a network on the meta device gives a row of logits for each image, in training and after.
+
+    Of the blocks of a plain Vision Transformer, which change no shape, one is gone through.
+    """
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+
+    network = f"model.name {settings.name!r} with model.options {settings.options}"
+    blocks = model.blocks if type(model) is VisionTransformer else None
+    if blocks is not None:
+        model.blocks = blocks[:1]
+    for training in (False, True):
+        try:
+            with torch.no_grad():
+                logits = model.train(training)(torch.empty(2, *shape, device="meta"))  # batch norm cannot train on one image
+        except Exception as error:  # networks check their images by asserts and by failing somewhere inside
+            raise SettingsError(
+                f"{network} does not take images of {shape} (channels, height, width: model.in_chans, model.img_size): "
+                f"{in_a_line(error)}"
+            ) from None
+        found = tuple(getattr(logits, "shape", ())) or f"a {type(logits).__name__}"
+        if found != (2, num_classes):
+            what = f"{found} for two images" + (" in training" if training else "")
+            raise SettingsError(f"{network} gives {what}, where logits are (2, {num_classes}): a row for each image")
+    if blocks is not None:
+        model.blocks = blocks
 
 
 def _small_images(

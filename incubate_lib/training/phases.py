@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, ModelSettings, PhaseSettings, SettingsError, nearest
+from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, ModelSettings, PhaseSettings, SettingsError, in_a_line, nearest
 from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.training.data import load_data
@@ -38,7 +38,7 @@ def build_model(
 ) -> nn.Module:
     """Return a randomly initialised timm ViT of `depth` blocks (None: timm's own), or with `any_kind` any timm model.
 
-    SettingsError names what does not fit.
+    SettingsError names what does not fit, and weights that nothing initialised.
     """
     if not timm.is_model(settings.name):
         raise SettingsError(f"model.name: timm has no {settings.name!r}; {nearest(settings.name, timm.list_models())}")
@@ -46,12 +46,17 @@ def build_model(
     try:
         model = _create(settings.name, num_classes=num_classes, drop_path_rate=drop_path or None, **arguments)
     except Exception as error:  # timm checks its arguments by asserts and by failing somewhere inside
-        told = f"timm cannot build model.name {settings.name!r} with {arguments}: {error}"
+        told = f"timm cannot build model.name {settings.name!r} with {arguments}: {in_a_line(error)}"
         raise SettingsError(told if any_kind else f"{told} (only plain Vision Transformers can be taken apart)") from None
     if type(model) is not VisionTransformer and not any_kind:
         raise SettingsError(
             f"model.name {settings.name!r} is a {type(model).__name__}, not a plain timm VisionTransformer, and cannot be taken "
             "apart; without partition it can be trained end to end"
+        )
+    if unset := [name for name, tensor in model.state_dict().items() if not tensor.is_meta and tensor.isnan().any()]:
+        raise SettingsError(
+            f"timm leaves {len(unset)} tensor(s) of model.name {settings.name!r} with {arguments} without a start, first "
+            f"{unset[0]}; change model.options"
         )
     return model
 
@@ -60,7 +65,22 @@ def _create(name: str, **arguments: Any) -> nn.Module:
     if torch.get_default_device().type == "meta":  # nothing to initialise, and pretending to takes half of planning's time
         with contextlib.suppress(TypeError):  # not all networks know how to skip it
             return timm.create_model(name, weight_init="skip", **arguments)
-    return timm.create_model(name, **arguments)
+    with _unset_memory_is_nan():
+        return timm.create_model(name, **arguments)
+
+
+@contextlib.contextmanager
+def _unset_memory_is_nan() -> Iterator[None]:
+    """Have torch fill new tensors with NaN where it would leave what the memory held, so that nobody trains from that."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    exactly, only_warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(exactly, warn_only=only_warned)
 
 
 def timm_arguments(settings: ModelSettings) -> dict[str, Any]:

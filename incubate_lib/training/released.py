@@ -9,6 +9,7 @@ as no architecture of timm but vit_huge_patch14_clip_224, once its first norm is
 
 import argparse
 import math
+import os
 import re
 import zipfile
 from collections.abc import Sequence
@@ -19,15 +20,16 @@ import torch
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from incubate_lib.config import ModelSettings, SettingsError
+from incubate_lib.config import ModelSettings, SettingsError, in_a_line
 from incubate_lib.method.incubation import assemble
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.training.phases import build_model
-from incubate_lib.training.weights import check_fits, check_free, save_timm
+from incubate_lib.training.weights import check_fits, check_free, check_values, first, save_timm
 
 State = dict[str, Tensor]
 NAMES = {width: f"vit_{size}_patch16_224" for width, size in {192: "tiny", 384: "small", 768: "base", 1024: "large"}.items()}
 NAMES[1280] = "vit_huge_patch14_224"
+WRAPPERS = {"module", "_orig_mod", "model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # DDP, compile, Lightning …
 WITHOUT_QKV_BIAS = "vit_huge_patch14_clip_224"
 
 
@@ -60,7 +62,7 @@ def read_released(
     SettingsError for a file that cannot be read safely, whose copies disagree, or that is not a plain ViT classifier,
     with the first names and shapes, and for files in another order than their target modules.
     """
-    found = [_read(Path(path).expanduser()) for path in files]
+    found = [_read(Path(os.path.expanduser(path))) for path in files]
     stages = found[0]
     if len(files) > 1:
         _check_order(files, found)
@@ -98,14 +100,20 @@ def _read(path: Path) -> list[State]:
         again = _joined(parts)
         check_fits(whole, again, f"{path}: {what}", "the flat state dict")
         if unequal := [f"{key} {tuple(again[key].shape)}" for key in whole if not _equal(whole[key], again[key])]:
-            more = f", and {len(unequal) - 3} more" if len(unequal) > 3 else ""
-            raise SettingsError(f"{path}: {what} disagrees with the flat state dict in {', '.join(unequal[:3])}{more}")
+            raise SettingsError(f"{path}: {what} disagrees with the flat state dict in {first(unequal)}")
     return stages or copies or [whole]
 
 
 def _load(path: Path) -> dict[str, Any]:
     """Return what is in a torch file, without running anything that is in it."""
+    if path.exists() and not path.is_file():
+        raise SettingsError(f"cannot read {path}: it is a folder or a device, not a file")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # every record has a CRC, which torch.load does not check
+            if damaged:
+                raise ValueError(f"{damaged} is not what its checksum says")
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released code's options; a class without code
             raw = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
@@ -116,7 +124,7 @@ def _load(path: Path) -> dict[str, Any]:
                 f"{path} is refused: it holds {culprit[1]}, and reading that could run code; "
                 "only tensors, plain values and argparse.Namespace are read"
             ) from None
-        raise SettingsError(f"{path} is not a sound torch checkpoint: {str(error).splitlines()[0]}") from None
+        raise SettingsError(f"{path} is not a sound torch checkpoint: {in_a_line(error)}") from None
     if not isinstance(raw, dict):
         raise SettingsError(f"{path} holds a {type(raw).__name__}, not a checkpoint or state dict")
     return raw
@@ -125,7 +133,14 @@ def _load(path: Path) -> dict[str, Any]:
 def _tensors(path: Path, state: Any) -> State:
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise SettingsError(f"{path} holds no state dict where one should be (under model, state_dict or model_stages, or alone)")
-    return {str(key).removeprefix("module.").removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
+    named: State = {}
+    for key, tensor in state.items():
+        name = ".".join(part for part in str(key).split(".") if part not in WRAPPERS)
+        if name in named and not _equal(named[name], tensor):
+            raise SettingsError(f"{path} holds {name} twice, with different values, once as {key}")
+        named[name] = tensor
+    check_values(named, str(path))
+    return named
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -174,7 +189,10 @@ def _settings(whole: State, path: str, name: str | None, num_heads: int | None) 
     """Infer the architecture from names and shapes."""
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight")
     if missing := [key for key in needed if key not in whole]:
-        raise SettingsError(f"{path} is not a Vision Transformer's classifier: {', '.join(missing)} is missing")
+        raise SettingsError(
+            f"{path} is not a plain Vision Transformer's classifier of timm: {', '.join(missing)} is missing; "
+            f"it has {', '.join(list(whole)[:5])}" + (f" and {len(whole) - 5} more" if len(whole) > 5 else "")
+        )
     patches, positions = whole["patch_embed.proj.weight"].shape, whole["pos_embed"].shape
     grid = math.isqrt(max(0, positions[1] - 1)) if len(positions) == 3 else 0
     if not grid or grid**2 + 1 != positions[1] or len(patches) != 4 or patches[2] != patches[3]:

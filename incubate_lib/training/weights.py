@@ -3,13 +3,14 @@ And into a file: a network as a folder that timm loads, whole or not at all.
 """
 
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.config import SettingsError, data_folder
+from incubate_lib.config import SettingsError, data_folder, in_a_line
 from incubate_lib.training.runs import read_json
 
 
@@ -18,9 +19,9 @@ def weights_file(path: str | Path) -> Path:
 
     A relative path begins in the data folder, so that nothing depends on where a notebook's kernel was started.
     """
-    path = data_folder() / Path(path).expanduser()
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
+    path = data_folder() / os.path.expanduser(path)
+    file = path / "model.safetensors" if os.path.isdir(path) else path
+    if not os.path.isfile(file):
         raise SettingsError(f"weights {path}: there is no {file}; give a .safetensors file or a folder with model.safetensors")
     if file.suffix != ".safetensors":
         raise SettingsError(f"weights {path}: only .safetensors files are read; `incubate import` turns a checkpoint into one")
@@ -36,7 +37,8 @@ def sha256(path: Path) -> str:
 def load_into(model: Any, path: str | Path, expected_sha256: str | None = None) -> Any:
     """Load weights into a timm ViT, position embedding and patches resampled by timm if the resolution differs.
 
-    Raises SettingsError when the file is not the one that was planned with, or does not fit, with the first names.
+    Raises SettingsError when the file is not the one that was planned with, is damaged, holds what cannot be weights, or
+    does not fit, with the first names.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -45,10 +47,14 @@ def load_into(model: Any, path: str | Path, expected_sha256: str | None = None) 
     file = weights_file(path)
     if expected_sha256 and sha256(file) != expected_sha256:
         raise SettingsError(f"{file} is not the file it was when this experiment began; give the experiment another name")
+    summary = read_json(file.with_name("summary.json"))  # of a phase, if the file is its result
+    if isinstance(summary, dict) and summary.get("weights_sha256", "") not in ("", sha256(file)):
+        raise SettingsError(f"{file} is damaged: it is not the file that the summary.json beside it speaks of")
     try:
         given = load_file(file)
     except SafetensorError as error:
         raise SettingsError(f"{file} is not a sound .safetensors file: {error}") from None
+    check_values(given, str(file), model.state_dict())
     if "pos_embed" in given and given["pos_embed"].ndim == 3:
         given = checkpoint_filter_fn(given, model, interpolation="bicubic", antialias=True)
     check_fits(model.state_dict(), given, str(file))
@@ -61,49 +67,88 @@ def check_fits(own: dict[str, Any], given: dict[str, Any], what: str, whose: str
     """Raise SettingsError with the first names and shapes that differ between a model and what should go into it."""
     wrong = [f"{name}: the file has {tuple(given[name].shape)}, {whose} {tuple(own[name].shape)}"
              for name in own if name in given and given[name].shape != own[name].shape]  # fmt: skip
-    wrong += [f"{name} is missing" for name in own if name not in given]
-    wrong += [f"{name} is not in {whose}" for name in given if name not in own]
+    missing = [f"{name} is missing" for name in own if name not in given]
+    unknown = [f"{name} is not in {whose}" for name in given if name not in own]
+    wrong += [one for pair in itertools.zip_longest(missing, unknown) for one in pair if one]  # both are seen at once
     if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise SettingsError(f"{what} does not fit {whose}: {'; '.join(wrong[:3])}{more}")
+        raise SettingsError(f"{what} does not fit {whose}: {first(wrong)}")
+
+
+def check_values(given: dict[str, Any], what: str, own: dict[str, Any] | None = None) -> None:
+    """Raise SettingsError with the first names of tensors that cannot be weights: of whole or complex numbers, not finite.
+
+    What is of whole numbers in the model itself (`own`), such as the count of batches that batch norm keeps, may be so.
+    """
+    import torch
+
+    wrong = []
+    for name, tensor in given.items():
+        counts = own is not None and name in own and not own[name].is_floating_point()
+        if counts and tensor.dtype == own[name].dtype:
+            continue
+        if counts or not tensor.is_floating_point() or tensor.layout != torch.strided:
+            wrong.append(f"{name} is of {str(tensor.dtype).removeprefix('torch.')}, {str(tensor.layout).removeprefix('torch.')}")
+        elif bad := int((~tensor.float().isfinite()).sum()):  # as float32, in which all is trained
+            wrong.append(f"{name} has {bad} of {tensor.numel()} numbers that are NaN or infinite")
+    if wrong:
+        raise SettingsError(f"{what} holds no sound weights: {first(wrong)}")
+
+
+def first(wrong: Sequence[str]) -> str:
+    """Return the first three of many complaints, and how many there are besides."""
+    return "; ".join(wrong[:3]) + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
 def _check_config(model: Any, file: Path) -> None:
-    """Raise SettingsError where shapes agree and the network is another one: heads, eps, pooling, activation.
+    """Raise SettingsError where shapes agree and the Vision Transformer is another one: heads, eps, pooling, activation.
 
     What the file's network was stands in the config.json beside it, of timm or of a phase; without one there is no knowing.
     """
     import timm
     import torch
+    from timm.models.vision_transformer import VisionTransformer
 
     config = read_json(file.with_name("config.json"))
-    config = config if isinstance(config, dict) else {}
-    name, arguments = config.get("architecture"), config.get("model_args") or {}
-    if "phase" in config:
-        name, arguments = config["model"]["name"], config["model"] | config["model"]["options"]
-    if not isinstance(name, str) or not timm.is_model(name):
+    if not isinstance(model, VisionTransformer) or not isinstance(config, dict):
         return
-    unseen = ("embed_dim", "num_heads", "global_pool", "norm_layer", "act_layer")
-    told = {key: arguments[key] for key in unseen if arguments.get(key) is not None}
-    with torch.device("meta"):
-        other = timm.create_model(name, depth=1, **told)
-    ours, theirs = ({
-        "num_heads": m.blocks[0].attn.num_heads, "LayerNorm's eps": getattr(m.blocks[0].norm1, "eps", None),
-        "global_pool": m.global_pool, "activation": type(m.blocks[0].mlp.act).__name__,
-    } for m in (model, other))  # fmt: skip
+    try:
+        name, arguments = config.get("architecture"), config.get("model_args") or {}
+        if "phase" in config:
+            name, arguments = config["model"]["name"], config["model"] | config["model"]["options"]
+        if not isinstance(name, str) or not timm.is_model(name):
+            return
+        unseen = ("embed_dim", "num_heads", "global_pool", "norm_layer", "act_layer")
+        told = {key: arguments[key] for key in unseen if arguments.get(key) is not None}
+        with torch.device("meta"):
+            other = timm.create_model(name, depth=1, **told)
+        ours, theirs = ({
+            "num_heads": m.blocks[0].attn.num_heads, "LayerNorm's eps": getattr(m.blocks[0].norm1, "eps", None),
+            "global_pool": m.global_pool, "activation": type(m.blocks[0].mlp.act).__name__,
+        } for m in (model, other))  # fmt: skip
+    except Exception as error:  # what stands there is not of this project or of timm
+        raise SettingsError(
+            f"{file}: the config.json beside it tells of no network that timm knows: {in_a_line(error)}"
+        ) from None
     if wrong := [f"{key} {theirs[key]}, the model {ours[key]}" for key in ours if ours[key] != theirs[key]]:
         raise SettingsError(f"{file} does not fit the model: by its config.json ({name}) it has {'; '.join(wrong)}")
 
 
 def check_free(folder: str | Path) -> Path:
     """Return the path of a folder to be written; SettingsError if something is there already."""
-    folder = Path(folder).expanduser().absolute()
+    folder = Path(os.path.expanduser(folder)).absolute()
+    if len(os.fsencode(_half(folder).name)) > 255:
+        raise SettingsError(f"cannot write {folder}: its name is too long")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise SettingsError(f"{folder} is there already, and not an empty folder; it is left as it is: give another name")
     except OSError as error:
         raise SettingsError(f"cannot write {folder}: {error.strerror}") from None
     return folder
+
+
+def _half(folder: Path) -> Path:
+    """Return where a folder is written before it is whole."""
+    return folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
 
 
 def save_timm(
@@ -124,7 +169,7 @@ def save_timm(
         "fixed_input_size": own.get("fixed_input_size", False), "mean": list(mean), "std": list(std),
         "crop_pct": crop_pct, "crop_mode": "center", "interpolation": "bicubic", "classifier": own["classifier"],
     } | ({"first_conv": own["first_conv"]} if shape[0] == 3 else {})  # fmt: skip  # timm < 1.0.31 would adapt any other
-    half = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    half = _half(folder)
     try:
         half.mkdir(parents=True)
         save_for_hf(model, half, model_args=arguments, safe_serialization=True)
