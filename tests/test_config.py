@@ -1,13 +1,19 @@
 """Settings, and what bad input gets: a line or two, exit status 2, nothing written."""
 
+import inspect
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
+from pydantic import ValidationError
+from timm.models import build_model_with_cfg
 
 from incubate_lib.cli import main
 from incubate_lib.config import (
@@ -15,11 +21,15 @@ from incubate_lib.config import (
     MATSettings,
     ModelSettings,
     PhaseSettings,
+    Settings,
     SettingsError,
     TrainingSettings,
     load_settings,
     presets,
 )
+from incubate_lib.config.study import load_study
+from incubate_lib.training.facts import count
+from incubate_lib.training.phases import build_model
 
 RUN = ["run", "digits"]
 MAT = ["run", "mat-digits", "--strategies", "mat"]
@@ -129,7 +139,31 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--set", "strategies.deep_incubation.match=x"], "strategies.deep_incubation.match is 'x'"),
     ([*RUN, "--set", "strategies.deep_incubation.match_on=flops"], "match_on has no meaning for kind 'deep_incubation'"),
     ([*RUN, "--set", "strategies.meta={kind: end_to_end}"], "that name is taken"),
-    ([*RUN, "--set", "strategies.a/b={kind: end_to_end}"], "should match pattern"),
+    ([*RUN, "--set", "strategies.a/b={kind: end_to_end}"], "strategies.a/b is 'a/b': a name has at most 100 letters"),
+    ([*RUN, "--set", f"strategies.{'a' * 101}={{kind: end_to_end}}"], "a name has at most 100 letters (a to z), digits, dashes"),
+    ([*RUN, "--set", 'strategies={"a\\nb": {kind: end_to_end}}'], r"'strategies.a\nb' is 'a\nb': a name has"),
+    ([*RUN, "--set", "strategies.Growing={kind: end_to_end}"], "strategies.Growing and growing differ in case only"),
+    ([*RUN, "--set", "strategies.META={kind: end_to_end}"], "strategies.META and the folder of the shared meta model, meta,"),
+    ([*RUN, "--set", "name=.."], "name is '..': a name has at most 100 letters (a to z), digits, dots, dashes and underscores"),
+    ([*RUN, "--set", "name=a/b"], "name is 'a/b'"),
+    ([*RUN, "--set", 'name="a\\nb"'], r"name is 'a\nb'"),
+    ([*RUN, "--set", "name=grün"], "name is 'grün'"),
+    ([*RUN, "--set", f"name={'a' * 300}"], "aaa…: a name has at most 100 letters"),
+    ([*RUN, "--strategies", "a" * 300], "unknown strategy 'aaa"),
+    ([*RUN, "--seeds", str(2**63)], "a seed is larger than 9223372036854775807"),
+    (["run", "a" * 9000], "unknown preset 'aaa"),
+    (["plan", "a" * 9000], "is no preset, no .yaml file and no timm model"),
+    (["bench", "digits", "--save", "a" * 101], "a name has at most 100 letters"),
+    (["bench", "digits", "--save", "../a"], "--save '../a': a name has"),
+    (["study", "a" * 9000], "unknown study 'aaa"),
+    ([*RUN, "--set", f"strategies.tune={{kind: finetune, weights: {'a' * 9000}}}"], "give a .safetensors file or a folder"),
+    ([*RUN, "--set", "model.options={num_classes: 0}"], "options.num_classes is not set here: it follows from the images"),
+    ([*RUN, "--set", "model.options={drop_path_rate: 0.1}"], "options.drop_path_rate is not set here: set training.drop_path"),
+    ([*RUN, "--set", "model.options={weight_init: skip}"], "options.weight_init 'skip' leaves weights as the memory happens"),
+    ([*RUN, "--set", "model.name=resnet18.a1_in1k"], "names weights, and every network begins with random ones: write resnet18"),
+    ([*RUN, "--set", "model.name=hf-hub:timm/resnet18"], "a plain name of timm is needed, not a place to load from"),
+    ([*RUN, "--set", "model.options={global_pool: ''}"], "with model.options {'global_pool': ''} gives (2, 17, 10)"),
+    (["plan", "digits", "--set", "model.options={global_pool: ''}"], "where logits are (2, 10): a row for each image"),
     ([*RUN, "--set", "strategies={mine: 5}"], "strategies.mine is 5"),
     (["stop", "digits"], "nothing to stop"),
     (["report", "digits"], "there is no run of these settings"),
@@ -187,6 +221,103 @@ def test_bad_files(text, message, tmp_path, data_folder, capsys):
     assert main(["run", str(tmp_path / "mine.yaml")]) == 2
     assert message in capsys.readouterr().err
     assert not data_folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"name": "resnet10t", "img_size": 64, "options": {"global_pool": ""}},
+            "{'global_pool': ''} fails with images of (3, 64, 64)",
+        ),
+        (
+            {"name": "resnet10t", "img_size": 64, "options": {"features_only": True}},
+            "{'features_only': True} gives a list for two",
+        ),
+        ({"name": "inception_v3", "options": {"aux_logits": True}}, "{'aux_logits': True} gives a tuple for two images"),
+        ({"name": "vgg11", "img_size": 8}, "model.name 'vgg11' with model.options {} fails with images of (3, 8, 8)"),
+        ({"name": "vit_tiny_patch16_224", "options": {"global_pool": ""}}, "where logits are (2, 4): a row for each image"),
+    ],
+)
+def test_a_network_that_gives_no_row_of_logits_is_refused_while_planning(model, message):
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        count(Settings(name="mine", model=model, run=["end_to_end"]), 100, 4)
+
+
+# What of `create_model` and of what it hands its arguments to has nothing to do with weights.
+HARMLESS = {
+    "model_name", "scriptable", "exportable", "no_jit", "kwargs", "model_cls", "variant", "model_cfg", "feature_cfg",
+    "kwargs_filter",
+}  # fmt: skip
+
+
+def test_every_argument_of_timm_that_loads_weights_is_refused():
+    given = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
+    assert {"pretrained", "checkpoint_path", "pretrained_cfg_overlay", "cache_dir"} <= given - HARMLESS
+    for argument in given - HARMLESS:
+        for options in ({argument: True}, {"block_args": {argument: "x"}}, {"layers": [{argument: {"file": "x"}}]}):
+            with pytest.raises(ValidationError, match=rf"options\..*{argument}.*strategies.<name>.weights"):
+                ModelSettings(options=options)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "resnet10t", "swin_tiny_patch4_window7_224"])
+def test_two_builds_of_a_seed_have_the_same_weights_whatever_the_memory_holds(name):
+    def built():
+        junk = [torch.full((1000,), torch.rand(()).item()) for _ in range(100)]
+        del junk  # what is freed is what `torch.empty` gives next
+        torch.manual_seed(0)
+        return build_model(ModelSettings(name=name), None, 4, any_kind=True).state_dict()
+
+    assert all(torch.equal(one, other) for one, other in zip(built().values(), built().values(), strict=True))
+    assert not torch.are_deterministic_algorithms_enabled() or torch.cuda.is_available()
+
+
+def test_weights_that_timm_leaves_unset_are_refused(monkeypatch):
+    create = timm.create_model
+
+    def forgetful(name, **arguments):
+        model = create(name, **arguments)
+        model.head.weight = torch.nn.Parameter(torch.empty_like(model.head.weight))
+        return model
+
+    monkeypatch.setattr(timm, "create_model", forgetful)
+    with pytest.raises(SettingsError, match=r"leaves 1 tensor\(s\) of model.name 'vit_tiny.* without a start, first head.weight"):
+        build_model(ModelSettings(options={"qkv_bias": False}), 1, 4)
+
+
+@pytest.mark.parametrize("parts", [["a" * 300], ["a" * 200] * 18])
+def test_a_data_folder_with_a_name_that_is_too_long(parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path.joinpath(*parts)))
+    assert main(["run", "smoke"]) == 2
+    told = capsys.readouterr().err
+    assert "is too long: 3000 bytes are possible" in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["my file.yaml", "a" * 120 + ".yaml"])
+def test_a_file_whose_name_is_no_name_for_a_run(file, tmp_path, data_folder, capsys):
+    (tmp_path / file).write_text("run: [end_to_end]")
+    assert main(["run", str(tmp_path / file)]) == 2
+    assert "name is" in (told := capsys.readouterr().err) and "a name has at most 100" in told and not data_folder.exists()
+    (tmp_path / file).write_text("name: mine\nrun: [end_to_end]")
+    assert load_settings(str(tmp_path / file)).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a/b", "name is 'a/b': a name has"),
+        (f"name: {'a' * 101}", "a name has at most 100"),
+        ('axes: {"depth\\n": {a: {model.depth: 24}}}', "printable characters in one line"),
+        ('axes: {depth: {"a\\tb": {model.depth: 24}}}', "printable characters in one line"),
+        (f"axes: {{depth: {{{'a' * 101}: {{model.depth: 24}}}}}}", "it must be 1 to 100 printable"),
+        (f"seeds: [{2**63}]", "less than or equal to 9223372036854775807"),
+    ],
+)
+def test_names_in_a_study(text, message, tmp_path):
+    rest = "" if text.startswith("seeds") else "\nseeds: [0]"
+    (tmp_path / "mine.yaml").write_text(f"preset: digits\nstrategies: [end_to_end]\n{text}{rest}")
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        load_study(str(tmp_path / "mine.yaml"))
 
 
 def test_seeds_that_are_no_numbers(capsys):

@@ -3,6 +3,10 @@
 import itertools
 import json
 import os
+import shutil
+import struct
+import zipfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -78,6 +82,30 @@ def test_other_ways_to_save_the_same_network(wrap, tmp_path):
     assert config["architecture"] == "vit_base_patch16_224" and config["pretrained_cfg"]["crop_pct"] == 0.875
 
 
+PREFIXES = ["module._orig_mod.", "_orig_mod.module.", "module.module.", "model.", "model._orig_mod.", "_orig_mod.model.module."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_wrappers_are_taken_off_in_any_order(prefix, tmp_path):
+    original = network(3, width=128)
+    content = {"state_dict": {prefix + name: tensor for name, tensor in original.state_dict().items()}}
+    import_released([saved(tmp_path / "a.pth", content)], tmp_path / "ours")
+    assert same_logits(original, timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval())
+
+
+def test_wrappers_within_a_network_and_names_that_come_twice(tmp_path):
+    original = network(3, width=128)  # blocks that were compiled or wrapped one by one
+    names = {name: name.replace("blocks.1.", "blocks.1._orig_mod.").replace("attn.", "attn._checkpoint_wrapped_module.")
+             for name in original.state_dict()}  # fmt: skip
+    content = {names[name]: tensor for name, tensor in original.state_dict().items()}
+    _, (module,) = read_released([saved(tmp_path / "a.pth", content)])
+    assert same_logits(original, assemble([module]).eval())
+    read_released([saved(tmp_path / "b.pth", content | {"module.norm.bias": original.norm.bias.detach()})])
+    twice = saved(tmp_path / "c.pth", content | {"module.norm.bias": original.norm.bias.detach() + 1})
+    with pytest.raises(SettingsError, match=r"c.pth holds norm.bias twice, with different values, once as module.norm.bias"):
+        read_released([twice])
+
+
 def hybrids(tmp_path, targets, kind="B"):
     """A file for each target module of a known network, in a meta model whose other stages are shared."""
     final, meta = network(sum(targets), kind=kind, seed=1), network(len(targets), kind=kind, seed=2)
@@ -140,6 +168,50 @@ def test_code_in_a_file_is_refused_and_not_run(zipped, tmp_path, capsys):
     assert os.path.exists(trap)
 
 
+# Every way to name a file in settings: {bomb} is a pickle that makes a folder, {folder} holds it under the names that timm reads.
+SMALL = "model: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2, in_chans: 1}}\n"
+NAMED = [
+    "model: {{options: {{checkpoint_path: {bomb}}}}}",
+    "model: {{options: {{pretrained: true, pretrained_cfg: {{file: {bomb}}}}}}}",
+    "model: {{options: {{pretrained: true, pretrained_cfg_overlay: {{file: {bomb}}}}}}}",
+    "model: {{options: {{pretrained: true, pretrained_cfg: {{source: local-dir, file: {bomb}, custom_load: true}}}}}}",
+    "model: {{options: {{pretrained: true, cache_dir: {folder}}}}}",
+    "model: {{options: {{block_args: [{{checkpoint_path: {bomb}}}]}}}}",
+    "model: {{name: 'local-dir:{folder}'}}",
+    "model: {{name: 'local-dir:{folder}', options: {{pretrained: true}}}}",
+    "model: {{name: {bomb}}}",
+    SMALL + "strategies: {{mine: {{kind: finetune, weights: {bomb}}}}}",
+    SMALL + "strategies: {{mine: {{kind: finetune, weights: {folder}}}}}",
+    "model: {{options: {{act_layer: {bomb}}}}}",
+    "model: !!python/object/apply:os.mkdir ['{trap}']",
+]
+
+
+@pytest.mark.parametrize("text", NAMED)
+def test_no_settings_file_can_have_a_pickle_read(text, tmp_path, data_folder, capsys):
+    """With timm before 1.0.31 `checkpoint_path` ran what a file holds: it is refused here, whatever the version."""
+    trap, folder = tmp_path / "it ran", tmp_path / "folder"
+    folder.mkdir()
+    torch.save(network(2).state_dict() | {"head.bias": Evil(str(trap))}, tmp_path / "bomb.pth")
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        shutil.copy(tmp_path / "bomb.pth", folder / name)
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 4,
+        "model_args": {"checkpoint_path": str(tmp_path / "bomb.pth")},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    text = text.format(bomb=tmp_path / "bomb.pth", folder=folder, trap=trap)
+    more = "data: {source: synthetic}\n" + ("run: [mine]" if "mine" in text else "run: [end_to_end]")
+    (tmp_path / "downloaded.yaml").write_text(f"{text}\n{more}\n")
+    for command in ("run", "plan"):
+        assert main([command, str(tmp_path / "downloaded.yaml")]) == 2
+        assert (told := capsys.readouterr().err).count("\n") <= 2 and told.startswith("incubate: "), told
+        assert not trap.exists() and not data_folder.exists()
+    torch.load(tmp_path / "bomb.pth", weights_only=False)  # the trap is a real one
+    assert trap.exists()
+
+
 def changed(checkpoint, key, tensor=None, where=("model", "copies", "stages")):
     """Replace a weight of a released checkpoint (None: leave it out) in some of its three copies."""
     _, number, rest = key.split(".", 2) if key.startswith("blocks.") else (0, 0, 0)
@@ -169,6 +241,15 @@ def changed(checkpoint, key, tensor=None, where=("model", "copies", "stages")):
         (lambda c: changed(c, "pos_embed", torch.ones(1, 4, 16)), r"pos_embed \(1, 4, 16\) .* not those of a class token"),
         (lambda c: network(3).state_dict() | {"dist_token": torch.ones(1, 1, 16)}, "dist_token is not in the model"),
         (lambda c: {"model": 3}, "holds no state dict"),
+        (lambda c: {"state_dict": {f"encoder.{k}": v for k, v in network(3).state_dict().items()}},
+         "cls_token, .* is missing; it has encoder.cls_token, encoder.pos_embed, .* and [0-9]+ more"),
+        (lambda c: {k.replace("mlp.fc2", "mlp.second"): v for k, v in network(3).state_dict().items()},
+         "blocks.0.mlp.fc2.weight is missing; blocks.0.mlp.second.weight is not in the model"),
+        (lambda c: changed(c, "norm.bias", torch.full((16,), torch.nan)), r"norm.bias has 16 of 16 numbers that are NaN"),
+        (lambda c: changed(c, "norm.bias", torch.arange(16)), "norm.bias is of int64, strided"),
+        (lambda c: changed(c, "norm.bias", torch.ones(16, dtype=torch.complex64)), "norm.bias is of complex64"),
+        (lambda c: changed(c, "norm.bias", torch.ones(16).to_sparse()), "norm.bias is of float32, sparse_coo"),
+        (lambda c: changed(c, "norm.bias", torch.full((16,), 1e300, dtype=torch.float64)), "norm.bias has 16 of 16"),
         (lambda c: [1, 2], "holds a list, not a checkpoint"),
     ],
 )  # fmt: skip
@@ -179,14 +260,44 @@ def test_misfits_are_refused_by_name_and_shape(change, message, tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_taken(dtype, tmp_path):
+    original = network(2).to(dtype)
+    import_released([saved(tmp_path / "a.pth", original.state_dict())], tmp_path / "ours", num_heads=2)
+    model = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and same_logits(original.float(), model)
+
+
+def test_a_bit_that_flipped_is_found_wherever_it_is(tmp_path):
+    file = saved(tmp_path / "a.pth", released(network(2), [1, 1]))
+    with zipfile.ZipFile(file) as archive:
+        ends = [(info.header_offset, info.file_size) for info in archive.infolist() if "/data/" in info.filename]
+        records = [i.filename for i in archive.infolist()]
+    assert len(records) > 30
+    blob = bytearray(Path(file).read_bytes())
+    for offset, size in ends:
+        name, extra = struct.unpack("<HH", blob[offset + 26 : offset + 30])
+        place = offset + 30 + name + extra + size // 2  # in the middle of the tensor
+        blob[place] ^= 1
+        Path(file).write_bytes(blob)
+        with pytest.raises(SettingsError, match=r"is not a sound torch checkpoint: .* is not what its checksum says"):
+            read_released([file], num_heads=2)
+        blob[place] ^= 1
+    Path(file).write_bytes(blob)
+    read_released([file], num_heads=2)
+
+
 def test_what_cannot_be_imported_is_told(tmp_path, capsys, monkeypatch):
     file = saved(tmp_path / "a.pth", released(network(2), [1, 1]))
     (tmp_path / "text.pth").write_text("no checkpoint")
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("precious")
     for arguments, message in [
         ([tmp_path / "none.pth", tmp_path / "ours"], "cannot read"),
         ([tmp_path / "text.pth", tmp_path / "ours"], "is not a sound torch checkpoint"),
+        ([tmp_path / "pipe", tmp_path / "ours"], "it is a folder or a device, not a file"),
+        ([file, tmp_path / ("a" * 250)], "its name is too long"),
         ([file, tmp_path / "taken"], "taken is there already"),
         ([file, tmp_path / "text.pth" / "ours", "--num-heads", "2"], "cannot write"),
         ([file, tmp_path / "ours"], "width 16 does not tell the number of heads; give --num-heads"),
@@ -205,4 +316,4 @@ def test_what_cannot_be_imported_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("timm.models.save_for_hf", killed)
     with pytest.raises(KeyboardInterrupt):
         import_released([file], tmp_path / "ours", num_heads=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "taken", "text.pth"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "pipe", "taken", "text.pth"]

@@ -13,7 +13,7 @@ from checkpoints import images_of, network, released, saved
 from safetensors.torch import load_file, save_file
 
 from incubate_lib.cli import main
-from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.config import ModelSettings, SettingsError, load_settings
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.export import export
 from incubate_lib.report.tables import from_plan
@@ -123,6 +123,56 @@ def test_weights_that_do_not_fit_are_told_by_the_planner(tmp_path, data_folder):
     ]:
         with pytest.raises(SettingsError, match=message):
             load_into(meta, place)
+
+
+def test_a_file_that_holds_no_sound_weights_is_told_and_not_the_learning_rate(tmp_path, data_folder):
+    file = tmp_path / "a.safetensors"
+    settings = load_settings("smoke", [f"strategies.deep_incubation.weights={file}"])
+    model = build_model(settings.model, 3, 4)
+    sound = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for tensor, message in [
+        (torch.tensor([1, torch.inf, 0, 0]), "head.bias has 1 of 4 numbers that are NaN or infinite"),
+        (torch.zeros(4, dtype=torch.int32), "head.bias is of int32"),
+        (torch.zeros(4, dtype=torch.complex64), "head.bias is of complex64"),
+        (torch.full((4,), torch.nan), r"a.safetensors holds no sound weights: head.bias has 4 of 4 numbers that are NaN or inf"),
+    ]:
+        save_file(sound | {"head.bias": tensor}, file)
+        with pytest.raises(SettingsError, match=message):
+            load_into(model, file)
+    with pytest.raises(SettingsError, match=rf"^strategies.deep_incubation.weights: .*{message}"):
+        plan(settings, ["deep_incubation"])
+    assert not data_folder.exists()
+    half = {name: tensor.half() for name, tensor in sound.items()}
+    save_file(half, file)
+    assert all(torch.equal(tensor, half[name].float()) for name, tensor in load_into(model, file).state_dict().items())
+
+
+def test_a_file_damaged_since_its_phase_ended_is_told(data_folder):
+    settings = load_settings("smoke", ["phases.end_to_end.epochs=1"])
+    todo = plan(settings, ["end_to_end"])
+    todo.run()
+    folder = todo.finals["end_to_end", 0].folder
+    model = build_model(settings.model, 6, 4)
+    load_into(model, folder.path)
+    blob = bytearray(folder.weights.read_bytes())
+    blob[-1] ^= 1  # a number that is as good as any
+    folder.weights.write_bytes(blob)
+    for place in (folder.path, folder.weights):
+        with pytest.raises(SettingsError, match=r"model.safetensors is damaged: it is not the file that the summary.json beside"):
+            load_into(model, place)
+
+
+def test_a_network_of_another_kind_is_loaded_with_its_counts_of_batches(tmp_path):
+    settings = ModelSettings(name="resnet10t", in_chans=1)
+    one, other = (build_model(settings, None, 4, any_kind=True) for _ in range(2))
+    save_file(one.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architecture": "resnet10t", "model_args": {"in_chans": 1}}')
+    assert all(torch.equal(tensor, one.state_dict()[name]) for name, tensor in load_into(other, tmp_path).state_dict().items())
+    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": "many"}}')
+    vit = build_model(ModelSettings(), 1, 4)
+    save_file(vit.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(SettingsError, match=r"the config.json beside it tells of no network that timm knows"):
+        load_into(vit, tmp_path)
 
 
 # -- another resolution ---------------------------------------------------------------------------------------------------

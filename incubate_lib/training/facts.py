@@ -106,7 +106,7 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
 
 
 def _check_output(model: Any, settings: ModelSettings, shape: tuple[int, int, int], num_classes: int) -> None:
-    """Raise SettingsError unless a network on the meta device gives a row of logits for each image, in training and after.
+    """Raise SettingsError unless a network on the meta device gives a row of logits for each image.
 
     Of the blocks of a plain Vision Transformer, which change no shape, one is gone through.
     """
@@ -115,23 +115,22 @@ def _check_output(model: Any, settings: ModelSettings, shape: tuple[int, int, in
 
     network = f"model.name {settings.name!r} with model.options {settings.options}"
     blocks = model.blocks if type(model) is VisionTransformer else None
-    if blocks is not None:
-        model.blocks = blocks[:1]
-    for training in (False, True):
-        try:
-            with torch.no_grad():
-                logits = model.train(training)(torch.empty(2, *shape, device="meta"))  # batch norm cannot train on one image
-        except Exception as error:  # networks check their images by asserts and by failing somewhere inside
-            raise SettingsError(
-                f"{network} does not take images of {shape} (channels, height, width: model.in_chans, model.img_size): "
-                f"{in_a_line(error)}"
-            ) from None
-        found = tuple(getattr(logits, "shape", ())) or f"a {type(logits).__name__}"
-        if found != (2, num_classes):
-            what = f"{found} for two images" + (" in training" if training else "")
-            raise SettingsError(f"{network} gives {what}, where logits are (2, {num_classes}): a row for each image")
-    if blocks is not None:
-        model.blocks = blocks
+    try:
+        if blocks is not None:
+            model.blocks = blocks[:1]
+        with torch.no_grad():
+            logits = model.train()(torch.empty(2, *shape, device="meta"))  # batch norm cannot train on a single image
+    except Exception as error:  # networks check their images by asserts and by failing somewhere inside
+        raise SettingsError(
+            f"{network} fails with images of {shape} (channels, height, width: model.in_chans, model.img_size): "
+            f"{in_a_line(error)}"
+        ) from None
+    finally:
+        if blocks is not None:
+            model.blocks = blocks
+    found = tuple(getattr(logits, "shape", ())) or f"a {type(logits).__name__}"
+    if found != (2, num_classes):
+        raise SettingsError(f"{network} gives {found} for two images, where logits are (2, {num_classes}): a row for each image")
 
 
 def _small_images(
