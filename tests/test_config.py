@@ -148,7 +148,7 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--set", "name=a/b"], "name is 'a/b'"),
     ([*RUN, "--set", 'name="a\\nb"'], r"name is 'a\nb'"),
     ([*RUN, "--set", "name=grün"], "name is 'grün'"),
-    ([*RUN, "--set", f"name={'a' * 300}"], "aaa…: a name has at most 100 letters"),
+    ([*RUN, "--set", f"name={'a' * 300}"], "a name has at most 100 letters"),
     ([*RUN, "--strategies", "a" * 300], "unknown strategy 'aaa"),
     ([*RUN, "--seeds", str(2**63)], "a seed is larger than 9223372036854775807"),
     (["run", "a" * 9000], "unknown preset 'aaa"),
@@ -172,7 +172,7 @@ BAD = [  # command line → what the message must name
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda v: " ".join(v[1:]) if isinstance(v, list) else "")
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda v: " ".join(v[1:])[:120] if isinstance(v, list) else "")
 def test_bad_input(arguments, message, data_folder, capsys):
     assert main(arguments) == 2
     told = capsys.readouterr().err

@@ -391,7 +391,7 @@ def told(error: ValidationError, model: type[Frozen] = Settings) -> str:
             lines.append(f"{field} is missing")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            value = "" if isinstance(item["input"], dict) else f" is {shortened([item['input']])[1:-1]}:"
+            value = "" if isinstance(item["input"], dict) else f" is {shortened(repr(item['input']))}:"
             lines.append(f"{field}{value} {message}".strip())
     return "; ".join(dict.fromkeys(lines))
 
