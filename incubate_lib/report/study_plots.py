@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator
 
 from incubate_lib.report.plots import STYLE, Figure, style
 from incubate_lib.report.studies import StudyTable, at_equal_cost, seeds_count, seeds_text
-from incubate_lib.report.tables import flop_unit, label, results_folder
+from incubate_lib.report.tables import MIXED, flop_unit, label, mixes, results_folder
 
 COSTS = {
     "flops": "all phases, one machine",
@@ -34,6 +34,7 @@ def fronts(table: StudyTable) -> Figure | None:
         where = ", ".join(f"{axis} {value}" for axis, value in zip(others, values, strict=True))
         for axis, (cost, title) in zip(line, COSTS.items(), strict=True):
             unit, factor = ("s", 1.0) if cost == "seconds" else flop_unit(rows[cost].max())
+            title += f", {MIXED} on several devices" if cost == "seconds" and mixes(rows) else ""
             for name, group in rows.groupby("strategy", sort=False):
                 points = group.groupby("budget", sort=False)
                 x = np.array([part[cost].mean() / factor for _, part in points])
