@@ -61,7 +61,7 @@ def noisy(p: float, seeds: int = 5) -> np.ndarray:
 def test_a_difference_is_judged_as_students_paired_t_does():
     (row,) = statistics.compare([pd.Series(noisy(0.03))]).to_dict("records")
     test = ttest_1samp(noisy(0.03), 0)
-    assert row["p"] == pytest.approx(test.pvalue) == pytest.approx(0.03) and row["clear"] and row["family"] == 1
+    assert row["p_holm"] == pytest.approx(test.pvalue) == pytest.approx(0.03) and row["clear"] and row["comparisons"] == 1
     assert (row["low"], row["high"]) == pytest.approx(tuple(test.confidence_interval(0.95)))
 
 
@@ -75,16 +75,16 @@ def test_a_difference_is_judged_as_students_paired_t_does():
 def test_what_is_shown_together_is_corrected_together(alone, holm):
     """By Holm's procedure, in whatever order; and an interval excludes zero exactly where the difference is clear."""
     found = statistics.compare([pd.Series(noisy(p)) for p in alone])
-    assert found["p"].tolist() == pytest.approx(holm)
+    assert found["p_holm"].tolist() == pytest.approx(holm)
     assert found["clear"].tolist() == [p <= 0.05 for p in holm]
     assert ((found["low"] > 0) | (found["high"] < 0)).tolist() == found["clear"].tolist()
-    assert set(found["family"]) == {len(alone)}
+    assert set(found["comparisons"]) == {len(alone)}
 
 
 def test_a_difference_of_one_seed_is_not_corrected_for():
     found = statistics.compare([pd.Series([4.0]), pd.Series(noisy(0.04)), pd.Series([1.0, 1.0])])
-    assert found["family"].tolist() == [2] * 3 and math.isnan(found["p"][0]) and not found["clear"][0]
-    assert found["p"][2] == 0 and found["clear"][2], "no spread at all"
+    assert found["comparisons"].tolist() == [2] * 3 and math.isnan(found["p_holm"][0]) and not found["clear"][0]
+    assert found["p_holm"][2] == 0 and found["clear"][2], "no spread at all"
 
 
 def test_the_verdict_is_corrected_for_what_it_compares():

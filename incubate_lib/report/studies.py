@@ -236,7 +236,7 @@ def _cheapest(table: StudyTable) -> list[str]:
     done = [named(row) for row in found.to_dict("records")]
     compared = dict.fromkeys(named(row) for row in looked.to_dict("records"))
     told += [f"{name} does not reach end to end's best at any budget here." for name in compared if name not in done]
-    if len(found) and (count := found["family"].max()) > 1:
+    if len(found) and (count := found["comparisons"].max()) > 1:
         told.append(f"With end to end's best {count} cells were compared, and corrected for that number (Holm).")
     return told
 
@@ -251,7 +251,7 @@ def _largest_gain(table: StudyTable) -> list[str]:
         where = f" at {where}" if where else ""
         told.append(
             f"The largest {word} of {len(equal)} comparisons at equal FLOPs, in points: {label(row['strategy'])}{where}, "
-            f"{gain_text(row)}. {family_text(row['family'])}".strip()
+            f"{gain_text(row)}. {family_text(row['comparisons'])}".strip()
         )
     return told
 
@@ -278,7 +278,7 @@ def _against_controls(table: StudyTable) -> list[str]:
             f"Against the same start without incubation ({label(control)}), {label(name)} is clearly better in {better}, clearly "
             f"worse in {worse} and inside the noise in {len(found) - better - worse} of {len(found)} cells (mean "
             f"{found['gain'].mean():+.1f} points), for {found['critical_flops'].mean():.2f} of its critical path. "
-            f"{family_text(found['family'].max())}".strip()
+            f"{family_text(found['comparisons'].max())}".strip()
         )
     return told
 
@@ -296,7 +296,7 @@ def _against_workers(table: StudyTable) -> list[str]:
     return [
         f"In the same time ({found['critical_flops'].mean():.2f} of the critical path), K workers that trained the whole network "
         f"together would cost {1 / found['flops'].mean():.1f} times as much; {label(name)} against that, in points: {texts}. "
-        f"{family_text(found['family'].max())}".strip()
+        f"{family_text(found['comparisons'].max())}".strip()
     ]
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from incubate_lib.config import SettingsError, load_settings, nearest, presets
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.statistics import compare, family_text, judged_text, paired
+from incubate_lib.report.statistics import compare, family_text, judged_text, paired, rounded
 from incubate_lib.training.runs import MNTK
 
 BASELINE = "end_to_end"
@@ -320,7 +320,8 @@ def spread(values: pd.Series) -> str:
     """Return mean ± standard deviation over seeds; a single seed is marked as such."""
     if values.empty:
         return "–"
-    return f"{values.mean():.1f} ± {values.std():.1f}" if len(values) > 1 else f"{values.mean():.1f} (one seed)"
+    mean = rounded(values.mean())
+    return f"{mean} ± {rounded(values.std())}" if len(values) > 1 else f"{mean} (one seed)"
 
 
 def differences(table: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
@@ -343,10 +344,10 @@ def _against_baseline(table: pd.DataFrame) -> list[str]:
     for row in found.to_dict("records"):
         word = "better" if row["gain"] > 0 else "worse"
         told.append(
-            f"{label(row['strategy'])}: {abs(row['gain']):.1f} points {word} than end to end ({judged_text(row)}), for "
+            f"{label(row['strategy'])}: {rounded(abs(row['gain']))} points {word} than end to end ({judged_text(row)}), for "
             f"{row['flops']:.2f} times its training FLOPs, {row['critical_flops']:.2f} times on the critical path."
         )
-    return [*told, family_text(found["family"].max() if told else 0)]
+    return [*told, family_text(found["comparisons"].max() if told else 0)]
 
 
 def not_from_nothing(phases: pd.DataFrame) -> list[str]:
