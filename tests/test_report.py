@@ -46,6 +46,8 @@ def test_the_verdict_follows_the_numbers():
     assert "10.0 points worse" in worse and "0 of 3 seeds better" in worse
     noise = results({"end_to_end": [0.5, 0.6, 0.55], "deep_incubation": [0.6, 0.5, 0.56]}, flops).verdict()
     assert "inside the noise" in noise
+    equal = results({"end_to_end": [0.5, 0.6], "deep_incubation": [0.5, 0.6]}, flops).verdict()
+    assert "0.0 points better or worse than end to end (inside the noise" in equal
     single = results({"end_to_end": [0.5], "deep_incubation": [0.6]}, flops).verdict()
     assert "one seed only" in single
     assert "Nothing to compare" in results({"end_to_end": [0.5]}, flops).verdict()

@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.report.plots import Figure, style
-from incubate_lib.report.statistics import family_text, judged_text, rounded
+from incubate_lib.report.statistics import family_text, judged_text, points_text
 from incubate_lib.report.tables import BASELINE, MIXED, Results, differences, flop_unit, label, mixed_text, mixes, spread
 
 COSTS = {"flops": "training FLOPs", "train_seconds": "training seconds"}  # columns of curves
@@ -114,7 +114,7 @@ def verdict(results: Results) -> str:
     found = against_others(results)
     for row in found.to_dict("records"):
         cost = table[flops_all].get(label(row["other"]))
-        difference = f"{rounded(abs(row['gain']))} points {'better' if row['gain'] > 0 else 'worse'}, {judged_text(row)}"
+        difference = f"{points_text(row['gain'])}, {judged_text(row)}"
         told.append(f"Against {label(row['other'])}{f' ({cost} of the FLOPs)' if cost else ''}: {difference}.")
     told += [family_text(len(found)), mixed_text(results.strategies)]
     return "\n".join(filter(None, told))

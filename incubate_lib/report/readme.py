@@ -526,8 +526,8 @@ VALUES: dict[str, Callable[..., str]] = {
     f.__name__: f
     for f in (
         top, mean, least, most_of_others, gain, points, alone, count_clear, ahead, span, clear_among, compared, cost, seeds,
-        images, hardware, tuned, over_meta, without, at_epoch, active, low_blocks, two_largest, looking, planned, peak_share, hours,
-        predicted, bench_rates,
+        images, hardware, tuned, over_meta, without, at_epoch, active, low_blocks, two_largest, looking, planned, peak_share,
+        hours, predicted, bench_rates,
     )
 }  # fmt: skip
 TABLES: dict[str, Callable[..., str]] = {f.__name__: f for f in (budget, chain, adaptive, speed)}

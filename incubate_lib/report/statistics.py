@@ -78,6 +78,11 @@ def gain_text(row: pd.Series) -> str:
     )
 
 
+def points_text(gain: float) -> str:
+    """Return a difference in words: "2.5 points better"."""
+    return f"{rounded(abs(gain))} points {'better' if gain > 0 else 'worse' if gain < 0 else 'better or worse'}"
+
+
 def judged_text(row: pd.Series) -> str:
     """Return the verdict on a difference in words, with the number of seeds on its side."""
     if row["seeds"] < 2:

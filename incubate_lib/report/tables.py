@@ -13,7 +13,7 @@ import pandas as pd
 from incubate_lib.config import SettingsError, load_settings, nearest, presets
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.statistics import compare, family_text, judged_text, paired, rounded
+from incubate_lib.report.statistics import compare, family_text, judged_text, paired, points_text, rounded
 from incubate_lib.training.runs import MNTK
 
 BASELINE = "end_to_end"
@@ -342,9 +342,8 @@ def _against_baseline(table: pd.DataFrame) -> list[str]:
     found = differences(table, [(name, BASELINE) for name in table["strategy"].unique() if name != BASELINE])
     told = []
     for row in found.to_dict("records"):
-        word = "better" if row["gain"] > 0 else "worse"
         told.append(
-            f"{label(row['strategy'])}: {rounded(abs(row['gain']))} points {word} than end to end ({judged_text(row)}), for "
+            f"{label(row['strategy'])}: {points_text(row['gain'])} than end to end ({judged_text(row)}), for "
             f"{row['flops']:.2f} times its training FLOPs, {row['critical_flops']:.2f} times on the critical path."
         )
     return [*told, family_text(found["comparisons"].max() if told else 0)]
