@@ -119,7 +119,7 @@ COMMANDS = {
         commands.study,
         "run a grid of settings, strategies and seeds, rates chosen for each; or list the studies",
     ),
-    "figures": (commands.figures, "draw all figures again from the tracked tables in data/results"),
+    "figures": (commands.figures, "draw all figures, and write README's numbers, again from the tracked tables in data/results"),
     "status": (commands.status, "show the state of every phase"),
     "stop": (commands.stop, "stop a run cleanly: its phases save a checkpoint first"),
     "logs": (commands.logs, "show the log of a phase"),

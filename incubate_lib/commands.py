@@ -114,9 +114,10 @@ def study(options: argparse.Namespace) -> int:
 
 
 def figures(options: argparse.Namespace) -> int:
+    from incubate_lib.report import readme
     from incubate_lib.report.publish import redraw
 
-    for path in redraw():
+    for path in [*redraw(), *readme.write()]:
         print(f"wrote {path}")
     return 0
 

@@ -1,6 +1,7 @@
-"""What the README shows works as it stands there."""
+"""What the README shows works as it stands there, and its numbers are those of the tracked tables."""
 
 import re
+import shutil
 
 import pytest
 from PIL import Image
@@ -8,7 +9,9 @@ from PIL import Image
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
+from incubate_lib.report import readme, studies, tables
 from incubate_lib.report.forecast import open_plan
+from incubate_lib.report.statistics import rounded
 from incubate_lib.report.tables import comparison, from_plan
 
 README = (ROOT / "README.md").read_text()
@@ -50,3 +53,76 @@ def test_its_images_exist_and_have_words_in_their_place():
     assert len(images) >= 6
     for words, path in images:
         assert len(words.split()) >= 4 and (ROOT / path).exists(), path
+
+
+# -- its numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_its_numbers_are_those_of_the_tracked_tables():
+    """`incubate figures` would change nothing."""
+    assert readme.render(README) == README
+    assert readme.comparisons() == (ROOT / readme.COMPARISONS).read_text()
+
+
+def test_no_number_of_the_results_stands_there_by_hand():
+    results = README[README.index("## Results") : README.index("## The notebooks")]
+    results += README[README.index("| 300 epochs of the meta model") : README.index("**TensorBoard, Weights & Biases.**")]
+    text = re.sub(r"<!--table.*?<!--end-->|<!--=.*?<!---->|`[^`]*`|\(\S*\)|0\.0339", "", results, flags=re.DOTALL)
+    assert re.findall(r"\S*\d\.\d\S*|\S* ± \d\S*|[+−]\d+", text) == []
+    assert len(re.findall("<!--=", results)) > 100
+
+
+def test_a_claim_that_something_is_clear_comes_from_the_table_and_names_it():
+    for paragraph in re.split(r"\n\n|\n- ", README[README.index("## Results") : README.index("## The notebooks")]):
+        by_hand = re.sub(r"<!--=.*?<!---->|<!--table.*?<!--end-->", "", paragraph, flags=re.DOTALL)
+        if re.search(r"<!--=(gain|count_clear|ahead) ", paragraph):
+            assert "data/results/README.md#" in paragraph or "second table" in paragraph, paragraph
+        elif "A difference is *clear*" not in by_hand:
+            assert not re.search(r"\bclear(ly)?\b", by_hand), paragraph
+
+
+@pytest.mark.parametrize(("old", "new"), [("-->93.4<!----", "-->93.5<!----"), ("| 27.0 ± 4.1 (0.13)", "| 27.1 ± 4.1 (0.13)")])
+def test_a_wrong_number_is_written_right(old, new):
+    assert README.count(old) >= 1
+    assert readme.render(README.replace(old, new)) == README
+
+
+def test_other_tables_make_other_numbers(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "data" / "results", tmp_path / "data" / "results")
+    path = tmp_path / "data" / "results" / "study_fashion-budget.csv"
+    path.write_text(path.read_text().replace("1/8,end_to_end,0,0.641,", "1/8,end_to_end,0,0.941,"))
+    for module in (tables, studies):
+        monkeypatch.setattr(module, "results_folder", lambda: tmp_path / "data" / "results")
+    marked = "at <!--=mean fashion-budget:1/8 end_to_end-->60.4<!---->"
+    assert readme.render(marked) == marked, "kept from the test before"
+    for kept in (readme._run, readme._study, readme._rows, readme._compared):
+        kept.cache_clear()
+    try:
+        assert readme.render(marked) == marked.replace("60.4", "70.4")
+    finally:
+        for kept in (readme._run, readme._study, readme._rows, readme._compared):
+            kept.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x <!--=mean digits-budgt:1/4 growing-->1<!---->", "x <!--=mean digits-budget:1/3 growing-->1<!---->",
+        "x <!--=meen digits-budget:1/4 growing-->1<!---->", "x <!--=mean digits-budget:1/4-->1<!---->",
+        "a line\n<!--=mean digits-budget:1/4 growing-->1<!---->", "- <!--=mean digits-budget:1/4 growing-->1<!---->",
+    ],
+)  # fmt: skip
+def test_a_marker_that_names_nothing_or_begins_a_line_is_refused(text):
+    with pytest.raises(ValueError, match=r"marker|no published run|begins"):
+        readme.render(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "sign", "text"),
+    [
+        (76.15, 1, "", "76.2"), (76.25, 1, "", "76.3"), (100 * 0.5745, 1, "", "57.5"), (-0.04, 1, "+", "0.0"), (2.5, 0, "", "3"),
+        (-2.25, 1, "+", "-2.3"), (0.94, 1, "+", "+0.9"), (1459.5, 0, "", "1,460"),
+    ],
+)  # fmt: skip
+def test_halves_are_rounded_one_way(value, digits, sign, text):
+    assert rounded(value, digits, sign) == text

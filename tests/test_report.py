@@ -1,13 +1,21 @@
 """Tables and figures say what the records say."""
 
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t, ttest_1samp
 
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report import mat, plots, publish, tables
+from incubate_lib.report import mat, plots, publish, statistics, tables
+from incubate_lib.report.forecast import against_measured, speed_of
 from incubate_lib.report.html import write_report
+from incubate_lib.report.planner import against_in_words
 from incubate_lib.report.tables import Results, comparison, flop_unit, from_plan, load_results, published, spread
 
 PUBLISHED = sorted(
@@ -38,9 +46,58 @@ def test_the_verdict_follows_the_numbers():
     assert "10.0 points worse" in worse and "0 of 3 seeds better" in worse
     noise = results({"end_to_end": [0.5, 0.6, 0.55], "deep_incubation": [0.6, 0.5, 0.56]}, flops).verdict()
     assert "inside the noise" in noise
+    equal = results({"end_to_end": [0.5, 0.6], "deep_incubation": [0.5, 0.6]}, flops).verdict()
+    assert "0.0 points better or worse than end to end (inside the noise" in equal
     single = results({"end_to_end": [0.5], "deep_incubation": [0.6]}, flops).verdict()
     assert "one seed only" in single
     assert "Nothing to compare" in results({"end_to_end": [0.5]}, flops).verdict()
+
+
+def noisy(p: float, seeds: int = 5) -> np.ndarray:
+    """Differences in points over seeds whose paired t-test has exactly this p-value, two-sided."""
+    pattern = np.linspace(-1, 1, seeds)
+    error = pattern.std(ddof=1) / math.sqrt(seeds)
+    return pattern + error * t.isf(p / 2, seeds - 1)
+
+
+def test_a_difference_is_judged_as_students_paired_t_does():
+    (row,) = statistics.compare([pd.Series(noisy(0.03))]).to_dict("records")
+    test = ttest_1samp(noisy(0.03), 0)
+    assert row["p_holm"] == pytest.approx(test.pvalue) == pytest.approx(0.03) and row["clear"] and row["comparisons"] == 1
+    assert (row["low"], row["high"]) == pytest.approx(tuple(test.confidence_interval(0.95)))
+
+
+@pytest.mark.parametrize(
+    ("alone", "holm"),
+    [
+        ([0.04], [0.04]), ([0.03, 0.04], [0.06, 0.06]), ([0.01, 0.04], [0.02, 0.04]), ([0.04, 0.01, 0.02], [0.04, 0.03, 0.04]),
+        ([0.001, 0.03, 0.02, 0.9], [0.004, 0.06, 0.06, 0.9]), ([0.7, 0.6], [1.0, 1.0]),
+    ],
+)  # fmt: skip
+def test_what_is_shown_together_is_corrected_together(alone, holm):
+    """By Holm's procedure, in whatever order; and an interval excludes zero exactly where the difference is clear."""
+    found = statistics.compare([pd.Series(noisy(p)) for p in alone])
+    assert found["p_holm"].tolist() == pytest.approx(holm)
+    assert found["clear"].tolist() == [p <= 0.05 for p in holm]
+    assert ((found["low"] > 0) | (found["high"] < 0)).tolist() == found["clear"].tolist()
+    assert set(found["comparisons"]) == {len(alone)}
+
+
+def test_a_difference_of_one_seed_is_not_corrected_for():
+    found = statistics.compare([pd.Series([4.0]), pd.Series(noisy(0.04)), pd.Series([1.0, 1.0])])
+    assert found["comparisons"].tolist() == [2] * 3 and math.isnan(found["p_holm"][0]) and not found["clear"][0]
+    assert found["p_holm"][2] == 0 and found["clear"][2], "no spread at all"
+
+
+def test_the_verdict_is_corrected_for_what_it_compares():
+    """One strategy is ahead with p = 0.03: clear by itself, not among four."""
+    base = np.array([0.5, 0.51, 0.52, 0.53, 0.54])
+    ahead, noise = base + noisy(0.03) / 100, [base + noisy(0.5) / 100] * 3
+    made = {"end_to_end": base, "deep_incubation": ahead}
+    assert "(clear at 95 %" in results(made, dict.fromkeys(made, 1e12)).verdict()
+    made |= dict(zip(("growing", "stacking", "imitation"), noise, strict=True))
+    told = results(made, dict.fromkeys(made, 1e12)).verdict()
+    assert "(clear" not in told and told.count("inside the noise") == 4 and "Corrected for 4 comparisons (Holm)." in told
 
 
 def test_the_verdict_tells_when_the_small_network_is_enough():
@@ -82,6 +139,39 @@ def test_sum_and_critical_path_are_those_of_the_graph(data_folder):
     assert cost == todo.flops, "what was planned is what was spent"
     phases = from_plan(todo).phases
     assert (phases["phase"] == "meta").groupby(phases["strategy"]).sum().tolist() == [1, 1], "the meta model counts in both"
+
+
+def test_seconds_of_several_devices_are_told_as_such(data_folder, tmp_path):
+    """The meta model was trained on another machine: its seconds never stand under the name of the last phase's device."""
+    todo = plan(load_settings("smoke"), ["end_to_end", "deep_incubation"])
+    todo.run()
+    one = from_plan(todo)
+    assert "†" not in comparison(one).to_string() + one.verdict() and len(tables.places(one.strategies)) == 1
+    (here, threads), *_ = tables.places(one.strategies)
+    path = todo.experiment.path / "seed-0" / "meta" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["provenance"] |= {"device": "Another GPU", "threads": 7}
+    path.write_text(json.dumps(summary))
+    todo = plan(load_settings("smoke"), ["end_to_end", "deep_incubation"])
+    mixed = from_plan(todo)
+    row = mixed.strategies.set_index("strategy").loc["deep_incubation"]
+    assert row["device"] == f"Another GPU + {here}" and row["threads"] == f"7 + {threads}"
+    assert mixed.strategies.set_index("strategy").loc["end_to_end", "device"] == here
+    phases = mixed.phases[mixed.phases["strategy"] == "deep_incubation"].set_index("phase")
+    assert phases.loc["meta", ["device", "threads"]].tolist() == ["Another GPU", 7] and phases.loc["finetune", "device"] == here
+    table = comparison(mixed)
+    seconds = table.index[table.index.str.endswith(" s")]
+    assert len(seconds) == 2 and table.loc[seconds].map(lambda cell: "†" in cell).to_numpy().tolist() == [[False, True]] * 2
+    sentence = f"Seconds of 2 devices: {here}, {threads} thread(s); Another GPU, 7 thread(s)."
+    assert sentence in mixed.verdict() and "2 devices (" in tables.hardware(mixed)
+    page = write_report(mixed, tmp_path / "report.html", todo).read_text()
+    assert sentence in page and "<td>Another GPU</td>" in page
+    speed = speed_of(one)
+    told = against_in_words(against_measured(mixed, replace(speed, device=f"{here}, {threads} thread(s)")))
+    assert (
+        f"† marks seconds of other devices than the speed's: Another GPU, 7 thread(s) / Another GPU, 7 thread(s); {here}" in told
+    )
+    assert "2 devices are mixed" in speed_of(mixed).told
 
 
 def test_publishing_keeps_every_number_and_draws_from_the_files(data_folder, tmp_path, monkeypatch):

@@ -184,7 +184,7 @@ def test_gains_are_paired_by_seed():
     gain = np.array([0.010, 0.012, 0.008, 0.010])
     table = made([("1", "end_to_end", base, 4, 4), ("1", "growing", base + gain, 4, 4), ("1", "stacking", base[::-1], 4, 4)])
     found = gains(table).set_index("strategy")
-    half = 3.182446 * np.std(100 * gain, ddof=1) / 2  # Student's t, three degrees of freedom
+    half = 4.176535 * np.std(100 * gain, ddof=1) / 2  # Student's t, three degrees of freedom, at 97.5 % for two comparisons
     assert found.loc["growing", "gain"] == pytest.approx(1.0) and found.loc["growing", "clear"]
     assert found.loc["growing", "low"] == pytest.approx(1.0 - half, abs=1e-6)
     assert not found.loc["stacking", "clear"] and found.loc["stacking", "gain"] == pytest.approx(0.0)
@@ -210,6 +210,52 @@ def test_the_cheapest_way_to_end_to_ends_best():
     assert "for 0.25 of its FLOPs" in told and "(paper) does not reach end to end's best at any budget here" in told
     assert "gain of 4 comparisons at equal FLOPs, in points: meta model, grown, no incubation at budget 1/4" in told
     assert "loss of 4 comparisons at equal FLOPs, in points: Deep Incubation, random start (paper) at budget 1, -11.0" in told
+    assert "Corrected for 4 comparisons (Holm)." in told and "4 cells were compared" in told
+
+
+def test_a_cell_without_end_to_end_is_not_the_best():
+    """What is not finished, or diverged, is left out; it neither hides the best cell nor makes one."""
+    rows = [
+        ("1/4", "end_to_end", [math.nan, math.nan], 1, 1), ("1/4", "growing", [0.8, 0.8], 1, 1),
+        ("1/2", "end_to_end", [0.7, 0.7], 2, 2), ("1/2", "growing", [0.9, 0.9], 2, 2),
+        ("1", "growing", [0.9, 0.9], 4, 4),
+    ]  # fmt: skip
+    for some in (rows, rows[1:]):
+        found = reached(made(some))
+        assert found["budget"].tolist() == ["1/4"] and found["flops"].tolist() == [0.5], found
+        assert found["best"].tolist() == pytest.approx([0.7]) and found["gain"].tolist() == pytest.approx([10.0])
+        assert "nan" not in "".join(answer(made(some)))
+    assert reached(made(rows[-1:])).empty
+    assert answer(made(rows[:1] + rows[-1:])) == ["Nothing is finished yet."]
+
+
+def test_two_cells_are_compared_on_the_seeds_that_both_have():
+    """End to end's second seed is good and the other's is missing: nothing is reached by it."""
+    table = made([("1", "end_to_end", [0.5, 0.9], 4, 4), ("1", "growing", [0.6], 4, 4)])
+    found = reached(table)
+    assert found["best"].tolist() == [0.5] and found["gain"].iloc[0] == pytest.approx(10.0) and found["seeds"].tolist() == [1]
+
+
+def test_gains_are_corrected_for_how_many_a_study_compares():
+    """One of six gains has p = 0.03: the largest, but not clear."""
+    base, pattern = np.full(5, 0.5), np.array([-2, -1, 0, 1, 2]) / 100  # with a standard error of 0.707 points
+    rows = [(str(b), "end_to_end", base, 4, 4) for b in range(6)]
+    rows += [(str(b), "growing", base + pattern + (0.0234 if b == 0 else 0), 4, 4) for b in range(6)]
+    alone, together = gains(made(rows[:1] + rows[6:7])), gains(made(rows))
+    assert alone["clear"].tolist() == [True] and together["clear"].tolist() == [False] * 6
+    assert together["low"].iloc[0] < 0 < alone["low"].iloc[0] and together["gain"].iloc[0] == pytest.approx(alone["gain"].iloc[0])
+    assert "inside the noise. Corrected for 6 comparisons (Holm)." in "\n".join(answer(made(rows)))
+
+
+def test_seconds_of_several_devices_are_marked(tmp_path):
+    table = made([("1", "end_to_end", [0.5, 0.6], 4, 4), ("1", "growing", [0.7, 0.8], 4, 4)])
+    table.results["device"], table.results["threads"] = "A CPU", "1"
+    assert "†" not in summary(table).to_string() and gains(table)["seconds"].tolist() == [1.0]
+    table.results.loc[table.results["strategy"] == "growing", ["device", "threads"]] = "A CPU + A GPU", "1 + 4"
+    assert summary(table)["training s"].str.contains("†").tolist() == [False, True]
+    assert gains(table)["seconds"].isna().all() and gains(table)["flops"].tolist() == [1.0]
+    assert "Seconds of 2 devices: A CPU, 1 thread(s); A GPU, 4 thread(s)." in "\n".join(answer(table))
+    assert "2 devices (" in report.described(StudyTable("made", table.results.assign(date="2026-01-01", torch="2"), table.rates))
 
 
 def test_a_study_without_what_is_compared_has_no_such_figures():

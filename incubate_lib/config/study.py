@@ -107,7 +107,9 @@ def _plain(field: str, value: Any) -> str:
         raise SettingsError(f"{field} is {value!r}; a study's values are numbers, words, lists and mappings") from None
 
 
-DERIVED = ("phase", "lr", "chosen", "seeds", "gain", "low", "high", "clear", "best")  # columns of tables made from it
+DERIVED = (  # columns of tables made from it
+    "phase", "lr", "chosen", "best", "seeds", "better", "gain", "low", "high", "half_alone", "p_holm", "clear", "comparisons",
+)  # fmt: skip
 COLUMNS = (  # of a study's table, besides its axes
     "strategy", "seed", "accuracy", "meta_accuracy", "assembled_accuracy", "flops", "critical_flops", "seconds",
     "critical_seconds", "lr_meta", "lr_incubate", "lr_finetune", "lr_end_to_end", "train_images", "judged_on", "device",

@@ -206,16 +206,22 @@ def costs(study: Study) -> list[Cost]:
 
 
 def measured_speed(study: Study) -> float | None:
-    """Return the FLOP/s of one process in finished phases of this study, else of any run here; None if there is none."""
+    """Return the FLOP/s of one process in finished phases of this study, else of any run here; None if there is none.
+
+    Of phases from several devices those of the device that trained last count.
+    """
     folder = data_folder() / "runs"
     for pattern in (f"{study.name}-*", "*"):
-        flops = seconds = 0.0
+        trained: dict[tuple, list[tuple]] = {}  # device, threads → date, FLOPs, seconds
         for path in folder.glob(f"{pattern}/seed-*/**/summary.json"):
             summary = read_json(path) or {}
             if summary.get("train_seconds") and "copied_from" not in summary:
-                flops, seconds = flops + summary["train_flops"], seconds + summary["train_seconds"]
-        if seconds:
-            return flops / seconds
+                where = summary["provenance"]
+                spent = (where["date"], summary["train_flops"], summary["train_seconds"])
+                trained.setdefault((where["device"], where["threads"]), []).append(spent)
+        if trained:
+            _, flops, seconds = zip(*max(trained.values(), key=max), strict=True)
+            return sum(flops) / sum(seconds)
     return None
 
 

@@ -25,6 +25,7 @@ from incubate_lib.report.tables import (
     from_plan,
     hardware,
     label,
+    mixed_text,
     published,
     published_runs,
     results_folder,
@@ -374,7 +375,8 @@ def _browser() -> ipywidgets.Widget:
             return
         picture.value, picture.layout.display = drawn, None
         tables.value = "".join(parts)
-        say(hardware(some) if len(some.strategies) else "no strategy is finished; these are the phases that are")
+        told = f"{hardware(some)}. {mixed_text(some.strategies)}" if len(some.strategies) else ""
+        say(told.strip() or "no strategy is finished; these are the phases that are")
 
     list_runs()
     cells.observe(list_runs, names="value")

@@ -12,7 +12,7 @@ from incubate_lib.config import Settings, SettingsError
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.tables import flop_unit, from_plan, label, seconds_text
+from incubate_lib.report.tables import flop_unit, from_plan, label, mixed_text, mixes, seconds_text
 
 
 def export(settings: Settings, folder: str | Path, *, strategy: str | None = None, seed: int = 0) -> str:
@@ -89,7 +89,7 @@ def _card(settings: Settings, done: Plan, mean: list[float], std: list[float]) -
         "strategy": settings.strategies[name].model_dump(mode="json", exclude={"weights", "phases"}, exclude_none=True),
     }
     versions = ", ".join(f"{package} {version}" for package, version in summary["provenance"]["versions"].items())
-    lines = "\n".join(phases)
+    lines, mark = "\n".join(phases), mixes(results.strategies)
     return f"""---
 tags:
 - image-classification
@@ -108,12 +108,12 @@ trained by the strategy `{name}` of the Deep Incubation workbook ([the method](h
 | seed | {seed} |
 | trained on | {data.source}: {summary["train_images"]:,} images in {facts.num_classes} classes (`split_seed` {data.split_seed}) |
 | training FLOPs, all phases | {row["flops"] / size:.4g} {unit}; critical path {row["critical_flops"] / size:.4g} {unit} |
-| training time, all phases | {seconds_text(row["seconds"])} s; critical path {seconds_text(row["critical_seconds"])} s |
+| training time, all phases | {seconds_text(row["seconds"])} s; critical path {seconds_text(row["critical_seconds"])} s{mark} |
 | measured on | {row["device"]}, {row["threads"]} thread(s); {versions} |
 | code | commit {row["commit"].replace("+", " with uncommitted changes") or "unknown"}; {row["date"]} |
 
 FLOPs are counted exactly (a multiply-add is two); seconds are of update steps only, on one machine or, for the critical
-path, with modules side by side.{uncounted}
+path, with modules side by side. {mixed_text(results.strategies)}{uncounted}
 
 ## Use
 

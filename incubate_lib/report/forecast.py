@@ -19,7 +19,7 @@ from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation
 from incubate_lib.method.partition import ViTModule
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.tables import Results, results_folder
+from incubate_lib.report.tables import Results, places, results_folder
 from incubate_lib.training.facts import Facts, count
 from incubate_lib.training.memory import StepMemory, memory_by_part
 from incubate_lib.training.phases import build_parts, build_target, model_shape
@@ -47,6 +47,7 @@ class Speed:
     flops_per_second: float
     measured: dict[str, float] = field(default_factory=dict)  # end_to_end, meta, incubate-0 … → FLOP/s
     network: str = ""  # on which it was measured
+    device: str = ""  # where it was measured, with threads; empty for what is stated
 
     def seconds(self, phase: str, module_index: int | None, flops: float) -> float:
         """Return how long one device takes for so many FLOPs of a phase."""
@@ -78,7 +79,8 @@ def measured_speed(name: str) -> Speed:
     told = f"measured with {first['settings']} on {first['device']}, {first['threads']} thread(s), {first['precision']}, "
     told += f"batch {first['batch']}, {first['date'][:10]}"
     rates = rows["flops_per_second"]
-    return Speed(told, float(rates["end_to_end"]), {str(kind): float(rate) for kind, rate in rates.items()}, first["model"])
+    return Speed(told, float(rates["end_to_end"]), {str(kind): float(rate) for kind, rate in rates.items()}, first["model"],
+                 _where(rows))  # fmt: skip
 
 
 def speed_of(results: Results) -> Speed:
@@ -88,7 +90,14 @@ def speed_of(results: Results) -> Speed:
     sums = trained.groupby(kinds)[["flops", "seconds"]].sum()
     rates = sums["flops"] / sums["seconds"]
     whole = trained["flops"].sum() / trained["seconds"].sum()
-    return Speed("that of the run itself", float(whole), {str(kind): float(rate) for kind, rate in rates.items()})
+    where = places(results.strategies)
+    told = "that of the run itself" + (f", in which seconds of {len(where)} devices are mixed" if len(where) > 1 else "")
+    return Speed(told, float(whole), {str(kind): float(rate) for kind, rate in rates.items()})
+
+
+def _where(rows: pd.DataFrame) -> str:
+    """Return the hardware that seconds are of, in words; empty if it is not known."""
+    return "; ".join(f"{device}, {threads} thread(s)" for device, threads in places(rows))
 
 
 def _kind(phase: str, module_index: int | None) -> str:
@@ -298,24 +307,29 @@ def against_measured(results: Results, speed: Speed) -> pd.DataFrame:
     """Return what a speed predicts for phases that were trained beside what they took: a row a phase, a last one in all.
 
     Columns: strategy, phase, module, flops, measured, spread (both seconds, mean and std over seeds), predicted (seconds),
-    ratio (predicted over measured). Only seconds of training count on both sides.
+    ratio (predicted over measured), where (the devices that were measured), elsewhere (whether that is not just the speed's).
+    Only seconds of training count on both sides.
     """
     rows = []
     trained = results.phases[results.phases["flops"] > 0]
     for strategy, phases in trained.groupby("strategy", sort=False):
-        own = []
+        own, all_seeds = [], results.strategies.get("strategy", pd.Series(dtype=object)) == strategy
+        whole_run = _where(results.strategies[all_seeds])
         for (phase, module), seeds in phases.groupby(["phase", "module_index"], sort=False, dropna=False):
             flops, seconds = seeds["flops"].mean(), seeds["seconds"]
             own.append({
+                "where": _where(seeds) or whole_run,  # older tables say it once for all phases
                 "phase": phase, "module": module + 1, "flops": flops, "measured": seconds.mean(), "spread": seconds.std(),
                 "predicted": speed.seconds(phase, module, flops),
             })  # fmt: skip
         whole = phases.groupby("seed")["seconds"].sum()
         sums = {column: sum(row[column] for row in own) for column in ("flops", "predicted")}
-        own.append({"phase": "all phases", "module": None, **sums, "measured": whole.mean(), "spread": whole.std()})
+        own.append({"phase": "all phases", "module": None, **sums, "measured": whole.mean(), "spread": whole.std(),
+                    "where": _where(phases) or whole_run})  # fmt: skip
         rows += [{"strategy": strategy, **row} for row in own]
     table = pd.DataFrame(rows).astype({"module": "Int64"})
-    return table.assign(ratio=table["predicted"] / table["measured"])
+    elsewhere = (table["where"] != speed.device) & (table["where"] != "") & bool(speed.device)
+    return table.assign(ratio=table["predicted"] / table["measured"], elsewhere=elsewhere)
 
 
 def published_costs(peak: float = 312e12) -> pd.DataFrame:

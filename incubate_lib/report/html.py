@@ -15,7 +15,7 @@ from incubate_lib.report import mat, plots
 from incubate_lib.report.curves import all_curves
 from incubate_lib.report.phase_graph import draw
 from incubate_lib.report.progress import Reader
-from incubate_lib.report.tables import Results, comparison, flop_unit, hardware, label
+from incubate_lib.report.tables import Results, comparison, flop_unit, hardware, label, mixed_text, places
 from incubate_lib.training.runs import read_json, write_atomic
 
 _CSS = """
@@ -107,7 +107,8 @@ def _the_run(results: Results, run: Plan) -> list[str]:
         parts.append(_table(strategies_table(costs), index=True))
         parts.append(
             f'<p class="note">Seed {seed} on {machines} machines, each as fast as this run was; training only, without judging, '
-            "reading and saving. Notebook 08 plans other machines and other budgets.</p>"
+            "reading and saving. Notebook 08 plans other machines and other budgets. "
+            f"{html.escape(mixed_text(results.strategies))}</p>"
         )
     kinds: dict[bool, str] = {}  # strategies differ in how modules start; what trains is one of two things
     for (name, _), final in one.finals.items():
@@ -152,7 +153,8 @@ def _phase_table(results: Results):
     table["epochs"] = table["epochs"].map("{:.1f}".format)
     table["lr"] = table["lr"].map(lambda v: "" if v != v or v is None else f"{v:g}")
     shown = ["strategy", "seed", "phase", "module", "before %", "top-1 %", "epochs", "steps", "images seen", "different an epoch"]
-    return table[[*shown, "lr", unit, "s", "waiting for images"]].replace({pd.NA: ""})
+    several = ["device", "threads"] if len(places(results.phases)) > 1 else []
+    return table[[*shown, "lr", unit, "s", *several, "waiting for images"]].replace({pd.NA: ""})
 
 
 def _table(table, index: bool = False) -> str:

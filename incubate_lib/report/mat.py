@@ -1,7 +1,5 @@
 """Modular Adaptive Training in tables and figures: what full training's accuracy cost each, and what the kernels looked like."""
 
-import math
-
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
@@ -9,7 +7,8 @@ from matplotlib.lines import Line2D
 
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.report.plots import Figure, style
-from incubate_lib.report.tables import BASELINE, Results, flop_unit, label, spread
+from incubate_lib.report.statistics import family_text, judged_text, points_text
+from incubate_lib.report.tables import BASELINE, MIXED, Results, differences, flop_unit, label, mixed_text, mixes, spread
 
 COSTS = {"flops": "training FLOPs", "train_seconds": "training seconds"}  # columns of curves
 
@@ -62,6 +61,7 @@ def reach(results: Results) -> pd.DataFrame:
     if BASELINE not in set(results.curves["strategy"]):
         return pd.DataFrame()
     finals = results.strategies.groupby("strategy", sort=False)
+    baseline = finals.get_group(BASELINE) if BASELINE in finals.groups else None
     goal = results.curves[results.curves["strategy"] == BASELINE].groupby("step")["accuracy"].mean().iloc[-1]
     rows: dict[str, dict[str, str]] = {}
     for cost, told in COSTS.items():
@@ -69,9 +69,10 @@ def reach(results: Results) -> pd.DataFrame:
         whole = curves[BASELINE]["cost"].iloc[-1]
         for name, curve in curves.items():
             there = curve[curve["accuracy"] >= goal]
+            mark = mixes(finals.get_group(name), baseline) if cost == "train_seconds" else ""
             row = rows.setdefault(name, {"top-1 %": spread(100 * finals.get_group(name)["accuracy"])})
-            row[f"{told}, all"] = f"{curve['cost'].iloc[-1] / whole:.3f}"
-            row[f"{told} to {100 * goal:.1f} %"] = f"{there['cost'].iloc[0] / whole:.3f}" if len(there) else "never"
+            row[f"{told}, all"] = f"{curve['cost'].iloc[-1] / whole:.3f}{mark}"
+            row[f"{told} to {100 * goal:.1f} %"] = f"{there['cost'].iloc[0] / whole:.3f}{mark}" if len(there) else "never"
     return pd.DataFrame(rows).T.rename(index=label)
 
 
@@ -110,25 +111,19 @@ def verdict(results: Results) -> str:
             f"Full training's final accuracy is reached for {row[flops_to]} of its FLOPs and {row[seconds_to]} of its seconds; "
             f"by full training itself for {table.loc[label(BASELINE), flops_to]} of them."
         )
-    for name in finals.columns:
-        if name in ("mat", BASELINE) or name not in results.phases["strategy"].unique():
-            continue
-        difference = (finals["mat"] - finals[name]).dropna()
-        if len(difference):
-            cost = table[flops_all].get(label(name))
-            told.append(f"Against {label(name)}{f' ({cost} of the FLOPs)' if cost else ''}: {_difference(difference)}.")
-    return "\n".join(told)
+    found = against_others(results)
+    for row in found.to_dict("records"):
+        cost = table[flops_all].get(label(row["other"]))
+        difference = f"{points_text(row['gain'])}, {judged_text(row)}"
+        told.append(f"Against {label(row['other'])}{f' ({cost} of the FLOPs)' if cost else ''}: {difference}.")
+    told += [family_text(len(found)), mixed_text(results.strategies)]
+    return "\n".join(filter(None, told))
 
 
-def _difference(values: pd.Series) -> str:
-    from scipy.special import stdtrit  # Student's t; scipy.stats takes seconds to import
-
-    told = f"{abs(values.mean()):.1f} points {'better' if values.mean() > 0 else 'worse'}"
-    if len(values) < 2:
-        return told + ", one seed only"
-    error = values.std() / math.sqrt(len(values))
-    clear = abs(values.mean()) > stdtrit(len(values) - 1, 0.975) * error
-    return f"{told}, {'clear' if clear else 'inside the noise'} at 95 %, {int((values > 0).sum())} of {len(values)} seeds better"
+def against_others(results: Results) -> pd.DataFrame:
+    """Return how far MAT is ahead of full training and of every other strategy, a row each: `tables.differences`."""
+    names = [name for name in results.strategies["strategy"].unique() if name in set(results.phases["strategy"])]
+    return differences(results.strategies, [("mat", name) for name in names if name != "mat"])
 
 
 # -- figures --------------------------------------------------------------------------------------------------------------
@@ -139,7 +134,8 @@ def accuracy_against_costs(results: Results) -> Figure:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     unit, factor = flop_unit(results.curves["flops"].max())
-    panels = (("flops", factor, f"training cost ({unit})"), ("train_seconds", 1, "training time (s)"))
+    several = f", {MIXED} of several devices" if mixes(results.strategies) else ""
+    panels = (("flops", factor, f"training cost ({unit})"), ("train_seconds", 1, f"training time (s){several}"))
     for axis, (cost, scale, name) in zip(axes, panels, strict=True):
         for strategy, curve in mean_curves(results, cost).items():
             look, mean = style(strategy), 100 * curve["accuracy"]

@@ -11,7 +11,7 @@ from incubate_lib.pipeline.graph import Plan
 from incubate_lib.report.curves import phase_name
 from incubate_lib.report.forecast import DEVICE, SHARE, Forecast, forecast, open_plan, stated_speed
 from incubate_lib.report.plots import Figure
-from incubate_lib.report.tables import flop_unit, label
+from incubate_lib.report.tables import MIXED, flop_unit, label
 from incubate_lib.report.widgets import Sentence, with_twin
 from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
@@ -68,8 +68,9 @@ def against_table(table: pd.DataFrame) -> pd.DataFrame:
     seconds = table["measured"].map("{:,.1f}".format)
     spread = table["spread"].map(lambda value: "" if pd.isna(value) else f" ± {value:,.1f}")
     names = ["all phases" if row.phase == "all phases" else _phase_name(row) for row in table.itertuples()]
+    mark = table["elsewhere"].map({True: MIXED, False: ""})
     return pd.DataFrame({
-        "strategy": table["strategy"].map(label), "phase": names, "s, measured": seconds + spread,
+        "strategy": table["strategy"].map(label), "phase": names, "s, measured": seconds + spread + mark,
         "s, predicted": table["predicted"].map("{:,.1f}".format), "predicted / measured": table["ratio"].map("{:.2f}".format),
     })  # fmt: skip
 
@@ -77,9 +78,11 @@ def against_table(table: pd.DataFrame) -> pd.DataFrame:
 def against_in_words(table: pd.DataFrame) -> str:
     """Say how far off the predicted times are."""
     off, whole = 100 * (table["ratio"] - 1).abs(), table["phase"] == "all phases"
+    elsewhere = dict.fromkeys(table.loc[table["elsewhere"], "where"])
+    told = f" {MIXED} marks seconds of other devices than the speed's: {' / '.join(elsewhere)}." if elsewhere else ""
     return (
         f"Predicted training times are off by at most {off[whole].max():.1f} % for whole strategies and "
-        f"{off[~whole].max():.1f} % for single phases."
+        f"{off[~whole].max():.1f} % for single phases.{told}"
     )
 
 

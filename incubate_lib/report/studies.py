@@ -9,9 +9,11 @@ import pandas as pd
 from incubate_lib.config import SettingsError, data_folder, nearest
 from incubate_lib.config.study import BASELINE, COLUMNS, DERIVED, load_study, studies
 from incubate_lib.pipeline.study import Cost, Walk
-from incubate_lib.report.tables import flop_unit, from_plan, hardware_of, label, results_folder
+from incubate_lib.report.statistics import COLUMNS as JUDGED
+from incubate_lib.report.statistics import compare, family_text, gain_text, paired
+from incubate_lib.report.tables import flop_unit, from_plan, hardware_of, label, mixed_text, mixes, results_folder
 
-CONFIDENCE = 0.95
+COSTS = ["flops", "critical_flops", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -94,26 +96,28 @@ def described(table: StudyTable) -> str:
 # -- what they say --------------------------------------------------------------------------------------------------------
 
 
-def gains(table: StudyTable, baseline: str = BASELINE) -> pd.DataFrame:
-    """Return each strategy's gain in points over the baseline in the same cell, paired by seed.
+def gains(table: StudyTable, baseline: str = BASELINE, only: list[str] | None = None) -> pd.DataFrame:
+    """Return each strategy's gain in points over the baseline in the same cell, paired by seed; all are one family.
 
-    Columns: the axes, strategy, seeds (number), gain, low and high (95 % interval of the mean by Student's t; NaN for one
-    seed), clear (whether it excludes zero), flops and critical_flops relative to the baseline's.
+    `only` are the strategies that are compared; left out: all. Columns: the axes, strategy, `statistics.COLUMNS`, then flops,
+    critical_flops and seconds relative to the baseline's (seconds NaN where devices differ).
     """
-    rows = []
+    rows, found = [], []
     for place, cell in _cells(table):
-        paired = cell.pivot(index="seed", columns="strategy", values="accuracy").mul(100)
-        cost = cell.groupby("strategy")[["flops", "critical_flops", "seconds"]].mean()
-        if baseline not in paired:
-            continue
-        for name in cell["strategy"].unique():
-            gain = (paired[name] - paired[baseline]).dropna()
-            if name == baseline or gain.empty:
-                continue
-            relative = (cost.loc[name] / cost.loc[baseline]).to_dict()
-            rows.append(place | {"strategy": name, "seeds": len(gain)} | _interval(gain) | relative)
-    columns = ["strategy", "seeds", "gain", "low", "high", "clear", "flops", "critical_flops", "seconds"]
-    return pd.DataFrame(rows, columns=[*table.axes, *columns])
+        groups = dict(iter(cell.groupby("strategy", sort=False)))
+        for name in (name for name in groups if name != baseline and baseline in groups and name in (only or groups)):
+            gain = paired(cell, name, baseline)
+            if len(gain):
+                found.append(gain)
+                rows.append(place | {"strategy": name} | relative_costs(groups[name], groups[baseline]))
+    named = pd.DataFrame(rows, columns=[*table.axes, "strategy", *COSTS])
+    return pd.concat([named, compare(found)], axis="columns")[[*table.axes, "strategy", *JUDGED, *COSTS]]
+
+
+def relative_costs(rows: pd.DataFrame, others: pd.DataFrame) -> dict[str, float]:
+    """Return the mean costs of some runs over those of others; seconds are NaN where the two are not of one same device."""
+    costs = (rows[COSTS].mean() / others[COSTS].mean()).to_dict()
+    return costs | ({"seconds": math.nan} if mixes(rows, others) else {})
 
 
 def at_equal_cost(table: StudyTable) -> pd.DataFrame:
@@ -131,16 +135,6 @@ def seeds_count(table: StudyTable) -> str:
     """Say how many seeds stand behind each point."""
     counts = table.results.groupby([*table.axes, "strategy"])["seed"].nunique()
     return (f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}") + " seeds"
-
-
-def _interval(gain: pd.Series) -> dict[str, float]:
-    from scipy.special import stdtrit  # Student's t; scipy.stats takes seconds to import
-
-    half = math.nan
-    if len(gain) > 1:
-        half = stdtrit(len(gain) - 1, (1 + CONFIDENCE) / 2) * gain.std() / math.sqrt(len(gain))
-    mean = gain.mean()
-    return {"gain": mean, "low": mean - half, "high": mean + half, "clear": bool(abs(mean) > half)}
 
 
 def _cells(table: StudyTable):
@@ -168,16 +162,9 @@ def summary(table: StudyTable) -> pd.DataFrame:
                 "assembled %": spread(100 * group["assembled_accuracy"].dropna()),
                 unit: f"{group['flops'].mean() / factor:.3g}",
                 f"critical path {unit}": f"{group['critical_flops'].mean() / factor:.3g}",
-                "training s": seconds_text(group["seconds"].mean()),
+                "training s": seconds_text(group["seconds"].mean()) + mixes(group),
             })  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def gain_text(row: pd.Series) -> str:
-    """Return a gain with its interval, and whether it stands out of the noise."""
-    if math.isnan(row["low"]):
-        return f"{row['gain']:+.1f} (one seed)"
-    return f"{row['gain']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]" + ("" if row["clear"] else ", inside the noise")
 
 
 def answer(table: StudyTable) -> list[str]:
@@ -185,6 +172,7 @@ def answer(table: StudyTable) -> list[str]:
     if BASELINE not in set(table.results["strategy"]):
         return ["There is no end-to-end training in this study to compare with."]
     told = [*_cheapest(table), *_largest_gain(table), *_against_controls(table), *_against_workers(table), *_assembled(table)]
+    told = [*told, *filter(None, [mixed_text(table.results)])]
     return told or ["Nothing is finished yet."]
 
 
@@ -192,49 +180,64 @@ def reached(table: StudyTable) -> pd.DataFrame:
     """Return the cheapest cell in which each strategy is at least as good on average as end to end in its best cell.
 
     Cells are compared along the axis `budget`, with the other axes' values kept; without that axis a cell is compared with
-    itself. Columns: the other axes, strategy, the budget at which, accuracy, gain over end to end's best with its interval
-    (paired by seed), and flops, critical_flops and seconds relative to end to end's best.
+    itself. Columns: the other axes, strategy, the budget at which, accuracy, best (end to end's), flops, critical_flops and
+    seconds relative to end to end's best, then `statistics.COLUMNS`; the family is every cell that was compared.
     """
-    others = [axis for axis in table.axes if axis != "budget"]
-    rows = []
+    looked = _against_best(table)
+    good = looked[looked["accuracy"] >= looked["best"]].sort_values("flops", kind="stable")
+    return good.drop_duplicates([*_other_axes(table), "strategy"]).sort_index().reset_index(drop=True)
+
+
+def _other_axes(table: StudyTable) -> list[str]:
+    return [axis for axis in table.axes if axis != "budget"]
+
+
+def _against_best(table: StudyTable) -> pd.DataFrame:
+    """Compare every cell of every strategy with end to end's best cell, on the seeds that both have; what is not finished is
+    left out. The columns are those of `reached`.
+    """
+    others, budget = _other_axes(table), ["budget"] if "budget" in table.axes else []
+    rows, found = [], []
     for values, group in table.results.groupby(others, sort=False) if others else [((), table.results)]:
         place = dict(zip(others, values if isinstance(values, tuple) else (values,), strict=True))
-        cells = group.groupby(["budget"] if "budget" in table.axes else others or (lambda _: ""), sort=False)
-        base = [cell[cell["strategy"] == BASELINE] for _, cell in cells]
-        best = max(base, key=lambda cell: cell["accuracy"].mean())
-        costs = ["flops", "critical_flops", "seconds"]
-        for name in (n for n in group["strategy"].unique() if n != BASELINE):
-            mine = [cell[cell["strategy"] == name] for _, cell in cells]
-            good = [cell for cell in mine if len(cell) and cell["accuracy"].mean() >= best["accuracy"].mean()]
-            if not good:
-                continue
-            cell = min(good, key=lambda cell: cell["flops"].mean())
-            paired = cell.set_index("seed")["accuracy"] - best.set_index("seed")["accuracy"]
-            rows.append(place | {"strategy": name} | ({"budget": cell["budget"].iloc[0]} if "budget" in cell else {}) | {
-                "accuracy": cell["accuracy"].mean(), "best": best["accuracy"].mean(), **_interval(100 * paired.dropna()),
-                **(cell[costs].mean() / best[costs].mean()).to_dict(),
-            })  # fmt: skip
-    return pd.DataFrame(rows)
+        cells = [cell for _, cell in group.groupby("budget", sort=False)] if budget else [group]
+        base = [cell[cell["strategy"] == BASELINE].dropna(subset="accuracy") for cell in cells]
+        best = max((cell for cell in base if len(cell)), key=lambda cell: cell["accuracy"].mean(), default=None)
+        if best is None:
+            continue
+        for name in (name for name in group["strategy"].unique() if name != BASELINE):
+            for cell in (cell[cell["strategy"] == name] for cell in cells):
+                gain = paired(pd.concat([cell, best]), name, BASELINE)
+                if gain.empty:
+                    continue
+                mine, theirs = (part[part["seed"].isin(gain.index)] for part in (cell, best))
+                where = place | {"strategy": name} | {axis: cell[axis].iloc[0] for axis in budget}
+                means = {"accuracy": mine["accuracy"].mean(), "best": theirs["accuracy"].mean()}
+                rows.append(where | means | relative_costs(mine, theirs))
+                found.append(gain)
+    named = pd.DataFrame(rows, columns=[*others, "strategy", *budget, "accuracy", "best", *COSTS])
+    return pd.concat([named, compare(found)], axis="columns")
 
 
 def _cheapest(table: StudyTable) -> list[str]:
     if "budget" not in table.axes:
         return []
-    found, others = reached(table), [axis for axis in table.axes if axis != "budget"]
-    told = []
-    for row in found.to_dict("records"):
+    looked, found, others = _against_best(table), reached(table), _other_axes(table)
+
+    def named(row: dict) -> str:
         where = ", ".join(f"{axis} {row[axis]}" for axis in others)
-        told.append(
-            f"{label(row['strategy'])}{' (' + where + ')' if where else ''} reaches end to end's best ({row['best']:.1%}) on "
-            f"average, with {row['accuracy']:.1%}, for {row['flops']:.2f} of its FLOPs, {row['critical_flops']:.2f} on the "
-            f"critical path ({gain_text(pd.Series(row))})."
-        )
-    there = table.results[[*others, "strategy"]].drop_duplicates()
-    done = set(found[[*others, "strategy"]].itertuples(index=False, name=None)) if len(found) else set()
-    missed = [row for row in there.itertuples(index=False, name=None) if row[-1] != BASELINE and row not in done]
-    for *values, name in missed:
-        where = ", ".join(f"{axis} {value}" for axis, value in zip(others, values, strict=True))
-        told.append(f"{label(name)}{' (' + where + ')' if where else ''} does not reach end to end's best at any budget here.")
+        return label(row["strategy"]) + (f" ({where})" if where else "")
+
+    told = [
+        f"{named(row)} reaches end to end's best ({row['best']:.1%}) on average, with {row['accuracy']:.1%}, for "
+        f"{row['flops']:.2f} of its FLOPs, {row['critical_flops']:.2f} on the critical path ({gain_text(row)})."
+        for row in found.to_dict("records")
+    ]
+    done = [named(row) for row in found.to_dict("records")]
+    compared = dict.fromkeys(named(row) for row in looked.to_dict("records"))
+    told += [f"{name} does not reach end to end's best at any budget here." for name in compared if name not in done]
+    if len(found) and (count := found["comparisons"].max()) > 1:
+        told.append(f"With end to end's best {count} cells were compared, and corrected for that number (Holm).")
     return told
 
 
@@ -246,8 +249,10 @@ def _largest_gain(table: StudyTable) -> list[str]:
             continue
         where = ", ".join(f"{axis} {row[axis]}" for axis in table.axes)
         where = f" at {where}" if where else ""
-        which = f"{label(row['strategy'])}{where}, {gain_text(row)}"
-        told.append(f"The largest {word} of {len(equal)} comparisons at equal FLOPs, in points: {which}.")
+        told.append(
+            f"The largest {word} of {len(equal)} comparisons at equal FLOPs, in points: {label(row['strategy'])}{where}, "
+            f"{gain_text(row)}. {family_text(row['comparisons'])}".strip()
+        )
     return told
 
 
@@ -265,13 +270,15 @@ def _against_controls(table: StudyTable) -> list[str]:
     for name, control in WITHOUT.items():
         if not {name, control} <= there:
             continue
-        found = gains(table, control)
-        found = found[found["strategy"] == name]
+        found = gains(table, control, [name])
+        if found.empty:
+            continue
         better, worse = (int((found["clear"] & (sign * found["gain"] > 0)).sum()) for sign in (1, -1))
         told.append(
             f"Against the same start without incubation ({label(control)}), {label(name)} is clearly better in {better}, clearly "
             f"worse in {worse} and inside the noise in {len(found) - better - worse} of {len(found)} cells (mean "
-            f"{found['gain'].mean():+.1f} points), for {found['critical_flops'].mean():.2f} of its critical path."
+            f"{found['gain'].mean():+.1f} points), for {found['critical_flops'].mean():.2f} of its critical path. "
+            f"{family_text(found['comparisons'].max())}".strip()
         )
     return told
 
@@ -282,17 +289,19 @@ def _against_workers(table: StudyTable) -> list[str]:
     name = next((name for name in INCUBATED if {name, together} <= there), None)
     if name is None:
         return []
-    found = gains(table, together)
-    found = found[found["strategy"] == name]
+    found = gains(table, together, [name])
+    if found.empty:
+        return []
     texts = ", ".join(gain_text(row) for _, row in found.iterrows())
     return [
         f"In the same time ({found['critical_flops'].mean():.2f} of the critical path), K workers that trained the whole network "
-        f"together would cost {1 / found['flops'].mean():.1f} times as much; {label(name)} against that, in points: {texts}."
+        f"together would cost {1 / found['flops'].mean():.1f} times as much; {label(name)} against that, in points: {texts}. "
+        f"{family_text(found['comparisons'].max())}".strip()
     ]
 
 
 def _assembled(table: StudyTable) -> list[str]:
-    rows = table.results.dropna(subset=["assembled_accuracy"])
+    rows = table.results.dropna(subset=["accuracy", "assembled_accuracy", "meta_accuracy"])
     told = []
     for name in (name for name in INCUBATED if name in set(rows["strategy"])):
         mine = rows[rows["strategy"] == name]
@@ -303,7 +312,7 @@ def _assembled(table: StudyTable) -> list[str]:
         added = round(mine["added"].mean(), 1) + 0.0  # no "-0.0"
         side = "above" if ahead > 0 else "below"
         told.append(
-            f"{label(name)}: fine-tuning adds {added:+.1f} points to the assembled network{span}; the finished network is "
+            f"{label(name)}: fine-tuning changes the assembled network by {added:+.1f} points{span}; the finished network is "
             f"{abs(ahead):.1f} points {side} its meta model."
         )
     return told

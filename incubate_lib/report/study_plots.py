@@ -9,8 +9,9 @@ from matplotlib import colormaps
 from matplotlib.ticker import LogLocator
 
 from incubate_lib.report.plots import STYLE, Figure, style
+from incubate_lib.report.statistics import rounded
 from incubate_lib.report.studies import StudyTable, at_equal_cost, seeds_count, seeds_text
-from incubate_lib.report.tables import flop_unit, label, results_folder
+from incubate_lib.report.tables import MIXED, flop_unit, label, mixes, results_folder
 
 COSTS = {
     "flops": "all phases, one machine",
@@ -34,6 +35,7 @@ def fronts(table: StudyTable) -> Figure | None:
         where = ", ".join(f"{axis} {value}" for axis, value in zip(others, values, strict=True))
         for axis, (cost, title) in zip(line, COSTS.items(), strict=True):
             unit, factor = ("s", 1.0) if cost == "seconds" else flop_unit(rows[cost].max())
+            title += f", {MIXED} on several devices" if cost == "seconds" and mixes(rows) else ""
             for name, group in rows.groupby("strategy", sort=False):
                 points = group.groupby("budget", sort=False)
                 x = np.array([part[cost].mean() / factor for _, part in points])
@@ -108,7 +110,9 @@ def gain_map(table: StudyTable) -> Figure | None:
         axis.set_title(title, fontsize=10, loc="left")
     figure.colorbar(image, ax=list(axes), label="points of top-1", shrink=0.8)
     figure.suptitle(
-        f"{table.name}: points over end to end at equal FLOPs\nmean of {seeds_count(table)}, paired by seed", fontsize=10
+        f"{table.name}: points over end to end at equal FLOPs\nmean of {seeds_count(table)}, paired by seed; noise: not clear "
+        f"after correction for {found['comparisons'].max()} comparisons",
+        fontsize=10,
     )
     return figure
 
@@ -120,7 +124,7 @@ def _map(axis, part: pd.DataFrame, rows: str, column: str, bound: float):
     for _, row in part.iterrows():
         i, j = row_values.index(row[rows]), column_values.index(row[column])
         values[i, j] = row["gain"]
-        text = f"{row['gain']:+.1f}" + ("" if row["clear"] else "\nnoise")
+        text = rounded(row["gain"], 1, "+") + ("" if row["clear"] else "\nnoise")
         light = np.dot(colormaps["PuOr"](0.5 + row["gain"] / bound / 2)[:3], (0.2126, 0.7152, 0.0722)) > 0.45
         axis.text(j, i, text, ha="center", va="center", fontsize=10, color="black" if light else "white")
     image = axis.imshow(values, cmap="PuOr", vmin=-bound, vmax=bound, aspect="auto")

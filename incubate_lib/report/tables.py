@@ -5,7 +5,6 @@ longest way through the graph: modules side by side). The meta model always coun
 CSV files in data/results, so that a tracked figure can be drawn again from a tracked table.
 """
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +13,12 @@ import pandas as pd
 from incubate_lib.config import SettingsError, load_settings, nearest, presets
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
+from incubate_lib.report.statistics import compare, family_text, judged_text, paired, points_text, rounded
 from incubate_lib.training.runs import MNTK
 
 BASELINE = "end_to_end"
+SEVERAL = " + "  # joins the devices of a sum over phases, and in the same order their threads
+MIXED = "†"  # marks seconds of several devices
 STRATEGY_COLUMNS = [
     "strategy", "seed", "accuracy", "meta_accuracy", "assembled_accuracy", "flops", "critical_flops", "seconds",
     "critical_seconds", "images_seen", "steps", "judged_on", "device", "threads", "torch", "date", "commit",
@@ -24,7 +26,7 @@ STRATEGY_COLUMNS = [
 PHASE_COLUMNS = [
     "strategy", "seed", "phase", "module_index", "start_accuracy", "accuracy", "loss", "train_loss", "epochs", "steps",
     "images_seen", "distinct_images_per_epoch", "flops", "seconds", "eval_seconds", "data_share", "devices", "lr", "parameters",
-    "looks", "look_seconds", "look_flops",
+    "looks", "look_seconds", "look_flops", "device", "threads", "precision",
 ]  # fmt: skip
 CURVE_COLUMNS = [
     "strategy",
@@ -57,13 +59,13 @@ class Results:
 
     def verdict(self) -> str:
         """Say in words what the numbers say, whatever they are: each strategy against end-to-end, paired by seed."""
-        lines = [_compare(self.strategies, name) for name in self.strategies["strategy"].unique() if name != BASELINE]
-        if any(lines):
-            lines.append(_meta_alone(self.strategies, self.phases))
-        told = [line for line in lines if line] or ["Nothing to compare yet: it takes end_to_end and another strategy."]
+        told = _against_baseline(self.strategies)
+        if told:
+            told.append(_meta_alone(self.strategies, self.phases))
+        told = [line for line in told if line] or ["Nothing to compare yet: it takes end_to_end and another strategy."]
         if names := not_from_nothing(self.phases):
             told.append(f"Weights read from a file, whose training is not counted here: {', '.join(map(label, names))}.")
-        return "\n".join(told)
+        return "\n".join([*told, *filter(None, [mixed_text(self.strategies)])])
 
 
 def from_plan(plan: Plan) -> Results:
@@ -76,6 +78,7 @@ def from_plan(plan: Plan) -> Results:
                 continue
             row = summary | {"strategy": name}  # a shared phase is recorded under the first strategy that needed it
             row |= {"flops": _number(summary["train_flops"]), "seconds": summary["train_seconds"]}
+            row |= {"precision": node.settings.precision} | {key: summary["provenance"][key] for key in ("device", "threads")}
             row["lr"] = node.settings.training.peak_lr if node.settings.training else None
             if mat := summary.get("mat"):
                 row |= {"looks": mat["evaluations"], "look_seconds": mat["seconds"], "look_flops": mat["flops"]}
@@ -141,6 +144,7 @@ def comparison(results: Results) -> pd.DataFrame:
     unit, factor = flop_unit(table["flops"].max() if len(table) else 1)
     for name, group in table.groupby("strategy", sort=False):
         mean = means.loc[name]
+        mixed = mixes(group, table[table["strategy"] == BASELINE])
 
         def ratio(cost: str, mean: pd.Series = mean) -> str:
             return "" if base is None else f" ({mean[cost] / base[cost]:.2f}×)"
@@ -153,8 +157,8 @@ def comparison(results: Results) -> pd.DataFrame:
             "assembled %": spread(100 * group["assembled_accuracy"].dropna()),
             unit: f"{mean['flops'] / factor:.2f}" + ratio("flops"),
             f"critical path {unit}": f"{mean['critical_flops'] / factor:.2f}" + ratio("critical_flops"),
-            "training s": seconds_text(mean["seconds"]) + ratio("seconds"),
-            "critical path s": seconds_text(mean["critical_seconds"]) + ratio("critical_seconds"),
+            "training s": seconds_text(mean["seconds"]) + ratio("seconds") + mixed,
+            "critical path s": seconds_text(mean["critical_seconds"]) + ratio("critical_seconds") + mixed,
         })  # fmt: skip
     return pd.DataFrame(rows).set_index("strategy").T.rename_axis(columns=None)
 
@@ -172,10 +176,42 @@ def hardware_of(table: pd.DataFrame) -> str:
     def one(column: str) -> str:
         return ", ".join(sorted({str(v) for v in table[column]}))
 
+    where = [f"{device}, {threads} thread(s) a phase" for device, threads in places(table)]
+    told = where[0] if len(where) == 1 else f"{len(where)} devices ({'; '.join(where)})"
     days = sorted({str(date)[:10] for date in table["date"]})
     return (
-        f"{one('device')}, {one('threads')} thread(s) a phase, torch {one('torch')}, "
-        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, top-1 on the {one('judged_on')} split"
+        f"{told}, torch {one('torch')}, {' to '.join(dict.fromkeys((days[0], days[-1])))}, top-1 on the {one('judged_on')} split"
+    )
+
+
+def places(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Return the hardware on which a table's seconds were measured, as (device, threads), each once.
+
+    Two machines whose processors have one name are told apart only by their threads.
+    """
+    known = table.reindex(columns=["device", "threads"]).dropna().drop_duplicates()
+    found = [
+        pair
+        for device, threads in known.itertuples(index=False)
+        for pair in zip(str(device).split(SEVERAL), str(threads).split(SEVERAL), strict=True)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def mixes(rows: pd.DataFrame, others: pd.DataFrame | None = None) -> str:
+    """Return the mark of seconds that are of several devices, or that are compared with those of other devices; else nothing."""
+    mine, theirs = set(places(rows)), set(places(rows if others is None else others))
+    return MIXED if len(mine) > 1 or (theirs and theirs != mine) else ""
+
+
+def mixed_text(table: pd.DataFrame) -> str:
+    """Say which devices a table's seconds are of, if they are several; nothing if it is one."""
+    where = [f"{device}, {threads} thread(s)" for device, threads in places(table)]
+    if len(where) < 2:
+        return ""
+    return (
+        f"Seconds of {len(where)} devices: {'; '.join(where)}. {MIXED} marks sums over several of them and ratios between "
+        "different ones, which say nothing about any machine: compare FLOPs."
     )
 
 
@@ -284,32 +320,33 @@ def spread(values: pd.Series) -> str:
     """Return mean ± standard deviation over seeds; a single seed is marked as such."""
     if values.empty:
         return "–"
-    return f"{values.mean():.1f} ± {values.std():.1f}" if len(values) > 1 else f"{values.mean():.1f} (one seed)"
+    mean = rounded(values.mean())
+    return f"{mean} ± {rounded(values.std())}" if len(values) > 1 else f"{mean} (one seed)"
 
 
-def _compare(table: pd.DataFrame, name: str) -> str:
-    from scipy.special import stdtrit  # Student's t; scipy.stats takes seconds to import
+def differences(table: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
+    """Return how far the first strategy of each pair is ahead of the second, in points, paired by seed; all are one family.
 
-    paired = table.pivot(index="seed", columns="strategy", values="accuracy").mul(100)
-    if BASELINE not in paired or name not in paired:
-        return ""
-    gain = (paired[name] - paired[BASELINE]).dropna()
-    cost = table.groupby("strategy")[["flops", "critical_flops"]].mean()
-    ratio = cost.loc[name] / cost.loc[BASELINE]
-    if gain.empty:
-        return ""
-    if len(gain) < 2:
-        judged = "one seed only, so nothing is said about chance"
-    else:
-        error = gain.std() / math.sqrt(len(gain))
-        clear = abs(gain.mean()) > stdtrit(len(gain) - 1, 0.975) * error
-        judged = "clear" if clear else "inside the noise"
-        judged += f" at 95 %, {int((gain > 0).sum())} of {len(gain)} seeds better"
-    word = "better" if gain.mean() > 0 else "worse"
-    return (
-        f"{label(name)}: {abs(gain.mean()):.1f} points {word} than end to end ({judged}), "
-        f"for {ratio['flops']:.2f} times its training FLOPs, {ratio['critical_flops']:.2f} times on the critical path."
-    )
+    A row a pair that has a seed in common. Columns: strategy, other, `statistics.COLUMNS`, flops and critical_flops (the
+    first's over the second's).
+    """
+    found = [(*pair, gain) for pair in pairs if len(gain := paired(table, *pair))]
+    cost = table.groupby("strategy").mean(numeric_only=True).reindex(columns=["flops", "critical_flops"])
+    names = pd.DataFrame({"strategy": [name for name, *_ in found], "other": [other for _, other, _ in found]})
+    ratios = pd.DataFrame([cost.loc[name] / cost.loc[other] for name, other, _ in found], columns=cost.columns)
+    return pd.concat([names, compare([gain for *_, gain in found]), ratios.reset_index(drop=True)], axis="columns")
+
+
+def _against_baseline(table: pd.DataFrame) -> list[str]:
+    """Say of each strategy how it does against end to end, and what was corrected for."""
+    found = differences(table, [(name, BASELINE) for name in table["strategy"].unique() if name != BASELINE])
+    told = []
+    for row in found.to_dict("records"):
+        told.append(
+            f"{label(row['strategy'])}: {points_text(row['gain'])} than end to end ({judged_text(row)}), for "
+            f"{row['flops']:.2f} times its training FLOPs, {row['critical_flops']:.2f} times on the critical path."
+        )
+    return [*told, family_text(found["comparisons"].max() if told else 0)]
 
 
 def not_from_nothing(phases: pd.DataFrame) -> list[str]:
@@ -348,11 +385,20 @@ def _strategy_row(strategy: str, final: Node, summary: dict) -> dict:
         row |= {f"critical_{short}": row[short] / workers for short in ("flops", "seconds")}
     row |= {name: sum(s[name] for s in needed.values()) for name in ("images_seen", "steps")}
     where = summary["provenance"]
-    row |= {"device": where["device"], "threads": where["threads"], "torch": where["versions"]["torch"], "date": where["date"]}
+    row |= _hardware([s for s in needed.values() if s["train_seconds"]] or [summary])
+    row |= {"torch": where["versions"]["torch"], "date": where["date"]}
     return row | {
         "judged_on": final.settings.data.eval_split,
         "commit": (where["commit"] or "")[:10] + ("+" if where["dirty"] else ""),
     }
+
+
+def _hardware(summaries: list[dict]) -> dict:
+    """Return device and threads of what was trained; of phases from several machines all of them, in one order."""
+    where = list(dict.fromkeys((s["provenance"]["device"], s["provenance"]["threads"]) for s in summaries))
+    if len(where) == 1:
+        return {"device": where[0][0], "threads": where[0][1]}
+    return {"device": SEVERAL.join(d for d, _ in where), "threads": SEVERAL.join(str(t) for _, t in where)}
 
 
 def _number(count: float) -> float:
