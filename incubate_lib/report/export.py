@@ -55,8 +55,8 @@ def export(
     from incubate_lib.training.weights import check_free, save_timm
 
     folder = check_free(folder)
-    ready = finished(settings)
-    taken, why = _choose(settings, ready, strategy, seed)
+    ready = finished(settings, seed)
+    taken, why = choose(settings, ready, strategy, seed)
     tell(f"finished, with top-1 on the {settings.data.eval_split} split:")
     for one in ready:
         tell(f"  {one}")
@@ -75,15 +75,17 @@ def export(
     return taken.strategy
 
 
-def finished(settings: Settings) -> list[Finished]:
+def finished(settings: Settings, seed: int) -> list[Finished]:
     """Return the finished networks of a run: strategies in the order of `run`, then the others, each with all its seeds.
 
-    SettingsError if there is no such run.
+    SettingsError if there is no such run, or none of this seed.
     """
     experiment = Experiment.of(settings)
     names, seeds = experiment.started() if experiment.is_known() else ([], [])
     if not seeds:
         raise SettingsError(f"there is no run of these settings in {experiment.path}; start one with `incubate run`")
+    if seed not in seeds:
+        raise SettingsError(f"seed {seed} was not run in {experiment.path}; there are: {', '.join(map(str, seeds))}")
     names = [name for name in dict.fromkeys([*settings.run, *names]) if name in names]
     finals = plan(settings, names, seeds).finals if names else {}
     ready = {key: final.summary() for key, final in finals.items()}
@@ -91,14 +93,10 @@ def finished(settings: Settings) -> list[Finished]:
     return [Finished(*key, ready[key]["accuracy"], finals[key]) for key in keys if ready[key]]
 
 
-def _choose(settings: Settings, ready: list[Finished], strategy: str | None, seed: int) -> tuple[Finished, str]:
-    """Return the network that is meant, and why it is that one."""
+def choose(settings: Settings, ready: list[Finished], strategy: str | None, seed: int) -> tuple[Finished, str]:
+    """Return which of the finished networks is meant, and why it is that one; SettingsError if there is none or no telling."""
     if strategy is not None:
         settings.strategy(strategy)
-    experiment = Experiment.of(settings)
-    _, seeds = experiment.started()
-    if seed not in seeds:
-        raise SettingsError(f"seed {seed} was not run in {experiment.path}; there are: {', '.join(map(str, seeds))}")
     here = [one for one in ready if one.seed == seed]
     incubated = [one for one in here if settings.strategies[one.strategy].kind == "deep_incubation"]
     named = [one for one in here if one.strategy == strategy]
