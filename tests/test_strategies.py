@@ -248,9 +248,11 @@ def test_a_warm_up_that_is_longer_than_a_matched_phase_is_no_error_in_the_recomm
 
 
 def test_a_meta_model_with_a_rate_of_its_own_is_not_shared(data_folder):
+    facts = None
     for said in ("lr_scale: {meta: 2}", "warmup_share: {meta: 0.5}"):
-        change = ["strategies.mine={kind: deep_incubation, " + said + "}"]
-        metas = [n for n in plan(load_settings("smoke", change), ["deep_incubation", "mine"]).nodes if n.settings.phase == "meta"]
+        settings = load_settings("smoke", ["strategies.mine={kind: deep_incubation, " + said + "}"])
+        todo = plan(settings, ["deep_incubation", "mine"], facts=facts)
+        facts, metas = todo.experiment.facts, [node for node in todo.nodes if node.settings.phase == "meta"]
         assert len({node.digest for node in metas}) == len(metas) == 2
 
 
