@@ -307,7 +307,8 @@ def export(options: argparse.Namespace) -> int:
     from incubate_lib.config import load_settings
     from incubate_lib.report.export import export
 
-    name = export(load_settings(options.preset, options.set), options.folder, strategy=options.strategy, seed=options.seed)
+    settings = load_settings(options.preset, options.set)
+    name = export(settings, options.folder, strategy=options.strategy, seed=options.seed, tell=print)
     print(f"wrote strategy {name}, seed {options.seed}: timm.create_model('local-dir:{options.folder}', pretrained=True)")
     print(f"Before you publish it, read {options.folder}/README.md and fill in the licence.")
     return 0
@@ -348,9 +349,12 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def _print_table(todo) -> None:
+    from incubate_lib.report.finetuning import lowered
     from incubate_lib.report.tables import comparison, from_plan
 
     results = from_plan(todo)
     print(comparison(results).to_string())
     print(results.verdict())
+    if told := lowered(todo.finals.values()):
+        print(told)
     print(f"report: {todo.experiment.path / 'report.html'}")

@@ -1,8 +1,9 @@
 """Settings: the sections put together, strategies, and one phase's resolved settings, with the checks across them.
 
 Three layers make the training settings of one phase: `training` (every phase) ← `phases.<phase>` ←
-`strategies.<name>.phases.<phase>`. What a result depends on is in its phase's hash; `machine` says only how it is
-computed, and is not.
+`strategies.<name>.phases.<phase>`. Where only the first of them says a learning rate or a warm-up, a strategy may have
+something relative to it instead (`lr_scale`, `warmup_share`). What a result depends on is in its phase's hash; `machine`
+says only how it is computed, and is not.
 """
 
 import hashlib
@@ -66,6 +67,9 @@ class LowResolution(Frozen):
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the training FLOPs; the rest is spent at the network's own size
 
 
+PartPhase = Literal["meta", "incubate", "finetune"]  # of Deep Incubation
+
+
 class StrategySettings(Frozen):
     """A named way from nothing to a trained network."""
 
@@ -84,6 +88,10 @@ class StrategySettings(Frozen):
     shares: dict[Literal["meta", "incubate"], Annotated[float, Field(gt=0, lt=1)]] | None = (
         None  # of that budget; fine-tuning has the rest
     )
+    # deep_incubation: what its phases have instead of training.lr and training.warmup_epochs, where nothing is set for a
+    # phase itself (phases.<phase>, here or for all strategies). Phases that it does not train are passed over.
+    lr_scale: dict[PartPhase, Annotated[float, Field(gt=0)]] | None = None  # times training.lr
+    warmup_share: dict[PartPhase, Annotated[float, Field(ge=0, le=1)]] | None = None  # of the phase's own epochs
     low_resolution: LowResolution | None = None  # end_to_end: begin with small images
     mat: MATChanges | None = None  # Modular Adaptive Training, and what differs from the section `mat`; {} is MAT as it is there
     mat_phases: list[Literal["meta", "incubate", "finetune", "end_to_end"]] | None = Field(
@@ -110,6 +118,7 @@ class StrategySettings(Frozen):
     @model_validator(mode="after")
     def _used(self) -> "StrategySettings":
         cut = {"start", "inherit_stem", "inherit_head", "weights", "incubate", "match", "budget", "shares"}
+        cut |= {"lr_scale", "warmup_share"}
         own = {"end_to_end": {"match", "match_on", "budget", "low_resolution"}, "finetune": {"weights"}}.get(self.kind, cut)
         idle = ((cut | {"match_on", "low_resolution"}) - own) & self.model_fields_set
         if self.mat is None and self.mat_phases is not None:
@@ -154,7 +163,8 @@ STRATEGIES = {
     },
     "recommended": {  # what our studies found best, see the README
         "kind": "deep_incubation", "start": "identity", "inherit_stem": True, "inherit_head": True, "match": "end_to_end",
-        "shares": {"meta": 0.5, "incubate": 0.3},
+        "shares": {"meta": 0.5, "incubate": 0.3}, "lr_scale": {"incubate": 0.5, "finetune": 0.5},
+        "warmup_share": {"meta": 0.1, "incubate": 0.2, "finetune": 0.0},
     },
     "stacking": {
         "kind": "deep_incubation", "start": "stack", "inherit_stem": True, "inherit_head": True, "incubate": "none",
@@ -284,15 +294,27 @@ class Settings(Frozen):
             raise SettingsError(f"unknown strategy {name!r}; {nearest(name, self.strategies)}")
         return self.strategies[name]
 
-    def training_of(self, strategy: str, phase: str) -> TrainingSettings:
-        """Return the merged training settings of a phase of a strategy."""
-        merged = self.training.model_dump()
-        for layer in (self.phases, self.strategy(strategy).phases):
-            merged |= getattr(layer, phase).model_dump(exclude_unset=True)  # an explicit null counts
+    def training_of(self, strategy: str, phase: str, epochs: float | None = None) -> TrainingSettings:
+        """Return the training settings of a phase of a strategy: merged, and what is relative in plain numbers.
+
+        `epochs` are given where the phase's length follows from the cost of another strategy. Raises SettingsError for
+        values that do not go together.
+        """
+        way, own = self.strategy(strategy), {}  # own: what is set for this phase
+        for layer in (self.phases, way.phases):
+            own |= getattr(layer, phase).model_dump(exclude_unset=True)  # an explicit null counts
+        merged = self.training.model_dump() | own | ({} if epochs is None else {"epochs": epochs})
+        if phase in (way.warmup_share or {}) and "warmup_epochs" not in own:
+            merged["warmup_epochs"] = round(way.warmup_share[phase] * merged["epochs"], 3)
         try:
-            return TrainingSettings.model_validate(merged)
+            training = TrainingSettings.model_validate(merged)
         except ValidationError as error:
             raise SettingsError(f"settings of phase {phase} of strategy {strategy}: {told(error)}") from None
+        if phase in (way.lr_scale or {}) and "lr" not in own:
+            training = training.model_copy(update={"lr": way.lr_scale[phase] * training.lr})
+            lowest = min(training.min_lr, training.peak_lr)  # the cosine must not end above its beginning
+            training = training.model_copy(update={"min_lr": lowest})
+        return training
 
     def mat_of(self, strategy: str, phase: str) -> MATSettings | None:
         """Return the settings of Modular Adaptive Training in a phase of a strategy; none where everything trains."""
@@ -329,6 +351,10 @@ class Settings(Frozen):
         """
         sections = self.model_dump(mode="json", include={"data", "model", "partition", "precision", "training", "mat"})
         own = {name: _as_set(strategy) for name, strategy in self.strategies.items() if not strategy.is_as_named(name)}
+        for name, values in own.items():  # runs from before a known strategy had these keep their folder
+            for later in ("lr_scale", "warmup_share"):
+                if values.get(later) == STRATEGIES.get(name, {}).get(later):
+                    values.pop(later, None)
         return digest({"format": FORMAT, **sections, "phases": _as_set(self.phases), "strategies": own})
 
 

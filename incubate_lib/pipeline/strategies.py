@@ -99,7 +99,7 @@ class _Strategies:
             epochs = self._end_to_end(strategy.match, seed).settings.training.epochs
             training = training.model_copy(update={"epochs": strategy.budget * epochs})
         elif matched:
-            training = self._lasting(name, "end_to_end", training, self._budget(name, seed), self.facts.flops_per_image["target"])
+            training = self._lasting(name, "end_to_end", self._budget(name, seed), self.facts.flops_per_image["target"])
         if strategy.low_resolution:
             return self._low_resolution(name, seed, training)
         return self._node(f"seed-{seed}/{name}", name, self._phase("end_to_end", name, seed, training=training))
@@ -115,12 +115,11 @@ class _Strategies:
         if not data.is_streamed:  # those are brought to any size anyway
             data = data.model_copy(update={"resize": size})
         per_image = self.facts.flops_per_image[f"target-{size}"]
-        training = self._lasting(name, "end_to_end", training, share * budget, per_image)
+        training = self._lasting(name, "end_to_end", share * budget, per_image)
         phase = self._phase("end_to_end", name, seed, training=training, small_images=True)
         first = self._node(f"seed-{seed}/{name}/end_to_end", name, phase.model_copy(update={"model": model, "data": data}))
         per_image = self.facts.flops_per_image["target"]
-        training = self.settings.training_of(name, "finetune")
-        training = self._lasting(name, "finetune", training, budget - self.flops(first.settings), per_image)
+        training = self._lasting(name, "finetune", budget - self.flops(first.settings), per_image)
         phase = self._phase("finetune", name, seed, training=training, inputs={"small_images": first})
         return self._node(f"seed-{seed}/{name}/finetune", name, phase, {"small_images": first})
 
@@ -136,8 +135,9 @@ class _Strategies:
     def _longest(self, node: Node) -> int:
         return self.flops(node.settings) + max((self._longest(before) for before in node.inputs.values()), default=0)
 
-    def _lasting(self, name: str, phase: str, training: TrainingSettings, flops: float, per_image: int) -> TrainingSettings:
-        """Return settings that last as long as costs so many FLOPs."""
+    def _lasting(self, name: str, phase: str, flops: float, per_image: int) -> TrainingSettings:
+        """Return the settings of a phase that lasts as long as costs so many FLOPs."""
+        training = self.settings.training_of(name, phase)
         self._check_batch(phase, training)
         match = self.settings.strategy(name).match
         epochs = flops / (per_image * training.batch_size) / steps_per_epoch(self.facts.num_images, training.batch_size)
@@ -145,12 +145,13 @@ class _Strategies:
             raise SettingsError(
                 f"strategies.{name} is as long as {match} costs, but its other phases cost more than that already"
             )
-        if epochs < training.warmup_epochs:
+        try:
+            return self.settings.training_of(name, phase, round(epochs, 3))
+        except SettingsError:  # nothing else depends on the length
             raise SettingsError(
                 f"strategies.{name} is as long as {match} costs, which leaves its phase {phase} {epochs:.3g} epochs, but "
                 f"its warmup_epochs is {training.warmup_epochs:g}; set phases.{phase}.warmup_epochs"
-            )
-        return training.model_copy(update={"epochs": round(epochs, 3)})
+            ) from None
 
     def _deep_incubation(self, name: str, seed: int) -> Node:
         strategy = self.settings.strategy(name)
@@ -164,9 +165,10 @@ class _Strategies:
             training = None if strategy.weights else self.settings.training_of(name, "meta")
             if "meta" in shares:
                 per_image = self.facts.flops_per_image["meta"]
-                training = self._lasting(name, "meta", training, shares["meta"] * budget, per_image)
+                training = self._lasting(name, "meta", shares["meta"] * budget, per_image)
             phase = self._phase("meta", name, seed, training=training, weights=strategy.weights)
-            own = strategy.phases.meta.model_fields_set or strategy.weights or "meta" in shares or phase.mat
+            relative = ({} if part is None else part for part in (shares, strategy.lr_scale, strategy.warmup_share))
+            own = strategy.phases.meta.model_fields_set or strategy.weights or phase.mat or any("meta" in r for r in relative)
             key = f"seed-{seed}/{name}/meta" if own else f"seed-{seed}/meta"
             inputs["meta"] = self._node(key, name, phase, weights=strategy.weights)
         if strategy.incubate != "none":
@@ -175,7 +177,7 @@ class _Strategies:
             if "incubate" in shares:
                 kind = "imitate" if more["imitate"] else "incubate"
                 per_image = sum(flops for key, flops in self.facts.flops_per_image.items() if key.startswith(kind))
-                training = self._lasting(name, "incubate", training, shares["incubate"] * budget, per_image)
+                training = self._lasting(name, "incubate", shares["incubate"] * budget, per_image)
             meta, modules = inputs, {}
             for i in range(len(self.facts.target_depths)):
                 phase = self._phase("incubate", name, seed, inputs=meta, module_index=i, training=training, **more)
@@ -186,7 +188,7 @@ class _Strategies:
         training = self.settings.training_of(name, "finetune")
         if budget:
             rest = budget - sum(self.flops(node.settings) for node in closure([joined]))
-            training = self._lasting(name, "finetune", training, rest, self.facts.flops_per_image["target"])
+            training = self._lasting(name, "finetune", rest, self.facts.flops_per_image["target"])
         tuned = self._phase("finetune", name, seed, inputs={"assemble": joined}, training=training)
         return self._node(f"seed-{seed}/{name}/finetune", name, tuned, {"assemble": joined})
 

@@ -1,68 +1,123 @@
 """A finished network as a folder for timm and the Hugging Face hub: config.json, model.safetensors, README.md.
 
 `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same logits, bit for bit, and knows how images are to
-be normalised. The model card says what the records say: accuracy, recipe, data, cost, limits.
+be normalised. The model card says what the records say: accuracy, classes, recipe, data, cost, limits.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from incubate_lib.config import Settings, SettingsError
 from incubate_lib.pipeline.experiment import Experiment
-from incubate_lib.pipeline.graph import Plan
+from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables import flop_unit, from_plan, label, mixed_text, mixes, seconds_text
 
 
-def export(settings: Settings, folder: str | Path, *, strategy: str | None = None, seed: int = 0) -> str:
-    """Write the finished network of a strategy as a folder, and return the strategy's name.
+@dataclass(frozen=True)
+class Finished:
+    """A finished network of a run."""
 
-    Without a name it is the first finished strategy of Deep Incubation, or the only finished one. Raises SettingsError
-    when nothing fits that description, with what is finished, and when the folder is not free.
+    strategy: str
+    seed: int
+    accuracy: float  # top-1 on the images that judge, 0 … 1
+    node: Node
+
+    @property
+    def top1(self) -> str:
+        return f"{100 * self.accuracy:.2f} %"
+
+    def __str__(self) -> str:
+        return f"{self.strategy}, seed {self.seed}: {self.top1}"
+
+
+def export(
+    settings: Settings,
+    folder: str | Path,
+    *,
+    strategy: str | None = None,
+    seed: int = 0,
+    tell: Callable[[str], Any] = lambda line: None,
+) -> str:
+    """Write a finished network as a folder, and return the strategy's name.
+
+    `tell` is given a line for each finished strategy and seed with its top-1, and one that says which is taken and why:
+    `strategy`, or else the first finished one of Deep Incubation in the order of `run`, or the only finished one. Raises
+    SettingsError when nothing fits that description, with what is finished, and when the folder is not free.
     """
+    from incubate_lib.training.classes import class_names
     from incubate_lib.training.data import load_data
     from incubate_lib.training.phases import load_trained, model_shape, timm_arguments
     from incubate_lib.training.weights import check_free, save_timm
 
     folder = check_free(folder)
-    done = _finished(settings, strategy, seed)
-    ((name, _), node), *_ = done.finals.items()
-    facts, data = node.experiment.facts, settings.data
-    network = load_trained(node.settings, node.folder, facts.num_classes)
+    ready = finished(settings, seed)
+    taken, why = choose(settings, ready, strategy, seed)
+    tell(f"finished, with top-1 on the {settings.data.eval_split} split:")
+    for one in ready:
+        tell(f"  {one}")
+    tell(f"taken: {taken}, {why}")
+    facts, data = taken.node.experiment.facts, settings.data
+    network = load_trained(taken.node.settings, taken.node.folder, facts.num_classes)
     train, _ = load_data(data, shape=model_shape(settings.model), machine=settings.machine)
     mean, std = (values.flatten().tolist() for values in (train.mean, train.std))
+    names = class_names(data, facts.num_classes, settings.machine)
     depth = {"depth": len(network.blocks)} if facts.target_depths else {}
     save_timm(
         network, folder, timm_arguments(settings.model) | depth | {"num_classes": facts.num_classes},
-        train.shape, mean, std, data.crop_pct if data.is_streamed else 1.0, _card(settings, done, mean, std),
+        train.shape, mean, std, data.crop_pct if data.is_streamed else 1.0,
+        _card(settings, plan(settings, [taken.strategy], [seed]), mean, std, names, ready), names,
     )  # fmt: skip
-    return name
+    return taken.strategy
 
 
-def _finished(settings: Settings, strategy: str | None, seed: int) -> Plan:
-    """Return the plan of the one strategy and seed that is meant."""
+def finished(settings: Settings, seed: int) -> list[Finished]:
+    """Return the finished networks of a run: strategies in the order of `run`, then the others, each with all its seeds.
+
+    SettingsError if there is no such run, or none of this seed.
+    """
     experiment = Experiment.of(settings)
-    if strategy is not None:
-        settings.strategy(strategy)
     names, seeds = experiment.started() if experiment.is_known() else ([], [])
     if not seeds:
         raise SettingsError(f"there is no run of these settings in {experiment.path}; start one with `incubate run`")
     if seed not in seeds:
         raise SettingsError(f"seed {seed} was not run in {experiment.path}; there are: {', '.join(map(str, seeds))}")
-    finals = plan(settings, names, [seed]).finals if names else {}
-    ready = [name for (name, _), final in finals.items() if final.summary()]
-    incubated = [name for name in ready if settings.strategies[name].kind == "deep_incubation"]
-    chosen = strategy or next(iter(incubated or ready), None)
-    if chosen not in ready:
-        there = f"finished: {', '.join(ready)}" if ready else "`incubate status` shows how far it is"
+    names = [name for name in dict.fromkeys([*settings.run, *names]) if name in names]
+    finals = plan(settings, names, seeds).finals if names else {}
+    ready = {key: final.summary() for key, final in finals.items()}
+    keys = [(name, seed) for name in names for seed in seeds]
+    return [Finished(*key, ready[key]["accuracy"], finals[key]) for key in keys if ready[key]]
+
+
+def choose(settings: Settings, ready: list[Finished], strategy: str | None, seed: int) -> tuple[Finished, str]:
+    """Return which of the finished networks is meant, and why it is that one; SettingsError if there is none or no telling."""
+    if strategy is not None:
+        settings.strategy(strategy)
+    here = [one for one in ready if one.seed == seed]
+    incubated = [one for one in here if settings.strategies[one.strategy].kind == "deep_incubation"]
+    named = [one for one in here if one.strategy == strategy]
+    if not (named if strategy else here):
+        there = "finished: " + ", ".join(one.strategy for one in here) if here else "`incubate status` shows how far it is"
         raise SettingsError(f"{strategy or 'no strategy'} is {'not ' * bool(strategy)}finished for seed {seed}; {there}")
-    if strategy is None and not incubated and len(ready) > 1:
-        raise SettingsError(f"several strategies are finished for seed {seed}; name one with --strategy: {', '.join(ready)}")
-    return plan(settings, [chosen], [seed])
+    if strategy is None and not incubated and len(here) > 1:
+        them = ", ".join(f"{one.strategy} ({one.top1})" for one in here)
+        raise SettingsError(f"several strategies are finished for seed {seed}; name one with --strategy: {them}")
+    taken = (named or incubated or here)[0]
+    why = "as --strategy says" if strategy else "the only finished one of this seed"
+    if not strategy and len(here) > 1:
+        why = "the first one of Deep Incubation in the order of `run`"
+    best = max(here, key=lambda one: one.accuracy)
+    if best.accuracy > taken.accuracy:
+        ahead = 100 * (best.accuracy - taken.accuracy)
+        why += f"; {best.strategy} is {ahead:.2f} points better on these images (--strategy {best.strategy} takes it)"
+    return taken, why
 
 
-def _card(settings: Settings, done: Plan, mean: list[float], std: list[float]) -> str:
+def _card(settings: Settings, done: Plan, mean: list[float], std: list[float], classes: list[str], ready: list[Finished]) -> str:
     """Return the model card: YAML front matter and Markdown; no paths of this machine."""
     results = from_plan(done)
     row, phases = results.strategies.iloc[0], []
@@ -90,6 +145,8 @@ def _card(settings: Settings, done: Plan, mean: list[float], std: list[float]) -
     }
     versions = ", ".join(f"{package} {version}" for package, version in summary["provenance"]["versions"].items())
     lines, mark = "\n".join(phases), mixes(results.strategies)
+    this = {(name, seed): " (this one)"}
+    others = "\n".join(f"| {one.strategy}{this.get((one.strategy, one.seed), '')} | {one.seed} | {one.top1} |" for one in ready)
     return f"""---
 tags:
 - image-classification
@@ -126,6 +183,11 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 Pixels in 0 … 1 are normalised by mean {_numbers(mean)} and standard deviation {_numbers(std)}.
 
+It gives a logit for each of {len(classes)} classes, in this order (`label_names` in config.json):
+
+```yaml
+{_yaml({"classes": classes})}```
+
 ## Training
 
 | phase | epochs | images seen | {unit} | s | top-1 at its end |
@@ -133,7 +195,13 @@ Pixels in 0 … 1 are normalised by mean {_numbers(mean)} and standard deviation
 {lines}
 
 ```yaml
-{yaml.safe_dump(recipe | {"training": trained}, sort_keys=False, default_flow_style=None, width=120)}```
+{_yaml(recipe | {"training": trained})}```
+
+All networks of this run that are finished, on the same images:
+
+| strategy | seed | top-1 |
+|---|---|---|
+{others}
 
 ## Limits
 
@@ -143,6 +211,10 @@ Pixels in 0 … 1 are normalised by mean {_numbers(mean)} and standard deviation
   was not evaluated: do so before any other use.
 - It was made for a comparison of training methods, not for the best accuracy.
 """
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 
 def _numbers(values: list[float]) -> str:

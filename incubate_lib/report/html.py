@@ -13,6 +13,7 @@ from incubate_lib.pipeline.graph import Plan, closure
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import mat, plots
 from incubate_lib.report.curves import all_curves
+from incubate_lib.report.finetuning import lowered
 from incubate_lib.report.phase_graph import draw
 from incubate_lib.report.progress import Reader
 from incubate_lib.report.tables import Results, comparison, flop_unit, hardware, label, mixed_text, places
@@ -54,6 +55,8 @@ def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:
     title = f"Deep Incubation report: {results.name}"
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts.append("<blockquote>" + "<br>".join(html.escape(line) for line in results.verdict().splitlines()) + "</blockquote>")
+    if run is not None and (told := lowered(run.finals.values())):
+        parts.append("<p>" + html.escape(told).replace("\n", "<br>") + "</p>")
     parts.append("<h2>Strategies</h2>" + _table(comparison(results), index=True))
     parts.append(
         f'<p class="note">Measured on {html.escape(hardware(results))}. Mean ± standard deviation over seeds; in brackets '

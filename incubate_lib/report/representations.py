@@ -25,9 +25,9 @@ from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.report.plots import Figure
 from incubate_lib.report.tables import BASELINE, label
+from incubate_lib.training.classes import class_names
 from incubate_lib.training.data import ImageSet
 from incubate_lib.training.phases import load_trained, pick_device, prepare
-from incubate_lib.training.sources import open_source
 from incubate_lib.training.stream import StreamedSet
 from incubate_lib.training.trainer import autocast
 
@@ -263,7 +263,8 @@ def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
         for name, guess in _guesses(networks, x.to(device), final.settings.precision):
             found[name].append(guess)
     guesses = pd.DataFrame({name: torch.cat(parts).numpy() for name, parts in found.items()}).rename_axis(index="image")
-    return Disagreements(strategy, seed, _class_names(final, judge.num_classes), guesses, judge)
+    names = class_names(final.settings.data, judge.num_classes, final.experiment.settings.machine)
+    return Disagreements(strategy, seed, names, guesses, judge)
 
 
 @torch.no_grad()
@@ -271,11 +272,6 @@ def _guesses(networks: dict[str, nn.Module], x: Tensor, precision: str) -> Itera
     for name, network in networks.items():
         with autocast(x.device, precision):
             yield name, network(x).float().argmax(1).cpu()
-
-
-def _class_names(node: Node, count: int) -> list[str]:
-    names = open_source(node.settings.data, node.experiment.settings.machine)[0].classes
-    return [*map(str, names), *(str(i) for i in range(len(names), count))]
 
 
 def _picture(found: Disagreements, network: str, num: int) -> Figure:

@@ -54,7 +54,19 @@ def measure(settings: Settings) -> Facts:
     for name, strategy in settings.strategies.items():
         for phase in strategy.trains:
             train.preview(1, settings.training_of(name, phase))  # an augmentation that cannot work fails now
-    return count(settings, len(train), train.num_classes)
+    facts = count(settings, len(train), train.num_classes)
+    _check_classes(settings, train.num_classes)
+    return facts
+
+
+def _check_classes(settings: Settings, num_classes: int) -> None:
+    """Raise SettingsError where weights to start from have the same classes as the images, in another order."""
+    from incubate_lib.training.classes import check_order, class_names, label_names
+
+    for name, strategy in settings.strategies.items():
+        if strategy.weights and (known := label_names(strategy.weights)):
+            names = class_names(settings.data, num_classes, settings.machine)
+            check_order(names, known, f"strategies.{name}.weights")
 
 
 def count(settings: Settings, num_images: int, num_classes: int) -> Facts:

@@ -90,7 +90,10 @@ class PhaseFolder:
                 half_written.unlink(missing_ok=True)
             config = self.config()
             if config is not None and config["hash"] != settings.digest():
-                raise SettingsError(f"{self.path} belongs to other settings (hash {config['hash']}); it is left as it is")
+                raise SettingsError(
+                    f"{self.path} belongs to other settings (hash {config['hash']}) and is left as it is; "
+                    "give the run another name (--set name=…)"
+                )
             if config is None or config.get("inputs_sha256") != (used or {}):
                 for made_from_others in ("summary.json", METRICS, MNTK, "checkpoint.pt", "checkpoint.previous.pt"):
                     (self.path / made_from_others).unlink(missing_ok=True)

@@ -153,12 +153,13 @@ def _half(folder: Path) -> Path:
 
 def save_timm(
     model: Any, folder: str | Path, arguments: dict[str, Any], shape: Sequence[int], mean: Sequence[float], std: Sequence[float],
-    crop_pct: float, card: str | None = None,
+    crop_pct: float, card: str | None = None, label_names: Sequence[str] = (),
 ) -> Path:  # fmt: skip
     """Write a timm model as timm does (config.json, model.safetensors), and a README.md if a card is given; return the path.
 
-    `arguments` are those that `timm.create_model` needs besides the name, `shape` the images: C, H, W. The folder appears
-    whole or not at all. Raises SettingsError if something is there already or it cannot be written.
+    `arguments` are those that `timm.create_model` needs besides the name, `shape` the images: C, H, W, `label_names` the
+    classes' names in the order of the logits, if they are known. The folder appears whole or not at all. Raises
+    SettingsError if something is there already or it cannot be written.
     """
     from timm.models import save_for_hf
 
@@ -172,7 +173,8 @@ def save_timm(
     half = _half(folder)
     try:
         half.mkdir(parents=True)
-        save_for_hf(model, half, model_args=arguments, safe_serialization=True)
+        more = {"label_names": list(label_names)} if label_names else {}
+        save_for_hf(model, half, model_config=more, model_args=arguments, safe_serialization=True)
         shutil.copymode(half / "config.json", half / "model.safetensors")  # which safetensors lets only its owner read
         if card is not None:
             (half / "README.md").write_text(card)

@@ -1,0 +1,45 @@
+"""Reports say where fine-tuning made a network worse, and what to try; and nothing where it did not."""
+
+import pytest
+
+from incubate_lib.cli import main
+from incubate_lib.config import load_settings
+from incubate_lib.pipeline.strategies import plan
+from incubate_lib.report.finetuning import is_lower, lowered
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "images", "lower"),
+    [
+        ([0.95], [0.90], 600, True),  # one seed: two standard errors of judging are 3.0 points
+        ([0.95], [0.93], 600, False),
+        ([0.95], [0.90], 100, False),
+        ([0.90], [0.95], 600, False),
+        ([0.90, 0.91, 0.92], [0.80, 0.79, 0.82], 600, True),
+        ([0.90, 0.90, 0.90], [0.95, 0.93, 0.30], 600, False),  # one of three seeds fell apart
+    ],
+)
+def test_lower_means_by_more_than_chance_explains(before, after, images, lower):
+    assert is_lower(before, after, images) is lower
+
+
+def test_the_report_says_where_fine_tuning_lowers_the_accuracy_and_what_to_try(data_folder, capsys):
+    grown = "{kind: deep_incubation, start: identity, inherit_stem: true, inherit_head: true, incubate: none, "
+    given = ["phases.meta.epochs=12", "phases.finetune.epochs=2", "run=[gentle, wild]"]
+    given += [f"strategies.gentle={grown} phases: {{finetune: {{lr: 1e-4}}}}}}"]
+    given += [f"strategies.wild={grown} phases: {{finetune: {{lr: 0.5}}}}}}"]
+    todo = plan(load_settings("smoke", given), ["gentle", "wild"])
+    todo.run()
+    (told,) = lowered(todo.finals.values()).splitlines()
+    wild = todo.finals["wild", 0].summary()
+    assert told == (
+        f"Fine-tuning lowered wild from {100 * wild['start_accuracy']:.1f} to {100 * wild['accuracy']:.1f} % (one seed; more "
+        "than chance explains). Try a lower strategies.wild.phases.finetune.lr (it was 0.5), or fewer "
+        "strategies.wild.phases.finetune.epochs."
+    )
+    assert lowered([todo.finals["gentle", 0]]) == ""
+
+    overrides = [part for override in given for part in ("--set", override)]
+    assert main(["report", "smoke", *overrides]) == 0
+    assert told in capsys.readouterr().out
+    assert told in (todo.experiment.path / "report.html").read_text()
