@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings
+from incubate_lib.training.folders import Source
 from incubate_lib.training.order import EVAL_BATCH, Order
-from incubate_lib.training.sources import Source, open_source
+from incubate_lib.training.sources import open_source
 from incubate_lib.training.stream import StreamedSet
 
 Shape = tuple[int, int, int]  # C, H, W
@@ -162,7 +163,7 @@ def _pixels(settings: DataSettings, source: Source, index: np.ndarray) -> tuple[
             raise SettingsError(f"{source.opener.name(i)} cannot be read ({type(error).__name__}: {error})") from None
         looks = image.size, image.mode
         first = first or looks
-        if looks != first or image.mode not in ("L", "RGB"):
+        if looks != first:
             told = f"{source.opener.name(i)} is {image.size[0]} × {image.size[1]} pixels of mode {image.mode}"
             alike = f"and the first is {first[0][0]} × {first[0][1]}, {first[1]}"
             raise SettingsError(f"{told}; with data.in_memory all must be L or RGB and alike, {alike}")
