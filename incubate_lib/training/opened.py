@@ -200,12 +200,15 @@ def _class_folders(place: Path) -> dict[str, Path]:
 def _images_below(folder: Path) -> Iterator[str]:
     """Yield the images of a folder and its subfolders, in torchvision's order; links to folders are followed."""
 
-    def tell(error: OSError) -> None:  # a folder that cannot be read is no empty one, and a link to itself never ends
+    def tell(error: OSError) -> None:  # a folder that cannot be read is no empty one
         raise SettingsError(f"{error.filename} cannot be read: {error.strerror}")
 
     found = []
     for root, folders, files in os.walk(folder, onerror=tell, followlinks=True):
         folders[:] = [name for name in folders if not is_left_behind(name)]
+        for path in (Path(root, name) for name in folders):
+            if path.is_symlink() and Path(root).resolve().is_relative_to(path.resolve()):  # or each image would come 40 times
+                raise SettingsError(f"{path} is a link to a folder that it lies in")
         found.append((root, [name for name in files if name.lower().endswith(IMG_EXTENSIONS) and not is_left_behind(name)]))
     for root, files in sorted(found, key=lambda item: normal(item[0])):
         yield from (os.path.join(root, name) for name in sorted(files, key=normal))
