@@ -17,6 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 
 from incubate_lib.cli import main
 from incubate_lib.config import DataSettings, SettingsError
+from incubate_lib.pipeline import local
 from incubate_lib.training.data import load_data
 from incubate_lib.training.sources import open_source
 
@@ -281,10 +282,11 @@ def test_labels_with_gaps_are_told_and_keep_their_numbers(source, labels, told, 
         assert told or "No image to train on" not in out
 
 
-def test_a_run_tells_labels_with_gaps_and_trains(tmp_path, capsys, data_folder):
+def test_a_run_tells_labels_with_gaps_before_it_trains(tmp_path, monkeypatch, capsys, data_folder):
     settings = numbered(tmp_path / "set", "wds/", [1, 2, 3])
     (tmp_path / "mine.yaml").write_text(settings_file("x").replace("source: folder, folder: 'x'", _flow(settings)))
-    assert main(["run", str(tmp_path / "mine.yaml"), "--strategies", "end_to_end"]) == 0
+    monkeypatch.setattr(local, "run", lambda *_: 130)  # as if interrupted at once
+    assert main(["run", str(tmp_path / "mine.yaml"), "--strategies", "end_to_end"]) == 130
     assert "No image to train on has label 0: 1 of 4 outputs of the network have nothing" in capsys.readouterr().out
 
 

@@ -90,7 +90,7 @@ def test_a_folder_of_ones_own_is_counted_and_the_first_line_says_so(source, tmp_
     if source != "hfds":
         folder.rename(tmp_path / "moved")
         told = "ASSUMED: 1,281,167 images to train on in 1,000 classes, those of ImageNet-1K, because data.folder"
-        assert first_line() == f"{told} {folder} is not there; --images and --classes say others"
+        assert first_line() == f"{told} {folder} is not there; --images and --classes say others."
         assert first_line("--images", "50", "--classes", "7") == "50 images to train on in 7 classes, as given."
 
 
