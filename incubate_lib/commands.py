@@ -40,7 +40,12 @@ def run(options: argparse.Namespace) -> int:
             warm.prepare()  # planning something new takes torch too, on another core
         if not options.dry_run:
             print("Planning: reading the images, building the networks, counting FLOPs …", flush=True)
+    is_new = not experiment.is_known()
     todo = plan(settings, options.strategies, [0] if options.seeds is None else options.seeds)
+    if is_new and (unused := todo.experiment.facts.unused_classes):
+        from incubate_lib.training.data import unused_in_words
+
+        print(unused_in_words(unused, todo.experiment.facts.num_classes), flush=True)
     preset = options.preset if options.preset in presets() else str(Path(options.preset).absolute())
     source = {"preset": preset, "overrides": options.set}
     if on_slurm:
@@ -253,6 +258,7 @@ def plan(options: argparse.Namespace) -> int:
     costs = forecast.forecast(todo, speed, machines=options.machines)
     import pandas as pd
 
+    print(costs.images + "\n")
     with pd.option_context("display.width", 200, "display.max_columns", None):
         print(planner.strategies_table(costs), planner.phases_table(costs).to_string(index=False), sep="\n\n")
     print("\n" + planner.in_words(costs))
@@ -267,16 +273,20 @@ def plan(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     from incubate_lib.config import load_settings
-    from incubate_lib.training.data import load_data
+    from incubate_lib.training.data import labels_of, load_data, unused_classes, unused_in_words
     from incubate_lib.training.phases import model_shape
-    from incubate_lib.training.stream import StreamedSet
+    from incubate_lib.training.stream import Checked, StreamedSet
 
     settings = load_settings(options.preset, options.set)
     parts = load_data(settings.data, shape=model_shape(settings.model), machine=settings.machine)
     bad = 0
     for what, part in zip(("train", settings.data.eval_split), parts, strict=True):
-        opened, broken = part.check() if isinstance(part, StreamedSet) else (len(part), {})
+        opened, broken, turned = part.check() if isinstance(part, StreamedSet) else Checked(len(part), {}, 0)
         print(f"{what}: {len(part)} images in {part.num_classes} classes; {opened} opened, {len(broken)} cannot be read")
+        if what == "train" and (unused := unused_classes(labels_of(part), part.num_classes)):
+            print(f"  {unused_in_words(unused, part.num_classes)}")
+        if turned:
+            print(f"  {turned} have a camera's orientation tag (EXIF), which is not followed: they are used as they are stored")
         for name, reason in broken.items():
             print(f"  {name}: {reason}")
         bad += len(broken)

@@ -5,11 +5,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from layouts import settings_file, write_folder, write_shards
 from networks import vit
 from torch.nn import functional
 
 from incubate_lib.cli import main
-from incubate_lib.config import SettingsError
+from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import forecast as forecasts
 from incubate_lib.report import planner
 from incubate_lib.report.forecast import (
@@ -24,6 +26,7 @@ from incubate_lib.report.forecast import (
 from incubate_lib.report.planner import planner as sliders
 from incubate_lib.report.tables import Results, published
 from incubate_lib.report.widgets import Sentence
+from incubate_lib.training.data import load_data
 from incubate_lib.training.memory import memory_by_part, step_memory
 from incubate_lib.training.stopwatch import LiveBytes
 
@@ -63,6 +66,73 @@ def test_a_forecast_is_flops_over_speed_and_a_schedule_that_can_be():
                 chain = modules["device_hours"].max() if name != "end_to_end" else 0
                 rest = own.loc[own["phase"] != "incubate", "device_hours"].sum()
                 assert row["hours"] == pytest.approx(rest + chain)
+
+
+@pytest.mark.parametrize("source", ["folder", "torch/image_folder", "wds/", "hfds"])
+def test_a_folder_of_ones_own_is_counted_and_the_first_line_says_so(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = (write_shards if source == "wds/" else write_folder)(tmp_path / "set")
+    text = settings_file(folder)
+    if source == "hfds":
+        (tmp_path / "cache").mkdir()
+        text = settings_file(tmp_path / "cache", ", test_split: validation")
+    name = f"hfds/{folder}" if source == "hfds" else source
+    (file := tmp_path / "mine.yaml").write_text(text.replace("source: folder", f"source: '{name}'"))
+
+    def first_line(*more):
+        assert main(["plan", str(file), *more]) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    assert first_line().startswith("24 images to train on in 3 classes, counted in ")
+    assert open_plan(str(file)).experiment.facts.num_images == plan(load_settings(str(file))).experiment.facts.num_images == 24
+    assert first_line("--images", "50").startswith("50 images to train on in 3 classes (images as given), counted in ")
+    assert first_line("--images", "50", "--classes", "7") == "50 images to train on in 7 classes, as given."
+    if source != "hfds":
+        folder.rename(tmp_path / "moved")
+        told = "ASSUMED: 1,281,167 images to train on in 1,000 classes, those of ImageNet-1K, because data.folder"
+        assert first_line() == f"{told} {folder} is not there; --images and --classes say others."
+        assert first_line("--images", "50", "--classes", "7") == "50 images to train on in 7 classes, as given."
+
+
+def test_a_data_set_that_is_not_in_the_cache_is_assumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (file := tmp_path / "mine.yaml").write_text(settings_file("x").replace("folder, folder: 'x'", "hfds//no/such"))
+    assert main(["plan", str(file)]) == 0
+    told = capsys.readouterr().out.splitlines()[0]
+    assert told.startswith("ASSUMED: 1,281,167 images") and "Hugging Face datasets cannot read it" in told
+
+
+def test_a_folder_that_is_there_and_wrong_is_told(tmp_path, capsys):
+    write_folder(tmp_path / "set").joinpath("train").rename(tmp_path / "set" / "training")
+    (file := tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
+    assert main(["plan", str(file)]) == 2
+    assert "has no subfolder 'train' but training, val" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "data={source: digits}", "data={source: digits, test_images: 597, eval_split: val, train_share: 0.3}",
+        "data={source: digits, test_images: 500, eval_split: val, val_images: 200}", "data={source: synthetic, num_images: 300}",
+        "data={source: synthetic, num_images: 301, num_classes: 7, eval_split: val, train_share: 0.5}",
+    ],
+)  # fmt: skip
+def test_images_that_a_run_sets_apart_are_not_planned(data):
+    planned = open_plan("smoke", [data]).experiment.facts
+    settings = load_settings("smoke", [data])
+    train, _ = load_data(settings.data)
+    assert (planned.num_images, planned.num_classes) == (len(train), train.num_classes)
+
+
+def test_sliders_say_what_is_assumed(tmp_path, monkeypatch):
+    write_folder(tmp_path / "set")
+    (file := tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
+    assert "24 images to train on in 3 classes, counted in" in sliders(str(file)).widget.children[-2].value
+    (tmp_path / "set").rename(tmp_path / "moved")
+    shown = sliders(str(file)).widget.children
+    assert "ASSUMED: 1,281,167 images" in shown[-2].value
+    next(c for c in shown if c.description == "machines").value = 2
+    assert "ASSUMED: 1,281,167 images" in shown[-2].value
 
 
 def test_a_timm_name_needs_no_settings_and_no_images():

@@ -150,6 +150,7 @@ class Plan:
     nodes: list[Node]
     finals: dict[tuple[str, int], Node]  # (strategy, seed) → the node that ends it
     flops: dict[str, int]  # node key → training FLOPs it will take
+    images: str = ""  # of a plan that no run is made of: for how many images and classes it is, in words
 
     def run(self) -> None:
         """Train everything that is missing, one phase after another, in this process."""

@@ -1,15 +1,15 @@
 """What a run would cost on given devices, before a step is trained: FLOPs, device-hours, a schedule, memory.
 
-FLOPs and memory are counted on the networks themselves, without images. Seconds are FLOPs over a speed: measured by
-`incubate bench` on the user's own machine, or a stated share of a device's peak. Judging, reading images and saving are
-not in them, nor what devices that train one phase together lose by talking to each other.
+FLOPs and memory are counted on the networks themselves; of the images only their number is asked for. Seconds are FLOPs
+over a speed: measured by `incubate bench` on the user's own machine, or a stated share of a device's peak. Judging, reading
+images and saving are not in them, nor what devices that train one phase together lose by talking to each other.
 """
 
 import functools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 import torch
@@ -20,17 +20,13 @@ from incubate_lib.method.partition import ViTModule
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables import Results, places, results_folder
+from incubate_lib.training.counts import IMAGENET, Images, count_images
 from incubate_lib.training.facts import Facts, count
 from incubate_lib.training.memory import StepMemory, memory_by_part
 from incubate_lib.training.phases import build_parts, build_target, model_shape
 from incubate_lib.training.schedule import micro_batches, total_steps
 from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
-# Images to train on, and classes, of known sources; a folder is taken for ImageNet-1K until its own numbers are given.
-IMAGES = {
-    "digits": (1200, 10), "fashion_mnist": (60_000, 10), "cifar10": (50_000, 10), "cifar100": (50_000, 100),
-    "folder": (1_281_167, 1000),
-}  # fmt: skip
 DEVICE, SHARE = "H100", 0.4  # assumed where nothing is said; a realistic ceiling for a ViT-B is 0.7, many runs reach 0.1
 PUBLISHED_HOURS = {  # A100-hours: end to end for 300 epochs, Deep Incubation (arXiv 2212.04129)
     "imagenet-vit-b": (290, 390), "imagenet-vit-l": (1090, 890), "imagenet-vit-h": (4790, 2720),
@@ -117,24 +113,23 @@ def open_plan(
     strategies: Sequence[str] | None = None,
     images: int | None = None,
     classes: int | None = None,
+    counted: Images | None = None,
 ) -> Plan:
-    """Return the plan of one seed without looking at images: for a preset, a file, or any plain timm ViT by its name.
+    """Return the plan of one seed without opening images: for a preset, a file, or any plain timm ViT by its name.
 
-    A timm name gets the ImageNet recipe and four modules. `images` and `classes` are those of the data, if they are not
-    those of the settings' source.
+    A timm name gets the ImageNet recipe and four modules. Images and classes are counted, as `count_images` does it, unless
+    they are given; the plan's `images` says which numbers it is made for. `images` are those before `data.train_share`;
+    `counted` are both, for those who plan the same images again and again.
     """
-    settings = _settings(preset, overrides)
-    data = settings.data
-    known = (IMAGES | {"synthetic": (data.num_images, data.num_classes)}).get(data.source, IMAGES["folder"])
-    for name, value, least in (("images", images, 1), ("classes", classes, 2)):
-        if value is not None and value < least:
-            raise SettingsError(f"{name} is {value}; it must be at least {least}")
-    shared = round((images or known[0]) * data.train_share)
-    facts = _facts(settings, classes or known[1]).model_copy(update={"num_images": shared})
-    return plan(settings, list(strategies) if strategies else None, facts=facts)
+    settings = open_settings(preset, overrides)
+    known = counted or count_images(settings.data, settings.machine, images=images, classes=classes)
+    shared = round(known.count * settings.data.train_share)
+    facts = _facts(settings, known.classes).model_copy(update={"num_images": shared})
+    return replace(plan(settings, list(strategies) if strategies else None, facts=facts), images=known.told)
 
 
-def _settings(preset: str, overrides: Sequence[str]) -> Settings:
+def open_settings(preset: str, overrides: Sequence[str] = ()) -> Settings:
+    """Return the settings of a preset, of a file, or of a plain timm ViT by its name."""
     from pathlib import Path
 
     if preset in presets() or Path(preset).suffix in (".yaml", ".yml") or os.path.exists(preset):
@@ -179,6 +174,7 @@ class Forecast:
     adaptive: list[str]  # strategies that train adaptively, planned as if no unit ever rested
     phases: pd.DataFrame  # begin and end in hours; memory in bytes of a device
     strategies: pd.DataFrame
+    images: str = ""  # for how many images and classes it is, in words
 
 
 def forecast(todo: Plan, speed: Speed, *, machines: int = 1, spent: dict[str, int] | None = None) -> Forecast:
@@ -220,7 +216,16 @@ def forecast(todo: Plan, speed: Speed, *, machines: int = 1, spent: dict[str, in
     adaptive = [name for (name, _), final in todo.finals.items()
                 if any(node.settings.mat and node.key not in (spent or {}) for node in closure([final]))]  # fmt: skip
     return Forecast(
-        settings.name, str(settings.model), speed, machines, devices, reference, adaptive, phases, pd.DataFrame(totals)
+        settings.name,
+        str(settings.model),
+        speed,
+        machines,
+        devices,
+        reference,
+        adaptive,
+        phases,
+        pd.DataFrame(totals),
+        todo.images,
     )
 
 
@@ -340,7 +345,7 @@ def published_costs(peak: float = 312e12) -> pd.DataFrame:
     rows = []
     for preset, (whole_hours, pieces_hours) in PUBLISHED_HOURS.items():
         names = ["end_to_end_300", "deep_incubation", "deep_incubation_50", "deep_incubation_25"]
-        todo = open_plan(preset, strategies=names)
+        todo = open_plan(preset, strategies=names, images=IMAGENET[0], classes=IMAGENET[-1])
         flops = [sum(todo.flops[n.key] for n in closure([todo.finals[name, 0]])) for name in names]
         budgets = [f"{epochs} / end to end" for epochs in ("100+100", "50+50", "25+25")]
         rows.append({

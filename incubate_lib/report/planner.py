@@ -1,5 +1,6 @@
 """What a plan costs, for people: tables, sentences, a Gantt chart, and sliders that count everything anew."""
 
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -9,10 +10,11 @@ import pandas as pd
 from incubate_lib.config import SettingsError
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.report.curves import phase_name
-from incubate_lib.report.forecast import DEVICE, SHARE, Forecast, forecast, open_plan, stated_speed
+from incubate_lib.report.forecast import DEVICE, SHARE, Forecast, forecast, open_plan, open_settings, stated_speed
 from incubate_lib.report.plots import Figure
 from incubate_lib.report.tables import MIXED, flop_unit, label
 from incubate_lib.report.widgets import Sentence, with_twin
+from incubate_lib.training.counts import Images, count_images
 from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
 PHASE_LOOKS = {  # Okabe and Ito's colours, and a pattern for those who do not see them
@@ -151,7 +153,8 @@ def gantt(costs: Forecast) -> Figure:
         axis.set_title(f"{label(name)} ({name}): {done:,.3g} {time}", fontsize=10, loc="left")
         axis.set(yticks=range(1, used[name] + 1), xlim=(0, 1.02 * end), ylim=(used[name] + 0.5, 0.5))
         axis.grid(axis="x", alpha=0.3)
-    axes[-1].set_xlabel(f"{time} after the start")
+    told = textwrap.fill(costs.images, 130)
+    axes[-1].set_xlabel(f"{time} after the start\n{told}")
     figure.supylabel("machine", fontsize=10)
     return figure
 
@@ -160,21 +163,31 @@ def gantt(costs: Forecast) -> Figure:
 
 
 def planner(
-    preset: str = "imagenet-vit-b", overrides: Sequence[str] = (), *, strategies: Sequence[str] | None = None, machines: int = 4
+    preset: str = "imagenet-vit-b",
+    overrides: Sequence[str] = (),
+    *,
+    strategies: Sequence[str] | None = None,
+    machines: int = 4,
+    images: int | None = None,
+    classes: int | None = None,
 ) -> Any:
     """Return sliders for what a plan depends on, with its table and its Gantt chart; headless, the chart alone."""
     try:
-        todo = open_plan(preset, overrides, strategies=strategies)
+        settings = open_settings(preset, overrides)
+        counted = count_images(settings.data, settings.machine, images=images, classes=classes)
+        todo = open_plan(preset, overrides, strategies=strategies, counted=counted)
         if todo.experiment.settings.partition is None:
             raise SettingsError(f"{preset} has no partition: a network in one piece has nothing to slide; forecast() plans it")
         speed = stated_speed(precision=todo.experiment.settings.precision)
         costs = forecast(todo, speed, machines=machines)
     except SettingsError as error:
         return Sentence(str(error))
-    return with_twin(lambda: _sliders(preset, list(overrides), strategies, todo, machines), lambda: gantt(costs))
+    return with_twin(lambda: _sliders(preset, list(overrides), strategies, todo, machines, counted), lambda: gantt(costs))
 
 
-def _sliders(preset: str, overrides: list[str], strategies: Sequence[str] | None, todo: Plan, machines: int) -> Any:
+def _sliders(
+    preset: str, overrides: list[str], strategies: Sequence[str] | None, todo: Plan, machines: int, counted: Images
+) -> Any:
     import ipywidgets
 
     settings, facts = todo.experiment.settings, todo.experiment.facts
@@ -216,12 +229,13 @@ def _sliders(preset: str, overrides: list[str], strategies: Sequence[str] | None
             more += [f"phases.{phase}.epochs={chosen[phase]}", f"phases.{phase}.warmup_epochs=0"]
         try:
             speed = stated_speed(chosen["device"], chosen["peak"], settings.precision)
-            costs = forecast(open_plan(preset, [*overrides, *more], strategies=strategies), speed, machines=chosen["machines"])
+            todo = open_plan(preset, [*overrides, *more], strategies=strategies, counted=counted)
+            costs = forecast(todo, speed, machines=chosen["machines"])
         except SettingsError as error:  # a batch that so many devices cannot share, for example
             table.value = f'<p role="alert">{escape(str(error))}</p>'
             return
         told = "<br>".join(map(escape, in_words(costs).splitlines()))
-        table.value = strategies_table(costs).to_html(border=0) + f"<p>{told}</p>"
+        table.value = f"<p>{escape(costs.images)}</p>{strategies_table(costs).to_html(border=0)}<p>{told}</p>"
         picture.value = gantt(costs)._repr_png_()
 
     for control in controls.values():

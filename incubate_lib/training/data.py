@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings
+from incubate_lib.training.folders import Source
 from incubate_lib.training.order import EVAL_BATCH, Order
-from incubate_lib.training.sources import Source, open_source
+from incubate_lib.training.sources import open_source
 from incubate_lib.training.stream import StreamedSet
 
 Shape = tuple[int, int, int]  # C, H, W
+SHOWN = 5  # of the things that a sentence lists
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ def load_data(
     """
     device = torch.device(device)
     train, test = open_source(settings, machine)
-    num_classes = max(len(train.classes), int(train.labels.max()) + 1)
-    learn, judge = _splits(settings, train, test)
+    classes = num_classes(train)
+    learn, judge = splits(settings, train, test)
     if settings.is_streamed:
         sets = [
-            StreamedSet(source.opener, source.labels, index, shape or (3, 224, 224), num_classes, settings, device, machine)
+            StreamedSet(source.opener, source.labels, index, shape or (3, 224, 224), classes, settings, device, machine)
             for source, index in (learn, judge)
         ]
         for part in sets:
@@ -106,12 +108,38 @@ def load_data(
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (mean, std))
 
     def put(pixels: np.ndarray, labels: np.ndarray) -> ImageSet:
-        return ImageSet(torch.from_numpy(pixels).to(device), torch.from_numpy(labels).to(device), mean, std, num_classes)
+        return ImageSet(torch.from_numpy(pixels).to(device), torch.from_numpy(labels).to(device), mean, std, classes)
 
     return put(x, y), put(judged_x, judged_y)
 
 
-def _splits(settings: DataSettings, train: Source, test: Source | None) -> tuple[tuple[Source, np.ndarray], ...]:
+def labels_of(part: ImageSet | StreamedSet) -> np.ndarray:
+    """Return the labels [N] of all images of a set."""
+    return part.labels[part.index] if isinstance(part, StreamedSet) else part.labels.cpu().numpy()
+
+
+def num_classes(train: Source) -> int:
+    """Return the outputs that a network for these images needs."""
+    return max(len(train.classes), int(train.labels.max()) + 1)
+
+
+def unused_classes(labels: np.ndarray, count: int) -> list[int]:
+    """Return which of so many classes have none of these labels [N]."""
+    return np.setdiff1d(np.arange(count), labels).tolist()
+
+
+def unused_in_words(unused: list[int], count: int) -> str:
+    """Say that labels do not begin at 0 or have gaps; nothing where every class has images."""
+    if not unused:
+        return ""
+    some = ", ".join(map(str, unused[:SHOWN])) + (", …" if len(unused) > SHOWN else "")
+    return (
+        f"No image to train on has label {some}: {len(unused):,} of {count:,} outputs of the network have nothing to learn "
+        "(labels are the numbers of classes, from 0 without gaps)."
+    )
+
+
+def splits(settings: DataSettings, train: Source, test: Source | None) -> tuple[tuple[Source, np.ndarray], ...]:
     """Return (source, index of its images) to train on and to judge by."""
     rest = np.arange(len(train.labels))
     if test is None:
@@ -162,7 +190,7 @@ def _pixels(settings: DataSettings, source: Source, index: np.ndarray) -> tuple[
             raise SettingsError(f"{source.opener.name(i)} cannot be read ({type(error).__name__}: {error})") from None
         looks = image.size, image.mode
         first = first or looks
-        if looks != first or image.mode not in ("L", "RGB"):
+        if looks != first:
             told = f"{source.opener.name(i)} is {image.size[0]} × {image.size[1]} pixels of mode {image.mode}"
             alike = f"and the first is {first[0][0]} × {first[0][1]}, {first[1]}"
             raise SettingsError(f"{told}; with data.in_memory all must be L or RGB and alike, {alike}")

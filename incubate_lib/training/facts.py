@@ -25,6 +25,7 @@ class Facts(Frozen):
     units: dict[str, int] = {}  # kinds of units that Modular Adaptive Training finds in the target network → their number
     unfit: dict[str, str] = {}  # kinds among them that cannot be used, and why
     weights: dict[str, str] = {}  # files that strategies start from → SHA-256
+    unused_classes: list[int] = []  # classes without an image to train on: labels that do not begin at 0 or have gaps
 
     def flops_of(self, phase: PhaseSettings) -> int:
         """Return the training FLOPs of one image in this phase; 0 where nothing is trained."""
@@ -41,7 +42,7 @@ def _kind_of(phase: PhaseSettings) -> str:
 
 def measure(settings: Settings) -> Facts:
     """Read the images, build the networks on the meta device and count; SettingsError if they do not fit together."""
-    from incubate_lib.training.data import load_data
+    from incubate_lib.training.data import labels_of, load_data, unused_classes
     from incubate_lib.training.phases import model_shape
 
     shape = model_shape(settings.model)
@@ -56,7 +57,7 @@ def measure(settings: Settings) -> Facts:
             train.preview(1, settings.training_of(name, phase))  # an augmentation that cannot work fails now
     facts = count(settings, len(train), train.num_classes)
     _check_classes(settings, train.num_classes)
-    return facts
+    return facts.model_copy(update={"unused_classes": unused_classes(labels_of(train), train.num_classes)})
 
 
 def _check_classes(settings: Settings, num_classes: int) -> None:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +23,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings
+from incubate_lib.training.folders import Opener
+from incubate_lib.training.opened import is_turned
 from incubate_lib.training.order import EVAL_BATCH, Order
 from incubate_lib.training.schedule import derive_seed, micro_batches
-from incubate_lib.training.sources import Opener
 
 PREFETCH = 4  # batches that each worker reads ahead
 MAX_BROKEN = 100  # unreadable images in a row that are passed over; more, and something else is wrong
+
+
+class Checked(NamedTuple):
+    """What was found when images were opened."""
+
+    opened: int
+    broken: dict[str, str]  # images that cannot be read: name → reason
+    turned: int  # images with a camera's orientation tag, which is not followed
 
 
 @dataclass
@@ -95,16 +104,22 @@ class StreamedSet:
             self._note(broken)
             yield self.normalise(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
 
-    def check(self, every: int = 1) -> tuple[int, dict[str, str]]:
-        """Open every n-th image; return how many were opened, and name → reason of those that cannot be read."""
+    def check(self, every: int = 1) -> "Checked":
+        """Open every n-th image."""
         reader = self._reader(None)
         some = range(0, len(self), every)
-        broken = {}
+        broken, turned = {}, 0
+
+        def look(i: int) -> tuple[tuple[str, str] | None, bool]:
+            image, error = reader.open(i)
+            return error, image is not None and is_turned(image)
+
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for start in range(0, len(some), 10_000):  # a pool holds all that it was given
-                found = pool.map(lambda i: reader.open(i)[1], some[start : start + 10_000])
-                broken.update(error for error in found if error)
-        return len(some), broken
+                for error, has_tag in pool.map(look, some[start : start + 10_000]):
+                    broken.update([error] if error else [])
+                    turned += has_tag
+        return Checked(len(some), broken, turned)
 
     def _reader(self, recipe: TrainingSettings | None) -> "_Reader":
         """Return what worker processes run; without a recipe the centre crop by which images are judged."""

@@ -1,0 +1,79 @@
+"""How many images there are to train on, and in how many classes, before any of them is opened."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError
+from incubate_lib.training.data import num_classes, splits, unused_classes, unused_in_words
+from incubate_lib.training.folders import Source, place_of
+from incubate_lib.training.sources import open_source
+
+IMAGENET = (1_281_167, 50_000, 1000)  # images to train on, to judge by (None: one pool for both), classes
+KNOWN = {
+    "digits": (1797, None, 10), "fashion_mnist": (60_000, 10_000, 10), "cifar10": (50_000, 10_000, 10),
+    "cifar100": (50_000, 10_000, 100),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Images:
+    """Number of images to train on, before `data.train_share`, and of their classes."""
+
+    count: int
+    classes: int
+    told: str  # a sentence: the numbers, and how they are known
+    assumed: bool = False  # because there is no folder to count
+
+
+def count_images(
+    settings: DataSettings,
+    machine: MachineSettings = DEFAULT_MACHINE,
+    *,
+    images: int | None = None,
+    classes: int | None = None,
+) -> Images:
+    """Return the given numbers, those of a known set, or those of the folder; ImageNet-1K's, and that, where it is not there.
+
+    What a run would train on: images that `data.test_images` and `data.val_images` take from the training images are not
+    counted. Files are listed, none is opened, nothing is downloaded. SettingsError for a folder that is there and wrong.
+    """
+    for name, value, least in (("images", images, 1), ("classes", classes, 2)):
+        if value is not None and value < least:
+            raise SettingsError(f"{name} is {value}; it must be at least {least}")
+    share = "" if settings.train_share == 1 else f" Of these images a share of {settings.train_share:g} (data.train_share)."
+    if images and classes:
+        return Images(images, classes, f"{_in_words(images, classes)}, as given.{share}")
+    train, test, how, assumed = _sources(settings, machine)
+    source, index = splits(settings.model_copy(update={"train_share": 1.0}), train, test)[0]
+    found = num_classes(train)
+    unused = unused_in_words(unused_classes(source.labels[index], found), found)
+    given = " (images as given)" if images else " (classes as given)" if classes else ""
+    told = f"{_in_words(images or len(index), classes or found)}{given}, {how}.{share} {unused}".strip()
+    return Images(images or len(index), classes or found, f"ASSUMED: {told}" if assumed else told, assumed)
+
+
+def _in_words(images: int, classes: int) -> str:
+    return f"{images:,} images to train on in {classes:,} classes"
+
+
+def _sources(settings: DataSettings, machine: MachineSettings) -> tuple[Source, Source | None, str, bool]:
+    """Return training and test images, of which only labels count, where the numbers are from, and whether that is a guess."""
+    made = {"synthetic": (settings.num_images, None, settings.num_classes)}
+    if sizes := (KNOWN | made).get(settings.source.removeprefix("torch/")):
+        return *_like(*sizes), f"those of {settings.source}", False
+    place, is_cached = place_of(settings, machine), settings.source.startswith("hfds/")
+    try:
+        opened = open_source(settings, machine.model_copy(update={"download": False}))
+        return *opened, f"counted in {place if place.exists() else settings.source}", False
+    except SettingsError as error:
+        if place.exists() and not is_cached:
+            raise
+        why = str(error) if is_cached else f"data.folder {place} is not there"
+        return *_like(*IMAGENET), f"those of ImageNet-1K, because {why}; --images and --classes say others", True
+
+
+def _like(train: int, test: int | None, classes: int) -> tuple[Source, Source | None]:
+    """Return as many labels, every class equally often."""
+    names = list(map(str, range(classes)))
+    return tuple(None if count is None else Source(np.arange(count) % classes, names) for count in (train, test))

@@ -1,0 +1,382 @@
+"""Images as people have them: of every mode and format, among what tools leave behind, with labels of all kinds."""
+
+import io
+import os
+import struct
+import tarfile
+import threading
+import unicodedata
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from layouts import HERE, open_folder, picture, settings_file, write_folder, write_shards
+from PIL import EpsImagePlugin, Image
+from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
+
+from incubate_lib.cli import main
+from incubate_lib.config import DataSettings, SettingsError
+from incubate_lib.pipeline import local
+from incubate_lib.training.data import load_data
+from incubate_lib.training.sources import open_source
+
+GREY16 = np.array([[0, 255, 256, 257], [4095, 32767, 32768, 65535]] * 8, np.uint16).repeat(4, axis=1)  # [16, 16]
+COLOURS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+def one_by_one(tmp_path, image, ending, channels=3, **how):
+    """Return what a network gets of an image in a folder, uint8 [C, 16, 16]: streamed and, if it is L or RGB, from memory."""
+    root = write_folder(tmp_path / "set", size=(16, 16))
+    for path in sorted((root / "val" / "ant").iterdir()):
+        path.unlink()
+    image.save(root / "val" / "ant" / f"0{ending}", **how)
+    _, judge = open_folder(root, shape=(channels, 16, 16), crop_pct=1.0)
+    return judge.preview(1)[0].numpy()
+
+
+def check(folder, capsys, source="folder", more=""):
+    """Return exit status and output, errors included, of `incubate check`."""
+    text = settings_file(folder, more).replace("source: folder", f"source: {source}")
+    (file := folder.parent / "mine.yaml").write_text(text)
+    status = main(["check", str(file)])
+    told = capsys.readouterr()
+    return status, told.out + told.err
+
+
+# -- modes and formats --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif", ".pgm"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_of_sixteen_bits_keeps_its_upper_byte(ending, channels, tmp_path):
+    seen = one_by_one(tmp_path, Image.fromarray(GREY16), ending, channels)
+    assert np.array_equal(seen, np.stack([GREY16 >> 8] * channels))
+
+
+def test_grey_of_sixteen_bits_in_memory(tmp_path):
+    root = write_folder(tmp_path / "set", size=(16, 16), mode="L")
+    Image.fromarray(GREY16).save(root / "val" / "ant" / "0.png")
+    _, judge = open_folder(root, shape=(1, 16, 16), in_memory=True)
+    assert np.array_equal(judge.images[0, 0].numpy(), GREY16 >> 8)
+
+
+@pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", 70_000)])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_numbers_whose_white_nobody_knows_are_no_image(mode, value, in_memory, tmp_path, capsys):
+    root = write_folder(tmp_path / "set", size=(16, 16))
+    Image.new(mode, (16, 16), value).save(root / "val" / "ant" / "1.tif")
+    status, told = check(root, capsys, more=f", in_memory: {str(in_memory).lower()}")
+    assert status == 2 and "1.tif" in told
+    assert f"mode {mode} has 32 bits, and nothing says which is white; save it with 8 or 16 bits" in told
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "P with transparency", "RGB", "RGBA", "CMYK", "LAB"])
+def test_other_modes_are_as_torchvision_has_them(mode, tmp_path):
+    how, ending = {}, {"CMYK": ".jpg", "LAB": ".tif"}.get(mode, ".png")
+    image = Image.fromarray(COLOURS)
+    if mode == "LAB":
+        image = Image.frombytes("LAB", (16, 16), image.tobytes())
+    elif mode.startswith("P "):
+        image, how = image.quantize(16), {"transparency": bytes([0, 128])}
+    else:
+        image = image.convert(mode)
+    seen = one_by_one(tmp_path, image, ending, **how)
+    assert np.array_equal(seen, np.asarray(pil_loader(tmp_path / f"set/val/ant/0{ending}")).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("ending", IMG_EXTENSIONS)
+def test_every_ending_that_counts_can_be_read(ending, tmp_path):
+    seen = one_by_one(tmp_path, Image.fromarray(COLOURS), ending)
+    assert np.array_equal(seen, np.asarray(pil_loader(tmp_path / f"set/val/ant/0{ending}")).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".webp", ".tif"])
+def test_cameras_orientation_is_as_torchvision_has_it_and_told(ending, tmp_path, capsys):
+    tags = Image.Exif()
+    tags[274] = 6  # to be turned by 90 degrees
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    seen = one_by_one(tmp_path, image, ending, exif=tags)
+    assert np.array_equal(seen, np.asarray(pil_loader(tmp_path / f"set/val/ant/0{ending}")).transpose(2, 0, 1))
+    status, told = check(tmp_path / "set", capsys)
+    assert status == 0
+    assert ("1 have a camera's orientation tag (EXIF), which is not followed" in told) == (ending != ".tif")  # pillow turns TIFFs
+
+
+# -- files that are no images ---------------------------------------------------------------------------------------------------
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("source", ["folder", "folder in memory", "torch/image_folder", "hfds", "wds/"])
+def test_no_image_starts_a_program(source, tmp_path, monkeypatch, capsys):
+    """Pillow has Ghostscript draw what begins like PostScript, whatever the file is called."""
+    (programs := tmp_path / "bin").mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # not looked for yet
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if source == "wds/":
+        root = write_shards(tmp_path / "set")
+        with tarfile.open(root / "val-000000.tar", "w") as tar:
+            add(tar, {"a.jpg": EPS, "a.cls": b"0"})
+    else:
+        root = write_folder(tmp_path / "set", size=(16, 16))
+        (root / "val" / "ant" / "0.png").write_bytes(EPS)
+    name, more = source.split()[0], ", in_memory: true" if "memory" in source else ""
+    if source == "hfds":
+        name, more = f"hfds/{root}", ", test_split: validation"
+    status, told = check(root, capsys, name, more)
+    assert status == 2 and "is no BMP, JPEG, PNG, PPM, TIFF, WEBP or GIF" in told
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("source", ["folder", "torch/image_folder"])
+def test_a_pipe_is_no_image_and_is_not_waited_for(source, tmp_path, capsys):
+    root = write_folder(tmp_path / "set")
+    pipe = root / "val" / "ant" / "0.png"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: open(pipe, "wb").close(), daemon=True)  # who opens the pipe finds its end
+    writer.start()
+    status, told = check(root, capsys, source)
+    assert status == 2 and "0.png is not a regular file but a folder, pipe, socket or device" in told
+    os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
+    writer.join()
+
+
+def test_an_image_of_too_many_pixels_is_told(tmp_path, capsys):
+    root = write_folder(tmp_path / "set")
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(9)), b"IEND"]
+    packed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    (root / "val" / "ant" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    status, told = check(root, capsys)
+    assert status == 2 and "0.png (DecompressionBombError: Image size (900000000 pixels)" in told
+
+
+# -- what tools leave behind ----------------------------------------------------------------------------------------------------
+
+
+def leave_behind(place):
+    """Write below a folder of classes what macOS, Jupyter, Synology and Windows do."""
+    for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".hidden"):
+        (place / name).mkdir()
+        picture(0).save(place / name / "0.png")
+        (place / "bee" / name).mkdir()
+        picture(0).save(place / "bee" / name / "0.png")
+    (place / ".DS_Store").write_bytes(b"\0")
+    (place / "bee" / "Thumbs.db").write_bytes(b"\0")
+    (place / "bee" / "._0.png").write_bytes(b"\0\5\26\7")
+
+
+@pytest.mark.parametrize("source", ["folder", "torch/image_folder"])
+def test_what_tools_leave_behind_is_neither_class_nor_image(source, tmp_path, capsys):
+    root = write_folder(tmp_path / "set")
+    before = open_source(DataSettings(source=source, folder=str(root)))
+    for split in ("train", "val"):
+        leave_behind(root / split)
+    after = open_source(DataSettings(source=source, folder=str(root)))
+    for old, new in zip(before, after, strict=True):
+        assert old.classes == new.classes == ["ant", "bee", "cat"]
+        assert new.labels.tolist() == old.labels.tolist()
+        assert [new.opener.name(i) for i in range(len(new.labels))] == [old.opener.name(i) for i in range(len(old.labels))]
+    assert check(root, capsys, source)[0] == 0
+
+
+def test_what_tools_leave_behind_in_shards_is_no_sample(tmp_path, capsys):
+    root = write_shards(tmp_path / "set")
+    for tar in root.iterdir():
+        with tarfile.open(tar, "a") as shard:
+            add(shard, {"._sample00001.jpg": b"x", ".DS_Store": b"x", "__MACOSX/._a.jpg": b"x", "./Thumbs.db": b"x"})
+            add(shard, {f"./more-{tar.stem}.png": png(), f"./more-{tar.stem}.cls": b"0"})  # tar writes names like these
+    (root / "._train-000000.tar").write_bytes(b"\0\5\26\7")
+    status, told = check(root, capsys, "wds/")
+    assert status == 0 and "train: 26 images in 3 classes" in told and "test: 13 images" in told
+
+
+def test_a_link_to_itself_is_no_second_copy_of_the_images(tmp_path, capsys):
+    root = write_folder(tmp_path / "set")
+    (root / "train" / "bee" / "again").symlink_to(root / "train" / "bee")
+    status, told = check(root, capsys)
+    assert status == 2 and "again" in told and "is a link to a folder that it lies in" in told
+
+
+# -- names in two forms ----------------------------------------------------------------------------------------------------------
+
+NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize("source", ["folder", "torch/image_folder"])
+@pytest.mark.parametrize(("train", "val"), [(NFC, NFD), (NFD, NFC), (NFD, NFD)])
+def test_a_name_in_two_unicode_forms_is_one_class(source, train, val, tmp_path, capsys):
+    root = write_folder(tmp_path / "set", classes=("ant", "cafz", "tea"))
+    for split, name in {"train": train, "val": val}.items():
+        (root / split / "ant").rename(root / split / name)
+    learn, judge = open_source(DataSettings(source=source, folder=str(root)))
+    assert learn.classes == judge.classes == ["cafz", NFC, "tea"], "in one order, whichever machine the folder was copied from"
+    assert [judge.classes[i] for i in judge.labels] == ["cafz"] * 4 + [NFC] * 4 + ["tea"] * 4
+    assert f"/{val}/" in judge.opener.name(5)
+    status, told = check(root, capsys, source)
+    assert status == 0 and "test: 12 images in 3 classes; 12 opened, 0 cannot be read" in told
+
+
+def test_two_folders_of_one_class_are_told(tmp_path, capsys):
+    root = write_folder(tmp_path / "set", classes=(NFC, NFD, "tea"))
+    status, told = check(root, capsys)
+    assert status == 2 and "has class café twice: 'cafe\\u0301' and 'caf\\xe9' differ only in Unicode normalisation" in told
+
+
+# -- labels and shards ----------------------------------------------------------------------------------------------------------
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    picture(0, (16, 16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def add(tar, files):
+    for name, blob in files.items():
+        member = tarfile.TarInfo(name)
+        member.size = len(blob)
+        tar.addfile(member, io.BytesIO(blob))
+
+
+def numbered(root, source, labels):
+    """Write sets with these labels, in turn, as a source has them; return data settings."""
+    root.mkdir(exist_ok=True)
+    if source == "wds/":
+        for split in ("train", "val"):
+            with tarfile.open(root / f"{split}.tar", "w") as tar:
+                for i in range(12):
+                    add(tar, {f"{i:03}.png": png(), f"{i:03}.cls": str(labels[i % len(labels)]).encode()})
+        return {"source": "wds/", "folder": str(root)}
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Encoded
+
+    kind = {int: "int64", str: "string", float: "float64"}[type(labels[0])]
+    rows = {"image": [{"bytes": png(), "path": None}] * 12, "label": [labels[i % len(labels)] for i in range(12)]}
+    for split in ("train", "test"):
+        table = Dataset.from_dict(rows, Features({"image": Encoded(), "label": Value(kind)}))
+        table.to_parquet(str(root / f"{split}.parquet"))
+    (root.parent / "cache").mkdir(exist_ok=True)
+    return {"source": f"hfds/{root}", "folder": str(root.parent / "cache"), "test_split": "test"}
+
+
+@pytest.mark.parametrize("source", ["wds/", "hfds"])
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [([1, 2, 3], "label 0: 1 of 4 outputs"), ([0, 3, 4], "label 1, 2: 2 of 5 outputs"), ([0, 1, 2], None)],
+)
+def test_labels_with_gaps_are_told_and_keep_their_numbers(source, labels, told, tmp_path, monkeypatch, capsys, data_folder):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    settings = numbered(tmp_path / "set", source, labels)
+    for split in open_source(DataSettings(**settings)):
+        assert split.classes == [str(i) for i in range(max(labels) + 1)] and set(split.labels) == set(labels)
+    (tmp_path / "mine.yaml").write_text(settings_file("x").replace("source: folder, folder: 'x'", _flow(settings)))
+    for command in ("check", "plan"):
+        assert main([command, str(tmp_path / "mine.yaml")]) == 0
+        out = capsys.readouterr().out
+        assert (f"No image to train on has {told} of the network have nothing to learn" in out) == bool(told), command
+        assert told or "No image to train on" not in out
+
+
+def test_a_run_tells_labels_with_gaps_before_it_trains(tmp_path, monkeypatch, capsys, data_folder):
+    settings = numbered(tmp_path / "set", "wds/", [1, 2, 3])
+    (tmp_path / "mine.yaml").write_text(settings_file("x").replace("source: folder, folder: 'x'", _flow(settings)))
+    monkeypatch.setattr(local, "run", lambda *_: 130)  # as if interrupted at once
+    assert main(["run", str(tmp_path / "mine.yaml"), "--strategies", "end_to_end"]) == 130
+    assert "No image to train on has label 0: 1 of 4 outputs of the network have nothing" in capsys.readouterr().out
+
+
+def _flow(settings):
+    return ", ".join(f"{name}: '{value}'" for name, value in settings.items())
+
+
+@pytest.mark.parametrize(
+    ("source", "labels", "told"),
+    [
+        ("hfds", ["ant", "bee"], "label 'ant' is no whole number"),
+        ("hfds", [0.0, 1.5], "label 0.0 is no whole number"),
+        ("hfds", [0, 10**9], "label 1000000000 is no class"),
+        ("wds/", [0, 10**9], "label 1000000000 is no class"),
+        ("wds/", [10**30], "not the number of a class"),
+    ],
+)
+def test_labels_that_are_no_classes_are_told(source, labels, told, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SettingsError, match=told):
+        open_source(DataSettings(**numbered(tmp_path / "set", source, labels)))
+
+
+def test_a_class_to_judge_by_that_training_lacks_is_told_by_its_label(tmp_path, capsys):
+    numbered(tmp_path / "set", "wds/", [0, 1, 2, 3])
+    with tarfile.open(tmp_path / "set" / "train.tar", "w") as tar:
+        for i in range(12):
+            add(tar, {f"{i}.png": png(), f"{i}.cls": str([0, 1, 3][i % 3]).encode()})
+    status, told = check(tmp_path / "set", capsys, "wds/")
+    assert status == 2 and "the test split has classes that training lacks: 2" in told
+
+
+def test_a_shard_cut_anywhere_is_told(tmp_path, capsys):
+    numbered(tmp_path / "set", "wds/", [0, 1, 2])
+    shard = tmp_path / "set" / "train.tar"
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        end = max(member.offset_data + 512 for member in tar)  # of the last block with content
+    settings = DataSettings(source="wds/", folder=str(tmp_path / "set"))
+    for size in [*range(0, end + 1024, 512), end - 100, end + 1023]:
+        shard.write_bytes(whole[:size])
+        with pytest.raises(SettingsError, match=r"cannot be read|is cut short"):
+            open_source(settings)
+    shard.write_bytes(whole[: end + 1024])  # without the padding that some tools add
+    assert len(open_source(settings)[0].labels) == 12
+    assert check(tmp_path / "set", capsys, "wds/")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda whole, at: whole[:at] + b"x" * 512 + whole[at + 512 :], "is damaged: there is no end mark"),
+        (lambda whole, _: whole + whole, "goes on after its end mark"),
+    ],
+    ids=["damaged header", "joined by cat"],
+)
+def test_a_shard_of_which_a_part_would_be_left_out_is_told(damage, told, tmp_path, capsys):
+    numbered(tmp_path / "set", "wds/", [0, 1, 2])
+    shard = tmp_path / "set" / "train.tar"
+    with tarfile.open(shard) as tar:
+        third = tar.getmember("002.png").offset
+    shard.write_bytes(damage(shard.read_bytes(), third))
+    status, out = check(tmp_path / "set", capsys, "wds/")
+    assert status == 2 and "train.tar" in out and told in out
+
+
+def test_a_sample_that_stands_there_twice_or_is_a_link_is_told(tmp_path):
+    settings = DataSettings(**numbered(tmp_path / "set", "wds/", [0]))
+    with tarfile.open(tmp_path / "set" / "train.tar", "a") as tar:
+        add(tar, {"000.png": png()})
+    with pytest.raises(SettingsError, match=r"000\.png stands there twice"):
+        open_source(settings)
+    numbered(tmp_path / "set", "wds/", [0])
+    with tarfile.open(tmp_path / "set" / "train.tar", "a") as tar:
+        link = tarfile.TarInfo("again.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "000.png"
+        tar.addfile(link)
+    with pytest.raises(SettingsError, match=r"again\.png is a link or a device"):
+        open_source(settings)
+
+
+def test_files_of_inaturalist_are_opened_here(tmp_path):
+    """torchvision would open them itself, and all of them to learn their labels."""
+    for i, name in enumerate(("ant", "bee")):
+        kind = tmp_path / "set" / "2021_train" / f"0000{i}_Animalia_Arthropoda_Insecta_Order_Family_Genus_{name}"
+        kind.mkdir(parents=True)
+        for k in range(2):
+            picture(i).save(kind / f"{k}.jpg")
+    (tmp_path / "set" / "2021_valid").symlink_to(tmp_path / "set" / "2021_train")
+    settings = DataSettings(source="torch/inaturalist", folder=str(tmp_path / "set"))
+    train, judge = load_data(settings, shape=(3, 16, 16), machine=HERE)
+    assert len(train) == len(judge) == 4 and train.opener.name(3).endswith("bee/1.jpg")
+    assert torch.equal(next(judge.judged())[1], torch.tensor([0, 0, 1, 1]))
