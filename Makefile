@@ -5,6 +5,7 @@
 PYTHON ?= python3
 PRESET ?= digits
 BIN = .venv/bin
+LOWEST = $(addprefix tests/test_,floors.py augmentation.py data.py stream.py presets.py import.py)
 
 .PHONY: run test test-lowest lab
 run: .venv/ready
@@ -13,9 +14,9 @@ run: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
-# The tests that meet other packages most closely: images and their transforms, networks, weights.
+# Tests that meet other packages most closely: images and their transforms, recipes, networks, weights of others, notebooks.
 test-lowest: .venv-lowest/ready
-	INCUBATE_LOWEST=1 .venv-lowest/bin/python -m pytest -m lowest tests
+	INCUBATE_LOWEST=1 .venv-lowest/bin/python -m pytest $(LOWEST)
 
 lab: .venv/ready
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks
@@ -32,5 +33,5 @@ lab: .venv/ready
 # torch is downloaded once more. fsspec is named so that its lowest version is taken too: datasets allows only a few.
 .venv-lowest/ready: pyproject.toml .venv/ready
 	$(BIN)/python -m venv --without-pip .venv-lowest
-	$(BIN)/uv pip install --quiet --compile-bytecode --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[test]' fsspec
+	$(BIN)/uv pip install --quiet --compile-bytecode --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[test,wandb]' fsspec
 	touch $@

@@ -4,6 +4,8 @@ Each image's augmentation follows from seed, epoch and place: it depends on neit
 on where a run was interrupted. Letters: B batch, C channels, H and W pixels.
 """
 
+import math
+import mmap
 import multiprocessing
 import os
 import random
@@ -25,10 +27,11 @@ from torch.utils.data import DataLoader
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings
 from incubate_lib.training.order import EVAL_BATCH, Order
-from incubate_lib.training.schedule import derive_seed, micro_batches
+from incubate_lib.training.schedule import derive_seed, micro_batches, total_steps
 from incubate_lib.training.sources import Opener
 
 PREFETCH = 4  # batches that each worker reads ahead
+SHARED_MEMORY = "/dev/shm"  # where torch puts what one process hands to another
 MAX_BROKEN = 100  # unreadable images in a row that are passed over; more, and something else is wrong
 
 
@@ -89,6 +92,7 @@ class StreamedSet:
     def judged(self, rank: int = 0, devices: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised batches of every image that falls to this rank: each image once over all ranks."""
         if self.judges is None:
+            check_shared_memory(self, devices=devices)
             mine = range(rank, len(self), devices)
             batches = [[(i, 0) for i in mine[k : k + EVAL_BATCH]] for k in range(0, len(mine), EVAL_BATCH)]
             self.judges = self._loader(None, batches, devices)
@@ -115,11 +119,27 @@ class StreamedSet:
         skip = self.settings.skip_broken and recipe is not None  # judging by another image would count that one twice
         return _Reader(self.opener, self.labels, self.index, transform, mode, skip)
 
+    def _workers(self, devices: int) -> int:
+        """Return how many processes read for this one."""
+        if self.machine.workers is not None:
+            return self.machine.workers
+        cores = int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))  # this phase's share of them
+        return max(1, cores // devices)
+
+    def read_ahead(self, batch: int, batches: int, workers: int) -> int:
+        """Return the bytes of shared memory that so many worker processes fill at most.
+
+        They are those of batches read ahead, of the one in use and the one that follows it, of the names of the image files,
+        and of the semaphores of the loader's queues (a page each: three a worker, and eight).
+        """
+        if not workers:
+            return 0
+        one = _pages(batch * math.prod(self.shape)) + _pages(batch * 8)  # images uint8, labels int64
+        semaphores = (3 * workers + 8) * mmap.PAGESIZE
+        return min(workers * PREFETCH + 2, batches) * one + _tensor_bytes(self.opener) + semaphores
+
     def _loader(self, recipe: TrainingSettings | None, batches: Any, devices: int) -> DataLoader:
-        workers = self.machine.workers
-        if workers is None:
-            cores = int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))  # this phase's share of them
-            workers = max(1, cores // devices)
+        workers = self._workers(devices)
         how = {}
         if workers:
             context = multiprocessing.get_context(self.machine.start_method)
@@ -151,6 +171,57 @@ class StreamedSet:
         images, _, *troubles = _collate([item])
         self._note(*troubles)
         return images[0]
+
+
+# -- shared memory, through which worker processes hand images over -------------------------------------------------------
+
+
+def check_shared_memory(
+    judge: StreamedSet, train: StreamedSet | None = None, recipe: TrainingSettings | None = None, devices: int = 1
+) -> None:
+    """Raise SettingsError if /dev/shm is too small for what worker processes read ahead: training would wait for ever.
+
+    What was read ahead to train on stays there while images are judged, so both count. Phases side by side have as much
+    of it each as of the cores ($INCUBATE_THREADS), and so have a machine's devices that train one phase.
+    """
+    machine, workers = judge.machine, judge._workers(devices)
+    mine = math.ceil(len(judge) / devices)
+    number, micro = micro_batches(recipe.batch_size, recipe.micro_batch, devices) if recipe else (0, 0)
+
+    def needed(workers: int) -> int:
+        size = judge.read_ahead(min(mine, EVAL_BATCH), math.ceil(mine / EVAL_BATCH), workers)
+        if recipe:
+            size += train.read_ahead(micro, number * total_steps(recipe.epochs, len(train), recipe.batch_size), workers)
+        return size
+
+    try:
+        there = os.statvfs(SHARED_MEMORY)
+    except OSError:  # not on this system
+        return
+    cores = len(os.sched_getaffinity(0))
+    share = int(os.environ.get("INCUBATE_THREADS") or cores) / cores
+    room = int(min(there.f_bavail, share * there.f_blocks) * there.f_frsize / machine.devices)
+    if needed(workers) <= room:
+        return
+    fits = next((fewer for fewer in range(workers, 0, -1) if needed(fewer) <= room), 0)
+    megabytes, instead = needed(workers) / 1e6, f"{fits} or fewer" if fits else "0, which reads without them"
+    raise SettingsError(
+        f"{SHARED_MEMORY} has room for {room / 1e6:.0f} MB of images that are read ahead, but machine.workers {workers} can "
+        f"fill {megabytes:.0f} MB and would then wait for ever; set machine.workers to {instead}, or give {SHARED_MEMORY} more "
+        "room (docker run --shm-size)"
+    )
+
+
+def _pages(size: int) -> int:
+    """Return what so many bytes take in shared memory."""
+    return math.ceil(size / mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _tensor_bytes(value: Any, depth: int = 4) -> int:
+    """Return what the tensors in an object take in shared memory, where they go when worker processes get a copy of it."""
+    if isinstance(value, Tensor):
+        return _pages(value.nbytes)
+    return sum(_tensor_bytes(part, depth - 1) for part in vars(value).values()) if depth and hasattr(value, "__dict__") else 0
 
 
 # -- transforms -----------------------------------------------------------------------------------------------------------
