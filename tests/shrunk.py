@@ -20,9 +20,10 @@ IMAGES = {  # how many, where a preset says so; what lies on disk is small anywa
 
 
 def shrunk(name: str) -> dict[str, Any]:
-    """Return a preset's file with width, depth, batch, images and epochs shrunk, and nothing else.
+    """Return a preset's file with width, depth, batch, images and epochs shrunk, and nothing else but torch.compile left out.
 
-    Learning rates at their peak stay, because the batch that they are meant for shrinks with the batch.
+    Learning rates at their peak stay, because the batch that they are meant for shrinks with the batch. To compile each
+    phase's network would take minutes on a CPU, and no result is to depend on it.
     """
     tree = yaml.safe_load(presets()[name].read_text())
     settings, recipe = load_settings(name), tree["training"]
@@ -37,6 +38,8 @@ def shrunk(name: str) -> dict[str, Any]:
         recipe["micro_batch"] = MICRO
     recipe["batch_size"] = BATCH
     tree["data"] |= {field: value for field, value in IMAGES.get(settings.data.source, {}).items() if field in tree["data"]}
+    if "compile" in tree.get("machine", {}):
+        tree["machine"]["compile"] = "off"
     _shorten(tree)
     return tree
 

@@ -1,5 +1,6 @@
 """Images that are opened as they are needed: which, in which order, by which processes; judged each once."""
 
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -182,7 +183,7 @@ def test_training_runs_in_the_shared_memory_that_is_asked_for_and_is_refused_in_
     script = [sys.executable, str(Path(__file__).with_name("small_shared_memory.py")), str(tmp_path / "set"), str(workers)]
     result = with_shared_memory(train + judge, *script)
     assert result.returncode == 0 and result.stdout == "12 judged, 480 trained on\n", result.stderr
-    refused = with_shared_memory(train + judge - 1024**2 // 4, *script)
+    refused = with_shared_memory(train + judge - mmap.PAGESIZE, *script)
     assert refused.returncode == 1 and not refused.stdout
     told = f"can fill {(train + judge) / 1e6:.0f} MB and would then wait for ever; set machine.workers to {workers - 1}"
     assert "SettingsError: /dev/shm has room for" in refused.stderr and f"machine.workers {workers} {told}" in refused.stderr
