@@ -1,16 +1,23 @@
 # make run    set up and run the main job: the whole chain on real images (preset digits)
 # make test   set up and run every test
 # make lab    set up and open JupyterLab on the notebooks
+# make test-lowest    the lowest versions that pyproject.toml allows, in an environment of their own: images, presets, imports
 PYTHON ?= python3
 PRESET ?= digits
 BIN = .venv/bin
+LOWEST = $(addprefix tests/test_,floors.py augmentation.py data.py stream.py presets.py import.py)
+LOWEST += "tests/test_shipped.py::test_every_preset_trains_two_epochs_through_its_notebooks[smoke]"
 
-.PHONY: run test lab
+.PHONY: run test test-lowest lab
 run: .venv/ready
 	$(BIN)/incubate run $(PRESET)
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# Tests that meet other packages most closely: images and their transforms, recipes, networks, weights of others, notebooks.
+test-lowest: .venv-lowest/ready
+	INCUBATE_LOWEST=1 .venv-lowest/bin/python -m pytest $(LOWEST)
 
 lab: .venv/ready
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks
@@ -22,4 +29,10 @@ lab: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# torch is downloaded once more. fsspec is named so that its lowest version is taken too: datasets allows only a few.
+.venv-lowest/ready: pyproject.toml .venv/ready
+	$(BIN)/python -m venv --without-pip .venv-lowest
+	$(BIN)/uv pip install --quiet --compile-bytecode --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[test,wandb]' fsspec
 	touch $@

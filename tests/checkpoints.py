@@ -5,6 +5,7 @@ import copy
 import itertools
 from functools import partial
 
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -51,6 +52,14 @@ def released(model, depths):
         "lr_scheduler": {"base_values": [5e-4], "t_initial": 100}, "scaler": {"scale": 65536.0, "_growth_tracker": 3},
         "args": argparse.Namespace(model="vit_base_patch16_224", divided_depths=depths, lr=5e-4, phase="PT"),
     }  # fmt: skip
+
+
+def opened(folder):
+    """Return the network in a folder that was written for timm, as timm opens it; before 1.0.26 it had to be told the file."""
+    told = {"pretrained": True}
+    if tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 26):
+        told = {"checkpoint_path": folder / "model.safetensors"}
+    return timm.create_model(f"local-dir:{folder}", **told).eval()
 
 
 def images_of(model):

@@ -35,8 +35,8 @@ def write_folder(root, classes=("ant", "bee", "cat"), train=8, val=4, size=(20, 
     return root
 
 
-def write_cifar(root, cls, monkeypatch):
-    """The python version's batches; their official MD5 sums are replaced, because these are other images."""
+def cifar_files(root, cls):
+    """Write the python version's batches; return the class's attributes that hold their MD5 sums, for these other images."""
     fine = cls is datasets.CIFAR100
     folder, number = root / cls.base_folder, 100 if fine else 10
     folder.mkdir(parents=True)
@@ -50,10 +50,17 @@ def write_cifar(root, cls, monkeypatch):
         data = RNG.integers(0, 256, (size, 3072), dtype=np.uint8)
         return write(entry[0], {"data": data, "fine_labels" if fine else "labels": labels})
 
-    monkeypatch.setattr(cls, "train_list", [batch(entry, 2 * number) for entry in cls.train_list])
-    monkeypatch.setattr(cls, "test_list", [batch(entry, number) for entry in cls.test_list])
+    lists = {
+        "train_list": [batch(entry, 2 * number) for entry in cls.train_list],
+        "test_list": [batch(entry, number) for entry in cls.test_list],
+    }
     names = write(cls.meta["filename"], {cls.meta["key"]: [f"class {i}" for i in range(number)]})
-    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": names[1]})
+    return lists | {"meta": cls.meta | {"md5": names[1]}}
+
+
+def write_cifar(root, cls, monkeypatch):
+    for name, value in cifar_files(root, cls).items():
+        monkeypatch.setattr(cls, name, value)
     return root
 
 

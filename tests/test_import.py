@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
-from checkpoints import DEPTHS, KINDS, images_of, network, released, same_logits, saved, stages_of
+from checkpoints import DEPTHS, KINDS, images_of, network, opened, released, same_logits, saved, stages_of
 
 from incubate_lib.cli import main
 from incubate_lib.config import SettingsError
@@ -28,7 +28,7 @@ def test_a_released_checkpoint_becomes_a_timm_folder_with_the_same_logits(kind, 
     original = network(sum(depths), kind=kind)
     file = saved(tmp_path / "finished_checkpoint.pth", released(original, depths))
     assert main(["import", file, str(tmp_path / "ours"), "--num-heads", "2"]) == 0
-    model = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()
+    model = opened(tmp_path / "ours")
     assert same_logits(original, model) and len(model.blocks) == sum(depths)
     assert model.num_classes == 4 and images_of(model) == (1, 8, 8)
     other = network(sum(depths), kind=kind, eps={"B": 1e-5, "H": 1e-6}[kind])
@@ -77,7 +77,7 @@ def test_other_ways_to_save_the_same_network(wrap, tmp_path):
     original = network(3, width=128)  # two heads of 64
     torch.save(wrap(original.state_dict()), tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # as torch < 1.6 did
     import_released([tmp_path / "old.pth"], tmp_path / "ours")
-    assert same_logits(original, timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval())
+    assert same_logits(original, opened(tmp_path / "ours"))
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["architecture"] == "vit_base_patch16_224" and config["pretrained_cfg"]["crop_pct"] == 0.875
 
@@ -129,7 +129,7 @@ def hybrids(tmp_path, targets, kind="B"):
 def test_target_checkpoints_assemble_to_the_known_network(kind, targets, tmp_path):
     final, files = hybrids(tmp_path, targets, kind)
     assert import_released(files, tmp_path / "ours", num_heads=2)[1] == targets
-    assert same_logits(final, timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval())
+    assert same_logits(final, opened(tmp_path / "ours"))
 
 
 def test_more_than_ten_modules_keep_their_order(tmp_path):

@@ -1,9 +1,14 @@
 """Images that are opened as they are needed: which, in which order, by which processes; judged each once."""
 
+import mmap
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,7 @@ from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.data import ImageSet, load_data
 from incubate_lib.training.loop import evaluate
 from incubate_lib.training.order import Order
-from incubate_lib.training.stream import StreamedSet
+from incubate_lib.training.stream import StreamedSet, check_shared_memory
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 6])
@@ -156,3 +161,66 @@ def test_evaluation_of_streamed_images_equals_that_of_the_same_in_memory(tmp_pat
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
     assert evaluate(model, streamed) == pytest.approx(evaluate(model, held))
+
+
+def with_shared_memory(size: int, *command: str) -> subprocess.CompletedProcess:
+    """Run a command with a /dev/shm of its own of so many bytes."""
+    mounted = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
+    return subprocess.run(["unshare", "--mount", "sh", "-c", mounted, "sh", *command], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def own_shared_memory():
+    if not shutil.which("unshare") or with_shared_memory(1 << 20, "true").returncode:
+        pytest.skip("a /dev/shm of one's own needs the rights to mount")
+
+
+@pytest.mark.parametrize("workers", [2])
+def test_training_runs_in_the_shared_memory_that_is_asked_for_and_is_refused_in_less(workers, own_shared_memory, tmp_path):
+    """Exactly what is asked for: workers read as far ahead as they may, images are judged meanwhile, and all comes to an end."""
+    write_folder(tmp_path / "set")
+    train, judge = (set_.read_ahead(*batch, workers) for set_, batch in zip(sets_of(tmp_path / "set"), [(4, 60), (12, 1)]))
+    script = [sys.executable, str(Path(__file__).with_name("small_shared_memory.py")), str(tmp_path / "set"), str(workers)]
+    result = with_shared_memory(train + judge, *script)
+    assert result.returncode == 0 and result.stdout == "12 judged, 480 trained on\n", result.stderr
+    refused = with_shared_memory(train + judge - mmap.PAGESIZE, *script)
+    assert refused.returncode == 1 and not refused.stdout
+    told = f"can fill {(train + judge) / 1e6:.0f} MB and would then wait for ever; set machine.workers to {workers - 1}"
+    assert "SettingsError: /dev/shm has room for" in refused.stderr and f"machine.workers {workers} {told}" in refused.stderr
+
+
+def sets_of(folder):
+    return load_data(DataSettings(source="folder", folder=str(folder)), shape=(3, 64, 64))
+
+
+def room_of(size: int):
+    """What os.statvfs says of a file system of so many bytes, of which a quarter is taken."""
+    return os.statvfs_result((4096, 4096, size // 4096, size // 4096, size // 4096 * 3 // 4, 0, 0, 0, 0, 255))
+
+
+@pytest.mark.parametrize(
+    ("threads", "devices", "size", "message"),
+    [
+        (None, 1, 64e6, "room for 48 MB"),  # what is free
+        ("1", 1, 64e6, "room for 32 MB"),  # one of two cores: another phase runs beside this one
+        ("1", 2, 64e6, "room for 16 MB"),
+        (None, 1, 0.9e9, None),
+        ("1", 1, 1.1e9, None),
+        ("1", 2, 0.9e9, "machine.workers to 1 or fewer"),
+    ],
+)
+def test_a_phase_is_refused_before_it_would_wait_for_shared_memory(threads, devices, size, message, tmp_path, monkeypatch):
+    write_folder(tmp_path / "set")
+    settings = DataSettings(source="folder", folder=str(tmp_path / "set"))
+    how = MachineSettings(workers=2, devices=devices)
+    train, judge = load_data(settings, shape=(3, 1024, 1024), machine=how)
+    recipe = TrainingSettings(batch_size=8 * devices, epochs=100)
+    monkeypatch.setattr(os, "statvfs", lambda path: room_of(int(size)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setenv("INCUBATE_THREADS", threads) if threads else monkeypatch.delenv("INCUBATE_THREADS", raising=False)
+    if message is None:
+        return check_shared_memory(judge, train, recipe, devices)
+    with pytest.raises(SettingsError, match=message):
+        check_shared_memory(judge, train, recipe, devices)
+    none, same = (replace(part, machine=MachineSettings(workers=0, devices=devices)) for part in (train, judge))
+    check_shared_memory(same, none, recipe, devices)

@@ -177,7 +177,7 @@ path, with modules side by side. {mixed_text(results.strategies)}{uncounted}
 ```python
 import timm
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # on the hub: "hf-hub:USER/NAME"
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # timm >= 1.0.26; on the hub: "hf-hub:USER/NAME"
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 ```
 

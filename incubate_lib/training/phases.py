@@ -26,6 +26,7 @@ from incubate_lib.training.loop import evaluate, fit
 from incubate_lib.training.runs import PhaseFolder
 from incubate_lib.training.schedule import derive_seed
 from incubate_lib.training.scratch import stage
+from incubate_lib.training.stream import check_shared_memory
 from incubate_lib.training.team import Team
 from incubate_lib.training.trainer import Trainer
 from incubate_lib.training.weights import load_into
@@ -253,6 +254,8 @@ def train_phase(
             f"there are {len(train)} training images in {train.num_classes} classes, but {expected[0]} in {expected[1]} when "
             "this experiment began; look at data.folder (machine.data_folder), or give the experiment another name"
         )
+    if s.data.is_streamed:
+        check_shared_memory(judge, train, s.training, team.devices)
     model, result = prepare(s, {name: Path(path) for name, path in inputs.items()}, train.num_classes)
     model.to(team.device)
     kept, numbers = model, UNTRAINED

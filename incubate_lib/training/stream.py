@@ -4,12 +4,14 @@ Each image's augmentation follows from seed, epoch and place: it depends on neit
 on where a run was interrupted. Letters: B batch, C channels, H and W pixels.
 """
 
+import math
+import mmap
 import multiprocessing
 import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -26,9 +29,10 @@ from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, 
 from incubate_lib.training.folders import Opener
 from incubate_lib.training.opened import is_turned
 from incubate_lib.training.order import EVAL_BATCH, Order
-from incubate_lib.training.schedule import derive_seed, micro_batches
+from incubate_lib.training.schedule import derive_seed, micro_batches, total_steps
 
 PREFETCH = 4  # batches that each worker reads ahead
+SHARED_MEMORY = "/dev/shm"  # where torch puts what one process hands to another
 MAX_BROKEN = 100  # unreadable images in a row that are passed over; more, and something else is wrong
 
 
@@ -75,16 +79,16 @@ class StreamedSet:
     def some(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return images as judged, normalised [N, C, H, W], and labels [N] of an index; read here, without workers."""
         reader = replace(self._reader(None), skip_broken=self.settings.skip_broken)
-        images, labels, broken = _collate([reader[i, 0] for i in index.tolist()])
-        self._note(broken, passed_over=self.settings.skip_broken and len(labels) == len(index))
+        images, labels, *troubles = _collate([reader[i, 0] for i in index.tolist()])
+        self._note(*troubles, passed_over=self.settings.skip_broken and len(labels) == len(index))
         return self.normalise(images.to(self.device)), labels.to(self.device)
 
     def batches(self, order: Order) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield micro-batches to train on: uint8 images [B, C, H, W] and labels [B]; `finish` makes them ready."""
         sampler = _Seeded(order, derive_seed(order.seed, "augment"))
         _, micro = micro_batches(order.settings.batch_size, order.settings.micro_batch, order.devices)
-        for images, labels, broken in self._loader(order.settings, sampler, order.devices):
-            self._note(broken, passed_over=self.settings.skip_broken and len(labels) == micro)
+        for images, labels, *troubles in self._loader(order.settings, sampler, order.devices):
+            self._note(*troubles, passed_over=self.settings.skip_broken and len(labels) == micro)
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def finish(self, images: Tensor, recipe: TrainingSettings) -> Tensor:
@@ -97,11 +101,12 @@ class StreamedSet:
     def judged(self, rank: int = 0, devices: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised batches of every image that falls to this rank: each image once over all ranks."""
         if self.judges is None:
+            check_shared_memory(self, devices=devices)
             mine = range(rank, len(self), devices)
             batches = [[(i, 0) for i in mine[k : k + EVAL_BATCH]] for k in range(0, len(mine), EVAL_BATCH)]
             self.judges = self._loader(None, batches, devices)
-        for images, labels, broken in self.judges:
-            self._note(broken)
+        for images, labels, *troubles in self.judges:
+            self._note(*troubles)
             yield self.normalise(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
 
     def check(self, every: int = 1) -> "Checked":
@@ -123,27 +128,33 @@ class StreamedSet:
 
     def _reader(self, recipe: TrainingSettings | None) -> "_Reader":
         """Return what worker processes run; without a recipe the centre crop by which images are judged."""
-        if recipe is None:
-            how = {"is_training": False, "crop_pct": self.settings.crop_pct}
-        else:
-            jitter = None if recipe.randaugment else recipe.color_jitter or None
-            how = {"is_training": True, "hflip": 0.5 * recipe.hflip, "auto_augment": recipe.randaugment, "color_jitter": jitter}
         mean, std = (tuple(v.flatten().tolist()) for v in (self.mean, self.std))
-        try:
-            transform = create_transform(self.shape, interpolation="bicubic", mean=mean, std=std, use_prefetcher=True, **how)
-        except Exception as error:  # timm checks its notation by asserts
-            raise SettingsError(
-                f"training.randaugment {recipe and recipe.randaugment!r}: {error or 'not timm notation'}"
-            ) from None
+        transform = make_transform(self.shape, recipe, crop_pct=self.settings.crop_pct, mean=mean, std=std)
         mode = "L" if self.shape[0] == 1 else "RGB"
         skip = self.settings.skip_broken and recipe is not None  # judging by another image would count that one twice
         return _Reader(self.opener, self.labels, self.index, transform, mode, skip)
 
+    def _workers(self, devices: int) -> int:
+        """Return how many processes read for this one."""
+        if self.machine.workers is not None:
+            return self.machine.workers
+        cores = int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))  # this phase's share of them
+        return max(1, cores // devices)
+
+    def read_ahead(self, batch: int, batches: int, workers: int) -> int:
+        """Return the bytes of shared memory that so many worker processes fill at most.
+
+        They are those of batches read ahead, of the one in use and the one that follows it, of the names of the image files,
+        and of the semaphores of the loader's queues (a page each: three a worker, and eight).
+        """
+        if not workers:
+            return 0
+        one = _pages(batch * math.prod(self.shape)) + _pages(batch * 8)  # images uint8, labels int64
+        semaphores = (3 * workers + 8) * mmap.PAGESIZE
+        return min(workers * PREFETCH + 2, batches) * one + _tensor_bytes(self.opener) + semaphores
+
     def _loader(self, recipe: TrainingSettings | None, batches: Any, devices: int) -> DataLoader:
-        workers = self.machine.workers
-        if workers is None:
-            cores = int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))  # this phase's share of them
-            workers = max(1, cores // devices)
+        workers = self._workers(devices)
         how = {}
         if workers:
             context = multiprocessing.get_context(self.machine.start_method)
@@ -156,8 +167,13 @@ class StreamedSet:
             pin_memory=self.device.type == "cuda", **how,
         )  # fmt: skip
 
-    def _note(self, broken: list[tuple[str, str]], passed_over: bool = False) -> None:
-        """Remember images that cannot be read; SettingsError unless others were taken in their place."""
+    def _note(self, broken: list[tuple[str, str]], faults: Sequence[str] = (), passed_over: bool = False) -> None:
+        """Remember images that cannot be read; SettingsError unless others were taken in their place, and for any fault."""
+        if faults:
+            raise SettingsError(
+                f"an image's transforms failed: {faults[0]}; another training.randaugment, or another version of timm or "
+                "pillow, may do"
+            )
         self.broken.update(broken)
         if broken and not passed_over:
             name, reason = broken[0]
@@ -166,10 +182,112 @@ class StreamedSet:
                 "them, data.skip_broken=true takes the next image in place of each that is to be trained on"
             )
 
-    def _sound(self, item: tuple[Tensor, int, list]) -> Tensor:
-        image, _, broken = item
-        self._note(broken)
-        return image
+    def _sound(self, item: "_Item") -> Tensor:
+        images, _, *troubles = _collate([item])
+        self._note(*troubles)
+        return images[0]
+
+
+# -- shared memory, through which worker processes hand images over -------------------------------------------------------
+
+
+def check_shared_memory(
+    judge: StreamedSet, train: StreamedSet | None = None, recipe: TrainingSettings | None = None, devices: int = 1
+) -> None:
+    """Raise SettingsError if /dev/shm is too small for what worker processes read ahead: training would wait for ever.
+
+    What was read ahead to train on stays there while images are judged, so both count. Phases side by side have as much
+    of it each as of the cores ($INCUBATE_THREADS), and so have a machine's devices that train one phase.
+    """
+    machine, workers = judge.machine, judge._workers(devices)
+    mine = math.ceil(len(judge) / devices)
+    number, micro = micro_batches(recipe.batch_size, recipe.micro_batch, devices) if recipe else (0, 0)
+
+    def needed(workers: int) -> int:
+        size = judge.read_ahead(min(mine, EVAL_BATCH), math.ceil(mine / EVAL_BATCH), workers)
+        if recipe:
+            size += train.read_ahead(micro, number * total_steps(recipe.epochs, len(train), recipe.batch_size), workers)
+        return size
+
+    try:
+        there = os.statvfs(SHARED_MEMORY)
+    except OSError:  # not on this system
+        return
+    cores = len(os.sched_getaffinity(0))
+    share = int(os.environ.get("INCUBATE_THREADS") or cores) / cores
+    room = int(min(there.f_bavail, share * there.f_blocks) * there.f_frsize / machine.devices)
+    if needed(workers) <= room:
+        return
+    fits = next((fewer for fewer in range(workers, 0, -1) if needed(fewer) <= room), 0)
+    megabytes, instead = needed(workers) / 1e6, f"{fits} or fewer" if fits else "0, which reads without them"
+    raise SettingsError(
+        f"{SHARED_MEMORY} has room for {room / 1e6:.0f} MB of images that are read ahead, but machine.workers {workers} can "
+        f"fill {megabytes:.0f} MB and would then wait for ever; set machine.workers to {instead}, or give {SHARED_MEMORY} more "
+        "room (docker run --shm-size)"
+    )
+
+
+def _pages(size: int) -> int:
+    """Return what so many bytes take in shared memory."""
+    return math.ceil(size / mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _tensor_bytes(value: Any, depth: int = 4) -> int:
+    """Return what the tensors in an object take in shared memory, where they go when worker processes get a copy of it."""
+    if isinstance(value, Tensor):
+        return _pages(value.nbytes)
+    return sum(_tensor_bytes(part, depth - 1) for part in vars(value).values()) if depth and hasattr(value, "__dict__") else 0
+
+
+# -- transforms -----------------------------------------------------------------------------------------------------------
+
+
+def make_transform(
+    shape: tuple[int, int, int],
+    recipe: TrainingSettings | None,
+    *,
+    crop_pct: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Callable[[Image.Image], Any]:
+    """Return what makes a uint8 image of `shape` (C, H, W) of a decoded one: a recipe's augmentation, drawn anew each time.
+
+    Without a recipe it is the centre crop by which images are judged. Raises SettingsError for a `randaugment` that is
+    not in timm's notation.
+    """
+    if recipe is None:
+        how = {"is_training": False, "crop_pct": crop_pct}
+    else:
+        jitter = None if recipe.randaugment else recipe.color_jitter or None
+        how = {"is_training": True, "hflip": 0.5 * recipe.hflip, "auto_augment": recipe.randaugment, "color_jitter": jitter}
+    try:
+        transform = create_transform(shape, interpolation="bicubic", mean=mean, std=std, use_prefetcher=True, **how)
+    except Exception as error:  # timm checks its notation by asserts
+        raise SettingsError(f"training.randaugment {recipe and recipe.randaugment!r}: {error or 'not timm notation'}") from None
+    for operation in operations(transform):
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+    return transform
+
+
+def operations(transform: Any) -> list[AugmentOp]:
+    """Return timm's operations, of which RandAugment, AugMix and AutoAugment choose, in a transform; other kinds have none."""
+    found = []
+    for step in transform.transforms:
+        for some in [getattr(step, "ops", []), *getattr(step, "policy", [])]:
+            found += some
+    return found
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """Keep so many bits of each channel. None makes a black image, as it did before pillow 13, which refuses it."""
+    return posterize(image, bits_to_keep, **options) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+
+# -- in worker processes --------------------------------------------------------------------------------------------------
+
+# Image or none, label, images that cannot be read (name, reason), transforms that failed.
+_Item = tuple[Tensor | None, int, list[tuple[str, str]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -186,7 +304,8 @@ class _Seeded:
 
 @dataclass(frozen=True)
 class _Reader(torch.utils.data.Dataset):
-    """Opens and augments one image; runs in worker processes. An image that cannot be read is told, not raised."""
+    """Opens and augments one image; runs in worker processes. Told, not raised, is what goes wrong: an image that cannot be
+    read, or that the transforms fail on."""
 
     opener: Opener
     labels: np.ndarray
@@ -195,7 +314,7 @@ class _Reader(torch.utils.data.Dataset):
     mode: str
     skip_broken: bool
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor | None, int, list[tuple[str, str]]]:
+    def __getitem__(self, item: tuple[int, int]) -> _Item:
         i, seed = item
         random.seed(seed)
         np.random.seed(seed)
@@ -205,9 +324,14 @@ class _Reader(torch.utils.data.Dataset):
             at = (i + step) % len(self.index)
             image, error = self.open(at)
             if image is not None:
-                return torch.as_tensor(self.transform(image)), int(self.labels[self.index[at]]), broken  # older timm: an array
+                try:
+                    made = torch.as_tensor(self.transform(image))  # older timm: an array
+                except Exception as fault:  # whatever other versions of timm and pillow do not agree on
+                    name = self.opener.name(int(self.index[at]))
+                    return None, 0, broken, [f"{name} with seed {seed} ({type(fault).__name__}: {fault})"]
+                return made, int(self.labels[self.index[at]]), broken, []
             broken.append(error)
-        return None, 0, broken
+        return None, 0, broken, []
 
     def open(self, i: int) -> tuple[Image.Image | None, tuple[str, str] | None]:
         """Return the decoded image, or its name and why it cannot be read."""
@@ -230,8 +354,9 @@ def _end_with_reader(worker: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _collate(items: list) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-    images = [image for image, _, _ in items if image is not None]
-    labels = [label for image, label, _ in items if image is not None]
-    broken = [error for _, _, errors in items for error in errors]
-    return torch.stack(images) if images else torch.empty(0), torch.tensor(labels), broken
+def _collate(items: list[_Item]) -> tuple[Tensor, Tensor, list[tuple[str, str]], list[str]]:
+    images = [image for image, *_ in items if image is not None]
+    labels = [label for image, label, *_ in items if image is not None]
+    broken = [error for _, _, errors, _ in items for error in errors]
+    faults = [fault for *_, faults in items for fault in faults]
+    return torch.stack(images) if images else torch.empty(0), torch.tensor(labels), broken, faults

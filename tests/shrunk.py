@@ -1,0 +1,79 @@
+"""A preset made small enough to be trained in seconds, and its images on disk as a user has them."""
+
+import json
+from typing import Any
+
+import numpy as np
+import yaml
+from layouts import cifar_files, picture, write_fashion
+from torchvision import datasets
+
+from incubate_lib.config import load_settings, presets
+
+BATCH, MICRO, EPOCHS = 4, 2, 2
+PER_MODULE = 2  # blocks of a target module, so that it is still deeper than the meta module
+IMAGES = {  # how many, where a preset says so; what lies on disk is small anyway
+    "digits": {"test_images": 1700},  # of 1,797
+    "synthetic": {"num_images": 144, "test_images": 48},
+    "fashion_mnist": {"train_share": 1.0, "test_images": 20},
+}
+
+
+def shrunk(name: str) -> dict[str, Any]:
+    """Return a preset's file with width, depth, batch, images and epochs shrunk, and nothing else but torch.compile left out.
+
+    Learning rates at their peak stay, because the batch that they are meant for shrinks with the batch. To compile each
+    phase's network would take minutes on a CPU, and no result is to depend on it.
+    """
+    tree = yaml.safe_load(presets()[name].read_text())
+    settings, recipe = load_settings(name), tree["training"]
+    if partition := tree.get("partition"):
+        modules = len(partition.get("target_depths", ())) or partition["num_modules"]
+        tree["model"] |= {"embed_dim": 16, "num_heads": 2, "depth": PER_MODULE * modules}
+        if "target_depths" in partition:
+            partition["target_depths"] = [PER_MODULE] * modules
+    if "lr_for_batch" in recipe:
+        recipe["lr_for_batch"] = recipe["lr_for_batch"] * BATCH // recipe["batch_size"]
+    if "micro_batch" in recipe:
+        recipe["micro_batch"] = MICRO
+    recipe["batch_size"] = BATCH
+    tree["data"] |= {field: value for field, value in IMAGES.get(settings.data.source, {}).items() if field in tree["data"]}
+    if "compile" in tree.get("machine", {}):
+        tree["machine"]["compile"] = "off"
+    _shorten(tree)
+    return tree
+
+
+def _shorten(tree: dict[str, Any]) -> None:
+    """Shorten everything in a settings file that is counted in epochs: to two, and what is a part of them to half a one."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _shorten(value)
+        elif key.endswith("epochs"):
+            tree[key] = EPOCHS if key == "epochs" else min(value, 0.5)
+
+
+def write_images(name: str, folder) -> dict[str, str]:
+    """Write a preset's images into a data folder, in the layout of the real ones; return what the environment needs besides."""
+    source = load_settings(name).data.source
+    if source == "folder":
+        write_imagenet(folder / "datasets" / "imagenet")
+    elif source == "fashion_mnist":
+        write_fashion(folder / "datasets" / source, zipped=False)
+    elif source == "cifar100":
+        sums = cifar_files(folder / "datasets" / source, datasets.CIFAR100)
+        (folder / "cifar.json").write_text(json.dumps(sums))
+        return {"TEST_CIFAR": str(folder / "cifar.json")}  # hooks/sitecustomize.py
+    return {}
+
+
+def write_imagenet(root, classes=("n01440764", "n01443537", "n02119789", "n15075141"), train=2, val=1):
+    """ImageNet as it is usually kept: JPEGs of all sizes, most of them colour, one grey and one CMYK, as there."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(classes):
+        for split, number, file in (("train", train, f"{name}_{{}}.JPEG"), ("val", val, "ILSVRC2012_val_{:08}.JPEG")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(number):
+                size = tuple(int(n) for n in rng.integers(40, 120, 2))
+                mode = {0: "L", 1: "CMYK"}[i] if (split, label) == ("train", 0) else "RGB"
+                picture(label, size).convert(mode).save(root / split / name / file.format(100 * label + i))

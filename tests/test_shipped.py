@@ -1,0 +1,100 @@
+"""Every preset trains through its notebooks: small, but with its images on disk, transforms and recipe as they are shipped."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from shrunk import BATCH, EPOCHS, MICRO, shrunk, write_images
+
+from incubate_lib.config import load_settings, presets
+from incubate_lib.training.data import load_data
+from incubate_lib.training.phases import model_shape
+from incubate_lib.training.runs import read_json
+
+MAY_SHRINK = (
+    r"model\.(embed_dim|num_heads|depth)|partition\.target_depths|training\.(batch_size|micro_batch|lr_for_batch)|(\w+\.)+(\w+_)?epochs"
+    r"|data\.(train_share|test_images|num_images)|machine\.compile|name"
+)
+
+
+def written(name: str, folder: Path) -> str:
+    """Write a shrunk preset's file and return its path."""
+    path = folder / f"{name}-small.yaml"
+    path.write_text(yaml.safe_dump(shrunk(name)))
+    return str(path)
+
+
+def leaves(value, path=""):
+    """Yield (dotted path, value) of everything in nested mappings."""
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            yield from leaves(inner, f"{path}{key}.")
+        else:
+            yield path + key, inner
+
+
+@pytest.mark.parametrize("name", presets())
+def test_shrinking_changes_width_depth_batch_images_and_epochs_and_nothing_else(name, tmp_path):
+    settings, small = load_settings(name), load_settings(written(name, tmp_path))
+    before, after = (dict(leaves(s.model_dump(exclude={"overrides"}))) for s in (settings, small))
+    changed = {path for path in before.keys() | after.keys() if before.get(path, path) != after.get(path, path)}
+    assert {path for path in changed if not re.fullmatch(MAY_SHRINK, path)} == set()
+    for strategy, how in settings.strategies.items():
+        for phase in how.trains:
+            recipe, short = settings.training_of(strategy, phase), small.training_of(strategy, phase)
+            fields = {"epochs", "warmup_epochs", "batch_size", "micro_batch", "lr", "lr_for_batch"}
+            assert recipe.model_dump(exclude=fields) == short.model_dump(exclude=fields)
+            assert short.peak_lr == pytest.approx(recipe.peak_lr)
+            assert (short.epochs, short.batch_size) == (EPOCHS, BATCH)
+            assert short.micro_batch == (MICRO if recipe.micro_batch else None)
+            assert bool(short.warmup_epochs) == bool(recipe.warmup_epochs) and short.warmup_epochs <= 1
+
+
+def ways(name: str) -> list[tuple[str, str]]:
+    """Return the notebooks that end a preset's kinds of training, each with a strategy; a notebook trains what it starts from."""
+    strategies = load_settings(name).strategies
+    plain = [key for key, how in strategies.items() if how.kind == "end_to_end" and how.phases.end_to_end.epochs]
+    found = [("05_end_to_end", [*plain, "end_to_end"][0])]
+    if "deep_incubation" in strategies:
+        found.append(("04_finetune", "deep_incubation"))
+    if name.startswith("mat-"):
+        found.append(("05_end_to_end", "mat"))
+    return found
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_trains_two_epochs_through_its_notebooks(name, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    env = os.environ | {"INCUBATE_DATA": str(data), "INCUBATE_HEADLESS": "1"} | write_images(name, data)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent / "hooks"), os.environ.get("PYTHONPATH")]))
+    preset = written(name, tmp_path)
+    for notebook, strategy in ways(name):
+        parameters = json.dumps({"preset": preset, "strategy": strategy})
+        command = [sys.executable, "-m", "incubate_lib.pipeline.notebook", notebook, str(tmp_path / f"{strategy}.ipynb")]
+        result = subprocess.run([*command, parameters], env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    small = load_settings(preset)
+    summaries = [read_json(path) for path in data.rglob("summary.json")]
+    phases = {(summary["strategy"], summary["phase"]): summary for summary in summaries}
+    for _, strategy in ways(name):
+        how = small.strategies[strategy]
+        trained = [phases[key] for key in phases if key[0] in (strategy, None) and key[1] in how.trains]
+        assert {summary["phase"] for summary in trained} == set(how.trains)
+        for summary in trained:
+            epochs = summary["epochs"]
+            assert epochs >= EPOCHS if small.is_matched(strategy) else epochs == EPOCHS
+            assert summary["broken_images"] == 0 and summary["steps"] >= 2
+
+
+def test_the_images_on_disk_are_laid_out_as_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
+    write_images("imagenet-vit-b", tmp_path)
+    settings = load_settings(written("imagenet-vit-b", tmp_path))
+    train, judge = load_data(settings.data, shape=model_shape(settings.model))
+    assert (len(train), len(judge), train.num_classes) == (8, 4, 4)
