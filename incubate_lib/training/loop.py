@@ -49,8 +49,9 @@ class Chrono:
 def evaluate(model: nn.Module, data: DataSet, precision: str = "float32", team: Team = ALONE) -> dict[str, float]:
     """Return mean loss and accuracy (0 … 1): sums over all samples, divided once. The model's mode is left as it was.
 
-    Each image is counted exactly once, however many devices share the work.
+    Each image is counted exactly once, however many devices share the work; all take the first device's buffers.
     """
+    team.share_buffers(model)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
