@@ -102,7 +102,7 @@ def fit(
     steps, per_epoch = trainer.steps, steps_per_epoch(len(train), settings.batch_size)
     step, loss_sum, loss_steps, seconds, eval_seconds = 0, 0.0, 0, 0.0, 0.0
     startup_seconds, startup_wait = 0.0, 0.0  # of each attempt's first update: compiling, starting workers
-    state, complaints = folder.load_checkpoint()
+    state, complaints = folder.load_checkpoint(trainer.check_state)
     for complaint in complaints:
         print(f"{title}: {complaint}; going back to what is sound", flush=True)
     if state is not None:
