@@ -36,7 +36,7 @@ def attempts(node, *ends, job="17", step=0) -> None:
     ]
     for last in found:
         if last["ended"] is None:
-            del last["ended"]
+            del last["ended"], last["saved_step"]
     write_json(node.folder.path / "attempts.json", found)
 
 
@@ -133,6 +133,21 @@ def test_failures_that_alternate_do_not_go_on_for_ever(phase):
     node, _ = phase
     attempts(node, *["OSError: a", "MemoryError: b"] * 4, "OSError: a")
     assert job.stuck(read_json(node.folder.path / "attempts.json"), "17", 3)
+
+
+@pytest.mark.parametrize("ends", [(None, "OSError: a"), ("OSError: a", None), (None, None, job.NO_WORD)])
+def test_an_attempt_that_nobody_closed_is_bad_luck(ends, phase, monkeypatch):
+    """Its node was lost, or it was taken for dead while the next one began."""
+    node, about = phase
+    say(node, "error: OSError: a\n")
+    attempts(node, *ends)
+    assert not job.stuck(read_json(node.folder.path / "attempts.json"), "17", 3)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(len(ends)))  # the next one of this job could not even begin
+    assert job.verdict(about, 1) == job.AGAIN
+    found = read_json(node.folder.path / "attempts.json")
+    assert len(found) == len(ends) + 1 and all("ended" in a for a in found[len(ends) - 1 :])
+    attempts(node, *[None] * 9)
+    assert job.stuck(read_json(node.folder.path / "attempts.json"), "17", 3) and not job.stuck([], "17", 3)
 
 
 def test_changed_settings_are_told(phase):
