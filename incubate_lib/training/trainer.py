@@ -8,9 +8,12 @@ see what one would.
 
 import contextlib
 import math
+import os
 import random
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,7 @@ from incubate_lib.training.adaptive import Adaptive
 from incubate_lib.training.data import ImageSet
 from incubate_lib.training.order import Order
 from incubate_lib.training.schedule import derive_seed, lr_at, micro_batches, steps_per_epoch, total_steps
+from incubate_lib.training.scratch import own_folder
 from incubate_lib.training.stream import StreamedSet
 from incubate_lib.training.team import ALONE, Team
 
@@ -66,10 +70,13 @@ def compiled(model: nn.Module, mode: str, backend: str = "inductor") -> nn.Modul
 
     Everything compiled before is forgotten: torch.compile may otherwise reuse a graph made for another set of
     trainable parameters (pytorch issue 139476). The weights are always read from `model`, so that no file ever has
-    the prefix of a compiled one.
+    the prefix of a compiled one. What inductor keeps for the next time it unpickles, so it lies in a folder of this user's
+    own, not under a name in a shared temporary folder that anybody could take: PermissionError if somebody did.
     """
     if mode == "off":
         return model
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own_folder(Path(tempfile.gettempdir())) / "torchinductor")
     torch._dynamo.reset()
     return torch.compile(model, mode=None if mode == "default" else mode, backend=backend)
 
