@@ -265,7 +265,7 @@ def test_half_written_records(todo):
     paths[4].joinpath("metrics.jsonl").write_bytes(b"\xff\xfe\x00")
     paths[5].joinpath("status.json").write_text('{"state": "dreaming", "error": "a <b>"}')
     shown = table(todo)
-    states = ["stopped", "waiting", "unreadable", "unreadable", "waiting", "dreaming", "waiting"]
+    states = ["stopped", "waiting", "unreadable", "unreadable", "unreadable", "dreaming", "waiting"]
     assert list(shown["state"]) == states
     assert "cannot be read (KeyError: 'state')" in shown["note"][2]
     assert png(snapshot(todo)._repr_png_()).size[0] > 900
