@@ -1,12 +1,16 @@
 """What jobs ask for: a site's file, options on top, phases that ask for something else."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from incubate_lib.config import SettingsError
+from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.config.cluster import load_slurm
+from incubate_lib.pipeline.sbatch import scripts
+from incubate_lib.pipeline.strategies import plan
 
 
 def write(path: Path, text: str) -> str:
@@ -57,8 +61,56 @@ def test_options_override_the_file_and_phases_override_both(tmp_path):
         ("sbatch: {J: x}", "'J' is set by the workbook, or is no long option"),
         ("sbatch: {gpus-per-node: 2}", "gpus-per-node is a field of its own: set gpus_per_node"),
         ("- a list", "must be a mapping"),
+        ('partition: "gpu\\ntouch evil"', r"partition is 'gpu\\ntouch evil': write it on one line"),
+        ('python: "python\\rtouch evil"', "python is .*: write it on one line"),
+        ('sbatch: {comment: "x\\ntouch evil"}', r"comment is 'x\\ntouch evil': write it on one line"),
+        ('phases: {meta: {partition: "gpu\\u2028x"}}', "phases.meta.partition is .*: write it on one line"),
+        ('prologue: ["module load cuda\\ntouch evil"]', "prologue.0 is .*: write it on one line"),
+        ('prologue: "module load \\0cuda"', "prologue.0 is .*: write it on one line"),
+        ('time: "10\\n"', "time is .*: write it as minutes"),
     ],
 )
 def test_bad_site_files_are_told(text, message, tmp_path):
     with pytest.raises(SettingsError, match=message):
         load_slurm(write(tmp_path, text), {})
+
+
+@pytest.mark.parametrize("options", [{"partition": "gpu\ntouch evil"}, {"sbatch": ["comment=a\ntouch evil"]}])
+def test_options_of_the_command_line_are_one_line_each(options):
+    with pytest.raises(SettingsError, match="write it on one line"):
+        load_slurm(None, {k: v for k, v in options.items() if k != "sbatch"}, options.get("sbatch", ()))
+
+
+def test_a_prologue_is_lines_of_bash(tmp_path):
+    block = load_slurm(write(tmp_path, "prologue: |\n  module load cuda\n\tconda activate x\n".replace("\t", "  ")), {})
+    assert block.prologue == ["module load cuda", "conda activate x", ""]
+
+
+def script_of(data: Path, monkeypatch, known_facts) -> str:
+    monkeypatch.setenv("INCUBATE_DATA", str(data))
+    todo = plan(load_settings("smoke"), ["end_to_end"], facts=known_facts)
+    source = {"preset": "smoke", "overrides": []}
+    (script, after), *_ = scripts(
+        todo, todo.nodes, source, load_slurm(None, {"gpus_per_node": 0}, ["comment=it's $(touch evil)"]), {}
+    )
+    return script.text(script.arguments(after))
+
+
+@pytest.fixture(scope="module")
+def known_facts(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INCUBATE_DATA", str(tmp_path_factory.mktemp("data")))
+        return plan(load_settings("smoke"), ["end_to_end"]).experiment.facts
+
+
+def test_names_of_folders_are_quoted_and_what_is_no_line_is_refused(tmp_path, monkeypatch, known_facts):
+    """The script is run with a false srun up to the step: nothing but the step is started."""
+    strange = tmp_path / """a 'b' "c" $(touch evil) `touch evil` {0} %j; touch evil"""
+    text = script_of(strange, monkeypatch, known_facts)
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s" "$INCUBATE_DATA" > "$SEEN"\n')
+    (tmp_path / "srun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEN": str(tmp_path / "seen"), "SLURM_JOB_ID": "1"}
+    assert subprocess.run(["bash"], input=text, text=True, cwd=tmp_path, env=environment).returncode == 0
+    assert (tmp_path / "seen").read_text() == str(strange) and not (tmp_path / "evil").exists()
+    with pytest.raises(SettingsError, match=r"option output of a job would be .*write it on one line"):
+        script_of(tmp_path / "a\nb", monkeypatch, known_facts)

@@ -19,7 +19,7 @@ from incubate_lib.training import launch
 from incubate_lib.training.launch import RankFailed
 from incubate_lib.training.lease import Lease
 from incubate_lib.training.loop import evaluate
-from incubate_lib.training.phases import train_phase
+from incubate_lib.training.phases import load_trained, train_phase
 from incubate_lib.training.runs import MNTK, PhaseFolder, read_json
 from incubate_lib.training.team import ALONE, Team
 
@@ -140,6 +140,47 @@ def test_evaluation_counts_every_image_once_whatever_the_number_of_devices(devic
     for rank in range(devices):
         told = eval((tmp_path / f"out-{rank}").read_text())
         assert told["accuracy"] == expected["accuracy"] and told["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+def convolutional(tmp_path) -> str:
+    """A settings file of a small network with BatchNorm, which nobody cuts into pieces."""
+    (tmp_path / "resnet.yaml").write_text(
+        "data: {source: synthetic, num_images: 64, image_size: 16, test_images: 31, channels: 1}\n"
+        "model: {name: resnet10t, img_size: 16, in_chans: 1, options: {channels: [8, 8, 16, 16], stem_width: 8}}\n"
+        "training: {epochs: 2, batch_size: 16, warmup_epochs: 0, lr: 1e-3}\n"
+        "mat: {units: conv_layers, probe: 4, threshold: quantile, alpha: 0.5}\nrun: [end_to_end, mat]\n"
+    )
+    return str(tmp_path / "resnet.yaml")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "how"),
+    [("end_to_end", []), ("end_to_end", ["training.ema=0.5"]), ("mat", ["training.micro_batch=4"]),
+     ("end_to_end", ["precision=bfloat16"])],
+    ids=["plain", "moving average", "mat, micro-batches", "bfloat16"],
+)  # fmt: skip
+def test_what_several_devices_record_is_true_of_the_weights_they_save(strategy, how, tmp_path, data_folder):
+    """Running statistics of BatchNorm are each device's own; one that reads the file has those of the first."""
+    node = plan(load_settings(convolutional(tmp_path), how), [strategy]).nodes[0]
+    together(rank_of_a_phase, 2, str(tmp_path / "meeting"), job_of(node))
+    recorded, (_, judge) = node.folder.metrics()[-1], node.data()
+    saved = evaluate(load_trained(node.settings, node.folder, judge.num_classes), judge, node.settings.precision)
+    assert recorded["accuracy"] == saved["accuracy"] == node.summary()["accuracy"]
+    assert recorded["loss"] == pytest.approx(saved["loss"], rel=1e-5)
+
+
+def rank_with_buffers(rank: int, devices: int, meeting: str, out: str) -> None:
+    model = torch.nn.Linear(1, 1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool):
+        model.register_buffer(f"of_{str(dtype)[6:]}", torch.tensor([rank, 1 - rank]).to(dtype))
+    join_team(rank, devices, meeting).share_buffers(model)
+    Path(f"{out}-{rank}").write_text(repr({name: value.tolist() for name, value in model.named_buffers()}))
+
+
+def test_buffers_of_every_type_are_shared(tmp_path):
+    together(rank_with_buffers, 2, str(tmp_path / "meeting"), str(tmp_path / "out"))
+    first, second = ((tmp_path / f"out-{rank}").read_text() for rank in range(2))
+    assert first == second and len(eval(first)) == 5 and eval(first)["of_int64"] == [0, 1]
 
 
 def run_node(data: str) -> None:

@@ -3,8 +3,10 @@
 import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError
 from incubate_lib.pipeline import job
@@ -12,6 +14,7 @@ from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.runs import read_json, write_json
 from incubate_lib.training.scratch import stage
+from incubate_lib.training.trainer import compiled
 
 ABOUT = {"preset": "smoke", "overrides": [], "phase": "end_to_end", "strategy": "end_to_end", "seed": 0, "attempts": 3}
 
@@ -36,7 +39,7 @@ def attempts(node, *ends, job="17", step=0) -> None:
     ]
     for last in found:
         if last["ended"] is None:
-            del last["ended"]
+            del last["ended"], last["saved_step"]
     write_json(node.folder.path / "attempts.json", found)
 
 
@@ -135,6 +138,21 @@ def test_failures_that_alternate_do_not_go_on_for_ever(phase):
     assert job.stuck(read_json(node.folder.path / "attempts.json"), "17", 3)
 
 
+@pytest.mark.parametrize("ends", [(None, "OSError: a"), ("OSError: a", None), (None, None, job.NO_WORD)])
+def test_an_attempt_that_nobody_closed_is_bad_luck(ends, phase, monkeypatch):
+    """Its node was lost, or it was taken for dead while the next one began."""
+    node, about = phase
+    say(node, "error: OSError: a\n")
+    attempts(node, *ends)
+    assert not job.stuck(read_json(node.folder.path / "attempts.json"), "17", 3)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(len(ends)))  # the next one of this job could not even begin
+    assert job.verdict(about, 1) == job.AGAIN
+    found = read_json(node.folder.path / "attempts.json")
+    assert len(found) == len(ends) + 1 and all("ended" in a for a in found[len(ends) - 1 :])
+    attempts(node, *[None] * 9)
+    assert job.stuck(read_json(node.folder.path / "attempts.json"), "17", 3) and not job.stuck([], "17", 3)
+
+
 def test_changed_settings_are_told(phase):
     node, about = phase
     with pytest.raises(SettingsError, match="the job was submitted for"):
@@ -161,8 +179,9 @@ DATA = DataSettings(source="folder", folder="mine")
 def test_images_are_copied_to_scratch_once(images, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FAST", str(tmp_path / "fast"))
     machine = stage(DATA, MachineSettings(scratch="$FAST/images"))
-    copy = tmp_path / "fast" / "images" / machine.data_folder.rpartition("/")[2]
-    assert str(copy) == machine.data_folder and machine.scratch is None
+    copy = Path(machine.data_folder)
+    assert copy.parents[1] == tmp_path / "fast" / "images" and machine.scratch is None
+    assert copy.parent.stat().st_mode & 0o777 == 0o700 and copy.parent.owner() == tmp_path.owner()
     assert (copy / "val/b/2.png").read_bytes() == b"train/b/2.png" and "copying 4 files" in capsys.readouterr().out
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
     assert stage(DATA, MachineSettings(scratch="$FAST/images")) == machine
@@ -175,12 +194,47 @@ def test_images_are_copied_to_scratch_once(images, tmp_path, monkeypatch, capsys
 
 def test_a_half_copied_folder_is_not_used(images, tmp_path):
     machine = stage(DATA, MachineSettings(scratch=str(tmp_path / "fast")))
-    copy = tmp_path / "fast" / machine.data_folder.rpartition("/")[2]
+    copy = Path(machine.data_folder)
     half = copy.with_name(f"{copy.name}.{socket.gethostname()}.half")
     copy.rename(half)
     (half / "train/a/1.png").write_bytes(b"half")
     stage(DATA, MachineSettings(scratch=str(tmp_path / "fast")))
     assert (copy / "train/a/1.png").read_bytes() == b"train/a/1.png" and not half.exists()
+
+
+PLANTED = {
+    "a link": lambda folder, elsewhere: folder.symlink_to(elsewhere),
+    "open to others": lambda folder, elsewhere: (folder.mkdir(), folder.chmod(0o777)),
+    "another user's": lambda folder, elsewhere: folder.mkdir(mode=0o700),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+def test_what_others_may_have_put_into_a_shared_folder_is_not_used(plant, images, tmp_path, monkeypatch):
+    """Copies of images, and what torch.compile unpickles: their names can be guessed."""
+    shared, elsewhere = tmp_path / "shared", tmp_path / "elsewhere"
+    shared.mkdir()
+    elsewhere.mkdir()
+    if plant == "another user's":
+        monkeypatch.setattr(os, "getuid", lambda: 4711)
+    PLANTED[plant](shared / f"incubate-{os.getuid()}", elsewhere)
+    with pytest.raises(OSError, match=r"machine\.scratch .*incubate-\d+ is not a folder that only you can write to"):
+        stage(DATA, MachineSettings(scratch=str(shared)))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(shared))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with pytest.raises(PermissionError, match="is not a folder that only you can write to"):
+        compiled(torch.nn.Linear(1, 1), "default", backend="eager")
+    assert not list(elsewhere.iterdir()) and "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_what_inductor_keeps_lies_in_a_folder_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "chosen"))
+    compiled(torch.nn.Linear(1, 1), "default", backend="eager")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "chosen") and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compiled(torch.nn.Linear(1, 1), "default", backend="eager")
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == tmp_path / f"incubate-{os.getuid()}"
 
 
 def test_a_scratch_that_cannot_be_is_told(images, tmp_path, monkeypatch):

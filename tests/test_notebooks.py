@@ -1,6 +1,8 @@
 """The grammar of the notebooks, checked without running them; nbmake runs every tracked one."""
 
 import ast
+import base64
+import json
 import subprocess
 
 import nbformat
@@ -8,7 +10,7 @@ import papermill
 import pytest
 
 from incubate_lib.pipeline.graph import NOTEBOOKS
-from incubate_lib.pipeline.notebook import ROOT
+from incubate_lib.pipeline.notebook import ROOT, scrub
 
 TRACKED = subprocess.run(
     ["git", "-C", str(ROOT), "ls-files", "*.ipynb"], capture_output=True, text=True, check=True
@@ -67,6 +69,36 @@ def test_committed_without_outputs(nb):
     for cell in code_cells(nb):
         assert cell.outputs == [] and cell.execution_count is None
     nbformat.validate(nb)
+
+
+def test_executed_copies_lose_paths_and_keep_pictures(monkeypatch):
+    """In base64, a path as short as /tmp stands by chance now and then, and without it the picture is gone."""
+    picture = base64.b64encode(bytes(range(255))).decode() + "/tmp/runs" + "A" * 60
+    lines = "\\\n".join([picture, "/tmp" + picture[:72], picture[:20] + "=="])
+    images = [f'<img src="data:image/png;base64,{picture}">', f'frames[0] = "data:image/png;base64,{lines}";',
+              "url(data:image/svg+xml,%3Csvg%20href='/tmp'/%3E)".replace("'", "%27")]  # fmt: skip
+    html = f'<a href="/tmp/x.png">{images[0]}</a><script>{images[1]}</script><p style="background: {images[2]}">in /tmp/y</p>'
+    attached = nbformat.v4.new_markdown_cell("![](attachment:a)", attachments={"a": {"image/png": picture}})
+    code = nbformat.v4.new_code_cell('folder = "/tmp/z"', metadata={"papermill": {"exception": "in /tmp/q"}})
+    data = {"text/html": html, "text/plain": "PosixPath('/tmp/a')", "image/png": picture, "application/pdf": picture}
+    code.outputs = [
+        nbformat.v4.new_output("display_data", data | {"application/json": {"bdata": picture}}),
+        nbformat.v4.new_output("stream", text="reads /tmp/b\n"),
+        nbformat.v4.new_output("error", ename="OSError", evalue="no /tmp/c", traceback=["\x1b[32m/tmp/d\x1b[0m", "line"]),
+    ]
+    parameters = {"papermill": {"input_path": "/tmp/i", "parameters": {"overrides": ["a=/tmp/p"]}}}
+    nb = nbformat.v4.new_notebook(cells=[attached, code], metadata=parameters | {"widgets": {}})
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/tmp")
+    scrubbed = scrub(nbformat.from_dict(json.loads(json.dumps(nb))))
+    nbformat.validate(scrubbed)
+    shown, stream, error = scrubbed.cells[1].outputs
+    assert shown.data["image/png"] == shown.data["application/pdf"] == shown.data["application/json"]["bdata"] == picture
+    assert scrubbed.cells[0].attachments["a"]["image/png"] == picture
+    assert shown.data["text/html"] == html.replace("/tmp/x.png", "tmp/x.png").replace("in /tmp/y", "in tmp/y")
+    assert scrubbed.metadata == {"papermill": {"parameters": {"overrides": ["a=tmp/p"]}}}
+    assert scrubbed.cells[1].metadata["papermill"]["exception"] == "in tmp/q"
+    assert (stream.text, error.evalue, error.traceback[0]) == ("reads tmp/b\n", "no tmp/c", "\x1b[32mtmp/d\x1b[0m")
+    assert scrubbed.cells[1].source == 'folder = "tmp/z"' and shown.data["text/plain"] == "PosixPath('tmp/a')"
 
 
 def test_parameters_cell_is_what_papermill_sees(nb, path):

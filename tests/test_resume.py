@@ -1,5 +1,7 @@
 """A kill at any moment loses nothing finished, and resuming ends in the same bits."""
 
+import contextlib
+import json
 import math
 import multiprocessing
 import os
@@ -12,8 +14,12 @@ import pytest
 import torch
 
 from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.pipeline import execution
+from incubate_lib.pipeline.local import Pool
 from incubate_lib.pipeline.strategies import open_phase, plan
+from incubate_lib.pipeline.view import node_line
 from incubate_lib.training import phases
+from incubate_lib.training.facts import Facts
 from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, Stopped, read_json
 
 context = multiprocessing.get_context("forkserver")
@@ -130,11 +136,28 @@ def stop_after_checkpoints(node, monkeypatch, number: int) -> PhaseFolder:
     return node.folder
 
 
+def rewrite(change):
+    """Return what saves a checkpoint again, sound in form, with another content."""
+
+    def damage(path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+
+    return damage
+
+
 DAMAGE = {
     "truncated": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
     "a flipped bit in the weights": lambda p: p.write_bytes(flip(p.read_bytes())),
     "empty": lambda p: p.write_bytes(b""),
     "not a checkpoint": lambda p: p.write_text("hello"),
+    "a weight is missing": rewrite(lambda state: state["model"].pop("head.bias")),
+    "a weight has another shape": rewrite(lambda state: state["model"].update({"head.bias": torch.zeros(5)})),
+    "momentum of another shape": rewrite(lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(5))),
+    "a count is missing": rewrite(lambda state: state.pop("loss_sum")),
+    "of another phase": rewrite(lambda state: state["whose"].update(hash="another")),
+    "no dictionary": lambda p: torch.save(torch.zeros(1), p),
 }
 
 
@@ -155,12 +178,17 @@ def sound(tmp_path_factory):
 FREQUENT = ["machine.checkpoint_seconds=0.0"]
 
 
+def plan_as(known: Path, data_folder: Path) -> None:
+    """Take over what planning has measured before."""
+    (data_folder / "runs" / known.parent.name).mkdir(parents=True)
+    shutil.copy(known, data_folder / "runs" / known.parent.name)
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("both", [False, True], ids=["newest", "both"])
 def test_a_damaged_checkpoint_is_named_and_what_is_sound_is_used(damage, both, sound, data_folder, capsys):
     expected, known = sound
-    (data_folder / "runs" / known.parent.name).mkdir(parents=True)
-    shutil.copy(known, data_folder / "runs" / known.parent.name)
+    plan_as(known, data_folder)
     with pytest.MonkeyPatch.context() as patch:
         folder = stop_after_checkpoints(open_phase("meta", "smoke", FREQUENT, seed=5), patch, 3)
     DAMAGE[damage](folder.path / "checkpoint.pt")
@@ -280,9 +308,86 @@ def test_a_damaged_result_is_refused_by_what_needs_it(data_folder):
     meta.folder.weights.write_bytes(flip(blob))
     with pytest.raises(SettingsError, match="missing or damaged"):
         node.run()
+
+
+LOSS = {
+    "deleted": Path.unlink,
+    "empty": lambda p: p.write_bytes(b""),
+    "truncated": lambda p: p.write_bytes(p.read_bytes()[:-1]),
+    "zeros": lambda p: p.write_bytes(bytes(p.stat().st_size)),
+    "something else": lambda p: p.write_text("no weights are here"),
+}
+
+
+def test_a_result_without_whole_weights_is_not_finished_and_is_made_again(sound, data_folder, capsys):
+    """Everybody who asks is told the same, and what needs the weights gets them."""
+    plan_as(sound[1], data_folder)
+    node = open_phase("incubate", "smoke", module_index=0)
+    meta = node.inputs["meta"]
+    first = meta.run()
+    (meta.folder.path / "notebook.ipynb").touch()
+    for lose in LOSS.values():
+        assert execution.is_complete(meta) and node_line(meta).state == meta.folder.status()["state"] == "done"
+        lose(meta.folder.weights)
+        assert not execution.is_complete(meta) and not meta.finished() and not Pool([], 1, None, notebooks=False).is_done(meta)
+        line = node_line(meta)
+        assert line.state == meta.folder.status()["state"] == "waiting" and "missing or damaged" in line.note
+        assert meta.summary()["weights_sha256"] == first["weights_sha256"], "its numbers are still true"
+        capsys.readouterr()
+        again = meta.run()
+        assert again["weights_sha256"] == first["weights_sha256"] and "missing or damaged" in capsys.readouterr().out
     meta.folder.weights.unlink()
-    with pytest.raises(SettingsError, match="missing or damaged"):
-        node.run()
+    (meta.folder.path / "summary.json").write_text("{")
+    assert node.run()["inputs_sha256"] == {"meta": first["weights_sha256"]}
+
+
+def test_a_damaged_config_does_not_cost_the_checkpoints(sound, data_folder, capsys):
+    expected, known = sound
+    plan_as(known, data_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        folder = stop_after_checkpoints(open_phase("meta", "smoke", FREQUENT, seed=5), patch, 3)
+    whole = (folder.path / "config.json").read_bytes()
+    (folder.path / "config.json").write_bytes(whole[: len(whole) // 2])
+    assert open_phase("meta", "smoke", FREQUENT, seed=5).run()["weights_sha256"] == expected["weights_sha256"]
+    assert folder.status()["resumed_at"] > 0 and "config.json is damaged" in capsys.readouterr().out
+    assert (folder.path / "config.json").read_bytes() == whole
+    assert folder.metrics()[0]["step"] == 0
+
+
+def test_a_damaged_config_beside_checkpoints_of_another_phase_means_a_new_start(sound, data_folder):
+    expected, known = sound
+    plan_as(known, data_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        other = stop_after_checkpoints(open_phase("meta", "smoke", FREQUENT, seed=6), patch, 3)
+    node = open_phase("meta", "smoke", FREQUENT, seed=5)
+    shutil.copytree(other.path, node.folder.path)
+    (node.folder.path / "config.json").write_text("{")
+    assert node.run()["weights_sha256"] == expected["weights_sha256"] and "resumed_at" not in node.folder.status()
+
+
+def test_a_finished_phase_without_its_config_is_left_as_it_is(sound, data_folder):
+    plan_as(sound[1], data_folder)
+    node = open_phase("meta", "smoke")
+    node.run()
+    (node.folder.path / "config.json").write_text("")
+    other = node.settings.model_copy(update={"seed": 7})
+    with pytest.raises(SettingsError, match="belongs to other settings"), node.folder.claim(other):
+        pass
+    assert node.finished()
+
+
+@pytest.mark.parametrize("cut", [b'{"step": 0, "epo', b"\xff" + bytes(20)], ids=["half", "no text"])
+def test_a_line_cut_short_by_a_kill_is_not_glued_to_the_next(cut, sound, data_folder):
+    settings = load_settings("smoke", ["mat.probe=4", "mat.warmup_epochs=0.5", "phases.end_to_end.epochs=1"])
+    node = plan(settings, ["mat"], facts=Facts.model_validate(read_json(sound[1])["facts"])).nodes[0]
+    with contextlib.suppress(KeyboardInterrupt), node.folder.claim(node.settings):
+        for file in (METRICS, MNTK):
+            (node.folder.path / file).write_bytes(cut)
+        raise KeyboardInterrupt
+    node.run()
+    for file, steps in ((METRICS, [0, 12]), (MNTK, [0, 6])):
+        rows = [json.loads(line) for line in (node.folder.path / file).read_text().splitlines()]
+        assert [row["step"] for row in rows] == steps
 
 
 def test_modules_of_two_meta_models_never_meet(data_folder):

@@ -6,17 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 
 from incubate_lib.config.files import read_yaml
 from incubate_lib.config.models import PhaseName, told
 from incubate_lib.config.sections import Frozen, Positive, SettingsError, nearest
 
-TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
+TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", re.ASCII)
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")  # line ends of every kind, and what nobody needs
 OURS = {  # sbatch options that the workbook itself must set
     "job-name", "output", "error", "open-mode", "dependency", "kill-on-invalid-dep", "requeue", "no-requeue", "signal", "array",
     "wrap", "parsable", "chdir", "clusters", "ntasks", "ntasks-per-node", "hold", "wait", "test-only", "export", "export-file",
 }  # fmt: skip
+
+
+def one_line(value: str) -> str:
+    """Return a value that goes into a job's script; ValueError if it could become several lines there."""
+    if found := CONTROL.search(value):
+        raise ValueError(f"write it on one line; there is {found[0]!r} in it")
+    return value
 
 
 def minutes(time: str) -> float:
@@ -30,10 +38,13 @@ def minutes(time: str) -> float:
     return int(days or 0) * 1440 + sum(part * unit for part, unit in zip(parts, units))
 
 
+Line = Annotated[str, AfterValidator(one_line)]
+
+
 class JobSettings(Frozen):
     """What the job of one phase asks for."""
 
-    partition: str | None = None  # none: the cluster's default
+    partition: Line | None = None  # none: the cluster's default
     gpus_per_node: Annotated[int, Field(ge=0)] = 1  # that train the phase together; 0: on the CPU
     nodes: Positive = 1  # that train the phase together
     time: str | int | None = None  # limit of one attempt, as Slurm writes it; a number is minutes. A phase may take several
@@ -58,17 +69,26 @@ class JobSettings(Frozen):
                 raise ValueError(f"{name} is a field of its own: set {field}")
             if name in OURS or not re.fullmatch(r"[a-z][a-z-]+", name):
                 raise ValueError(f"{name!r} is set by the workbook, or is no long option of sbatch")
+            try:
+                one_line(str(options[name]))
+            except ValueError as error:
+                raise ValueError(f"{name} is {options[name]!r}: {error}") from None
         return options
 
 
 class SlurmSettings(JobSettings):
     """Options of every job, and what the site needs; `phases` changes them for some phases."""
 
-    prologue: str | list[str] = []  # lines of bash before python starts: module load …, conda activate …
-    python: str | None = None  # the interpreter of jobs; none: the one that submits. `python`: what the prologue activates
+    prologue: list[Line] = []  # lines of bash before python starts: module load …, conda activate …
+    python: Line | None = None  # the interpreter of jobs; none: the one that submits. `python`: what the prologue activates
     warn_seconds: Positive = 120  # before the time limit a phase is told to save; Slurm may do so a minute earlier
     attempts: Positive = 3  # a phase that fails so many times in the same way, without a step more, is given up
     phases: dict[PhaseName | Literal["analysis"], JobSettings] = {}  # of which only what is given counts
+
+    @field_validator("prologue", mode="before")
+    @classmethod
+    def _lines(cls, value: Any) -> Any:
+        return value.split("\n") if isinstance(value, str) else value
 
     def job(self, phase: str, trains: bool) -> JobSettings:
         """Return what the job of a phase asks for; one that trains nothing makes do with one node and one GPU."""

@@ -81,7 +81,7 @@ def last_error(log: Path, start: int = 0) -> str | None:
 
 def is_complete(node: Node) -> bool:
     """Whether a phase is finished and its executed notebook is there."""
-    return node.summary() is not None and (node.folder.path / "notebook.ipynb").exists()
+    return node.finished() is not None and (node.folder.path / "notebook.ipynb").exists()
 
 
 def is_finished(plan: Plan) -> bool:

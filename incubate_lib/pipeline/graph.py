@@ -10,7 +10,7 @@ from typing import Any
 
 from incubate_lib.config import PhaseSettings, SettingsError
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
-from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, read_json, write_json
+from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, write_json
 
 NOTEBOOKS = {
     "meta": "01_meta_model",
@@ -66,8 +66,12 @@ class Node:
         return [node for node in closure([self])[:-1] if node.settings.phase == phase]
 
     def summary(self) -> dict[str, Any] | None:
-        """Return the summary if this phase is finished, with these settings and from the inputs that are there."""
+        """Return what is recorded of this phase, trained with these settings and from the inputs that are there, or None."""
         return self.folder.summary(self.digest, self._used())
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the summary if the weights are there, too: nothing is left to train."""
+        return self.folder.finished(self.digest, self._used())
 
     def _used(self) -> dict[str, str]:
         """Return the SHA-256 of each input's weights; inputs that are not there (any more) cannot contradict."""
@@ -78,7 +82,7 @@ class Node:
         """Train what is missing, inputs first, in this process; return the summary of this phase."""
         from incubate_lib.training.phases import run_phase
 
-        if done := self.summary():
+        if done := self.finished():
             self.folder.drop_checkpoints()
             return done
         for node in self.inputs.values():
@@ -123,7 +127,7 @@ class Node:
 
     def _adopt(self, donor: PhaseFolder, about: dict[str, Any]) -> dict[str, Any]:
         with self.folder.claim(self.settings, about["inputs_sha256"]):
-            if done := self.folder.summary(self.digest, about["inputs_sha256"]):  # finished while this one waited
+            if done := self.folder.finished(self.digest, about["inputs_sha256"]):  # finished while this one waited
                 return done
             for name in (METRICS, MNTK, "model.safetensors"):
                 if (donor.path / name).exists():  # assembly has no metrics, and few phases have kernels
@@ -137,8 +141,9 @@ def finished_phases(runs: Path, seed: int | None = None) -> dict[str, list[Phase
     """Return the finished phases of all runs in a folder, of one seed or of all, by the hash of their settings."""
     found: dict[str, list[PhaseFolder]] = {}
     for path in sorted(runs.glob(f"*/seed-{'*' if seed is None else seed}/**/summary.json")):
-        if summary := read_json(path):
-            found.setdefault(summary.get("hash"), []).append(PhaseFolder(path.parent))
+        folder = PhaseFolder(path.parent)
+        if summary := folder.summary():
+            found.setdefault(summary["hash"], []).append(folder)
     return found
 
 

@@ -92,10 +92,12 @@ def stuck(attempts: list[dict[str, Any]], job: str, limit: int) -> bool:
     """Whether the last `limit` attempts of this job failed in the same way and at the same step.
 
     Three times as many where they failed in different ways, or where Slurm ended them: that is bad luck, up to a point.
+    One that nobody could close, because its node was lost, is bad luck, too.
     """
     mine = [a for a in attempts if a["job"] == job]
-    idle = list(itertools.takewhile(lambda a: a["from_step"] == mine[-1]["saved_step"], reversed(mine)))
-    kinds = {a["ended"].partition(":")[0] for a in idle[:limit]}
+    reached = mine[-1].get("saved_step", mine[-1]["from_step"]) if mine else 0
+    idle = list(itertools.takewhile(lambda a: a["from_step"] == reached, reversed(mine)))
+    kinds = {a.get("ended", NO_WORD).partition(":")[0] for a in idle[:limit]}
     failed = len(kinds) == 1 and not kinds & {WARNED, NO_WORD}
     return len(idle) >= (limit if failed else 3 * limit)
 
@@ -141,6 +143,7 @@ def _attempts(node: Node) -> list[dict[str, Any]]:
 
 
 def _begin(node: Node) -> None:
+    _close(node, NO_WORD)  # an earlier attempt that could not say so itself
     log = node.folder.path / "log.txt"
     mine = {"job": _job(), "restart": _restart(), "node": _place(), "began": time.time(), "from_step": _saved_step(node)}
     mine["log_from"] = log.stat().st_size if log.exists() else 0

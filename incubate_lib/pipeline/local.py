@@ -27,6 +27,7 @@ from incubate_lib.pipeline.execution import (
 from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.view import Line, node_line, render
+from incubate_lib.training.runs import GONE
 
 POLL_SECONDS = 0.3
 SUMMARY_SECONDS = 15.0  # between lines when the output is not a terminal
@@ -60,7 +61,7 @@ class Pool:
         return list(dict.fromkeys(plan.experiment.path / STOP_FILE for plan, _ in self.plans))
 
     def is_done(self, node: Node) -> bool:
-        return is_complete(node) if self.notebooks else node.summary() is not None
+        return is_complete(node) if self.notebooks else node.finished() is not None
 
     def run(self) -> None:
         """Run everything that is missing; fills `failed` and `skipped`."""
@@ -71,6 +72,9 @@ class Pool:
         self.console.print(told, highlight=False, markup=False)
         if not self.waiting:
             return
+        for node in self.waiting.values():
+            if node.summary() and not node.finished():
+                self.console.print(f"{node.title}: {GONE}", highlight=False, markup=False)
         order = {path: flops for plan, _ in self.plans for path, flops in _remaining_path(plan).items()}
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -9,6 +9,7 @@ paths and half-saved widget state. The copy appears under its final name only wh
 
 import json
 import logging
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from incubate_lib.training.runs import write_atomic
 sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build a grammar for 2 s, for addresses no notebook has
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUTS = {"06_analysis": 900}  # seconds a cell; it only reads, so a longer one hangs. Training takes what it takes
+# base64 may go on in the next line, in JavaScript after a backslash; other data has no blanks, quotes or brackets in it
+DATA_URI = r"data:[\w.+-]*/[\w.+-]+[\w;=.+-]*,(?:[A-Za-z0-9+/=_-]+(?:\\?\r?\n[A-Za-z0-9+/]+={0,2})+|[^\s\"'<>()\\]+)"
 TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list}
 
 
@@ -83,18 +86,42 @@ def execute(name: str, output: Path, parameters: dict[str, Any], **client: Any) 
 
 
 def scrub(nb: Any) -> Any:
-    """Return the executed notebook without this machine's paths and without widget state, which is saved half."""
-    import nbformat
+    """Take this machine's paths out of the executed notebook, and widget state, which is saved half; return the notebook.
 
+    Pictures and other data stay as they are: in a megabyte of base64 a path as short as /tmp stands by chance now and then.
+    """
     nb.metadata.pop("widgets", None)
     for key in ("input_path", "output_path"):
         nb.metadata.get("papermill", {}).pop(key, None)
+    _replace_text(nb.metadata, without_paths)
+    for cell in nb.cells:
+        for key in cell.keys() - {"attachments", "outputs"}:
+            cell[key] = _replace_text(cell[key], without_paths)
+        for output in cell.get("outputs", []):
+            data = output.pop("data", {})
+            _replace_text(output, without_paths)
+            if data:
+                texts = {mime: _replace_text(value, without_paths) for mime, value in data.items() if mime.startswith("text/")}
+                output["data"] = data | texts
+    return nb
+
+
+def _replace_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Change all strings inside lists and dictionaries, in place; return the value, or what a string becomes."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, (list, dict)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            value[key] = _replace_text(item, change)
+    return value
+
+
+def without_paths(text: str) -> str:
+    """Replace this machine's paths in a text; pictures inside it (data: URIs) stay as they are."""
     places = {str(data_folder()): "data", str(ROOT): ".", sys.prefix: "venv", str(Path.home()): "~", tempfile.gettempdir(): "tmp"}
-    text = nbformat.writes(nb)
-    for path in sorted(places, key=len, reverse=True):  # the longest first: some lie inside others
-        if path != "/":
-            text = text.replace(json.dumps(path)[1:-1], places[path])
-    return nbformat.reads(text, as_version=4)
+    paths = sorted(places.keys() - {"/"}, key=len, reverse=True)  # the longest first: some lie inside others
+    found = re.compile("|".join([DATA_URI, *map(re.escape, paths)]))
+    return found.sub(lambda match: places.get(match[0], match[0]), text)
 
 
 def _has_type(value: Any, expected: str) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from incubate_lib.config import data_folder
-from incubate_lib.config.cluster import JobSettings, SlurmSettings
+from incubate_lib.config import SettingsError, data_folder
+from incubate_lib.config.cluster import JobSettings, SlurmSettings, one_line
 from incubate_lib.pipeline.execution import ANALYSIS
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan
@@ -80,20 +80,31 @@ def _make(
 ) -> Script:
     folder = experiment.path if key == ANALYSIS else experiment.path / key
     options = {
-        "job-name": job_name(experiment, key), "output": folder / "log.txt", "open-mode": "append", "chdir": experiment.path,
+        "job-name": job_name(experiment, key), "output": str(folder / "log.txt").replace("%", "%%"),  # no pattern of Slurm's
+        "open-mode": "append", "chdir": experiment.path,
         "partition": job.partition, "nodes": job.nodes, "ntasks-per-node": 1, "gpus-per-node": job.gpus_per_node or None,
         "cpus-per-task": job.cpus_per_task or share, "time": job.time, "requeue": True, "kill-on-invalid-dep": "yes",
         "signal": f"B:USR2@{slurm.warn_seconds}",
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None} | job.sbatch
-    prologue = slurm.prologue if isinstance(slurm.prologue, str) else "\n".join(slurm.prologue)
+    for option, value in options.items():
+        _check_line(option, value)
     about = about | {"folder": str(folder), "attempts": slurm.attempts}
     values = {
-        "prologue": prologue, "again": AGAIN, "data": shlex.quote(str(data_folder())), "folder": shlex.quote(str(folder)),
+        "prologue": "\n".join(slurm.prologue), "again": AGAIN, "data": shlex.quote(str(data_folder())),
+        "folder": shlex.quote(str(folder)),
         "python": slurm.python or shlex.quote(sys.executable), "about": shlex.quote(json.dumps(about)),
         "srun": SRUN if job.nodes == 1 else "", "patience": max(1, slurm.warn_seconds // 2),
     }  # fmt: skip
     return Script(key, options, BODY.format(**values))
+
+
+def _check_line(option: str, value: Any) -> None:
+    """Raise SettingsError where an option would be several lines of the script; some are names of the user's folders."""
+    try:
+        one_line(str(value))
+    except ValueError as error:
+        raise SettingsError(f"option {option} of a job would be {str(value)!r}: {error}") from None
 
 
 BODY = """

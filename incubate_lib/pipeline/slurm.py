@@ -171,6 +171,7 @@ def submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: Co
         for script, after in scripts(plan, missing, source, slurm, shares):
             print(script.text(script.arguments([f"<job of {key}>" for key in after])) + "\n")
         return 0
+    list(scripts(plan, missing, source, slurm, shares))  # what cannot be written into one is told before anything is written
     for devices in {team(node, slurm) for node in missing}:
         load_settings(source["preset"], [*source["overrides"], *devices])  # batches can be shared out among them
     experiment.create()

@@ -163,7 +163,7 @@ def _facts_key(settings: Any) -> str:
 
 def is_over(node: Node) -> bool:
     """Whether a phase is finished, or has diverged, which it would again: a rate that is too high is an answer, too."""
-    if node.summary():
+    if node.finished():
         return True
     status = node.folder.status()
     return status["state"] == "failed" and str(status.get("error")).startswith("FloatingPointError")
@@ -235,7 +235,7 @@ def run(study: Study, *, jobs: int, console: Console, cluster: SlurmSettings | N
     home.mkdir(parents=True, exist_ok=True)
     with only_run(home):
         for title, trials in steps.stages():
-            over = is_over if trials[0].phase else Node.summary  # only while rates are chosen a diverged phase is an answer
+            over = is_over if trials[0].phase else Node.finished  # only while rates are chosen a diverged phase is an answer
             missing = [trial for trial in trials if not all(over(node) for node in trial.plan.nodes)]
             if not missing:
                 continue
@@ -272,7 +272,7 @@ def _submit(runs: list[tuple[Plan, dict[str, Any]]], cluster: SlurmSettings, con
     for whole, source in runs:
         nodes: list[Node] = []
         for node in whole.nodes:
-            elsewhere = [before for before in node.inputs.values() if before.summary() is None and before not in nodes]
+            elsewhere = [before for before in node.inputs.values() if before.finished() is None and before not in nodes]
             if node.digest not in seen and not elsewhere:
                 nodes.append(node)
                 seen.add(node.digest)
@@ -299,6 +299,6 @@ def _copy_finished(trials: list[Trial]) -> None:
     finished = finished_phases(data_folder() / "runs")
     for trial in trials:
         for node in trial.plan.nodes:
-            ready = node.digest in finished and all(before.summary() for before in node.inputs.values())
-            if ready and node.summary() is None and not holder(node.folder.path / "lease"):  # else somebody trains it just now
+            ready = node.digest in finished and all(before.finished() for before in node.inputs.values())
+            if ready and node.finished() is None and not holder(node.folder.path / "lease"):  # else somebody trains it just now
                 node.adopt(finished)

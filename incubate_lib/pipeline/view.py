@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from incubate_lib.pipeline.graph import Node
+from incubate_lib.training.runs import GONE
 
 STYLE = {"done": "green", "running": "cyan", "failed": "red", "lost": "red", "interrupted": "yellow", "stopped": "yellow"}
 
@@ -36,7 +37,8 @@ def node_line(node: Node) -> Line:
     """Read what a phase's folder says."""
     if summary := node.summary():
         epochs = f"{summary['epochs']:.1f}" if summary["steps"] else ""
-        return Line(node.key, node.title, "done", epochs, f"{summary['loss']:.3f}", f"{summary['accuracy']:.1%}")
+        done = Line(node.key, node.title, "done", epochs, f"{summary['loss']:.3f}", f"{summary['accuracy']:.1%}")
+        return done if node.finished() else Line(node.key, node.title, "waiting", note=GONE)
     status = node.folder.status()
     if status["state"] == "done":  # finished with other settings: not this plan's
         return Line(node.key, node.title, "waiting")

@@ -60,7 +60,7 @@ class Reader:
 def _stamp(node: Node) -> list[Any]:
     """Return what changes when a phase's record does: its files, the results it must have started from, who trains it."""
     path = node.folder.path
-    files = [path / name for name in ("status.json", "summary.json", METRICS)]
+    files = [path / name for name in ("status.json", "summary.json", METRICS, "model.safetensors")]
     files += [before.folder.path / "summary.json" for before in node.inputs.values()]
     stamp: list[Any] = []
     for file in files:

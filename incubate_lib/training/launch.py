@@ -71,7 +71,7 @@ def train_on_devices(job: dict[str, Any], folder: PhaseFolder, machine: MachineS
             process.kill()  # the ranks see their input close
             process.wait()
         process.stdout.close()
-    if process.returncode == 0 and (summary := folder.summary()):
+    if process.returncode == 0 and (summary := folder.finished()):
         return summary
     raise _failure(folder, machine.team_size, title, "".join(told[-200:]))
 

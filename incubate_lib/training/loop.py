@@ -49,8 +49,9 @@ class Chrono:
 def evaluate(model: nn.Module, data: DataSet, precision: str = "float32", team: Team = ALONE) -> dict[str, float]:
     """Return mean loss and accuracy (0 … 1): sums over all samples, divided once. The model's mode is left as it was.
 
-    Each image is counted exactly once, however many devices share the work.
+    Each image is counted exactly once, however many devices share the work; all take the first device's buffers.
     """
+    team.share_buffers(model)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -101,7 +102,7 @@ def fit(
     steps, per_epoch = trainer.steps, steps_per_epoch(len(train), settings.batch_size)
     step, loss_sum, loss_steps, seconds, eval_seconds = 0, 0.0, 0, 0.0, 0.0
     startup_seconds, startup_wait = 0.0, 0.0  # of each attempt's first update: compiling, starting workers
-    state, complaints = folder.load_checkpoint()
+    state, complaints = folder.load_checkpoint(trainer.check_state)
     for complaint in complaints:
         print(f"{title}: {complaint}; going back to what is sound", flush=True)
     if state is not None:

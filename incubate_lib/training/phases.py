@@ -23,7 +23,7 @@ from incubate_lib.training.data import load_data
 from incubate_lib.training.launch import train_on_devices
 from incubate_lib.training.lease import Lease
 from incubate_lib.training.loop import evaluate, fit
-from incubate_lib.training.runs import PhaseFolder
+from incubate_lib.training.runs import PhaseFolder, whose
 from incubate_lib.training.schedule import derive_seed
 from incubate_lib.training.scratch import stage
 from incubate_lib.training.stream import check_shared_memory
@@ -206,12 +206,12 @@ def run_phase(
     own = os.environ.get("INCUBATE_STOP")
     stop_files = {str(path): None if own else _touched(path) for path in (stop_file, own) if path}
     used = about["inputs_sha256"]
-    if done := folder.summary(s.digest(), used):
+    if done := folder.finished(s.digest(), used):
         return done
     if pick_device().type == "cuda" and machine.devices > torch.cuda.device_count():
         raise SettingsError(f"machine.devices is {machine.devices}, but this machine has {torch.cuda.device_count()} GPU(s)")
     with folder.claim(s, used):
-        if done := folder.summary(s.digest(), used):  # finished by another process while this one waited
+        if done := folder.finished(s.digest(), used):  # finished by another process while this one waited
             return done
         job = {
             "settings": s.model_dump(mode="json", exclude_unset=True), "folder": str(folder.path), "title": title, "about": about,
@@ -244,7 +244,7 @@ def train_phase(
     Arguments are JSON values, so that a job file can hold them. Returns the summary, None for other devices.
     """
     s = PhaseSettings.model_validate_json(json.dumps(settings))
-    home = PhaseFolder(Path(folder), Lease(Path(folder) / "lease", lease))
+    home = PhaseFolder(Path(folder), Lease(Path(folder) / "lease", lease), whose(s, about["inputs_sha256"]))
     how = MachineSettings.model_validate_json(json.dumps(machine))
     repeat_exactly(team.device, how.deterministic, strictly=s.phase != "end_to_end" or bool(s.target_depths))
     how = stage(s.data, how)

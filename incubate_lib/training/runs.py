@@ -13,7 +13,8 @@ import os
 import socket
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from incubate_lib.config import PhaseSettings, SettingsError
 from incubate_lib.training.lease import Lease, Lost, holder
 
 METRICS, MNTK = "metrics.jsonl", "mntk.jsonl"  # one line an evaluation: of accuracy, of the modular NTK
+CHECKPOINTS = "checkpoint.pt", "checkpoint.previous.pt"  # the newest first
+GONE = "its weights are missing or damaged; it is trained again"
 STATUS_SECONDS = 1.0  # between rewrites of status.json while a phase trains
 
 
@@ -31,31 +34,41 @@ class Stopped(Exception):
 class PhaseFolder:
     """Files of one phase: config, status, metrics, checkpoints, result, summary."""
 
-    def __init__(self, path: Path, lease: Lease | None = None) -> None:
+    def __init__(self, path: Path, lease: Lease | None = None, whose: dict[str, Any] | None = None) -> None:
         self.path = Path(path)
         self.lease = lease  # of the process that trains here; its writes end when another one takes over
+        self.whose = whose  # what it trains, as `whose` says it; its checkpoints carry that
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any] | None:
-        return read_json(self.path / "config.json")
+        config = read_json(self.path / "config.json")
+        return config if isinstance(config, dict) and "hash" in config else None
 
     def summary(self, digest: str | None = None, used: dict[str, str] | None = None) -> dict[str, Any] | None:
-        """Return the summary of a finished phase; None unless finished, with these settings if a hash is given.
+        """Return what is recorded of a phase that was trained to its end; None if it was not, or with another hash.
 
-        `used` are the SHA-256 of the weights it must have started from; those that are not given may be any.
+        `used` are the SHA-256 of the weights it must have started from; those that are not given may be any. The numbers
+        are true even if somebody has deleted the weights since: `finished` tells whether those are there.
         """
         summary = read_json(self.path / "summary.json")
-        if not summary or (digest is not None and summary["hash"] != digest):
+        if not isinstance(summary, dict) or "hash" not in summary or digest not in (None, summary["hash"]):
             return None
         made_from = summary.get("inputs_sha256", {})
         return summary if all(made_from.get(name) == sha for name, sha in (used or {}).items()) else None
 
+    def finished(self, digest: str | None = None, used: dict[str, str] | None = None) -> dict[str, Any] | None:
+        """Return the summary if there are whole weights, too, for other phases to start from."""
+        summary = self.summary(digest, used)
+        return summary if summary and is_whole(self.weights) else None
+
     def status(self) -> dict[str, Any]:
         """Return state and progress; a phase whose process is gone is told as `interrupted`."""
-        if self.summary():
+        if self.finished():
             return {"state": "done"} | (read_json(self.path / "status.json") or {}) | {"state": "done"}
         status = read_json(self.path / "status.json") or {"state": "waiting"}
+        if status["state"] == "done":  # it was; its result is gone
+            return {"state": "waiting"}
         if status["state"] == "running" and not holder(self.path / "lease"):
             status["state"] = "interrupted"
         return status
@@ -64,8 +77,8 @@ class PhaseFolder:
         """Return one dict per evaluation; a line cut short by a kill is left out."""
         rows = []
         with contextlib.suppress(FileNotFoundError):
-            for line in (self.path / file).read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
+            for line in (self.path / file).read_bytes().splitlines():
+                with contextlib.suppress(ValueError):
                     rows.append(json.loads(line))
         return rows
 
@@ -88,18 +101,8 @@ class PhaseFolder:
             self._own()
             for half_written in self.path.glob("*.tmp"):  # by a process that was killed
                 half_written.unlink(missing_ok=True)
-            config = self.config()
-            if config is not None and config["hash"] != settings.digest():
-                raise SettingsError(
-                    f"{self.path} belongs to other settings (hash {config['hash']}) and is left as it is; "
-                    "give the run another name (--set name=…)"
-                )
-            if config is None or config.get("inputs_sha256") != (used or {}):
-                for made_from_others in ("summary.json", METRICS, MNTK, "checkpoint.pt", "checkpoint.previous.pt"):
-                    (self.path / made_from_others).unlink(missing_ok=True)
-                about = {"hash": settings.digest(), "inputs_sha256": used or {}}
-                write_json(self.path / "config.json", settings.model_dump(mode="json") | about)
-                self.set_status("running", saved_step=0)
+            self.whose = whose(settings, used)
+            self._make_room(settings)
             attempt = (read_json(self.path / "status.json") or {}).get("attempt", 0) + 1
             self.set_status("running", attempt=attempt, progress={}, error=None, pid=os.getpid(), host=socket.gethostname())
             try:
@@ -115,6 +118,42 @@ class PhaseFolder:
             self.set_status("done")
         self.lease = None
 
+    def _make_room(self, settings: PhaseSettings) -> None:
+        """Keep what was made from these settings and inputs; forget what was not, and a summary without its weights."""
+        config = self.config()
+        known = config or self.summary()
+        if known and known["hash"] != self.whose["hash"]:
+            raise SettingsError(
+                f"{self.path} belongs to other settings (hash {known['hash']}) and is left as it is; "
+                "give the run another name (--set name=…)"
+            )
+        if known:
+            ours = known.get("inputs_sha256") == self.whose["inputs_sha256"]
+        else:
+            ours = any(self._is_own_checkpoint(name) for name in CHECKPOINTS)
+            if (self.path / "config.json").exists():
+                print(f"{self.path.name}: config.json is damaged, and is written again; "
+                      f"{'the checkpoint is of these settings' if ours else 'training starts anew'}", flush=True)  # fmt: skip
+        outdated = () if ours else ("summary.json", METRICS, MNTK, *CHECKPOINTS)
+        if ours and self.summary() and not self.finished():
+            print(f"{self.path.name}: {GONE}", flush=True)
+            outdated = ("summary.json",)
+        for name in outdated:
+            (self.path / name).unlink(missing_ok=True)
+        if not ours or config is None:
+            write_json(self.path / "config.json", settings.model_dump(mode="json") | self.whose)
+        if outdated:
+            self.set_status("running", saved_step=0)
+
+    def _is_own_checkpoint(self, name: str) -> bool:
+        """Whether a checkpoint says that it is of this phase; its tensors are not read."""
+        try:
+            return _read_checkpoint(self.path / name, mmap=True).get("whose") == self.whose
+        except (PermissionError, MemoryError):
+            raise
+        except Exception:  # not there, or damaged, in whatever way
+            return False
+
     def _own(self) -> None:
         if self.lease:
             self.lease.check()
@@ -126,16 +165,20 @@ class PhaseFolder:
         write_json(self.path / "status.json", status | ({"state": state} if state else {}))
 
     def start_metrics(self, step: int, file: str = METRICS) -> None:
-        """Forget evaluations after `step`: they will be made again, with the same numbers."""
+        """Forget evaluations after `step`, which will be made again with the same numbers, and lines that are cut short:
+        the next one would be glued to them."""
         self._own()
-        if rows := self.metrics(file):
-            kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+        if (self.path / file).exists():
+            kept = "".join(json.dumps(row) + "\n" for row in self.metrics(file) if row["step"] <= step)
             write_atomic(self.path / file, kept.encode())
 
     def add_metrics(self, row: dict[str, Any], file: str = METRICS) -> None:
+        """Append an evaluation; it is on the disk before any later checkpoint is."""
         self._own()
         with open(self.path / file, "a") as lines:
             lines.write(json.dumps(row) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write checkpoint.pt; the one before stays as checkpoint.previous.pt, in case this one is damaged later."""
@@ -144,7 +187,7 @@ class PhaseFolder:
         path = self.path / "checkpoint.pt"
         temporary = _temporary(path)
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            torch.save(state | {"whose": self.whose}, file)
             file.flush()
             os.fsync(file.fileno())
         self._own()
@@ -153,21 +196,23 @@ class PhaseFolder:
         os.replace(temporary, path)
         self.set_status(saved_step=state["step"])
 
-    def load_checkpoint(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """Return the newest sound checkpoint (None: start anew) and what was found wrong with others."""
-        import torch
+    def load_checkpoint(
+        self, check: Callable[[dict[str, Any]], None] = lambda state: None
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """Return the newest sound checkpoint (None: start anew) and what was found wrong with others.
 
+        One of other settings or inputs, or for which `check` raises, is not sound.
+        """
         complaints = []
-        for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-            path = self.path / name
-            if not path.exists():
-                continue
+        for path in (self.path / name for name in CHECKPOINTS):
             try:
-                with zipfile.ZipFile(path) as archive:
-                    damaged = archive.testzip()  # every record has a CRC, which torch.load does not check
-                if damaged:
-                    raise ValueError(f"{damaged} is damaged")
-                return torch.load(path, map_location="cpu", weights_only=True), complaints
+                state = _read_checkpoint(path)
+                if self.whose and (state.get("whose") or self.whose) != self.whose:  # None: from before they said so
+                    raise ValueError("it is of other settings or inputs")
+                check(state)
+                return state, complaints
+            except FileNotFoundError:
+                pass
             except (PermissionError, MemoryError):  # not damage: what is there must not be given up for it
                 raise
             except Exception as error:  # any damage ends the same way: say so and fall back
@@ -188,7 +233,7 @@ class PhaseFolder:
 
     def drop_checkpoints(self) -> None:
         """Delete what a finished phase no longer needs; again after a kill between summary and this."""
-        for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        for name in CHECKPOINTS:
             (self.path / name).unlink(missing_ok=True)
 
     def load_weights(self) -> dict[str, Any]:
@@ -200,6 +245,52 @@ class PhaseFolder:
         if not summary or hashlib.sha256(blob).hexdigest() != summary["weights_sha256"]:
             raise SettingsError(f"{self.weights} is missing or damaged; delete {self.path} and run again")
         return load(blob)
+
+
+def whose(settings: PhaseSettings, used: dict[str, str] | None) -> dict[str, Any]:
+    """Return what says of a phase's files whose they are: its settings, and the SHA-256 of the weights it starts from."""
+    return {"hash": settings.digest(), "inputs_sha256": used or {}}
+
+
+def is_whole(weights: Path) -> bool:
+    """Whether a .safetensors file is there and as long as its header says; SettingsError if it may not be read.
+
+    What was truncated, emptied or never written by a full disk is not; a file is read once, unless it changes.
+    """
+    try:
+        about = weights.stat()
+        return _agrees(weights, about.st_size, about.st_mtime_ns)
+    except PermissionError:
+        raise SettingsError(f"cannot read {weights}: permission denied") from None
+    except OSError:
+        return False
+
+
+@cache
+def _agrees(weights: Path, size: int, changed: int) -> bool:
+    """Whether the header of a .safetensors file describes `size` bytes."""
+    with open(weights, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
+        header = file.read(length) if length <= size else b""
+    try:
+        ends = [about["data_offsets"][1] for name, about in json.loads(header).items() if name != "__metadata__"]
+        return size == 8 + length + max(ends)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint whole, its checksums too, or with `mmap` only what is asked of it; nothing is unpickled."""
+    if not path.exists():
+        raise FileNotFoundError(path)
+    import torch
+
+    if not mmap:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # every record has a CRC, which torch.load does not check
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,9 @@ COPIERS = 16  # files at once: what bounds many small files on a network disk is
 def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
     """Return machine settings that read the images from a copy below `machine.scratch`, made now unless it is there.
 
-    Processes of one machine share a copy: the first makes it, the others wait. A copy is taken again when folders in the
-    first two levels of the original have changed. Raises SettingsError without a place, OSError without enough room.
+    A user's processes on one machine share a copy: the first makes it, the others wait. A copy is taken again when folders
+    in the first two levels of the original have changed. Raises SettingsError without a place, OSError without enough room
+    or where somebody else may have put something there.
     """
     if machine.scratch is None or not has_folder(data):
         return machine
@@ -30,15 +32,30 @@ def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
     if "$" in str(place):
         raise SettingsError(f"machine.scratch is {machine.scratch!r}, and that variable is not set on {socket.gethostname()}")
     original = folder_of(data, machine)
-    copy = place / f"{original.name}-{_stamp(original)}"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(place / f"{copy.name}.lock"):
+        copy = own_folder(place) / f"{original.name}-{_stamp(original)}"
+        with _one_at_a_time(copy.with_name(f"{copy.name}.lock")):
             if not copy.exists():
                 _copy(original, copy)
     except OSError as error:  # no bad input: another machine, or another time, may do
         raise OSError(f"machine.scratch {place} on {socket.gethostname()}: {error.strerror or error}") from None
     return machine.model_copy(update={"data_folder": str(copy), "scratch": None})
+
+
+def own_folder(place: Path) -> Path:
+    """Return this user's own folder below a place that others may write to as well, made with mode 700 unless it is there.
+
+    Names of what is kept in it can be guessed, so nothing may lie there that somebody else has put there: PermissionError
+    if the folder is another user's, a link, or open to others.
+    """
+    folder = place / f"incubate-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
+        told = f"{folder} is not a folder that only you can write to (mode 700)"
+        raise PermissionError(f"{told}; remove it, or choose another place")
+    return folder
 
 
 def _copy(original: Path, copy: Path) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 
@@ -46,6 +46,15 @@ class Team:
         there = values.to(self.device)
         dist.broadcast(there, 0)
         return there.to(values.device)
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every replica the first one's buffers, such as BatchNorm's running statistics: those are the ones saved.
+
+        Gradients keep parameters equal, but each device has seen images of its own.
+        """
+        if self.devices > 1:
+            for buffer in model.buffers():
+                buffer.copy_(self.share(buffer))
 
     def gather(self, names: list[str]) -> set[str]:
         """Return all names that any process has."""

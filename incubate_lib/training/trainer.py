@@ -7,9 +7,13 @@ see what one would.
 """
 
 import contextlib
+import math
+import os
 import random
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +32,12 @@ from incubate_lib.training.adaptive import Adaptive
 from incubate_lib.training.data import ImageSet
 from incubate_lib.training.order import Order
 from incubate_lib.training.schedule import derive_seed, lr_at, micro_batches, steps_per_epoch, total_steps
+from incubate_lib.training.scratch import own_folder
 from incubate_lib.training.stream import StreamedSet
 from incubate_lib.training.team import ALONE, Team
 
 NO_DECAY = {"pos_embed", "cls_token", "reg_token", "dist_token"}  # besides biases and norms, in every phase
+COUNTED = ("step", "loss_sum", "loss_steps", "train_seconds", "eval_seconds", "wait_seconds", "startup_seconds", "startup_wait")
 DataSet = ImageSet | StreamedSet
 
 
@@ -64,10 +70,13 @@ def compiled(model: nn.Module, mode: str, backend: str = "inductor") -> nn.Modul
 
     Everything compiled before is forgotten: torch.compile may otherwise reuse a graph made for another set of
     trainable parameters (pytorch issue 139476). The weights are always read from `model`, so that no file ever has
-    the prefix of a compiled one.
+    the prefix of a compiled one. What inductor keeps for the next time it unpickles, so it lies in a folder of this user's
+    own, not under a name in a shared temporary folder that anybody could take: PermissionError if somebody did.
     """
     if mode == "off":
         return model
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own_folder(Path(tempfile.gettempdir())) / "torchinductor")
     torch._dynamo.reset()
     return torch.compile(model, mode=None if mode == "default" else mode, backend=backend)
 
@@ -200,6 +209,29 @@ class Trainer:
         ema = {} if self.ema is None else {"ema": self.ema.module.state_dict()}
         mat = {"mat": self.mat.state()} if self.mat else {}
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "flops": self.flops, **ema, **mat}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError, KeyError or TypeError unless a checkpoint's content is that of this model, optimizer and phase."""
+        for name in COUNTED:
+            if not math.isfinite(state[name]):
+                raise ValueError(f"its {name} is {state[name]}")
+        if not 0 <= state["step"] <= self.steps:
+            raise ValueError(f"it is at step {state['step']} of {self.steps}")
+        networks = {"model": self.model} if self.ema is None else {"model": self.model, "ema": self.ema.module}
+        for name, network in networks.items():
+            own, given = ({key: tuple(t.shape) for key, t in s.items()} for s in (network.state_dict(), state[name]))
+            if wrong := sorted({key for key, _ in own.items() ^ given.items()}):
+                raise ValueError(f"its {name} has other names or shapes: {', '.join(wrong[:3])}")
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        numbers = [number for group in state["optimizer"]["param_groups"] for number in group["params"]]
+        if len(numbers) != len(parameters):
+            raise ValueError(f"its optimizer has {len(numbers)} parameters, not {len(parameters)}")
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for slot, value in state["optimizer"]["state"].get(number, {}).items():
+                if slot != "step" and value.shape != parameter.shape:
+                    raise ValueError(f"its optimizer has {slot} of {tuple(value.shape)} for {tuple(parameter.shape)}")
+        if self.mat and {len(units) for units in [*state["mat"]["history"], state["mat"]["active"]]} != {len(self.mat.units)}:
+            raise ValueError("its mat is of other units")
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
