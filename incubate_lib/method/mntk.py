@@ -141,9 +141,7 @@ def _check_pass(model: nn.Module, owners: Mapping[str, Mapping[str, "Owner"]], p
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(check(name), with_kwargs=True, prepend=True) for name in owners
-    ]
+    handles = [model.get_submodule(name).register_forward_hook(check(name), with_kwargs=True, prepend=True) for name in owners]
     try:
         with watched_parameters(model) as uses:
             logits = model(probe)
@@ -166,11 +164,10 @@ def kernel_by_definition(model: nn.Module, names: Sequence[str], images: Tensor,
     rows = []
     with eval_mode(model):
         for image in images:
-            logits = functional_call(model, dict(zip(names, parameters, strict=True)), (image[None],))[0]
+            pair = torch.stack([image, image])  # of a single one torch's backward pass can mistake the strides, and be wrong
+            logits = functional_call(model, dict(zip(names, parameters, strict=True)), (pair,))[0]
             for value in [logits.sum()] if outputs == "sum" else logits:
-                gradients = torch.autograd.grad(
-                    value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
+                gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
                 rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     jacobian = torch.stack(rows)
     return jacobian @ jacobian.T
@@ -306,10 +303,10 @@ def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor,
             else:
                 _add_gradients(kernels, owner, delta.sum(1))
         return
-    if type(layer) in (nn.LayerNorm, LayerNorm) and "forward" not in vars(layer):  # as below, in a third of the time; there are many of them
+    if _is_layer_norm(layer):  # as below, in a third of the time; there are many of them
         gradients = {"weight": delta * F.layer_norm(x, layer.normalized_shape, eps=layer.eps), "bias": delta}
         for short, owner in owners.items():
-            _add_gradients(kernels, owner, gradients[short].flatten(1, -1 - len(layer.normalized_shape)).sum(1))
+            _add_gradients(kernels, owner, gradients[short].reshape(len(x), -1, *layer.normalized_shape).sum(1))
         return
 
     bare = copy.copy(layer)
@@ -331,6 +328,10 @@ def _is_matrix(layer: nn.Module) -> bool:
     if type(layer) in (nn.Conv2d, RowConv2d):
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return type(layer) in (nn.Linear, RowLinear)
+
+
+def _is_layer_norm(layer: nn.Module) -> bool:
+    return type(layer) in (nn.LayerNorm, LayerNorm) and "forward" not in vars(layer)
 
 
 def _places(layer: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

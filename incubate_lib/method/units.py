@@ -197,16 +197,22 @@ def _reach_their_own(layer: nn.Module, rows: list[dict[str, Ranges | None]], run
 
 
 def _attended(attention: nn.Module) -> Tensor:
-    """Return what an attention passes to its output projection, for random tokens: [2, T, channels]."""
+    """Return what an attention makes of random tokens, before anything mixes its heads: [2, T, channels]."""
     seen: list[Tensor] = []
-    if isinstance(getattr(attention, "norm", None), nn.Module):
-        attention.norm = nn.Identity()  # it would mix the heads only afterwards
-    handle = attention.proj.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+
+    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if seen:  # not a norm before q, k and v
+            seen.append(inputs[0])
+
+    handles = [attention.qkv.register_forward_hook(lambda layer, inputs, output: seen.append(output))]
+    mixing = [getattr(attention, "norm", None), attention.proj]
+    handles += [layer.register_forward_pre_hook(look) for layer in mixing if isinstance(layer, nn.Module)]
     tokens = getattr(attention, "window_area", 4)  # windows have a fixed number
     generator = torch.Generator().manual_seed(1)
     attention(torch.randn(2, tokens, attention.qkv.in_features, generator=generator, dtype=torch.float64))
-    handle.remove()
-    return seen[0]
+    for handle in handles:
+        handle.remove()
+    return seen[1]
 
 
 def _convolved(layer: nn.Conv2d) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,11 +27,13 @@ class Use:
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode for a while; afterwards each module is in the mode it was in, frozen batch norms too."""
+    was_training = model.training
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
+        model.train(was_training)  # some modules keep what they computed in eval mode until they are told
         for module, mode in modes:
             module.training = mode
 

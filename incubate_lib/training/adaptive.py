@@ -57,9 +57,7 @@ class Adaptive:
         try:
             self.units = find_units(model, settings.units)
             check_kernels(model, self.units, self.images)
-            self.updates = PartialUpdates(
-                model, self.units, self.images[:1], cut=settings.cut, stop_error=settings.stop_error
-            )
+            self.updates = PartialUpdates(model, self.units, self.images[:1], cut=settings.cut, stop_error=settings.stop_error)
         except ValueError as error:
             raise SettingsError(f"mat.units {settings.units!r}: {error}") from None
         check_probe(model, self.units, self.images, settings, train.num_classes)

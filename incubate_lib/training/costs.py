@@ -25,7 +25,8 @@ from incubate_lib.method.incubation import Hybrid, Imitation
 def train_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """Return the FLOPs of forward and backward for one image [C, H, W] with today's requires_grad, attention not fused.
 
-    Exact on the meta device, which budgets are matched by. The model is left as it is; one on the meta device gets gradients there, which cost nothing.
+    Exact on the meta device, which budgets are matched by. The model is left as it is; one on the meta device gets
+    gradients there, which cost nothing.
     """
     if any(parameter.device.type != "meta" for parameter in model.parameters()):
         model = copy.deepcopy(model).to("meta")
