@@ -349,7 +349,7 @@ WHOLE = [  # network, options, kind of units → what is told, or nothing
     ("efficientnet_b0", "{}", "filters", r"mat.units 'filters' of strategy mat .*not possible.*conv_dw .*cannot rest alone"),
     ("swin_tiny_patch4_window7_224", "{depths: [1, 1], window_size: 4}", "heads", "sees 32 inputs for 2 images"),
     ("efficientformer_l1", "{}", "heads", r"which rows belong to what is not known"),
-    ("eva02_tiny_patch14_224", "{patch_size: 16}", "heads", r"qkv\.weight .*outside its own layer's call"),
+    ("eva02_tiny_patch14_224", "{patch_size: 16}", "heads", r"qkv and proj are not called one after the other"),
     ("swin_tiny_patch4_window7_224", "{depths: [1, 1], window_size: 4}", "sublayers", r"has none; it has: heads \(9\)"),
 ]
 

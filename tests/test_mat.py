@@ -211,7 +211,7 @@ def test_rows_whose_weight_is_used_elsewhere_cannot_rest_alone():
     """Or nothing would be cut, and gradients of the other use be dropped."""
     eva = timm.create_model("eva02_tiny_patch14_224", img_size=8, patch_size=4, embed_dim=24, depth=1, num_heads=3)
     with pytest.raises(ValueError, match=r"rows of blocks\.0\.attn\.qkv\.weight cannot rest alone; it is used outside"):
-        PartialUpdates(eva, find_units(eva, "heads"), torch.randn(1, 3, 8, 8))
+        PartialUpdates(eva, [Unit("head", {"blocks.0.attn.qkv.weight": ((0, 8),)})], torch.randn(1, 3, 8, 8))
     layer = nn.utils.weight_norm(nn.Linear(4, 4))
     names = dict.fromkeys((name for name, _ in layer.named_parameters("0")), ((0, 2),))
     with pytest.raises(ValueError, match="cannot rest alone"):

@@ -212,6 +212,8 @@ def _attended(attention: nn.Module) -> Tensor:
     attention(torch.randn(2, tokens, attention.qkv.in_features, generator=generator, dtype=torch.float64))
     for handle in handles:
         handle.remove()
+    if len(seen) < 2:
+        raise ValueError("its layers qkv and proj are not called one after the other")
     return seen[1]
 
 

@@ -4,9 +4,9 @@ A multiply-add is two FLOPs. Counted are matrix products, convolutions and atten
 the element-wise rest and the optimiser are not. Frozen parts cost what they must: before the target forward only,
 behind it forward and the gradient of their input. With these rules ViT-B/16 at 224 px costs 105.15 GFLOP end to end.
 
-On the meta device attention is two plain products, of which the backward pass needs both once more for each gradient.
-Budgets are matched by this count, which is the same on every machine. Fused attention, which real devices run, forgets
-the first product and computes it once more in the backward pass; `executed_flops_per_image` counts that, too.
+On the meta device attention is not fused: plain products, whose results are kept for the backward pass. Budgets are
+matched by this count, which is the same on every machine. Fused attention, which real devices run, computes queries times
+keys once more in the backward pass; `executed_flops_per_image` counts that, too.
 """
 
 import copy
