@@ -271,7 +271,7 @@ FAMILIES = {  # network → how it is made small, the size of its images, which 
     "tiny_vit_5m_224": ({"embed_dims": (8, 16), "depths": (1, 1), "num_heads": (2, 2), "window_sizes": (4, 4)}, 64,
                         r"attn\.(norm|qkv|proj)$"),
     "levit_128s": ({"img_size": 64, "embed_dim": (16, 24, 32), "depth": (1, 1, 1), "num_heads": (2, 2, 2), "key_dim": 4}, 64,
-                   r"stages\.([01]|2\..*kv)\..*bn$"),  # then there is one token
+                   r"stages\.([01]|2\.downsample.*\.kv)\..*bn$"),  # then there is one token
     "xcit_nano_12_p16_224": ({"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2, "cls_attn_layers": 1}, 32,
                              r"token_projection$"),
     "coat_tiny": ({"img_size": 32, "embed_dims": (16,) * 4, "serial_depths": (1,) * 4, "parallel_depth": 0}, 32, None),
