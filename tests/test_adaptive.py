@@ -1,6 +1,7 @@
 """Modular Adaptive Training in the loop: updates to the last bit, who trains, what it costs, a VGG as a whole."""
 
 import contextlib
+import functools
 import math
 
 import pytest
@@ -20,7 +21,7 @@ from incubate_lib.report import mat as report_mat
 from incubate_lib.report import plots
 from incubate_lib.report.export import export
 from incubate_lib.training import adaptive
-from incubate_lib.training.costs import train_flops_per_image
+from incubate_lib.training.costs import all_products, executed_flops_per_image, train_flops_per_image
 from incubate_lib.training.data import load_data
 from incubate_lib.training.phases import load_trained
 from incubate_lib.training.trainer import Trainer, make_optimizer
@@ -227,11 +228,70 @@ def test_a_resting_head_saves_its_rows_of_the_weight_gradient_and_nothing_else()
     assert full - trainer.flops_now() == 2 * tokens * width * 3 * head
 
 
-def test_the_evaluations_own_cost_is_counted():
-    trainer = trainer_of("sublayers", {"probe": 4})
+@pytest.mark.parametrize(("kind", "outputs"), [*((kind, "sum") for kind in NETWORKS), ("sublayers", "all")])
+def test_the_evaluations_own_cost_is_counted(kind, outputs, monkeypatch):
+    """Products in place, too, which torch's counter passes over: here they are made anew, so that it sees them."""
+    trainer = trainer_of(kind, {"probe": 4, "outputs": outputs, "rank": "gradient_norm"})
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda kernel, a, b: kernel.copy_(torch.addmm(kernel, a, b)))
     with without_recomputation(), FlopCounterMode(display=False) as counter:
-        trainer.mat.look(0)
-    assert counter.get_total_flops() == trainer.mat.look_flops > 4 * train_flops_per_image(vit(), (1, 8, 8)) / 2
+        record = trainer.mat.look(0)
+    assert counter.get_total_flops() == trainer.mat.look_flops + trainer.mat.rank_flops == record["flops"]
+
+
+def test_products_in_place_and_with_vectors_are_counted():
+    a, b, c, v = torch.randn(3, 4), torch.randn(4, 5), torch.randn(3, 5), torch.randn(4)
+    batch = [torch.randn(2, *shape) for shape in ((3, 5), (3, 4), (4, 5))]
+    with all_products() as counter:
+        c.addmm_(a, b), torch.addmm(c, a, b), torch.addmm(c, a, b, out=torch.empty(3, 5)), a @ b  # 2·3·4·5 each
+        batch[0].baddbmm_(batch[1], batch[2]), c.addbmm_(batch[1], batch[2]), batch[1] @ batch[2]  # twice that
+        a @ v, torch.zeros(3).addmv_(a, v), torch.dot(v, v)
+    assert counter.get_total_flops() == 4 * 120 + 3 * 240 + 2 * 24 + 8
+
+
+def test_power_iterations_products_are_executed(monkeypatch):
+    """How many there are is known only when they are done."""
+    monkeypatch.setattr(adaptive, "EXACT", 2)
+    monkeypatch.setattr(adaptive, "principal_eigenvalues", functools.partial(adaptive.principal_eigenvalues, exact=2))
+    trainer = trainer_of("conv_layers", {"probe": 4})
+    record = trainer.mat.look(0)
+    assert record["flops"] == trainer.mat.look_flops
+    one = 10 * 2 * 4 * 4  # ten kernels times ten vectors
+    assert record["flops_executed"] > record["flops"] and (record["flops_executed"] - record["flops"]) % one == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("heads", "float32"), ("sublayers", "float32"), ("sublayers", "bfloat16"), ("filters", "float32")],
+)
+def test_what_the_device_executes_is_counted_beside_it(kind, precision):
+    """Fused attention computes queries times keys once more in the backward pass of each block that has one."""
+    trainer = trainer_of(kind, {}, clip_grad=None)
+    trainer.precision, trainer.executed_of = precision, {}
+    for step, active in enumerate(masks(len(trainer.mat.units))[:2]):
+        trainer.mat.active = active
+        trainer._apply(step)
+        trainer.executed_now(), trainer.flops_now()  # counted now, not within the step
+        with FlopCounterMode(display=False) as counter:
+            trainer.step(step)
+        assert counter.get_total_flops() == 8 * trainer.executed_now()
+    executed, flops = trainer.executed_now(), trainer.flops_now()
+    assert executed == flops if kind == "filters" else executed > flops
+    assert trainer.flops_executed == 8 * sum(trainer.executed_of.values())
+
+
+def test_fused_attention_computes_one_product_more():
+    plain = trainer_of("sublayers")
+    heads, tokens, size, blocks = 3, 5, 8, 3
+    assert plain.executed_now() - plain.flops_now() == blocks * heads * 2 * tokens * tokens * size
+
+
+def test_counting_what_is_executed_leaves_everything_as_it_is():
+    model = NETWORKS["filters"][0]().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    counted = executed_flops_per_image(model, (1, 32, 32))
+    assert counted == train_flops_per_image(model, (1, 32, 32))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters()) and model.training
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------------
@@ -272,6 +332,7 @@ def test_a_vgg_is_trained_whole_shown_and_exported(data_folder, tmp_path):
     assert todo.experiment.facts.units["conv_layers"] == 10
     todo.run()
     full, adaptive_ = (node.summary() for node in todo.nodes)
+    assert full["train_flops_executed"] == full["train_flops"]  # no attention
     assert full["train_flops"] == todo.flops["seed-0/end_to_end"] and adaptive_["train_flops"] < 1.2 * full["train_flops"]
     assert plots.network_diagram([], "target").axes and len(report_mat.units_table(todo.nodes[1])) == 2
     export(settings, tmp_path / "out", strategy="mat", seed=0)
@@ -288,6 +349,8 @@ WHOLE = [  # network, options, kind of units → what is told, or nothing
     ("efficientnet_b0", "{}", "conv_layers", None),
     ("efficientnet_b0", "{}", "filters", r"mat.units 'filters' of strategy mat .*not possible.*conv_dw .*cannot rest alone"),
     ("swin_tiny_patch4_window7_224", "{depths: [1, 1], window_size: 4}", "heads", "sees 32 inputs for 2 images"),
+    ("efficientformer_l1", "{}", "heads", r"which rows belong to what is not known"),
+    ("eva02_tiny_patch14_224", "{patch_size: 16}", "heads", r"qkv and proj are not called one after the other"),
     ("swin_tiny_patch4_window7_224", "{depths: [1, 1], window_size: 4}", "sublayers", r"has none; it has: heads \(9\)"),
 ]
 

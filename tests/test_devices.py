@@ -115,6 +115,9 @@ def test_two_devices_rest_and_train_the_same_units_as_one(units, tmp_path, monke
     one, two = (node.summary() for node in nodes)
     assert two["mat"]["flops"] == 2 * one["mat"]["flops"]  # each device looks
     assert one["train_flops"] - one["mat"]["flops"] == two["train_flops"] - two["mat"]["flops"]
+    executed = [sum(row["flops_executed"] for row in rows) for rows in looks]
+    assert executed[1] == 2 * executed[0] > 2 * one["mat"]["flops"]
+    assert one["train_flops_executed"] - executed[0] == two["train_flops_executed"] - executed[1]
     for a, b in zip(losses(nodes[0].folder), losses(nodes[1].folder), strict=True):
         assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=3e-4)
 

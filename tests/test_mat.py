@@ -13,7 +13,7 @@ from torch import nn
 
 from incubate_lib.method.mat import PartialUpdates, choose, gradient_norms, same_number
 from incubate_lib.method.mntk import modular_kernels
-from incubate_lib.method.units import find_units
+from incubate_lib.method.units import Unit, find_units
 from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.training.trainer import compiled
 
@@ -205,6 +205,52 @@ def test_rows_of_unusual_layers_cannot_rest_alone():
     model.conv1[0] = nn.Conv2d(1, 24, 3, stride=2, padding=1, padding_mode="reflect")
     with pytest.raises(ValueError, match=r"rows of conv1\.0 .* cannot rest alone"):
         PartialUpdates(model, find_units(model, "filters"), images_for(32)[:1])
+
+
+def test_rows_whose_weight_is_used_elsewhere_cannot_rest_alone():
+    """Or nothing would be cut, and gradients of the other use be dropped."""
+    eva = timm.create_model("eva02_tiny_patch14_224", img_size=8, patch_size=4, embed_dim=24, depth=1, num_heads=3)
+    with pytest.raises(ValueError, match=r"rows of blocks\.0\.attn\.qkv\.weight cannot rest alone; it is used outside"):
+        PartialUpdates(eva, [Unit("head", {"blocks.0.attn.qkv.weight": ((0, 8),)})], torch.randn(1, 3, 8, 8))
+    layer = nn.utils.weight_norm(nn.Linear(4, 4))
+    names = dict.fromkeys((name for name, _ in layer.named_parameters("0")), ((0, 2),))
+    with pytest.raises(ValueError, match="cannot rest alone"):
+        PartialUpdates(nn.Sequential(layer), [Unit("upper", names)], torch.randn(1, 4))
+
+
+def test_a_weight_of_two_layers_or_units_rests_with_neither():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    units = [Unit("a", {"0.weight": None}), Unit("b", {"2.bias": None})]
+    PartialUpdates(model, units, torch.randn(1, 4))
+    with pytest.raises(ValueError, match="belongs to two units; one of them is b"):
+        PartialUpdates(model, [units[0], Unit("b", {"0.weight": None})], torch.randn(1, 4))
+    with pytest.raises(ValueError, match=r"rows 1 to 3 of 0\.weight belong to two units"):
+        PartialUpdates(model, [Unit("a", {"0.weight": ((0, 2),)}), Unit("b", {"0.weight": ((1, 3),)})], torch.randn(1, 4))
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"parameter 0\.weight is 2\.weight as well"):
+        PartialUpdates(model, units, torch.randn(1, 4))
+
+
+def test_what_is_used_above_the_lowest_active_unit_keeps_its_gradient():
+    """Wherever it is held: ConvNeXt's blocks hold a scale of their own, which is used after their layers."""
+    torch.manual_seed(0)
+    model = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(4, 4, 4, 8), in_chans=1, num_classes=4)
+    images = images_for(32)
+    updates = PartialUpdates(model, find_units(model, "conv_layers"), images[:1])
+    lowest = [unit.name for unit in updates.units].index("stages.2.blocks.0.conv_dw")
+    updates.apply(torch.arange(len(updates.units)) == lowest)
+    found = gradients(model, images)
+    assert {"stages.2.blocks.0.gamma", "stages.3.blocks.0.gamma", "stages.2.blocks.0.conv_dw.weight"} <= set(found)
+    assert not any(name.startswith(("stem.", "stages.0.", "stages.1.")) for name in found)
+
+
+def test_looking_at_gradients_leaves_frozen_batch_norms_in_eval_mode():
+    model = vgg().train()
+    model.features[1].eval()
+    images = images_for(32)
+    PartialUpdates(model, find_units(model, "conv_layers"), images[:1])
+    gradient_norms(model, find_units(model, "conv_layers")[:1], images, torch.arange(8) % 4)
+    assert not model.features[1].training and model.features[0].training
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -471,7 +471,8 @@ def test_mat_stopped_and_resumed_equals_uninterrupted(how, tmp_path, monkeypatch
             [{k: v for k, v in row.items() if "seconds" not in k} for row in node.folder.metrics(file)]
             for file in (METRICS, MNTK)
         ]
-        found.append((summary["weights_sha256"], summary["train_flops"], rows))
+        assert summary["train_flops_executed"] > summary["train_flops"]
+        found.append((summary["weights_sha256"], summary["train_flops"], rows, summary["train_flops_executed"]))
     assert found[0] == found[1]
     looks = found[0][2][1]
     assert [row["step"] for row in looks] == list(range(0, 36, 6)) and len({tuple(row["active"]) for row in looks}) > 1

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from incubate_lib.method.rows import with_rows
 from incubate_lib.method.units import Unit
+from incubate_lib.method.watch import check_held_alone, eval_mode, watched_parameters
 
 Threshold = Literal["ratio", "quantile", "mass"]
 
@@ -82,12 +83,9 @@ def gradient_norms(model: nn.Module, units: Sequence[Unit], images: Tensor, labe
     """Return the norm of the mean loss's gradient for each unit, in eval mode: float64 [U] on the CPU."""
     names = sorted({name for unit in units for name in unit.rows})
     parameters = {name: model.get_parameter(name).detach().requires_grad_() for name in names}
-    was_training = model.training
-    model.eval()
-    with torch.enable_grad():
+    with eval_mode(model), torch.enable_grad():
         logits = torch.func.functional_call(model, parameters, (images,))
         gradients = torch.autograd.grad(F.cross_entropy(logits.float(), labels), list(parameters.values()))
-    model.train(was_training)
     if images.is_meta:  # only to be counted
         return torch.zeros(len(units))
     squares = {n: g.double().square().reshape(len(g), -1).sum(1).cpu() for n, g in zip(parameters, gradients, strict=True)}
@@ -120,8 +118,9 @@ class PartialUpdates:
     its steps, no step: weights, momentum and decay stay as they are, bit for bit. Parameters that belong to no unit
     train, but with `cut` those used before the lowest active unit rest with all that is down there. Wrap
     (DistributedDataParallel) and compile the model anew after an `apply` that changed something. `image` [1, C, H, W] is
-    passed through once to see which layers come first. Raises ValueError for `stop_error` where there is no way around
-    the units, and for layers whose rows cannot rest alone.
+    passed through once to see what is used first. Raises ValueError for `stop_error` where there is no way around the
+    units, for parameters that two units or two layers have, and for layers whose rows cannot rest alone: any but a plain
+    Linear or Conv2d, and those whose weight is used outside their own call, past what would cut it.
     """
 
     def __init__(
@@ -131,22 +130,34 @@ class PartialUpdates:
         self.learns = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.owner: dict[str, int] = {}  # whole parameters → their unit
         self.row_owner: dict[str, Tensor] = {}  # divided ones → the unit of each row, -1: none
+        check_held_alone(model, sorted({name for unit in units for name in unit.rows}))
         for index, unit in enumerate(units):
             for name, ranges in unit.rows.items():
+                if name in self.owner or (ranges is None and name in self.row_owner):
+                    raise ValueError(f"parameter {name} belongs to two units; one of them is {unit.name}")
                 if ranges is None:
                     self.owner[name] = index
                     continue
                 rows = self.row_owner.setdefault(name, torch.full((len(model.get_parameter(name)),), -1))
                 for first, end in ranges:
+                    if rows[first:end].ge(0).any():
+                        raise ValueError(f"rows {first} to {end} of {name} belong to two units; one of them is {unit.name}")
                     rows[first:end] = index
         if stop_error and not self.row_owner and not all(unit.entrances for unit in units):
             raise ValueError(
                 "stop_error: the error has no way around these units, so nothing below them would learn; it is for residual "
                 "branches (sublayers, blocks) and for rows (heads, filters)"
             )
-        order = _order_of_use(model, image)
-        self.height = {name: order.get(name, math.inf) for name in self.learns}  # what no layer was seen to use is never cut off
-        self.heights = torch.tensor([min(self.height[name] for name in unit.rows) for unit in units])
+        with eval_mode(model), torch.no_grad(), watched_parameters(model) as uses:
+            model(image)
+        # what was not seen in use is never cut off, nor what is used above as well
+        self.height = {name: uses[name].last if name in uses else math.inf for name in self.learns}
+        first = {name: uses[name].first if name in uses else math.inf for name in self.learns}
+        self.heights = torch.tensor([min(first[name] for name in unit.rows) for unit in units])
+        for name in self.row_owner:
+            if name not in uses or uses[name].outside:
+                how = "outside its own layer's call" if name in uses else "nowhere in a forward pass"
+                raise ValueError(f"rows of {name} cannot rest alone; it is used {how}")
         for layer in {name.rpartition(".")[0] for name in self.row_owner}:
             model.set_submodule(layer, with_rows(layer, model.get_submodule(layer)))
         pieces = [self._pieces(name) for name in self.learns]
@@ -227,25 +238,3 @@ class PartialUpdates:
 def _detached(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Stop the error at the entrance of a resting branch; not in eval mode, or kernels looked at there would lack its part."""
     return (inputs[0].detach(), *inputs[1:]) if layer.training else inputs
-
-
-@torch.no_grad()
-def _order_of_use(model: nn.Module, image: Tensor) -> dict[str, int]:
-    """Return when each parameter is used in a forward pass: 0 for those of the module that is called first."""
-    order: dict[str, int] = {}
-
-    def note(prefix: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            now = len(order)
-            for name, _ in module.named_parameters(prefix, recurse=False):
-                order.setdefault(name, now)
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules()]
-    was_training = model.training
-    model.eval()(image)
-    model.train(was_training)
-    for handle in handles:
-        handle.remove()
-    return order

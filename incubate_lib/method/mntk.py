@@ -8,7 +8,8 @@ One forward and one backward pass give the kernels of all units: at each layer t
 gradient of the layer's output, from which with the layer's input the sample's gradient of the layer's parameters follows;
 their inner products are added up, and they are forgotten before the next layer. The whole Jacobian is never in memory.
 Here the network is in eval mode (dropout off, batch norm with its running statistics), or samples would not be
-independent of each other.
+independent of each other. All this holds for layers that are called once, with one input a sample, and use their
+parameters themselves; `check_kernels` refuses all others by name.
 
 Letters: N samples, C outputs, M rows of a kernel (N, or N·C), U units, T tokens or pixels, I and O a layer's inputs and
 outputs.
@@ -25,43 +26,37 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from incubate_lib.method.rows import RowConv2d, RowLinear
 from incubate_lib.method.units import Ranges, Unit
+from incubate_lib.method.watch import check_held_alone, eval_mode, watched_parameters
 
 Outputs = Literal["sum", "all"]  # one number a sample, the sum of its logits (the paper's side code), or every logit
 CHUNK = 2**24  # numbers in a piece of per-sample gradients: 64 MiB in float32
 EXACT = 1024  # rows of a kernel up to which its eigenvalues are computed exactly
+UNKNOWN = "its kernel is not known here"
 
 
-def modular_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor, *, outputs: Outputs = "sum") -> Tensor:
+def modular_kernels(
+    model: nn.Module, units: Sequence[Unit], images: Tensor, *, outputs: Outputs = "sum", checked: bool = False
+) -> Tensor:
     """Return the kernel of each unit on `images` [N, …]: [U, M, M], in float32 (float64 if the model is).
 
-    With `outputs="all"` row n·C + c is logit c of sample n. Weights and their gradients are left alone. Raises
-    ValueError for parameters that no layer of their own holds, and for a layer that is used more than once.
+    With `outputs="all"` row n·C + c is logit c of sample n. Weights, their gradients and every module's mode are left
+    alone. Raises the ValueErrors of `check_kernels`; with `checked` that was called before, for the same model and units.
     """
+    if not checked:
+        check_kernels(model, units, images)
     layers = dict(model.named_modules())
     owners = _owners(layers, units)
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    seen: set[str] = set()
     roots: list[Tensor] = []
-    was_training = model.training
-    model.eval()
-    if outputs == "all":
-        with torch.no_grad():
-            classes = model(images[:1]).shape[1]
-        images = images.repeat_interleave(classes, 0)
     precision = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    kernels = torch.zeros(len(units), len(images), len(images), dtype=precision, device=images.device)
 
     def watch(name: str):
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if name in seen:
-                raise ValueError(f"layer {name} is used more than once in a forward pass; its kernel is not known here")
-            seen.add(name)
             x = inputs[0].detach()
-            if len(x) != len(images):
-                raise ValueError(f"layer {name} sees {len(x)} inputs for {len(images)} images; its kernel is not known here")
             version = x._version
             if not output.requires_grad:  # the first of its path: the backward pass ends here
                 roots.append(output.detach().requires_grad_())
@@ -69,7 +64,7 @@ def modular_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor, *, 
 
             def add(delta: Tensor) -> None:
                 if x._version != version:
-                    raise ValueError(f"the input of layer {name} is overwritten later; its kernel is not known here")
+                    raise ValueError(f"the input of layer {name} is overwritten later; {UNKNOWN}")
                 with torch.no_grad(), _without_autocast(x.device.type):
                     _add(kernels, layer, owners[name], x.to(precision), delta.to(precision))
 
@@ -78,36 +73,102 @@ def modular_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor, *, 
 
         return hook
 
-    handles = [layers[name].register_forward_hook(watch(name)) for name in owners]
-    for parameter in learns:
-        parameter.requires_grad_(False)  # their gradients are what must not be computed
+    with eval_mode(model):
+        if outputs == "all":
+            with torch.no_grad():
+                classes = model(images[:1]).shape[1]
+            images = images.repeat_interleave(classes, 0)
+        kernels = torch.zeros(len(units), len(images), len(images), dtype=precision, device=images.device)
+        # before other hooks, which may change the output
+        handles = [layers[name].register_forward_hook(watch(name), prepend=True) for name in owners]
+        for parameter in learns:
+            parameter.requires_grad_(False)  # their gradients are what must not be computed
+        try:
+            with torch.enable_grad():
+                logits = model(images)
+                if outputs == "all":
+                    one = torch.eye(classes, device=logits.device, dtype=logits.dtype)
+                    logits = logits * one.repeat(len(logits) // classes, 1)
+                torch.autograd.grad(logits.sum(), roots, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in learns:
+                parameter.requires_grad_(True)
+    return kernels
+
+
+@torch.no_grad()
+def check_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor) -> None:
+    """Raise ValueError, with a layer's or parameter's name, where `modular_kernels` would be wrong.
+
+    Each owned layer must be called exactly once, with one tensor whose first dimension is the samples'; alone hold its
+    parameters, and alone use them, within that call; and no sample may reach another one's outputs. Two passes of a few
+    copies of `images[:1]` show it: of different numbers, because tokens may be as many as samples, and with one image of
+    NaN, which whatever it reaches becomes too. On the meta device there are no values, so there only batch norms are
+    asked whether samples are independent.
+    """
+    layers = dict(model.named_modules())
+    owners = _owners(layers, units)
+    check_held_alone(model, (f"{name}.{short}" for name, shorts in owners.items() for short in shorts))
+    with eval_mode(model):
+        for name, layer in layers.items():
+            if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
+                why = "stays in train mode" if layer.training else "has no running statistics"
+                raise ValueError(f"batch norm {name} {why}, so samples depend on each other; {UNKNOWN}")
+        for number in (2, 3):
+            probe = images[:1].repeat(number, *[1] * (images.ndim - 1))
+            probe[0] = torch.nan
+            _check_pass(model, owners, probe)
+
+
+def _check_pass(model: nn.Module, owners: Mapping[str, Mapping[str, "Owner"]], probe: Tensor) -> None:
+    seen: set[str] = set()
+
+    def check(name: str):
+        def hook(layer: nn.Module, inputs: tuple, more: dict, output: Tensor) -> None:
+            if name in seen:
+                raise ValueError(f"layer {name} is used more than once in a forward pass; {UNKNOWN}")
+            seen.add(name)
+            if more or not all(isinstance(value, Tensor) for value in (*inputs, output)) or len(inputs) != 1:
+                raise ValueError(f"layer {name} has other inputs or outputs than one tensor; {UNKNOWN}")
+            for value, what in ((inputs[0], "sees {} inputs"), (output, "has {} outputs")):
+                number = len(value) if value.ndim else 1
+                if number != len(probe):
+                    raise ValueError(f"layer {name} {what.format(number)} for {len(probe)} images; {UNKNOWN}")
+                if not value.is_meta and value[1:].isnan().any():
+                    raise ValueError(f"at layer {name} samples depend on each other; {UNKNOWN}")
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(check(name), with_kwargs=True, prepend=True) for name in owners]
     try:
-        with torch.enable_grad():
-            logits = model(images)
-            if outputs == "all":
-                logits = logits * torch.eye(classes, device=logits.device, dtype=logits.dtype).repeat(len(logits) // classes, 1)
-            torch.autograd.grad(logits.sum(), roots)
+        with watched_parameters(model) as uses:
+            logits = model(probe)
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in learns:
-            parameter.requires_grad_(True)
-        model.train(was_training)
-    return kernels
+    for name, shorts in owners.items():
+        for short in shorts:
+            if (use := uses.get(f"{name}.{short}")) and use.outside:
+                raise ValueError(f"parameter {name}.{short} is used outside its own layer's call; {UNKNOWN}")
+        if name not in seen:
+            raise ValueError(f"layer {name} is not called in a forward pass; {UNKNOWN}")
+    if not logits.is_meta and logits[1:].isnan().any():
+        raise ValueError(f"the outputs of samples depend on each other; {UNKNOWN}")
 
 
 def kernel_by_definition(model: nn.Module, names: Sequence[str], images: Tensor, *, outputs: Outputs = "sum") -> Tensor:
     """Return the kernel [M, M] of some parameters by its definition: the Jacobian, row by row. For small networks."""
     parameters = [model.get_parameter(name).detach().requires_grad_() for name in names]
-    was_training = model.training
-    model.eval()
     rows = []
-    for image in images:
-        logits = functional_call(model, dict(zip(names, parameters, strict=True)), (image[None],))[0]
-        for value in [logits.sum()] if outputs == "sum" else logits:
-            gradients = torch.autograd.grad(value, parameters, retain_graph=True)
-            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    model.train(was_training)
+    with eval_mode(model):
+        for image in images:
+            pair = torch.stack([image, image])  # of a single one torch's backward pass can mistake the strides, and be wrong
+            logits = functional_call(model, dict(zip(names, parameters, strict=True)), (pair,))[0]
+            for value in [logits.sum()] if outputs == "sum" else logits:
+                gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+                rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     jacobian = torch.stack(rows)
     return jacobian @ jacobian.T
 
@@ -230,7 +291,7 @@ def _owners(layers: Mapping[str, nn.Module], units: Sequence[Unit]) -> dict[str,
 
 def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor, delta: Tensor) -> None:
     """Add what one layer's parameters give to the kernels, from inputs x [M, …, I] and gradients of its outputs."""
-    if _is_matrix(layer):
+    if _is_matrix(layer) and owners.keys() <= {"weight", "bias"}:
         x, delta = _places(layer, x, delta)
         if isinstance(owners.get("weight"), int) and owners.get("weight") == owners.get("bias"):
             x, owners = F.pad(x, (0, 1), value=1.0), {"weight": owners["weight"]}  # the bias is the weight of a constant input
@@ -242,14 +303,14 @@ def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor,
             else:
                 _add_gradients(kernels, owner, delta.sum(1))
         return
-    if type(layer) in (nn.LayerNorm, LayerNorm):  # as below, in a third of the time; there are many of them
+    if _is_layer_norm(layer):  # as below, in a third of the time; there are many of them
         gradients = {"weight": delta * F.layer_norm(x, layer.normalized_shape, eps=layer.eps), "bias": delta}
         for short, owner in owners.items():
-            _add_gradients(kernels, owner, gradients[short].flatten(1, -1 - len(layer.normalized_shape)).sum(1))
+            _add_gradients(kernels, owner, gradients[short].reshape(len(x), -1, *layer.normalized_shape).sum(1))
         return
 
     bare = copy.copy(layer)
-    bare._forward_hooks = OrderedDict()  # or it would be watched again
+    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()  # what they do is in x and delta already
 
     def one(parameters: dict[str, Tensor], x: Tensor, delta: Tensor) -> dict[str, Tensor]:
         return vjp(lambda p: functional_call(bare, p, (x[None],)), parameters)[1](delta[None])[0]
@@ -262,9 +323,15 @@ def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor,
 
 def _is_matrix(layer: nn.Module) -> bool:
     """Whether a layer is the product of its weight with something at each place; subclasses may do anything to their weights."""
+    if "forward" in vars(layer):  # somebody put another one in its place
+        return False
     if type(layer) in (nn.Conv2d, RowConv2d):
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return type(layer) in (nn.Linear, RowLinear)
+
+
+def _is_layer_norm(layer: nn.Module) -> bool:
+    return type(layer) in (nn.LayerNorm, LayerNorm) and "forward" not in vars(layer)
 
 
 def _places(layer: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,8 +47,12 @@ def with_rows(name: str, layer: nn.Module) -> nn.Module:
     if isinstance(layer, _ByRows):
         return layer
     cls = {nn.Linear: RowLinear, nn.Conv2d: RowConv2d}.get(type(layer))
-    if cls is None or (
-        cls is RowConv2d and (layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str))
+    own = {name for name, _ in layer.named_parameters()}  # weight_norm and spectral_norm put others in their place
+    if (
+        cls is None
+        or "forward" in vars(layer)
+        or not own <= {"weight", "bias"}
+        or (cls is RowConv2d and (layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)))
     ):
         raise ValueError(f"rows of {name} ({layer}) cannot rest alone; only those of a plain Linear or Conv2d without groups can")
     divided = cls.__new__(cls)

@@ -5,12 +5,16 @@ convolution, a filter. Only parameters that require gradients belong to units, s
 are those of its target module. Made by `find_units`.
 """
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.vision_transformer import Block
-from torch import nn
+from torch import Tensor, nn
+
+from incubate_lib.method.rows import RowConv2d
 
 Ranges = tuple[tuple[int, int], ...]  # first row and one past the last, in a parameter's first dimension
 
@@ -28,12 +32,18 @@ def find_units(model: nn.Module, kind: str) -> list[Unit]:
     """Return the trainable units of a kind, in the order of the model's layers.
 
     Kinds: `heads`, `sublayers` (attention, MLP), `blocks`, `conv_layers`, `filters`. Raises ValueError when the model is
-    frozen or has none of that kind.
+    frozen or has none of that kind, and for rows that are not what they seem: each head's and each filter's rows must
+    reach its own channels, all of them and no others, which a copy of the layer with random weights shows.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("every parameter of the model is frozen: nothing is left that could rest or train")
     if kind not in KINDS:
         raise ValueError(f"there is no kind of unit {kind!r}; there are: {', '.join(KINDS)}")
+    if kind == "heads":
+        _prove(model, _attentions(model), _heads_of, _attended)
+    if kind == "filters":
+        convolutions = ((name, layer) for name, layer in _named(model, nn.Conv2d) if not _is_plain(layer))
+        _prove(model, convolutions, _filters_of, _convolved)
     units = _trainable(model, KINDS[kind](model))
     if not units:
         has = ", ".join(f"{name} ({count})" for name, count in count_units(model).items()) or "none that are known here"
@@ -60,15 +70,24 @@ def _whole(name: str, module: nn.Module) -> dict[str, None]:
     return {parameter: None for parameter, _ in module.named_parameters(prefix=name)}
 
 
-def _heads(model: nn.Module) -> Iterator[Unit]:
-    """Each head's rows of q, k and v; the output projection and the MLP belong to no head."""
+def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):
-            heads, width = module.num_heads, module.qkv.out_features // 3
-            size = width // heads
-            for head in range(heads):
-                rows = tuple((part * width + head * size, part * width + (head + 1) * size) for part in range(3))
-                yield Unit(f"{name} head {head}", dict.fromkeys(_whole(f"{name}.qkv", module.qkv), rows))
+            yield name, module
+
+
+def _heads(model: nn.Module) -> Iterator[Unit]:
+    """Each head's rows of q, k and v; the output projection and the MLP belong to no head."""
+    for name, module in _attentions(model):
+        yield from _heads_of(name, module)
+
+
+def _heads_of(name: str, module: nn.Module) -> Iterator[Unit]:
+    heads, width = module.num_heads, module.qkv.out_features // 3
+    size = width // heads
+    for head in range(heads):
+        rows = tuple((part * width + head * size, part * width + (head + 1) * size) for part in range(3))
+        yield Unit(f"{name} head {head}", dict.fromkeys(_whole(f"{name}.qkv", module.qkv), rows))
 
 
 def _sublayers(model: nn.Module) -> Iterator[Unit]:
@@ -93,8 +112,119 @@ def _conv_layers(model: nn.Module) -> Iterator[Unit]:
 
 def _filters(model: nn.Module) -> Iterator[Unit]:
     for name, layer in _named(model, nn.Conv2d):
-        for row in range(layer.out_channels):
-            yield Unit(f"{name} filter {row}", dict.fromkeys(_whole(name, layer), ((row, row + 1),)))
+        yield from _filters_of(name, layer)
+
+
+def _filters_of(name: str, layer: nn.Conv2d) -> Iterator[Unit]:
+    for row in range(layer.out_channels):
+        yield Unit(f"{name} filter {row}", dict.fromkeys(_whole(name, layer), ((row, row + 1),)))
 
 
 KINDS = {"heads": _heads, "sublayers": _sublayers, "blocks": _blocks, "conv_layers": _conv_layers, "filters": _filters}
+
+
+# -- whether rows are what they seem --------------------------------------------------------------------------------------
+
+
+def _prove(
+    model: nn.Module,
+    layers: Iterable[tuple[str, nn.Module]],
+    units_of: Callable[[str, nn.Module], Iterator[Unit]],
+    run: Callable[[nn.Module], Tensor],
+) -> None:
+    """Raise ValueError for the first layer whose units' rows do not each reach their own share of the channels."""
+    proven = set()
+    for name, layer in layers:
+        alike = f"{type(layer)} {layer} {[(n, tuple(p.shape)) for n, p in layer.named_parameters()]}"
+        trains = any(parameter.requires_grad for parameter in layer.parameters())
+        if alike in proven or not trains:  # of layers that are alike one is proven
+            continue
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(0)
+                twin = _random_copy(layer)
+                found = _reach_their_own(twin, [unit.rows for unit in units_of("", twin)], run)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            told = str(error).splitlines() or [type(error).__name__]
+            raise ValueError(f"{name} ({type(layer).__name__}): which rows belong to what is not known ({told[0]})") from None
+        if not found:
+            raise ValueError(f"{name} ({type(layer).__name__}): its rows are laid out in another way than is known here")
+        proven.add(alike)
+
+
+def _random_copy(layer: nn.Module) -> nn.Module:
+    """Return a copy of a layer on the CPU, in eval mode, with random weights; its own may be zero, or on the meta device."""
+    twin = copy.deepcopy(layer)
+    on_meta = any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
+    twin = twin.to_empty(device="cpu") if on_meta else twin.cpu()
+    for buffer in twin.buffers() if on_meta else ():
+        buffer.zero_()  # an index of positions, a running mean; nothing that moves rows
+    for parameter in twin.parameters():
+        parameter.normal_()
+    twin.double()
+    twin.eval()  # some return nothing
+    return twin
+
+
+def _reach_their_own(layer: nn.Module, rows: list[dict[str, Ranges | None]], run: Callable[[nn.Module], Tensor]) -> bool:
+    """Whether, of U units, a change of the rows of unit u changes share u of U of the last dimension of what runs, all of it.
+
+    The units whose number has bit b set are changed together, then those that have not: if rows of one unit reached the
+    channels of another, the two would differ in some bit.
+    """
+    old = {name: parameter.clone() for name, parameter in layer.named_parameters()}
+    new = {name: torch.randn_like(parameter) for name, parameter in old.items()}
+    unit_of = {name: torch.full((len(parameter),), -1) for name, parameter in old.items() if parameter.ndim}
+    for unit, parts in enumerate(rows):
+        for name, ranges in parts.items():
+            for first, end in ranges or ():
+                unit_of[name.lstrip(".")][first:end] = unit
+    before = run(layer)
+    number, channels = len(rows), before.shape[-1]
+    if channels % number:
+        return False
+    for bit in range(max(1, (number - 1).bit_length())):
+        for value in (0, 1):
+            for name, units in unit_of.items():
+                moved = units.ge(0) & (units >> bit & 1).eq(value)
+                parameter = layer.get_parameter(name)
+                parameter.copy_(torch.where(moved.view(-1, *[1] * (parameter.ndim - 1)), new[name], old[name]))
+            changed = (run(layer) != before).flatten(0, -2).any(0).view(number, -1)
+            expected = (torch.arange(number) >> bit & 1).eq(value)[:, None]
+            if not torch.equal(changed, expected.expand_as(changed)):
+                return False
+    return True
+
+
+def _attended(attention: nn.Module) -> Tensor:
+    """Return what an attention makes of random tokens, before anything mixes its heads: [2, T, channels]."""
+    seen: list[Tensor] = []
+
+    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if seen:  # not a norm before q, k and v
+            seen.append(inputs[0])
+
+    handles = [attention.qkv.register_forward_hook(lambda layer, inputs, output: seen.append(output))]
+    mixing = [getattr(attention, "norm", None), attention.proj]
+    handles += [layer.register_forward_pre_hook(look) for layer in mixing if isinstance(layer, nn.Module)]
+    tokens = getattr(attention, "window_area", 4)  # windows have a fixed number
+    generator = torch.Generator().manual_seed(1)
+    attention(torch.randn(2, tokens, attention.qkv.in_features, generator=generator, dtype=torch.float64))
+    for handle in handles:
+        handle.remove()
+    if len(seen) < 2:
+        raise ValueError("its layers qkv and proj are not called one after the other")
+    return seen[1]
+
+
+def _convolved(layer: nn.Conv2d) -> Tensor:
+    """Return a convolution's outputs for one random image, channels last."""
+    size = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(layer.dilation, layer.kernel_size, strict=True)]
+    generator = torch.Generator().manual_seed(1)
+    return layer(torch.randn(1, layer.in_channels, *size, generator=generator, dtype=torch.float64)).movedim(1, -1)
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    """Whether row r of weight and bias is filter r, by what the class is known to do."""
+    own = {name for name, _ in layer.named_parameters()}
+    return type(layer) in (nn.Conv2d, RowConv2d) and own <= {"weight", "bias"} and "forward" not in vars(layer)

@@ -25,7 +25,11 @@ def units_table(node: Node) -> pd.DataFrame:
     whole = sum(parameter.numel() for parameter in model.parameters())
     rows = []
     for kind, count in count_units(model).items():
-        units = find_units(model, kind)
+        try:
+            units = find_units(model, kind)
+        except ValueError as error:  # rows that are not what they seem
+            rows.append({"kind": kind, "units": count, "the first": f"not possible: {error}", "of all parameters": ""})
+            continue
         inside = sum(_size(model, unit) for unit in units)
         rows.append({"kind": kind, "units": count, "the first": units[0].name, "of all parameters": f"{inside / whole:.0%}"})
     return pd.DataFrame(rows).set_index("kind")

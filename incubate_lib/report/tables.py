@@ -25,8 +25,8 @@ STRATEGY_COLUMNS = [
 ]  # fmt: skip
 PHASE_COLUMNS = [
     "strategy", "seed", "phase", "module_index", "start_accuracy", "accuracy", "loss", "train_loss", "epochs", "steps",
-    "images_seen", "distinct_images_per_epoch", "flops", "seconds", "eval_seconds", "data_share", "devices", "lr", "parameters",
-    "looks", "look_seconds", "look_flops", "device", "threads", "precision",
+    "images_seen", "distinct_images_per_epoch", "flops", "flops_executed", "seconds", "eval_seconds", "data_share", "devices",
+    "lr", "parameters", "looks", "look_seconds", "look_flops", "device", "threads", "precision",
 ]  # fmt: skip
 CURVE_COLUMNS = [
     "strategy",
@@ -79,6 +79,8 @@ def from_plan(plan: Plan) -> Results:
             row = summary | {"strategy": name}  # a shared phase is recorded under the first strategy that needed it
             row |= {"flops": _number(summary["train_flops"]), "seconds": summary["train_seconds"]}
             row |= {"precision": node.settings.precision} | {key: summary["provenance"][key] for key in ("device", "threads")}
+            if (executed := summary.get("train_flops_executed")) is not None:  # not in records from before it was counted
+                row["flops_executed"] = _number(executed)
             row["lr"] = node.settings.training.peak_lr if node.settings.training else None
             if mat := summary.get("mat"):
                 row |= {"looks": mat["evaluations"], "look_seconds": mat["seconds"], "look_flops": mat["flops"]}

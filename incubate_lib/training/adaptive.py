@@ -1,17 +1,18 @@
 """Modular Adaptive Training within the loop: when the units are looked at, which train from then on, what that costs."""
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from incubate_lib.config import MATSettings, SettingsError
 from incubate_lib.method.mat import PartialUpdates, choose, gradient_norms, same_number
 from incubate_lib.method.mntk import (
     EXACT,
+    check_kernels,
     effective_rank,
     modular_kernels,
     normalised,
@@ -20,7 +21,7 @@ from incubate_lib.method.mntk import (
     spectrum,
 )
 from incubate_lib.method.units import Unit, find_units
-from incubate_lib.training.costs import train_flops_per_image
+from incubate_lib.training.costs import all_products, train_flops_per_image
 from incubate_lib.training.data import ImageSet
 from incubate_lib.training.schedule import derive_seed
 from incubate_lib.training.stream import StreamedSet
@@ -33,7 +34,8 @@ class Adaptive:
     """Looks at a model's units now and then, lets them rest or train, and counts what an update costs meanwhile.
 
     The probe is the first images of a random order of the training images, as they are judged. SettingsError when the
-    kernels of that many do not fit into the memory that is free.
+    kernels of that many do not fit into the memory that is free, and for units whose kernels or partial updates this
+    network does not allow.
     """
 
     def __init__(
@@ -50,15 +52,20 @@ class Adaptive:
         self.model, self.settings, self.seed, self.team = model, settings, seed, team
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(derive_seed(seed, "probe")))
         self.images, self.labels = train.some(order[: settings.probe])
-        self.units = find_units(model, settings.units)
         self.every = max(1, round(settings.every_epochs * steps_per_epoch))
         self.warmup = round(settings.warmup_epochs * steps_per_epoch)
+        try:
+            self.units = find_units(model, settings.units)
+            check_kernels(model, self.units, self.images)
+            self.updates = PartialUpdates(model, self.units, self.images[:1], cut=settings.cut, stop_error=settings.stop_error)
+        except ValueError as error:
+            raise SettingsError(f"mat.units {settings.units!r}: {error}") from None
         check_probe(model, self.units, self.images, settings, train.num_classes)
-        self.updates = PartialUpdates(model, self.units, self.images[:1], cut=settings.cut, stop_error=settings.stop_error)
         self.active = torch.ones(len(self.units), dtype=torch.bool)
         self.history: list[list[float]] = []  # principal eigenvalues [E][U]
         self.flops_of: dict[tuple[bool, ...], int] = {tuple(self.active.tolist()): flops_per_image}
         self.look_flops, self.rank_flops = self._count() if team.is_first else (0, 0)
+        self.executed: dict[bool, int] = {}  # by a look without and with a decision, on this device
 
     def is_due(self, step: int) -> bool:
         """Whether the units are looked at before update `step`."""
@@ -66,8 +73,19 @@ class Adaptive:
 
     def look(self, step: int) -> dict[str, Any]:
         """Evaluate the kernels, decide which units train from here on, and return a record. This is training time."""
+        decides = step >= self.warmup
+        with contextlib.nullcontext() if decides in self.executed else all_products() as counter:
+            record = self._look(step, decides)
+        if counter is not None:  # the first of its sort; another one would cost the same
+            self.executed[decides] = counter.get_total_flops()
+        flops = self.look_flops + (self.rank_flops if decides else 0)
+        executed = self.executed[decides]
+        devices = self.team.devices  # each does it
+        return record | {"flops": flops * devices, "flops_executed": executed * devices}
+
+    def _look(self, step: int, decides: bool) -> dict[str, Any]:
         how = self.settings
-        kernels = modular_kernels(self.model, self.units, self.images, outputs=how.outputs)
+        kernels = modular_kernels(self.model, self.units, self.images, outputs=how.outputs, checked=True)
         kernels = normalised(kernels) if how.normalised else kernels
         ranks = None
         if kernels.shape[-1] <= EXACT:
@@ -79,14 +97,12 @@ class Adaptive:
         if not eigenvalues.isfinite().all():
             raise FloatingPointError(f"an eigenvalue of the modular NTK is not finite before update {step}; is the lr too high?")
         self.history.append(eigenvalues.tolist())
-        flops = self.look_flops * self.team.devices  # each does it
         record: dict[str, Any] = {"step": step, "eigenvalues": self.history[-1], "effective_ranks": ranks, "cut": None}
-        if step >= self.warmup:
-            flops += self.rank_flops * self.team.devices
+        if decides:
             choice = choose(torch.tensor(self.history).double(), alpha=how.alpha, beta=how.beta, threshold=how.threshold)
             self.active = self._ranked(choice.active, eigenvalues, step)
             record |= {"cut": choice.cut, "forced": choice.forced}
-        return record | {"active": self.active.int().tolist(), "flops": flops}
+        return record | {"active": self.active.int().tolist()}
 
     def _ranked(self, active: Tensor, eigenvalues: Tensor, step: int) -> Tensor:
         """Return the units that train: MAT's, or as many by another ranking, for a control."""
@@ -107,7 +123,7 @@ class Adaptive:
         return torch.ones_like(self.active) if slow and step % slow == 0 else self.active
 
     def flops_per_image(self, active: Tensor) -> int:
-        """Return the counted FLOPs of a training image while exactly these units train."""
+        """Return the FLOPs of a training image while exactly these units train, counted as budgets are: on the meta device."""
         key = tuple(active.tolist())
         if key not in self.flops_of:
             before = self.updates.active
@@ -117,14 +133,17 @@ class Adaptive:
         return self.flops_of[key]
 
     def _count(self) -> tuple[int, int]:
-        """Return the FLOPs of looking at the kernels, and of ranking units by their gradients."""
+        """Return the FLOPs of looking at the kernels, and of ranking units by their gradients, attention not fused.
+
+        The eigenvalues' are not counted; where they are found by power iteration, its number of steps is not known before.
+        """
         model = copy.deepcopy(self.model).to("meta")
         images, labels = torch.empty_like(self.images, device="meta"), self.labels.to("meta")
-        with FlopCounterMode(display=False) as looking:
-            modular_kernels(model, self.units, images, outputs=self.settings.outputs)
+        with all_products() as looking:
+            modular_kernels(model, self.units, images, outputs=self.settings.outputs, checked=True)
         if self.settings.rank != "gradient_norm":
             return looking.get_total_flops(), 0
-        with FlopCounterMode(display=False) as ranking:
+        with all_products() as ranking:
             gradient_norms(model, self.units, images, labels)
         return looking.get_total_flops(), ranking.get_total_flops()
 

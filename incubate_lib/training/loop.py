@@ -194,6 +194,7 @@ def fit(
                 folder.add_metrics(record | {"flops_per_image": per_image, "train_flops": trainer.flops}, MNTK)
                 if record.get("forced"):
                     print(f"{title}: at step {step} every unit would rest; the strongest goes on", flush=True)
+            trainer.executed_now()
             clock.start()
         pending.append(trainer.step(step))
         step += 1
@@ -243,7 +244,8 @@ def fit(
     return trainer.judged, mat | {
         "steps": steps, "images_seen": steps * settings.batch_size, "epochs": steps / per_epoch,
         "distinct_images_per_epoch": math.ceil(per_epoch * settings.batch_size / settings.repeats),
-        "train_flops": trainer.flops, "train_seconds": clock.seconds, "eval_seconds": eval_seconds, "data_share": data_share,
+        "train_flops": trainer.flops, "train_flops_executed": trainer.flops_executed,
+        "train_seconds": clock.seconds, "eval_seconds": eval_seconds, "data_share": data_share,
         "broken_images": len(broken), "startup_seconds": startup_seconds, "devices": team.devices,
         "start_accuracy": rows[0]["accuracy"], "accuracy": rows[-1]["accuracy"], "loss": rows[-1]["loss"],
         "train_loss": rows[-1]["train_loss"],

@@ -288,7 +288,7 @@ def train_phase(
 
 UNTRAINED = {
     "steps": 0, "images_seen": 0, "epochs": 0.0, "distinct_images_per_epoch": 0, "train_seconds": 0.0, "eval_seconds": 0.0,
-    "data_share": 0.0, "broken_images": 0, "devices": 1, "train_loss": None, "train_flops": 0,
+    "data_share": 0.0, "broken_images": 0, "devices": 1, "train_loss": None, "train_flops": 0, "train_flops_executed": 0,
 }  # fmt: skip
 
 

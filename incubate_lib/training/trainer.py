@@ -29,6 +29,7 @@ from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, MATSettings, T
 from incubate_lib.method.incubation import Imitation
 from incubate_lib.method.mat import Piece
 from incubate_lib.training.adaptive import Adaptive
+from incubate_lib.training.costs import executed_flops_per_image
 from incubate_lib.training.data import ImageSet
 from incubate_lib.training.order import Order
 from incubate_lib.training.schedule import derive_seed, lr_at, micro_batches, steps_per_epoch, total_steps
@@ -102,6 +103,7 @@ class Trainer:
     ) -> None:
         self.model, self.train, self.settings, self.seed, self.team = model, train, settings, seed, team
         self.flops_per_image, self.flops = flops_per_image, 0  # of an image while everything trains; all that was spent
+        self.flops_executed, self.executed_of = 0, {}  # the same with fused attention; of an image, by the units that train
         self.device = next(model.parameters()).device
         self.precision, self.machine = precision, machine
         self.number, self.micro = micro_batches(settings.batch_size, settings.micro_batch, team.devices)
@@ -139,6 +141,7 @@ class Trainer:
         with autocast(self.device, self.precision):
             record = self.mat.look(step)
         self.flops += record["flops"]
+        self.flops_executed += record["flops_executed"]
         self._apply(step)
         return record
 
@@ -153,6 +156,7 @@ class Trainer:
         self._apply(step)  # of a checkpoint; what it costs is counted before the clock starts
         if self.team.is_first:
             self.flops_now()
+        self.executed_now()
 
     def step(self, step: int) -> Tensor:
         """Do update `step` (0-based) and return this device's mean loss, without waiting for the device."""
@@ -183,13 +187,25 @@ class Trainer:
             self.mat.updates.drift(self.optimizer)
         if self.team.is_first:
             self.flops += self.flops_now() * self.settings.batch_size
+        self.flops_executed += self.executed_now() * self.settings.batch_size
         if self.ema is not None:
             self.ema.update(self.model, step)
         return losses[0] if self.number == 1 else torch.stack(losses).mean()
 
     def flops_now(self) -> int:
-        """Return the FLOPs of a training image with what trains at present."""
+        """Return the FLOPs of a training image with what trains at present, counted as budgets are: on the meta device."""
         return self.mat.flops_per_image(self.mat.updates.active) if self.mat else self.flops_per_image
+
+    def executed_now(self) -> int:
+        """Return the FLOPs that this device executes for a training image with what trains at present.
+
+        Counted once for each set of units, on all devices at a time: a network may speak to the others in its forward pass.
+        """
+        key = tuple(self.mat.updates.active.tolist()) if self.mat else ()
+        if key not in self.executed_of:
+            with autocast(self.device, self.precision):
+                self.executed_of[key] = executed_flops_per_image(self.model, self.train.shape)
+        return self.executed_of[key]
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         with autocast(self.device, self.precision):
@@ -208,7 +224,8 @@ class Trainer:
         """Return what a checkpoint needs; no random states, because all randomness follows from seed and step."""
         ema = {} if self.ema is None else {"ema": self.ema.module.state_dict()}
         mat = {"mat": self.mat.state()} if self.mat else {}
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "flops": self.flops, **ema, **mat}
+        spent = {"flops": self.flops, "flops_executed": self.flops_executed}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **spent, **ema, **mat}
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError, KeyError or TypeError unless a checkpoint's content is that of this model, optimizer and phase."""
@@ -241,7 +258,9 @@ class Trainer:
         if self.mat:
             self.mat.load_state(state["mat"])
         # of a checkpoint from before these were counted here: all updates cost the same
-        self.flops = state.get("flops", state["step"] * self.settings.batch_size * self.flops_per_image)
+        images = state["step"] * self.settings.batch_size
+        self.flops = state.get("flops", images * self.flops_per_image)
+        self.flops_executed = state["flops_executed"] if "flops_executed" in state else images * self.executed_now()
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
