@@ -3,19 +3,20 @@
 import multiprocessing
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from layouts import AUGMENTED, open_folder, settings_file, write_folder
+from patience import wait_for
 
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings, load_settings
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.data import ImageSet, load_data
 from incubate_lib.training.loop import evaluate
 from incubate_lib.training.order import Order
-from incubate_lib.training.stream import StreamedSet
+from incubate_lib.training.runs import read_json, write_json
+from incubate_lib.training.stream import PREFETCH, StreamedSet
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 6])
@@ -64,36 +65,31 @@ def read_for_ever(folder: str, told: str, stop: str) -> None:
     os.environ["INCUBATE_STOP"] = stop
     settings = DataSettings(source="folder", folder=folder)
     train, _ = load_data(settings, shape=(3, 16, 16), machine=MachineSettings(workers=2))
-    reader = iter(train._loader(TrainingSettings(), [[(0, 0)]] * 10_000, 1))
-    next(reader)
-    Path(told).write_text(" ".join(str(worker.pid) for worker in reader._workers))
-    time.sleep(60)
+    reader = iter(train._loader(TrainingSettings(), [[(0, 0)]] * 1_000_000, 1))
+    for number, _ in enumerate(reader):
+        write_json(Path(told), {"read": number, "workers": [worker.pid for worker in reader._workers]})
 
 
 @pytest.mark.parametrize("warned", [False, True])
 def test_worker_processes_end_with_the_process_that_reads_from_them(warned, tmp_path):
     """Killed, not asked: nothing of it can clean up. Slurm's warning to all processes of a job does not end them before."""
     write_folder(tmp_path / "set")
+    told = tmp_path / "told.json"
     process = multiprocessing.get_context("forkserver").Process(
-        target=read_for_ever, args=(str(tmp_path / "set"), str(tmp_path / "told"), str(tmp_path / "STOP") if warned else "")
+        target=read_for_ever, args=(str(tmp_path / "set"), str(told), str(tmp_path / "STOP") if warned else "")
     )
     process.start()
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "told").exists() or not (tmp_path / "told").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    workers = [int(pid) for pid in (tmp_path / "told").read_text().split()]
+    workers = wait_for(lambda: read_json(told), "the first images")["workers"]
     assert len(workers) == 2 and all(is_there(pid) for pid in workers)
     if warned:
         for pid in workers:
             os.kill(pid, signal.SIGTERM)
-        time.sleep(0.5)
+        before = read_json(told)["read"]
+        wait_for(lambda: read_json(told)["read"] > before + 3 * PREFETCH * len(workers), "images that were read since")
         assert all(is_there(pid) for pid in workers)
     process.kill()
     process.join()
-    while any(is_there(pid) for pid in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not any(is_there(pid) for pid in workers), "the workers to end")
 
 
 def is_there(pid: int) -> bool:

@@ -1,16 +1,23 @@
-"""Read by every python of a test's jobs: lets steps take time, or fail, without changing any number."""
+"""Read by every python that has this folder on its path: phases wait, or fail, as a test says in the file $TEST_HOOKS.
+
+`patience.Hooks` writes it. Nothing of what is computed changes.
+"""
 
 import importlib.util
+import json
 import os
 import sys
 import time
 
+NAP = 0.1  # seconds: the shortest step of a phase that is held, so that it saves and tells in between as a long one does
+LAST_NAP = 0.3  # seconds: of a step after a stop was asked for; the loop looks once a second, so few steps are left
+
 
 class Finder:
-    """Changes `Trainer.step` as soon as it is imported."""
+    """Changes `fit`, the training loop, as soon as it is imported."""
 
     def find_spec(self, name, path, target=None):
-        if name != "incubate_lib.training.trainer":
+        if name != "incubate_lib.training.loop":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -18,25 +25,40 @@ class Finder:
 
         def exec_module(module):
             load(module)
-            module.Trainer.step = changed(module.Trainer.step)
+            module.fit = hooked(module.fit)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-def changed(step):
-    hooks, job = os.environ["TEST_HOOKS"], os.environ["SLURM_JOB_NAME"].split("/")  # experiment/seed-0/…/phase
-    seed, phase = job[1], job[-1]
-
-    def slow(self, number):
-        if os.path.exists(f"{hooks}/slow-{seed}"):
-            time.sleep(0.4 if number < 100 else 3)  # so that none is done before it is told to, however busy the machine is
-        if number == 5 and os.path.exists(f"{hooks}/fail-{phase}-{seed.removeprefix('seed-')}"):
-            raise OSError("the disk is on fire")
-        return step(self, number)
-
-    return slow
+def rule(kind, folder):
+    """Return the number that a rule has for a phase's folder; None without such a rule."""
+    with open(os.environ["TEST_HOOKS"]) as file:
+        rules = json.load(file)[kind]
+    return next((number for phase, number in rules.items() if f"/{phase}/" in f"{folder}/"), None)
 
 
-if "TEST_HOOKS" in os.environ:
+def hooked(fit):
+    def hooked_fit(trainer, judge, *, folder, should_stop, **more):
+        step, done = trainer.step, 0
+
+        def hooked_step(number):
+            nonlocal done
+            if number == rule("fail", folder.path):
+                raise OSError("the disk is on fire")
+            while (limit := rule("hold", folder.path)) is not None:
+                stopping = should_stop()
+                time.sleep(LAST_NAP if stopping else NAP)
+                if stopping or done < limit:
+                    break
+            done += 1
+            return step(number)
+
+        trainer.step = hooked_step
+        return fit(trainer, judge, folder=folder, should_stop=should_stop, **more)
+
+    return hooked_fit
+
+
+if os.path.exists(os.environ.get("TEST_HOOKS", "")):
     sys.meta_path.insert(0, Finder())
