@@ -20,7 +20,7 @@ def wait_for(true: Callable[[], Any], what: object = "progress", said: Callable[
     deadline = time.monotonic() + HANG
     while not (result := true()):
         assert time.monotonic() < deadline, f"waited {HANG:.0f} s for {what}\n{said()}"
-        time.sleep(0.05)
+        time.sleep(0.1)
     return result
 
 
