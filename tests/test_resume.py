@@ -18,11 +18,12 @@ from incubate_lib.training import loop, phases
 from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, Stopped, read_json
 from incubate_lib.training.trainer import Trainer
 
+pytestmark = pytest.mark.xdist_group("resume")  # one process, so that what is compared with is trained once
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
 # everything random is on: drop-path (preset), mixup (numpy's generator), shift (torch's)
 OVERRIDES = [
-    "training.epochs=8",
+    "training.epochs=4",
     "training.mixup=0.4",
     "training.cutmix=0.5",
     "machine.checkpoint_seconds=0.1",

@@ -22,6 +22,7 @@ from incubate_lib.report import studies as report
 from incubate_lib.report.studies import StudyTable, answer, gains, published, reached, summary
 from incubate_lib.report.study_plots import fronts, gain_map, ranking
 
+pytestmark = pytest.mark.xdist_group("study")  # one process, so that the study is trained once
 STUDY = """
 description: two depths
 preset: smoke
