@@ -1,16 +1,21 @@
-# make run    set up and run the main job: the whole chain on real images (preset digits)
-# make test   set up and run every test
-# make lab    set up and open JupyterLab on the notebooks
+# make run        set up and run the main job: the whole chain on real images (preset digits)
+# make test       set up and run every test
+# make test-fast  set up and run those of the method, the loop, data, settings and tables: a part of `make test`, in two minutes
+# make lab        set up and open JupyterLab on the notebooks
 PYTHON ?= python3
 PRESET ?= digits
 BIN = .venv/bin
+FAST = method training data config report
 
-.PHONY: run test lab
+.PHONY: run test test-fast lab
 run: .venv/ready
 	$(BIN)/incubate run $(PRESET)
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+test-fast: .venv/ready
+	$(BIN)/python -m pytest $(FAST:%=tests/test_%.py)
 
 lab: .venv/ready
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks

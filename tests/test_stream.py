@@ -123,12 +123,28 @@ def test_training_on_a_folder_learns_and_reports_what_it_saw(tmp_path, data_fold
     assert 0 < summary["data_share"] < 1
 
 
-def test_waiting_for_images_is_told(tmp_path, data_folder, capsys):
-    write_folder(tmp_path / "set", size=(256, 256))
+@pytest.mark.parametrize(("seconds", "told"), [(1.0, True), (0.25, False)])
+def test_waiting_for_images_is_told(seconds, told, tmp_path, data_folder, monkeypatch, capsys):
+    """By a clock that only moves while images are waited for, and three seconds in what is done with them."""
+    now, batches, finish = [0.0], StreamedSet.batches, StreamedSet.finish
+
+    def waiting(self, order):
+        for batch in batches(self, order):
+            now[0] += seconds
+            yield batch
+
+    def working(self, images, recipe):
+        now[0] += 3.0
+        return finish(self, images, recipe)
+
+    monkeypatch.setattr(StreamedSet, "batches", waiting)
+    monkeypatch.setattr(StreamedSet, "finish", working)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    write_folder(tmp_path / "set")
     (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
-    summary = open_phase("meta", str(tmp_path / "mine.yaml"), ["training.randaugment=rand-m9-mstd0.5-inc1"]).run()
-    assert summary["data_share"] > 0.1  # large pictures, a tiny network, no workers
-    assert f"{summary['data_share']:.0%} of the training time was spent waiting for images" in capsys.readouterr().out
+    summary = open_phase("meta", str(tmp_path / "mine.yaml")).run()
+    assert summary["data_share"] == pytest.approx(seconds / (seconds + 3))
+    assert ("25% of the training time was spent waiting for images" in capsys.readouterr().out) == told
 
 
 def test_a_recipe_that_cannot_work_is_told(tmp_path, data_folder):
