@@ -21,6 +21,7 @@ from rich.console import Console
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline import execution, local, notebook
 from incubate_lib.pipeline.execution import is_complete
+from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.runs import read_json
@@ -33,6 +34,13 @@ ALL = ["--strategies", "end_to_end", "deep_incubation", "deep_incubation_stack",
 def incubate(*arguments, folder, **more):
     env = os.environ | {"INCUBATE_DATA": str(folder), "COLUMNS": "200"}
     return subprocess.run([*INCUBATE, *arguments], capture_output=True, text=True, env=env, timeout=HANG, **more)
+
+
+def planned(folder: Path, *overrides: str) -> None:
+    """Plan a run of smoke here, where torch is imported already: the command line need not measure then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INCUBATE_DATA", str(folder))
+        Experiment.of(load_settings("smoke", list(overrides))).create()
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +140,7 @@ def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
     data, hooks = tmp_path / "data", Hooks(tmp_path)
     env = os.environ | hooks.env | {"INCUBATE_DATA": str(data)}
     done = lambda: len(list(data.rglob("summary.json")))  # noqa: E731
+    planned(data)
     hooks.hold("incubate-1", 3)  # never done before it is let go; the two phases after it wait for it
 
     def begin():
@@ -187,9 +196,9 @@ def test_the_warm_process_survives_signals_to_the_whole_group():
 
 
 def test_a_failed_notebook_stops_what_depends_on_it_and_nothing_else(tmp_path):
-    result = incubate(
-        "run", "smoke", "--strategies", "end_to_end", "deep_incubation", "--set", "phases.incubate.lr=1e30", folder=tmp_path
-    )
+    wild = "phases.incubate.lr=1e30"
+    planned(tmp_path, wild)
+    result = incubate("run", "smoke", "--strategies", "end_to_end", "deep_incubation", "--set", wild, folder=tmp_path)
     assert result.returncode == 1
     run = next((tmp_path / "runs").iterdir())
     for module in range(3):
@@ -301,6 +310,7 @@ def test_mat_and_its_controls_go_through_the_notebooks_to_a_report(tmp_path):
     strategies = ["end_to_end", "mat", "mat_multirate", "deep_incubation_mat"]
     how = ["mat.threshold=quantile", "mat.alpha=0.6", "mat.probe=4", "mat.stop_error=true"]
     overrides = [part for value in how for part in ("--set", value)]
+    planned(tmp_path, *how)
     result = incubate("run", "smoke", "--jobs", "2", "--strategies", *strategies, *overrides, folder=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     run = next((tmp_path / "runs").iterdir())
