@@ -46,8 +46,8 @@ SelectTypeParameters=CR_Core,CR_LLN
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=5,bf_interval=5
 SlurmdParameters=config_overrides
 ReturnToService=2
-KillWait=120
-MinJobAge=600
+KillWait=30
+MinJobAge=36000
 MessageTimeout=100
 BatchStartTimeout=300
 AccountingStorageType=accounting_storage/none

@@ -29,7 +29,7 @@ class Site:
         self.data.mkdir()
         self.cluster = Cluster(folder / "cluster", hidden=self.data)
         self.site = folder / "site.yaml"
-        self.site.write_text(yaml.safe_dump({"cpus_per_task": 1, "warn_seconds": 20, "prologue": [
+        self.site.write_text(yaml.safe_dump({"cpus_per_task": 1, "warn_seconds": 240, "prologue": [
             *(f"export {name}={value}" for name, value in self.hooks.env.items()), "export GLOO_SOCKET_IFNAME=lo",
         ]}))  # fmt: skip
         self.env = self.cluster.env | {"INCUBATE_DATA": str(self.data), "COLUMNS": "160"}
