@@ -1,19 +1,24 @@
-# make run    set up and run the main job: the whole chain on real images (preset digits)
-# make test   set up and run every test
-# make lab    set up and open JupyterLab on the notebooks
-# make test-lowest    the lowest versions that pyproject.toml allows, in an environment of their own: images, presets, imports
+# make run          set up and run the main job: the whole chain on real images (preset digits)
+# make test         set up and run every test
+# make test-fast    those of the method, the loop, data, settings and tables: a part of `make test`, in two minutes
+# make test-lowest  the lowest versions that pyproject.toml allows, in an environment of their own: images, presets, imports
+# make lab          set up and open JupyterLab on the notebooks
 PYTHON ?= python3
 PRESET ?= digits
 BIN = .venv/bin
+FAST = method training data config report
 LOWEST = $(addprefix tests/test_,floors.py augmentation.py data.py stream.py presets.py import.py)
 LOWEST += "tests/test_shipped.py::test_every_preset_trains_two_epochs_through_its_notebooks[smoke]"
 
-.PHONY: run test test-lowest lab
+.PHONY: run test test-fast test-lowest lab
 run: .venv/ready
 	$(BIN)/incubate run $(PRESET)
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+test-fast: .venv/ready
+	$(BIN)/python -m pytest $(FAST:%=tests/test_%.py)
 
 # Tests that meet other packages most closely: images and their transforms, recipes, networks, weights of others, notebooks.
 test-lowest: .venv-lowest/ready

@@ -22,18 +22,15 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import psutil
+from patience import HANG, wait_for
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-RUN_SECONDS = 300.0  # for all cells of a notebook; several times what it takes, for a busy machine
-OPEN_SECONDS = 120.0  # for the page, and for its kernel
 SETTINGS = {  # JupyterLab would ask about news in a corner, and look for updates on the network
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
@@ -116,7 +113,7 @@ class Lab:
                 preexec_fn=_end_with_parent,
             )  # fmt: skip
         self.stack.callback(self._stop_server)
-        wait_until(self._answers, OPEN_SECONDS, "the server")
+        wait_for(self._answers, "the server")
 
     def _answers(self) -> bool:
         assert self.server.poll() is None, self.log.read_text()
@@ -128,7 +125,7 @@ class Lab:
         with contextlib.suppress(OSError):
             self.ask("POST", "api/shutdown")  # it ends its kernels, too
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.server.wait(20)
+            self.server.wait(20)  # then it is killed, in whatever state
         left = [process for process in self.started if process.is_running()]
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -162,7 +159,7 @@ class Lab:
     def ask(self, method: str, path: str) -> Any:
         """Ask the server's REST interface, as JupyterLab does."""
         request = urllib.request.Request(f"{self.url}/{path}", method=method, headers={"Authorization": f"token {self.token}"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=HANG) as answer:
             text = answer.read()
         return json.loads(text) if text.strip() else None
 
@@ -182,24 +179,20 @@ class NotebookPage:
 
     def __init__(self, lab: Lab, path: str) -> None:
         self.lab, self.path, self.console = lab, path, []
-        self.seconds: dict[str, float] = {}  # what opening took
         self.page = lab.context.new_page()
-        self.page.set_default_timeout(OPEN_SECONDS * 1000)
+        self.page.set_default_timeout(HANG * 1000)
         self.page.on("dialog", lambda dialog: dialog.accept())  # "leave this page?"
         self.page.on("pageerror", lambda error: self.console.append(str(error)))
         workspace = re.sub(r"\W", "-", path)  # one each, or a tab would show the others' notebooks, too
         self._load(f"{lab.url}/lab/workspaces/{workspace}/tree/{path}?token={lab.token}")
 
     def _load(self, url: str | None = None) -> None:
-        begun = time.monotonic()
         self.page.goto(url) if url else self.page.reload()
         self.page.wait_for_function("window.jupyterapp !== undefined")
-        wait_until(self.state, OPEN_SECONDS, f"{self.path} to be read")
+        wait_for(self.state, f"{self.path} to be read")
         self.panel = self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
         self.panel.locator(".jp-Cell").first.wait_for()
-        self.seconds["drawn"] = time.monotonic() - begun
-        wait_until(lambda: self.state()["status"] in ("idle", "busy"), OPEN_SECONDS, f"the kernel of {self.path}")
-        self.seconds["kernel"] = time.monotonic() - begun
+        wait_for(lambda: self.state()["status"] in ("idle", "busy"), f"the kernel of {self.path}")
 
     def state(self) -> dict[str, Any] | None:
         """Return the kernel's id and status, and how far each code cell is; None while the notebook is read."""
@@ -223,7 +216,7 @@ class NotebookPage:
         self.menu("Run", "Run All Cells")
         return last
 
-    def wait(self, last: int = 0, seconds: float = RUN_SECONDS) -> None:
+    def wait(self, last: int = 0) -> None:
         """Wait until every code cell is done, or one has failed, and the kernel is idle."""
 
         def done() -> bool:
@@ -231,17 +224,15 @@ class NotebookPage:
             ended = all(cell["count"] > last for cell in state["cells"]) or any(cell["failed"] for cell in state["cells"])
             return ended and state["status"] == "idle" and not any(cell["running"] for cell in state["cells"])
 
-        wait_until(done, seconds, f"the cells of {self.path}", self.text)
+        wait_for(done, f"the cells of {self.path}", self.text)
 
-    def wait_for_kernel(self, seconds: float = RUN_SECONDS) -> None:
+    def wait_for_kernel(self) -> None:
         """Wait until the circle in the corner says that the kernel is idle, whoever began what it does."""
-        wait_until(lambda: self.shown_status() == "idle", seconds, f"the kernel of {self.path}")
+        wait_for(lambda: self.shown_status() == "idle", f"the kernel of {self.path}")
 
-    def run_all(self, seconds: float = RUN_SECONDS) -> float:
-        """Run all cells to the end; return the seconds that took."""
-        begun = time.monotonic()
-        self.wait(self.start_all(), seconds)
-        return time.monotonic() - begun
+    def run_all(self) -> None:
+        """Run all cells to the end."""
+        self.wait(self.start_all())
 
     def outputs(self, containing: str = "") -> list[dict[str, Any]]:
         """Return the outputs of the cells whose source contains a text, in the notebook's format."""
@@ -308,7 +299,7 @@ class NotebookPage:
     def save(self) -> nbformat.NotebookNode:
         """Save with Ctrl-S; return what is in the file then."""
         self.page.keyboard.press("Control+s")
-        wait_until(lambda: not self.state()["unsaved"], OPEN_SECONDS, f"{self.path} to be saved")
+        wait_for(lambda: not self.state()["unsaved"], f"{self.path} to be saved")
         return nbformat.read(self.lab.root / self.path, as_version=4)
 
     def reload(self) -> None:
@@ -337,15 +328,6 @@ class NotebookPage:
         for session in self.lab.ask("GET", "api/sessions"):
             if session["path"] == self.path:
                 self.lab.ask("DELETE", f"api/sessions/{session['id']}")
-
-
-def wait_until(true: Callable[[], Any], seconds: float, what: str, said: Callable[[], str] = str) -> Any:
-    """Wait until something is true and return it; AssertionError with what was said by then."""
-    deadline = time.monotonic() + seconds
-    while not (result := true()):
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}\n{said()}"
-        time.sleep(0.1)
-    return result
 
 
 def _end_with_parent() -> None:

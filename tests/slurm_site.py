@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from patience import HANG, Hooks
 from slurm_cluster import Cluster
 
 from incubate_lib.config import load_settings
@@ -24,27 +25,32 @@ class Site:
     """A cluster, a data folder that its nodes see, and the command line of somebody who is logged in there."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.data, self.hooks = folder, folder / "data", folder / "hooks"
-        self.hooks.mkdir()
+        self.folder, self.data, self.hooks = folder, folder / "data", Hooks(folder)
         self.data.mkdir()
         self.cluster = Cluster(folder / "cluster", hidden=self.data)
         self.site = folder / "site.yaml"
-        self.site.write_text(yaml.safe_dump({"cpus_per_task": 1, "warn_seconds": 20, "prologue": [
-            f"export PYTHONPATH={Path(__file__).parent / 'hooks'} TEST_HOOKS={self.hooks}", "export GLOO_SOCKET_IFNAME=lo",
+        self.site.write_text(yaml.safe_dump({"cpus_per_task": 1, "warn_seconds": 240, "prologue": [
+            *(f"export {name}={value}" for name, value in self.hooks.env.items()), "export GLOO_SOCKET_IFNAME=lo",
         ]}))  # fmt: skip
         self.env = self.cluster.env | {"INCUBATE_DATA": str(self.data), "COLUMNS": "160"}
 
     def incubate(self, *arguments: str, **env: str):
         return subprocess.run(
-            [INCUBATE, *arguments], capture_output=True, text=True, env=self.env | env, timeout=120, cwd=self.folder
+            [INCUBATE, *arguments], capture_output=True, text=True, env=self.env | env, timeout=HANG, cwd=self.folder
         )
 
-    def submit(self, *arguments: str):
-        """Submit a run of `smoke`; it is planned here, where torch is imported already."""
+    def planned(self, *arguments: str) -> str:
+        """Plan a run of `smoke` here, where torch is imported already; return its name."""
         sets = [b for a, b in itertools.pairwise(arguments) if a == "--set"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("INCUBATE_DATA", str(self.data))
-            Experiment.of(load_settings("smoke", sets)).create()
+            experiment = Experiment.of(load_settings("smoke", sets))
+            experiment.create()
+        return experiment.path.name
+
+    def submit(self, *arguments: str):
+        """Submit a run of `smoke`."""
+        self.planned(*arguments)
         result = self.incubate("run", "smoke", *arguments, "--backend", "slurm", "--site", str(self.site))
         assert result.returncode == 0, result.stderr
         return result.stdout.replace("\n", " ")
@@ -75,8 +81,8 @@ class Site:
         busy = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
         return bool(states) and not busy & {states.get(job) for job in self.jobs(run).values()}
 
-    def wait_until_ended(self, run: str, seconds: float = 300) -> None:
-        self.cluster.wait_for(lambda: self.all_ended(run), seconds)
+    def wait_until_ended(self, run: str) -> None:
+        self.cluster.wait_for(lambda: self.all_ended(run), f"the jobs of {run} to end")
 
     def skip_analysis(self, run: str) -> None:
         """It has been seen to work, and takes its time."""

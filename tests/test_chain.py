@@ -10,17 +10,18 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
+from patience import HANG, Hooks, wait_for
 from rich.console import Console
 
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline import execution, local, notebook
 from incubate_lib.pipeline.execution import is_complete
+from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.runs import read_json
@@ -32,7 +33,14 @@ ALL = ["--strategies", "end_to_end", "deep_incubation", "deep_incubation_stack",
 
 def incubate(*arguments, folder, **more):
     env = os.environ | {"INCUBATE_DATA": str(folder), "COLUMNS": "200"}
-    return subprocess.run([*INCUBATE, *arguments], capture_output=True, text=True, env=env, timeout=600, **more)
+    return subprocess.run([*INCUBATE, *arguments], capture_output=True, text=True, env=env, timeout=HANG, **more)
+
+
+def planned(folder: Path, *overrides: str) -> None:
+    """Plan a run of smoke here, where torch is imported already: the command line need not measure then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INCUBATE_DATA", str(folder))
+        Experiment.of(load_settings("smoke", list(overrides))).create()
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +107,7 @@ def test_again_nothing_is_done_and_torch_is_not_even_imported(chain):
     )
     env = os.environ | {"INCUBATE_DATA": str(folder)}
     result = subprocess.run(
-        [sys.executable, "-c", code, "run", "smoke", *ALL], capture_output=True, text=True, env=env, timeout=120
+        [sys.executable, "-c", code, "run", "smoke", *ALL], capture_output=True, text=True, env=env, timeout=HANG
     )
     assert result.returncode == 0 and result.stdout.rstrip().endswith("False"), result.stdout + result.stderr
     assert files() == before
@@ -129,45 +137,43 @@ def test_the_identity_start_begins_where_the_meta_model_ended(chain):
 def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
     """SIGKILL of the command line, Ctrl-C, `incubate stop`, then the same command to its end."""
     command = ["run", "smoke", "--strategies", "end_to_end", "deep_incubation_stack", "--jobs", "2"]  # 7 phases
-    env = os.environ | {"INCUBATE_DATA": str(tmp_path)}
-    done = lambda: len(list(tmp_path.rglob("summary.json")))  # noqa: E731
+    data, hooks = tmp_path / "data", Hooks(tmp_path)
+    env = os.environ | hooks.env | {"INCUBATE_DATA": str(data)}
+    done = lambda: len(list(data.rglob("summary.json")))  # noqa: E731
+    planned(data)
+    hooks.hold("incubate-1", 3)  # never done before it is let go; the two phases after it wait for it
 
     def begin():
         return subprocess.Popen(
             [*INCUBATE, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True
         )
 
-    def wait_for(condition):
-        deadline = time.monotonic() + 300
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    def running():
+        return any((read_json(p) or {}).get("state") == "running" for p in data.rglob("status.json"))
 
     process = begin()
-    wait_for(lambda: done() >= 1)
+    wait_for(lambda: done() >= 1, "the first finished phase")
     process.kill()
     process.wait()
     process.stdout.close()
 
-    def running():
-        return any((read_json(p) or {}).get("state") == "running" for p in tmp_path.rglob("status.json"))
-
     for finished, stop in [
         (2, lambda process: os.killpg(process.pid, signal.SIGINT)),  # as a terminal does it
-        (4, lambda process: incubate("stop", "smoke", folder=tmp_path)),
+        (4, lambda process: incubate("stop", "smoke", folder=data)),
     ]:
         process = begin()
-        wait_for(lambda finished=finished: done() >= finished and running())
+        wait_for(lambda finished=finished: done() >= finished and running(), f"{finished} finished phases and one that runs")
         stop(process)
-        told, _ = process.communicate(timeout=120)
+        told, _ = process.communicate(timeout=HANG)
         assert process.returncode == 130 and "goes on from here" in told
         assert done() < 7
-        states = {(read_json(p) or {}).get("state") for p in tmp_path.rglob("status.json")}
+        states = {(read_json(p) or {}).get("state") for p in data.rglob("status.json")}
         assert states <= {"done", "stopped", "interrupted"}, states
 
-    result = incubate(*command, folder=tmp_path)
+    hooks.let_go("incubate-1")
+    result = incubate(*command, folder=data)
     assert result.returncode == 0, result.stdout + result.stderr
-    ours, theirs = weights(tmp_path / "runs"), weights(chain[0] / "runs")
+    ours, theirs = weights(data / "runs"), weights(chain[0] / "runs")
     assert len(ours) == 7 and ours == {key: theirs[key] for key in ours}
 
 
@@ -185,14 +191,14 @@ def test_the_warm_process_survives_signals_to_the_whole_group():
         time.sleep(0.5)
         print(os.waitpid(forkserver._forkserver._forkserver_pid, os.WNOHANG))
     """)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True, timeout=HANG)
     assert result.stdout == "(0, 0)\n", result.stdout + result.stderr
 
 
 def test_a_failed_notebook_stops_what_depends_on_it_and_nothing_else(tmp_path):
-    result = incubate(
-        "run", "smoke", "--strategies", "end_to_end", "deep_incubation", "--set", "phases.incubate.lr=1e30", folder=tmp_path
-    )
+    wild = "phases.incubate.lr=1e30"
+    planned(tmp_path, wild)
+    result = incubate("run", "smoke", "--strategies", "end_to_end", "deep_incubation", "--set", wild, folder=tmp_path)
     assert result.returncode == 1
     run = next((tmp_path / "runs").iterdir())
     for module in range(3):
@@ -304,6 +310,7 @@ def test_mat_and_its_controls_go_through_the_notebooks_to_a_report(tmp_path):
     strategies = ["end_to_end", "mat", "mat_multirate", "deep_incubation_mat"]
     how = ["mat.threshold=quantile", "mat.alpha=0.6", "mat.probe=4", "mat.stop_error=true"]
     overrides = [part for value in how for part in ("--set", value)]
+    planned(tmp_path, *how)
     result = incubate("run", "smoke", "--jobs", "2", "--strategies", *strategies, *overrides, folder=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     run = next((tmp_path / "runs").iterdir())
@@ -323,6 +330,6 @@ def test_mat_and_its_controls_go_through_the_notebooks_to_a_report(tmp_path):
     notebook_07 = ROOT / "notebooks" / "07_modular_adaptive_training.ipynb"
     command = [sys.executable, "-m", "papermill", str(notebook_07), str(tmp_path / "07.ipynb"), "-y"]
     parameters = json.dumps({"preset": "smoke", "overrides": how, "strategies": strategies})
-    subprocess.run([*command, parameters], env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run([*command, parameters], env=environment, check=True, capture_output=True, timeout=HANG)
     text = (tmp_path / "07.ipynb").read_text()
     assert "Runs of this machine" in text and text.count("image/png") == 4 and "MAT ends at" in text

@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import HANG, Hooks, join, wait_for
 from torch import distributed as dist
 
 from incubate_lib.config import MachineSettings, SettingsError, TrainingSettings, load_settings
@@ -27,7 +27,7 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
 # everything at once: accumulation, moving average, mixup and cutmix, drop-path (preset), shift, clipping, odd evaluation
 EVERYTHING = [
-    "training.micro_batch=4", "training.ema=0.95", "training.mixup=0.4", "training.cutmix=0.5", "training.epochs=40",
+    "training.micro_batch=4", "training.ema=0.95", "training.mixup=0.4", "training.cutmix=0.5", "training.epochs=12",
     "training.warmup_epochs=1", "training.eval_every=10", "data.test_images=95", "machine.checkpoint_seconds=0.1",
 ]  # fmt: skip
 
@@ -37,8 +37,8 @@ def together(target, devices: int, *arguments) -> None:
     processes = [context.Process(target=target, args=(rank, devices, *arguments)) for rank in range(devices)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
+    for rank, process in enumerate(processes):
+        join(process, f"rank {rank} of {devices}")
     assert [process.exitcode for process in processes] == [0] * devices
 
 
@@ -186,9 +186,9 @@ def test_buffers_of_every_type_are_shared(tmp_path):
     assert first == second and len(eval(first)) == 5 and eval(first)["of_int64"] == [0, 1]
 
 
-def run_node(data: str) -> None:
+def run_node(data: str, env: dict[str, str] | None = None) -> None:
     """The caller: a kernel or a command line."""
-    os.environ["INCUBATE_DATA"] = data
+    os.environ.update(env or {}, INCUBATE_DATA=data)
     open_phase("meta", "smoke", [*EVERYTHING, "machine.devices=2"]).run()
 
 
@@ -206,13 +206,6 @@ def ranks_of(folder: Path) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.xdist_group("torchrun")
 def test_killed_and_resumed_on_two_devices_equals_uninterrupted(tmp_path, monkeypatch):
     """The caller is killed, then a rank, then it runs to its end: the same bits as without; nobody is left behind."""
@@ -220,23 +213,25 @@ def test_killed_and_resumed_on_two_devices_equals_uninterrupted(tmp_path, monkey
     whole = open_phase("meta", "smoke", EVERYTHING)
     together(rank_of_a_phase, 2, str(tmp_path / "meeting"), job_of(whole))
 
-    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "killed"))
+    hooks = Hooks(tmp_path)
+    hooks.hold("meta", 30)
+    for name, value in (hooks.env | {"INCUBATE_DATA": str(tmp_path / "killed")}).items():
+        monkeypatch.setenv(name, value)
     node = open_phase("meta", "smoke", [*EVERYTHING, "machine.devices=2"])
     saved = lambda: (node.folder.path / "checkpoint.pt").exists()  # noqa: E731
-    caller = context.Process(target=run_node, args=(str(tmp_path / "killed"),))
+    caller = context.Process(target=run_node, args=(str(tmp_path / "killed"), hooks.env))
     caller.start()
-    wait_for(saved)
+    wait_for(saved, "the first checkpoint")
     ranks = ranks_of(node.folder.path)
     assert len(ranks) == 2
     caller.kill()
     caller.join()
-    wait_for(lambda: not ranks_of(node.folder.path), 20)
+    wait_for(lambda: not ranks_of(node.folder.path), "the ranks to end after their caller")
     assert not node.folder.summary() and node.folder.status()["state"] == "interrupted"
 
     def kill_second_rank():
-        wait_for(lambda: len(ranks_of(node.folder.path)) == 2)
-        before = read_json(node.folder.path / "status.json").get("progress", {}).get("step", 0)
-        wait_for(lambda: read_json(node.folder.path / "status.json").get("progress", {}).get("step", 0) > before)
+        status = lambda: read_json(node.folder.path / "status.json")  # noqa: E731
+        wait_for(lambda: status()["attempt"] == 2 and status()["progress"].get("step"), "a step of the second attempt")
         os.kill(ranks_of(node.folder.path)[1], signal.SIGKILL)
 
     killer = multiprocessing.get_context("fork").Process(target=kill_second_rank)
@@ -246,6 +241,7 @@ def test_killed_and_resumed_on_two_devices_equals_uninterrupted(tmp_path, monkey
     killer.join()
     assert node.folder.status()["state"] == "failed"
 
+    hooks.let_go("meta")
     summary = node.run()
     assert node.folder.status()["resumed_at"] > 0 and node.folder.status()["attempt"] == 3
     assert losses(node.folder) == losses(whole.folder)
@@ -253,10 +249,9 @@ def test_killed_and_resumed_on_two_devices_equals_uninterrupted(tmp_path, monkey
     assert summary["devices"] == 2
 
 
-def run_in_a_job(data: str, stop: str) -> None:
-    os.environ["INCUBATE_STOP"] = stop
+def run_in_a_job(data: str, env: dict[str, str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the job's own process has it
-    run_node(data)
+    run_node(data, env)
 
 
 @pytest.mark.xdist_group("torchrun")
@@ -264,15 +259,16 @@ def test_ranks_save_when_slurm_warns_every_process_of_a_job(tmp_path, monkeypatc
     """Preemption sends TERM to all of them: caller, torch.distributed.run and ranks."""
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
     node = open_phase("meta", "smoke", [*EVERYTHING, "machine.devices=2"])
-    caller = context.Process(target=run_in_a_job, args=(str(tmp_path), str(tmp_path / "STOP")))
+    hooks = Hooks(tmp_path)
+    hooks.hold("meta", 30)
+    caller = context.Process(target=run_in_a_job, args=(str(tmp_path), hooks.env | {"INCUBATE_STOP": str(tmp_path / "STOP")}))
     caller.start()
-    wait_for(lambda: (read_json(node.folder.path / "status.json") or {}).get("progress", {}).get("step", 0) > 0)
+    wait_for(lambda: (read_json(node.folder.path / "status.json") or {}).get("progress", {}).get("step", 0) > 0, "a step")
     ranks = ranks_of(node.folder.path)
     parent = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
     for pid in (caller.pid, parent, *ranks):
         os.kill(pid, signal.SIGTERM)
-    caller.join(60)
-    assert (tmp_path / "STOP").exists() and caller.exitcode == 1
+    assert join(caller, "the caller to end") == 1 and (tmp_path / "STOP").exists()
     status = node.folder.status()
     assert status["state"] == "stopped" and status["saved_step"] > 0
     assert f"stopped at step {status['saved_step']}" in "".join(
@@ -332,7 +328,7 @@ def test_the_number_of_devices_is_no_part_of_a_phases_identity(data_folder):
 def test_the_command_line_trains_on_two_devices_through_the_notebook(tmp_path):
     environment = os.environ | {"INCUBATE_DATA": str(tmp_path), "COLUMNS": "200"}
     command = [str(Path(sys.executable).parent / "incubate"), "run", "smoke", "--devices", "2", "--strategies", "end_to_end"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG)
     assert result.returncode == 0, result.stdout + result.stderr
     folder = PhaseFolder(tmp_path / "runs" / "smoke" / "seed-0" / "end_to_end")  # the plain name: devices make no variant
     assert folder.summary()["devices"] == 2 and (folder.path / "notebook.ipynb").exists()

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from patience import Hooks, wait_for
 from test_notebooks import TRACKED
 
 from incubate_lib.config import load_settings
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.skipif(
     bool(missing), reason=f"no {', '.join(missing)} here: JupyterLab is tested with Debian's chromium"
 )  # in no group: every process that tests has a server and a browser, which start in seconds
 SMOKE = {"preset": "smoke"}
+EPOCH = 12  # steps of an epoch of smoke
 SERIES = {  # parameters other than the committed ones, so that it takes seconds; words that stand there when it has run
     "00_quickstart": (SMOKE | {"depth": 6, "meta_epochs": 2, "epochs": 1}, "Measured on"),
     "01_meta_model": (SMOKE, "The meta model gets"),
@@ -50,10 +52,16 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def jupyter(data, tmp_path_factory):
+def hooks(tmp_path_factory):
+    """What holds the training of kernels, so that it is not over before a test has looked."""
+    return Hooks(tmp_path_factory.mktemp("hooks"))
+
+
+@pytest.fixture(scope="module")
+def jupyter(data, hooks, tmp_path_factory):
     screenshots = os.environ.get("INCUBATE_SCREENSHOTS")
-    folder = tmp_path_factory.mktemp("lab")
-    with lab.Lab(folder, env={"INCUBATE_DATA": str(data)}, screenshots=Path(screenshots) if screenshots else None) as started:
+    folder, env = tmp_path_factory.mktemp("lab"), hooks.env | {"INCUBATE_DATA": str(data)}
+    with lab.Lab(folder, env=env, screenshots=Path(screenshots) if screenshots else None) as started:
         yield started
         alive = started.processes()
     assert len(alive) == 1, "a kernel outlived its tab"
@@ -86,16 +94,16 @@ def look_closer_at_06_analysis(page):
     assert len(options) == len(set(options)) == 1 + 5 + 5, "one strategy has one phase, two have five with curves"
     first = page.picture()
     page.choose(options[1])
-    lab.wait_until(lambda: page.picture() != first, 20, "another picture")
+    wait_for(lambda: page.picture() != first, "another picture")
     page.choose(options[0])
-    lab.wait_until(lambda: page.picture() == first, 20, "the first picture")
+    wait_for(lambda: page.picture() == first, "the first picture")
 
 
 def look_closer_at_08_planner(page):
     """A slider plans anew."""
     first = page.picture()
     page.enter(1, label="machines")
-    lab.wait_until(lambda: page.picture() != first, 30, "another chart")
+    wait_for(lambda: page.picture() != first, "another chart")
 
 
 LOOK_CLOSER = {"06_analysis": look_closer_at_06_analysis, "08_planner": look_closer_at_08_planner}
@@ -117,21 +125,24 @@ def test_notebook_opens_and_runs_to_its_end(open_notebook, data, name):
     page.screenshots(name) if os.environ.get("INCUBATE_SCREENSHOTS") else page.screenshot(name)
 
 
-def test_the_page_may_be_reloaded_in_the_middle_of_training(open_notebook, data, monkeypatch):
+def test_the_page_may_be_reloaded_in_the_middle_of_training(open_notebook, data, hooks, monkeypatch):
     """The kernel goes on, its training ends, and what it trained is read when the cells are run again."""
-    longer = ["training.epochs=25"]
+    longer = ["training.epochs=3"]
     monkeypatch.setenv("INCUBATE_DATA", str(data))
-    status = open_phase("end_to_end", "smoke", longer).folder.path / "status.json"
+    phase = open_phase("end_to_end", "smoke", longer)
+    status, run = phase.folder.path / "status.json", phase.experiment.path.name
+    hooks.hold(run, EPOCH + 1)
     page = open_notebook("05_end_to_end", SMOKE | {"overrides": longer}, "reloaded")
     page.start_all()
-    lab.wait_until(lambda: ((read_json(status) or {}).get("progress") or {}).get("step"), lab.RUN_SECONDS, "the first step")
+    wait_for(lambda: ((read_json(status) or {}).get("progress") or {}).get("step"), "the first step")
     saved, kernel = page.save(), page.state()["kernel"]
     page.reload()
     assert page.state()["kernel"] == kernel
-    assert page.shown_status() == "busy"
+    wait_for(lambda: page.shown_status() == "busy", "the page to show that the kernel trains")
     page.screenshot("reloaded")
     kept = [cell.execution_count for cell in saved.cells if cell.cell_type == "code"]
     assert kept[0] == 1 and kept[-1] is None, "saved in the middle"
+    hooks.let_go(run)
     page.wait_for_kernel()
     assert page.state()["kernel"] == kernel
     record = read_json(status)
@@ -141,11 +152,13 @@ def test_the_page_may_be_reloaded_in_the_middle_of_training(open_notebook, data,
     assert read_json(status) == record, "trained once"
 
 
-def test_a_run_in_the_background_is_watched_over_a_reload_and_stopped(open_notebook, data, monkeypatch):
+def test_a_run_in_the_background_is_watched_over_a_reload_and_stopped(open_notebook, data, hooks, monkeypatch):
     """The dashboard starts it; neither the page nor the kernel is needed; the button of a reopened page stops it."""
-    longer = ["training.epochs=400", "phases.meta.epochs=400"]
+    longer = ["training.epochs=4", "phases.meta.epochs=5"]
     monkeypatch.setenv("INCUBATE_DATA", str(data))
     todo = plan(load_settings("smoke", longer))
+    run = todo.experiment.path.name
+    hooks.hold(run, EPOCH + 1)
     page = open_notebook("10_dashboard", SMOKE | {"overrides": longer, "start": True}, "watched")
     page.run_all()
     assert page.errors() == []
@@ -153,27 +166,30 @@ def test_a_run_in_the_background_is_watched_over_a_reload_and_stopped(open_noteb
     def steps() -> int:
         return sum(((read_json(n.folder.path / "status.json") or {}).get("progress") or {}).get("step", 0) for n in todo.nodes)
 
-    lab.wait_until(steps, lab.RUN_SECONDS, "the first step")
+    wait_for(steps, "the first step")
     page.save()
     page.reload()
     before = steps()
-    lab.wait_until(lambda: steps() > before, 60, "a step while the page is reloaded")
-    lab.wait_until(lambda: "running" in page.page.inner_text("body"), 60, "the widget, shown again")
+    hooks.hold(run, 2 * EPOCH + 1)
+    wait_for(lambda: steps() > before, "a step while the page is reloaded")
+    wait_for(lambda: "running" in page.page.inner_text("body"), "the widget, shown again")
     page.screenshot("watched")
     page.press("Stop: save and pause")
-    lab.wait_until(lambda: not execution.is_running(todo.experiment.path), lab.RUN_SECONDS, "the end of the run")
+    wait_for(lambda: not execution.is_running(todo.experiment.path), "the end of the run")
     states = {node.key: node.folder.status()["state"] for node in todo.nodes}
     assert "stopped" in states.values() and "failed" not in states.values(), states
     assert any((node.folder.path / "checkpoint.pt").exists() for node in todo.nodes)
-    lab.wait_until(lambda: "stopped" in page.page.inner_text("body"), 60, "the widget says so")
+    wait_for(lambda: "stopped" in page.page.inner_text("body"), "the widget says so")
     page.screenshot("stopped")
 
 
-def test_training_in_this_kernel_is_watched_and_stopped(jupyter, data, monkeypatch):
+def test_training_in_this_kernel_is_watched_and_stopped(jupyter, data, hooks, monkeypatch):
     """While a cell trains, the widget of the cell before it shows how far it is, and its button is heard."""
-    longer = ["training.epochs=500"]
+    longer = ["training.epochs=5"]
     monkeypatch.setenv("INCUBATE_DATA", str(data))
-    folder = open_phase("end_to_end", "smoke", longer).folder
+    phase = open_phase("end_to_end", "smoke", longer)
+    folder = phase.folder
+    hooks.hold(phase.experiment.path.name, EPOCH + 1)
     cells = [
         "from incubate_lib.pipeline.strategies import open_phase\nfrom incubate_lib.report.watch import watch",
         f"phase = open_phase('end_to_end', 'smoke', {longer})",
@@ -182,13 +198,13 @@ def test_training_in_this_kernel_is_watched_and_stopped(jupyter, data, monkeypat
     ]
     page = jupyter.open(jupyter.add("here.ipynb", code_notebook(cells)))
     page.start_all()
-    lab.wait_until(lambda: "1 running" in page.page.inner_text("body"), lab.RUN_SECONDS, "the widget to show it")
+    wait_for(lambda: "1 running" in page.page.inner_text("body"), "the widget to show it")
     page.screenshot("here")
     page.press("Stop: save and pause")
     page.wait()
     assert [error.partition(":")[0] for error in page.errors()] == ["Stopped"]
     assert folder.status()["state"] == "stopped" and (folder.path / "checkpoint.pt").exists()
-    lab.wait_until(lambda: "1 stopped" in page.page.inner_text("body"), 60, "the widget says so")
+    wait_for(lambda: "1 stopped" in page.page.inner_text("body"), "the widget says so")
     page.close()
 
 
@@ -218,7 +234,7 @@ def test_mouse_and_keyboard_move_widgets_and_a_failing_cell_is_noticed(jupyter):
 
     def says(words: str) -> None:
         page.press("Double it")
-        lab.wait_until(lambda: page.widget("html").inner_text().strip() == words, 20, words)
+        wait_for(lambda: page.widget("html").inner_text().strip() == words, words)
 
     assert page.drag(0.5, label="epochs") == "50"
     says("twice 50 is 100")

@@ -19,6 +19,7 @@ from incubate_lib.report.representations import CASES, disagreements, linear_cka
 from incubate_lib.report.tables import from_plan
 from incubate_lib.report.widgets import Sentence
 
+pytestmark = pytest.mark.xdist_group("look")  # one process, so that the run of the fixture is made once
 STRATEGIES = ["end_to_end", "deep_incubation", "deep_incubation_identity"]
 CHANGES = [  # identity modules that take no step, and a rate of their own, for the table of differences
     "strategies.deep_incubation_identity.phases.incubate.epochs=0",

@@ -18,6 +18,7 @@ from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.mirror import mirror
 
+pytestmark = pytest.mark.xdist_group("mirror")  # one process, so that the run of the fixture is made once
 NAMES = {"epoch", "images", "loss", "accuracy", "train_loss", "lr", "train_seconds", "train_flops"}
 SET = ["training.epochs=0.5", "training.warmup_epochs=0"]
 

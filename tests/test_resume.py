@@ -7,26 +7,28 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import join, wait_for
 
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.local import Pool
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.pipeline.view import node_line
-from incubate_lib.training import phases
+from incubate_lib.training import loop, phases
 from incubate_lib.training.facts import Facts
 from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, Stopped, read_json
+from incubate_lib.training.trainer import Trainer
 
+pytestmark = pytest.mark.xdist_group("resume")  # one process, so that what is compared with is trained once
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
 # everything random is on: drop-path (preset), mixup (numpy's generator), shift (torch's)
 OVERRIDES = [
-    "training.epochs=8",
+    "training.epochs=4",
     "training.mixup=0.4",
     "training.cutmix=0.5",
     "machine.checkpoint_seconds=0.1",
@@ -34,11 +36,11 @@ OVERRIDES = [
 ]
 
 
-def train(folder: str) -> None:
-    """Run the whole graph in this process; ends by itself or by a kill."""
+def train(folder: str, overrides: list[str] = OVERRIDES) -> None:
+    """Run the whole graph in this process."""
     os.environ["INCUBATE_DATA"] = folder
     torch.set_num_threads(1)
-    plan(load_settings("smoke", OVERRIDES)).run()
+    plan(load_settings("smoke", overrides)).run()
 
 
 def outcome(folder: Path) -> dict:
@@ -61,31 +63,44 @@ def uninterrupted(tmp_path_factory):
     return outcome(folder)
 
 
-def progress(folder: Path) -> tuple:
-    """Return something that grows as the run goes on: finished phases, and steps of the running one."""
-    done = len(list(folder.glob("runs/*/seed-0/**/summary.json")))
-    steps = [(read_json(p) or {}).get("progress", {}).get("step", 0) for p in folder.glob("runs/*/seed-0/**/status.json")]
-    return done, sum(steps)
+def train_and_die(folder: str, steps: int, seconds: float) -> None:
+    """Run the whole graph, saving at every fifth step; die on the way, so many steps after a new checkpoint and a little later.
+
+    All of it is counted in steps and in this process's own time on a core, so that a busy machine changes nothing: whoever
+    dies has saved something new before. A timer's signal ends a process at once, as SIGKILL does; it may come at any moment.
+    """
+    since = None  # this process's first checkpoint
+    save, step = PhaseFolder.save_checkpoint, Trainer.step
+
+    def save_seldom(self, state):
+        nonlocal since
+        if state["step"] % 5 == 0:
+            save(self, state)
+            since = since or 0
+
+    def count(self, number):
+        nonlocal since
+        if since is not None:
+            since += 1
+            if since == steps:
+                signal.setitimer(signal.ITIMER_PROF, seconds)
+        return step(self, number)
+
+    PhaseFolder.save_checkpoint, Trainer.step = save_seldom, count
+    loop.STATUS_SECONDS, loop.SAVING_SHARE = 0.0, math.inf
+    train(folder, [*OVERRIDES, "machine.checkpoint_seconds=0"])
 
 
-def test_sigkill_at_many_moments_ends_in_the_same_weights(tmp_path, uninterrupted):
+def test_killed_at_many_moments_it_ends_in_the_same_weights(tmp_path, uninterrupted):
     kills, resumed = 0, []
     while True:
-        process = context.Process(target=train, args=(str(tmp_path),))
+        where = 2 + 13 * (kills % 5), 0.001 + 0.01 * (kills % 7)  # at different places of phases, evaluations, checkpoints
+        process = context.Process(target=train_and_die, args=(str(tmp_path), *where))
         process.start()
-        before, deadline = progress(tmp_path), time.monotonic() + 120
-        wait = 0.35 + 0.17 * (kills % 5)  # past the start, at different places of phases, evaluations and checkpoints
-        while process.is_alive() and progress(tmp_path) == before:  # at least one sign of life, then a little more
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.join(timeout=wait)
-        if process.exitcode is not None:
+        if join(process, "the run to end or to die") == 0:
             break
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        assert process.exitcode == -signal.SIGPROF
         kills += 1
-        assert kills < 60
-    assert process.exitcode == 0
     assert kills >= 4
     for path in tmp_path.glob("runs/*/seed-0/**/status.json"):
         resumed.append((read_json(path)).get("resumed_at", 0))
@@ -257,39 +272,39 @@ def test_a_folder_of_other_settings_is_left_as_it_is(data_folder):
         pass
 
 
-def test_two_processes_never_train_the_same_phase(data_folder):
+def test_two_processes_never_train_the_same_phase(data_folder, tmp_path):
     """The second waits for the first, and takes over when the first is killed."""
     node = open_phase("meta", "smoke")
-    first = context.Process(target=hold, args=(str(data_folder),))
+    first = context.Process(target=hold, args=(str(data_folder),), daemon=True)
     first.start()
-    while node.folder.status()["state"] != "running":
-        time.sleep(0.02)
-    second = context.Process(target=run_meta, args=(str(data_folder),))
+    wait_for(lambda: node.folder.status()["state"] == "running", "the first process to hold the phase")
+    told = tmp_path / "told"
+    second = context.Process(target=run_meta, args=(str(data_folder), str(told)))
     second.start()
-    second.join(timeout=3)
+    wait_for(lambda: told.exists() and "waiting for process" in told.read_text(), "the second process to say that it waits")
+    assert f"waiting for process {first.pid} on" in told.read_text()
     assert second.is_alive() and node.folder.status()["pid"] == first.pid and node.folder.status()["attempt"] == 1
     os.kill(first.pid, signal.SIGKILL)
     first.join()
-    second.join(timeout=60)
-    assert second.exitcode == 0
+    assert join(second, "the second process to train") == 0
     assert node.summary() and node.folder.status()["attempt"] == 2
 
 
 def test_a_killed_phase_is_told_as_interrupted(data_folder):
     node = open_phase("meta", "smoke")
-    process = context.Process(target=hold, args=(str(data_folder),))
+    process = context.Process(target=hold, args=(str(data_folder),), daemon=True)
     process.start()
-    while node.folder.status()["state"] != "running":
-        time.sleep(0.02)
+    wait_for(lambda: node.folder.status()["state"] == "running", "a process to hold the phase")
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert node.folder.status()["state"] == "interrupted"
 
 
-def run_meta(folder: str) -> None:
+def run_meta(folder: str, told: str) -> None:
     os.environ["INCUBATE_DATA"] = folder
     torch.set_num_threads(1)
-    open_phase("meta", "smoke").run()
+    with open(told, "w") as file, contextlib.redirect_stdout(file):
+        open_phase("meta", "smoke").run()
 
 
 def hold(folder: str) -> None:
@@ -297,7 +312,7 @@ def hold(folder: str) -> None:
     node = open_phase("meta", "smoke")
     node.experiment.create()
     with node.folder.claim(node.settings):
-        time.sleep(60)
+        signal.pause()  # for ever: it is killed
 
 
 def test_a_damaged_result_is_refused_by_what_needs_it(data_folder):

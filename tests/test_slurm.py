@@ -24,6 +24,7 @@ pytestmark = [
     ),
 ]
 BOTH = ["--strategies", "end_to_end", "deep_incubation"]
+MODULES = [f"seed-0/deep_incubation/incubate-{module}" for module in range(3)]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
 
@@ -75,6 +76,8 @@ def here(tmp_path_factory, chain):
 def chain(site):
     """Submitted first; the other runs go on beside it, on other nodes, so that no core is idle."""
     there = ["--sbatch", "exclude=n[1-5]"]
+    for module in MODULES:
+        site.hooks.hold(f"smoke/{module}", 3)  # until all of them run
     return site.submit(*BOTH, *there), site.submit(*BOTH, *there)
 
 
@@ -94,7 +97,7 @@ def test_every_phase_is_submitted_once(chain):
 
 
 def test_modules_ran_on_different_nodes_at_once(site, hardships):
-    spans = [site.attempts("smoke", f"seed-0/deep_incubation/incubate-{i}")[-1] for i in range(3)]
+    spans = [site.attempts("smoke", module)[-1] for module in MODULES]
     assert len({span["node"] for span in spans}) == 3
     assert all(a["began"] < b["until"] and b["began"] < a["until"] for a, b in itertools.combinations(spans, 2))
     assert {span["ended"] for span in spans} == {"done"}
@@ -110,7 +113,7 @@ def test_the_log_of_a_phase_is_shown(site, hardships):
 
 # -- nothing is lost ------------------------------------------------------------------------------------------------------
 
-LONG = ["phases.end_to_end.epochs=20", "phases.end_to_end.warmup_epochs=1"]
+LONG = ["phases.end_to_end.epochs=10", "phases.end_to_end.warmup_epochs=1"]
 VARIANT = ["smoke", *(part for value in LONG for part in ("--set", value))]
 ONE = ["--strategies", "end_to_end", *VARIANT[1:]]
 KEYS = [f"seed-{seed}/end_to_end" for seed in range(3)]
@@ -121,7 +124,7 @@ TWO_NODES = ["phases.end_to_end.epochs=4", "training.micro_batch=4"]
 @pytest.fixture(scope="module")
 def others(site, chain, here):
     """A seed whose meta model fails and a run on two nodes, submitted early: they go on beside the hardships."""
-    (site.hooks / "fail-meta-9").touch()
+    site.hooks.fail("seed-9/meta", 5)
     away = ["--sbatch", "exclude=n[1-3,6-9]"]
     failing = site.submit(*BOTH, *FAILING, "--set", "machine.checkpoint_seconds=1000", *away)
     two = site.submit("--strategies", "end_to_end", *(p for m in TWO_NODES for p in ("--set", m)), "--nodes", "2", *away)
@@ -131,16 +134,16 @@ def others(site, chain, here):
 
 @pytest.fixture(scope="module")
 def hardships(site, others):
-    """Three seeds, each on a node of its own, and what can happen to them. They go on only when told so.
+    """Three seeds, each on a node of its own, and what can happen to them. They do some steps, and go on only when told so.
 
     Seed 0: its time limit, then the stop button of the watch widget. Seed 1: preemption, a requeue, scancel. Both would not save
     by themselves. Seed 2: its node is lost. Meanwhile the controller is away for a while. In the end `incubate run` again.
     """
-    call, cluster = site.cluster.call, site.cluster
-    for seed in range(3):
-        (site.hooks / f"slow-seed-{seed}").touch()
+    call, cluster, run = site.cluster.call, site.cluster, site.planned(*ONE)
+    for key in KEYS:
+        site.hooks.hold(f"{run}/{key}", 20)  # more than an epoch; four attempts of that kind are fewer than all
     low = ["--partition", "low", "--sbatch", "exclude=n[4-9]"]
-    run = site.submit(*ONE, "--seeds", "2", *low).partition(":")[0]
+    site.submit(*ONE, "--seeds", "2", *low)
     site.skip_analysis(run)
     site.submit(*ONE, "--seeds", "0", "1", *low, "--set", "machine.checkpoint_seconds=1000")
     ids = [site.jobs(run)[key] for key in KEYS]
@@ -154,9 +157,14 @@ def hardships(site, others):
             begun = len(attempts(seed)) >= number and status["state"] == "running"
             return begun and status.get("progress", {}).get("step", 0) > attempts(seed)[number - 1]["from_step"]
 
-        cluster.wait_for(lambda: all(trains(seed) for seed in seeds), 300)
+        cluster.wait_for(lambda: all(trains(seed) for seed in seeds), f"attempt {number} of seeds {seeds} to train")
 
     wait_for_attempt(1, 0, 1, 2)
+    cluster.wait_for(lambda: site.phases(run)[KEYS[2]].status().get("saved_step"), "the first checkpoint of seed 2")
+    running = lambda module: site.phases("smoke")[module].status()["state"] == "running"  # noqa: E731
+    cluster.wait_for(lambda: all(map(running, MODULES)), "the modules of the chain, side by side")
+    for module in MODULES:
+        site.hooks.let_go(f"smoke/{module}")
     nodes = [attempts(seed)[0]["node"] for seed in range(3)]
     shown = site.incubate("status", *VARIANT).stdout
     with site.watch("smoke", LONG, ["end_to_end"], range(3)) as live:
@@ -170,14 +178,14 @@ def hardships(site, others):
     cluster.restart_controller()
     wait_for_attempt(2, 1)
     call("scontrol", "requeue", ids[1])
-    cluster.wait_for(lambda: "ended" in attempts(0)[0], 150)
+    cluster.wait_for(lambda: "ended" in attempts(0)[0], "the time limit of seed 0")
     call("scontrol", "update", f"JobId={ids[0]}", "TimeLimit=60")
     wait_for_attempt(2, 0, 2)
-    (site.hooks / "slow-seed-2").unlink()
+    site.hooks.let_go(f"{run}/{KEYS[2]}")
     wait_for_attempt(3, 1)
     call("scancel", ids[1])
-    cluster.wait_for(lambda: site.states()[ids[1]] == "CANCELLED", 60)
-    cluster.wait_for(lambda: site.states()[ids[2]] == "COMPLETED", 120)
+    cluster.wait_for(lambda: site.states()[ids[1]] == "CANCELLED", "the end of seed 1's job")
+    cluster.wait_for(lambda: site.states()[ids[2]] == "COMPLETED", "the end of seed 2's job")
     with site.watch("smoke", LONG, ["end_to_end"], range(3)) as live:
         live.stop.click()
         stopped = live.said.value
@@ -186,8 +194,8 @@ def hardships(site, others):
         watched += [live.headline.value, live.table.value]
     halfway = [site.phases(run)[key].status() for key in KEYS]
     cluster.start("slurmd", "-N", nodes[2])
-    for seed in range(2):
-        (site.hooks / f"slow-seed-{seed}").unlink()
+    for key in KEYS[:2]:
+        site.hooks.let_go(f"{run}/{key}")
     more = site.submit(*ONE, "--seeds", "0", "1", "2")
     site.skip_analysis(run)
     site.wait_until_ended(run)
@@ -208,7 +216,7 @@ def test_what_is_warned_saves_at_once_and_goes_on_from_there(site, hardships):
         attempts = site.attempts(hardships["run"], KEYS[seed])
         assert len(attempts) == number and attempts[-1]["ended"] == "done", attempts
         log = (site.data / "runs" / hardships["run"] / KEYS[seed] / "log.txt").read_text()
-        saved = [int(step) for step in re.findall(r"Stopped: seed \d end_to_end: stopped at step (\d+) of 240", log)]
+        saved = [int(step) for step in re.findall(r"Stopped: seed \d end_to_end: stopped at step (\d+) of 120", log)]
         assert sorted(set(saved)) == [a["from_step"] for a in attempts[1:]] and len(set(saved)) == number - 1
         assert saved[0] > 0
 
@@ -221,13 +229,13 @@ def test_a_phase_goes_on_on_another_node_when_its_own_is_lost(site, hardships):
 def test_stop_saves_and_run_submits_what_is_missing(site, hardships):
     assert "those that run save a checkpoint first" in hardships["stopped"]
     assert [status["state"] for status in hardships["halfway"]] == ["stopped", "stopped", "done"]
-    assert all(0 < status["saved_step"] < 240 for status in hardships["halfway"][:2])
+    assert all(0 < status["saved_step"] < 120 for status in hardships["halfway"][:2])
     assert site.attempts(hardships["run"], KEYS[0])[1]["ended"] == "stopped"
     assert "1 of 3 phases are done already, 0 are in Slurm's queue, 3 job(s) submitted" in hardships["more"]
 
 
 def test_status_says_where_phases_run(hardships):
-    assert re.search(r"seed 1 end_to_end +running +\d+\.\d/20\.0 .*\d+ running on n\d", hardships["shown"])
+    assert re.search(r"seed 1 end_to_end +running +\d+\.\d/10\.0 .*\d+ running on n\d", hardships["shown"])
     assert re.search(r"analysis +queued .*\d+ Dependency", hardships["shown"])
 
 
@@ -274,7 +282,7 @@ def test_two_nodes_train_one_phase(site, others, tmp_path, monkeypatch):
 def test_a_node_that_does_not_see_the_run_is_told(site, chain):
     site.submit("--strategies", "end_to_end", "--seeds", "5", "--partition", "blind", "--gpus-per-node", "0")
     job = site.jobs("smoke")["seed-5/end_to_end"]
-    site.cluster.wait_for(lambda: site.states().get(job) == "FAILED", 30)
+    site.cluster.wait_for(lambda: site.states().get(job) == "FAILED", "the job on the blind node to fail")
     shown = site.incubate("status", "smoke", "--seeds", "5").stdout
     assert re.search(r"end_to_end +lost", shown) and f"{job} failed on blind" in shown
     assert "node blind could not write" in shown and "does it see that folder?" in " ".join(shown.split())
@@ -286,10 +294,8 @@ def test_a_node_that_does_not_see_the_run_is_told(site, chain):
 
 
 def test_a_hundred_phases_wait_in_the_queue_and_are_cancelled(site, chain):
-    began = time.monotonic()
     more = ["--set", "phases.incubate.epochs=3"]
     told = site.submit(*BOTH, "--seeds", *map(str, range(15)), *more, "--sbatch", "begin=now+1hour")
-    print(f"{time.monotonic() - began:.1f} s for {told}")
     assert "105 phases" in told and "106 job(s) submitted" in told
     shown = site.incubate("status", "smoke", *more).stdout
     assert shown.count(" queued ") == 106 and "BeginTime" in shown and "Dependency: waits for the phases it starts from" in shown

@@ -18,6 +18,7 @@ from incubate_lib.report.tables import ISOLATES, from_plan, label
 from incubate_lib.training.data import load_data
 from incubate_lib.training.phases import at_size, load_trained
 
+pytestmark = pytest.mark.xdist_group("strategies")  # one process, so that the run of the fixture is made once
 CONTROLS = ["stacking", "growing", "random_modules", "imitation", "end_to_end_low_resolution"]
 
 

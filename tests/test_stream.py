@@ -7,20 +7,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from layouts import AUGMENTED, open_folder, settings_file, write_folder
+from patience import wait_for
 
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings, load_settings
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.data import ImageSet, load_data
 from incubate_lib.training.loop import evaluate
 from incubate_lib.training.order import Order
-from incubate_lib.training.stream import StreamedSet, check_shared_memory
+from incubate_lib.training.runs import read_json, write_json
+from incubate_lib.training.stream import PREFETCH, StreamedSet, check_shared_memory
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 6])
@@ -69,36 +70,31 @@ def read_for_ever(folder: str, told: str, stop: str) -> None:
     os.environ["INCUBATE_STOP"] = stop
     settings = DataSettings(source="folder", folder=folder)
     train, _ = load_data(settings, shape=(3, 16, 16), machine=MachineSettings(workers=2))
-    reader = iter(train._loader(TrainingSettings(), [[(0, 0)]] * 10_000, 1))
-    next(reader)
-    Path(told).write_text(" ".join(str(worker.pid) for worker in reader._workers))
-    time.sleep(60)
+    reader = iter(train._loader(TrainingSettings(), [[(0, 0)]] * 1_000_000, 1))
+    for number, _ in enumerate(reader):
+        write_json(Path(told), {"read": number, "workers": [worker.pid for worker in reader._workers]})
 
 
 @pytest.mark.parametrize("warned", [False, True])
 def test_worker_processes_end_with_the_process_that_reads_from_them(warned, tmp_path):
     """Killed, not asked: nothing of it can clean up. Slurm's warning to all processes of a job does not end them before."""
     write_folder(tmp_path / "set")
+    told = tmp_path / "told.json"
     process = multiprocessing.get_context("forkserver").Process(
-        target=read_for_ever, args=(str(tmp_path / "set"), str(tmp_path / "told"), str(tmp_path / "STOP") if warned else "")
+        target=read_for_ever, args=(str(tmp_path / "set"), str(told), str(tmp_path / "STOP") if warned else "")
     )
     process.start()
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "told").exists() or not (tmp_path / "told").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    workers = [int(pid) for pid in (tmp_path / "told").read_text().split()]
+    workers = wait_for(lambda: read_json(told), "the first images")["workers"]
     assert len(workers) == 2 and all(is_there(pid) for pid in workers)
     if warned:
         for pid in workers:
             os.kill(pid, signal.SIGTERM)
-        time.sleep(0.5)
+        before = read_json(told)["read"]
+        wait_for(lambda: read_json(told)["read"] > before + 3 * PREFETCH * len(workers), "images that were read since")
         assert all(is_there(pid) for pid in workers)
     process.kill()
     process.join()
-    while any(is_there(pid) for pid in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not any(is_there(pid) for pid in workers), "the workers to end")
 
 
 def is_there(pid: int) -> bool:
@@ -132,12 +128,28 @@ def test_training_on_a_folder_learns_and_reports_what_it_saw(tmp_path, data_fold
     assert 0 < summary["data_share"] < 1
 
 
-def test_waiting_for_images_is_told(tmp_path, data_folder, capsys):
-    write_folder(tmp_path / "set", size=(256, 256))
+@pytest.mark.parametrize(("seconds", "told"), [(1.0, True), (0.25, False)])
+def test_waiting_for_images_is_told(seconds, told, tmp_path, data_folder, monkeypatch, capsys):
+    """By a clock that only moves while images are waited for, and three seconds in what is done with them."""
+    now, batches, finish = [0.0], StreamedSet.batches, StreamedSet.finish
+
+    def waiting(self, order):
+        for batch in batches(self, order):
+            now[0] += seconds
+            yield batch
+
+    def working(self, images, recipe):
+        now[0] += 3.0
+        return finish(self, images, recipe)
+
+    monkeypatch.setattr(StreamedSet, "batches", waiting)
+    monkeypatch.setattr(StreamedSet, "finish", working)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    write_folder(tmp_path / "set")
     (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
-    summary = open_phase("meta", str(tmp_path / "mine.yaml"), ["training.randaugment=rand-m9-mstd0.5-inc1"]).run()
-    assert summary["data_share"] > 0.1  # large pictures, a tiny network, no workers
-    assert f"{summary['data_share']:.0%} of the training time was spent waiting for images" in capsys.readouterr().out
+    summary = open_phase("meta", str(tmp_path / "mine.yaml")).run()
+    assert summary["data_share"] == pytest.approx(seconds / (seconds + 3))
+    assert ("25% of the training time was spent waiting for images" in capsys.readouterr().out) == told
 
 
 def test_a_recipe_that_cannot_work_is_told(tmp_path, data_folder):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from patience import HANG, Hooks
 
 from incubate_lib.config import SettingsError
 from incubate_lib.config.study import COLUMNS, load_study, studies
@@ -21,6 +22,7 @@ from incubate_lib.report import studies as report
 from incubate_lib.report.studies import StudyTable, answer, gains, published, reached, summary
 from incubate_lib.report.study_plots import fronts, gain_map, ranking
 
+pytestmark = pytest.mark.xdist_group("study")  # one process, so that the study is trained once
 STUDY = """
 description: two depths
 preset: smoke
@@ -42,7 +44,7 @@ rates: {values: [1e-3, 4e-3], seeds: [7], at: {budget: half}}
 def incubate(*arguments, folder):
     env = os.environ | {"INCUBATE_DATA": str(folder), "COLUMNS": "200"}
     return subprocess.run(
-        [sys.executable, "-m", "incubate_lib.cli", *arguments], capture_output=True, text=True, env=env, timeout=600
+        [sys.executable, "-m", "incubate_lib.cli", *arguments], capture_output=True, text=True, env=env, timeout=HANG
     )
 
 
@@ -118,9 +120,10 @@ def test_called_again_it_trains_nothing_and_says_the_same(trained):
 def test_stopped_in_the_middle_it_goes_on_and_ends_in_the_same_numbers(trained, tmp_path):
     """One strategy of the study, stopped from outside while phases run, then called again; its accuracies are those of the
     study that was not."""
-    file = tmp_path / "trial.yaml"
+    file, hooks = tmp_path / "trial.yaml", Hooks(tmp_path)
     file.write_text(STUDY.replace("strategies: [end_to_end, deep_incubation, growing]", "strategies: [deep_incubation]"))
-    env = os.environ | {"INCUBATE_DATA": str(tmp_path)}
+    hooks.hold("incubate-2", 0)  # so that it is not done before it is told to stop
+    env = os.environ | hooks.env | {"INCUBATE_DATA": str(tmp_path)}
     command = [sys.executable, "-m", "incubate_lib.cli", "study", str(file), "--jobs", "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         for line in process.stdout:

@@ -7,9 +7,9 @@ import json
 import os
 import re
 import threading
-import time
 
 import pytest
+from patience import HANG, Hooks, wait_for
 from PIL import Image
 
 from incubate_lib.config import SettingsError, load_settings
@@ -25,17 +25,11 @@ from incubate_lib.report.watch import find, watch
 from incubate_lib.report.widgets import Sentence, Twinned, browse
 from incubate_lib.training.facts import measure
 from incubate_lib.training.runs import read_json
+from incubate_lib.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("watch")  # one process, so that the run of the fixture is made once
-LONG = ("training.epochs=20",)  # end to end, which is as long as the others together, lasts some seconds
+LONG = ("training.epochs=5",)
 WHAT = {"overrides": LONG, "strategies": ["end_to_end"]}
-
-
-def wait_for(condition, seconds=300):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, condition
-        time.sleep(0.05)
 
 
 def files(folder):
@@ -60,9 +54,11 @@ def facts():
 @pytest.fixture(scope="module")
 def story(tmp_path_factory, facts):
     """A run that is started in the background, watched, stopped by the button, and goes on here; what was seen of it."""
-    told = {}
+    told, hooks = {}, Hooks(tmp_path_factory.mktemp("hooks"))
+    hooks.hold("end_to_end", 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INCUBATE_DATA", str(tmp_path_factory.mktemp("data")))
+        for name, value in (hooks.env | {"INCUBATE_DATA": str(tmp_path_factory.mktemp("data"))}).items():
+            patch.setenv(name, value)
         patch.setenv("FORCE_COLOR", "1")  # as a kernel has it
         patch.setenv("JPY_PARENT_PID", str(os.getpid()))
         patch.setattr(watching, "LINGER_SECONDS", 1.0)
@@ -79,23 +75,31 @@ def story(tmp_path_factory, facts):
             told["values"] = {name: [] for name in ("headline", "graph", "curves", "table")}
             for name, seen in told["values"].items():
                 getattr(live, name).observe(lambda change, seen=seen: seen.append(change["new"]), names="value")
-            wait_for(lambda: min(len(told["values"][name]) for name in ("curves", "graph")) >= 2)
+            for changes in (1, 2):
+                hooks.hold("end_to_end", 12 * changes + 1)  # an evaluation more
+                wait_for(
+                    lambda changes=changes: min(len(told["values"][name]) for name in ("curves", "graph")) >= changes,
+                    f"the widget's change number {changes}",
+                )
             told["midway"] = table(todo), snapshot(todo)._repr_png_(), live.stop.disabled
             live.stop.click()
             told["said"] = live.said.value
-            told["code"] = first.wait(60)
-            live.thread.join(20)
+            told["code"] = first.wait(HANG)
+            live.thread.join(HANG)
             told["ended"] = live.thread.is_alive(), live.table.value, live.said.value, live.stop.disabled
             folder = todo.nodes[0].folder
             told["stopped"] = folder.status(), (folder.path / "checkpoint.pt").exists()
             before = files(todo.experiment.path)
             snapshot(todo), table(todo), watch("smoke", **WHAT)._repr_mimebundle_()
             told["untouched"] = before == files(todo.experiment.path) and len(before) > 5
+            patch.setattr(watching, "LINGER_SECONDS", HANG)
             live = watch("smoke", **WHAT, every=0.2).widget
-            told["here"] = []
+            told["here"], step = [], Trainer.step
             live.table.observe(lambda change: told["here"].append(change["new"]), names="value")
+            shows = lambda: any(">running<" in table for table in told["here"])  # noqa: E731
+            patch.setattr(Trainer, "step", lambda *a: wait_for(shows, "the widget to show it") and step(*a))
             todo.nodes[0].run()  # it goes on in this kernel: no second process, which would import everything again
-            live.thread.join(20)
+            live.thread.join(HANG)
             told["finished"] = table(todo), snapshot(todo)._repr_png_(), read_json(folder.path / "status.json")
             told["over"] = live.thread.is_alive(), live.headline.value, live.table.value
             told["log"] = first.log.read_text()
@@ -159,12 +163,12 @@ def test_a_widget_waits_for_its_run_and_gives_way_to_a_newer_one(data_folder, fa
     live = watch("smoke", every=0.1).widget
     assert "there is no run of these settings" in live.headline.value and live.stop.disabled
     plan(load_settings("smoke"), facts=facts).experiment.create()
-    wait_for(lambda: "0 of 12 phases done" in live.headline.value, 20)
+    wait_for(lambda: "0 of 12 phases done" in live.headline.value, "the widget to find its run")
     newer = watch("smoke").widget
-    live.thread.join(5)
+    live.thread.join(HANG)
     assert not live.thread.is_alive() and "newer widget" in live.said.value
     newer.close()
-    newer.thread.join(5)
+    newer.thread.join(HANG)
     assert not newer.thread.is_alive()
 
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 from checkpoints import images_of, network, released, saved
 from layouts import write_fashion, write_folder, write_shards
+from patience import HANG
 from safetensors.torch import load_file, save_file
 
 from incubate_lib.cli import main
@@ -74,7 +75,7 @@ def test_an_imported_meta_model_drives_the_chain_and_the_result_can_be_exported(
         assert (model.num_classes, len(model.blocks), type(model).__name__) == (4, 6, "VisionTransformer")
         assert "incubate_lib" not in sys.modules
     """
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert result.returncode == 0, result.stderr
     trained = load_file(final.folder.weights)
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())

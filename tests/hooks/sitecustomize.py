@@ -1,11 +1,17 @@
-"""Read by every python of a test's jobs: lets steps take time, or fail, without changing any number; lets torchvision take
-CIFAR's files with other images in them."""
+"""Read by every python that has this folder on its path. Nothing of what is computed changes.
+
+Phases wait, or fail, as a test says in the file $TEST_HOOKS, which `patience.Hooks` writes. torchvision takes CIFAR's files with
+other images in them, whose sums are in the file $TEST_CIFAR.
+"""
 
 import importlib.util
 import json
 import os
 import sys
 import time
+
+NAP = 0.1  # seconds: the shortest step of a phase that is held, so that it saves and tells in between as a long one does
+LAST_NAP = 0.3  # seconds: of a step after a stop was asked for; the loop looks once a second, so few steps are left
 
 
 class Finder:
@@ -29,31 +35,46 @@ class Finder:
         return spec
 
 
-def slowed(trainer):
-    trainer.Trainer.step = changed(trainer.Trainer.step)
-
-
 def with_other_sums(cifar):
     with open(os.environ["TEST_CIFAR"]) as file:
         for name, value in json.load(file).items():
             setattr(cifar.CIFAR100, name, value)
 
 
-def changed(step):
-    hooks, job = os.environ["TEST_HOOKS"], os.environ["SLURM_JOB_NAME"].split("/")  # experiment/seed-0/…/phase
-    seed, phase = job[1], job[-1]
-
-    def slow(self, number):
-        if os.path.exists(f"{hooks}/slow-{seed}"):
-            time.sleep(0.4 if number < 100 else 3)  # so that none is done before it is told to, however busy the machine is
-        if number == 5 and os.path.exists(f"{hooks}/fail-{phase}-{seed.removeprefix('seed-')}"):
-            raise OSError("the disk is on fire")
-        return step(self, number)
-
-    return slow
+def with_hooks(loop):
+    loop.fit = hooked(loop.fit)
 
 
-if "TEST_HOOKS" in os.environ:
-    sys.meta_path.insert(0, Finder("incubate_lib.training.trainer", slowed))
+def rule(kind, folder):
+    """Return the number that a rule has for a phase's folder; None without such a rule."""
+    with open(os.environ["TEST_HOOKS"]) as file:
+        rules = json.load(file)[kind]
+    return next((number for phase, number in rules.items() if f"/{phase}/" in f"{folder}/"), None)
+
+
+def hooked(fit):
+    def hooked_fit(trainer, judge, *, folder, should_stop, **more):
+        step, done = trainer.step, 0
+
+        def hooked_step(number):
+            nonlocal done
+            if number == rule("fail", folder.path):
+                raise OSError("the disk is on fire")
+            while (limit := rule("hold", folder.path)) is not None:
+                stopping = should_stop()
+                time.sleep(LAST_NAP if stopping else NAP)
+                if stopping or done < limit:
+                    break
+            done += 1
+            return step(number)
+
+        trainer.step = hooked_step
+        return fit(trainer, judge, folder=folder, should_stop=should_stop, **more)
+
+    return hooked_fit
+
+
+if os.path.exists(os.environ.get("TEST_HOOKS", "")):
+    sys.meta_path.insert(0, Finder("incubate_lib.training.loop", with_hooks))
 if "TEST_CIFAR" in os.environ:
     sys.meta_path.insert(0, Finder("torchvision.datasets.cifar", with_other_sums))
