@@ -15,7 +15,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 test-fast: .venv/ready
-	$(BIN)/python -m pytest $(FAST:%=tests/test_%.py)
+	$(BIN)/python -m pytest -k "not compiled" $(FAST:%=tests/test_%.py)
 
 lab: .venv/ready
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks
