@@ -186,21 +186,18 @@ class NotebookPage:
         workspace = re.sub(r"\W", "-", path)  # one each, or a tab would show the others' notebooks, too
         self._load(f"{lab.url}/lab/workspaces/{workspace}/tree/{path}?token={lab.token}")
 
-    def _load(self, url: str | None = None) -> None:
+    def _load(self, url: str | None = None, answers: bool = True) -> None:
         self.page.goto(url) if url else self.page.reload()
         self.page.wait_for_function("window.jupyterapp !== undefined")
         wait_for(self.state, f"{self.path} to be read")
         self.panel = self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
         self.panel.locator(".jp-Cell").first.wait_for()
-        wait_for(lambda: self.state()["status"] in ("idle", "busy"), f"the kernel of {self.path}")
+        if answers:
+            wait_for(lambda: self.state()["status"] in ("idle", "busy"), f"the kernel of {self.path}")
 
     def state(self) -> dict[str, Any] | None:
         """Return the kernel's id and status, and how far each code cell is; None while the notebook is read."""
         return self.page.evaluate(STATE, self.path)
-
-    def shown_status(self) -> str:
-        """Return what the circle in the notebook's corner says: idle, busy, …"""
-        return self.panel.locator(".jp-Notebook-ExecutionIndicator").first.get_attribute("data-status")
 
     def menu(self, *names: str) -> None:
         """Choose from the menus at the top: `menu("Run", "Run All Cells")`."""
@@ -225,10 +222,6 @@ class NotebookPage:
             return ended and state["status"] == "idle" and not any(cell["running"] for cell in state["cells"])
 
         wait_for(done, f"the cells of {self.path}", self.text)
-
-    def wait_for_kernel(self) -> None:
-        """Wait until the circle in the corner says that the kernel is idle, whoever began what it does."""
-        wait_for(lambda: self.shown_status() == "idle", f"the kernel of {self.path}")
 
     def run_all(self) -> None:
         """Run all cells to the end."""
@@ -302,9 +295,10 @@ class NotebookPage:
         wait_for(lambda: not self.state()["unsaved"], f"{self.path} to be saved")
         return nbformat.read(self.lab.root / self.path, as_version=4)
 
-    def reload(self) -> None:
-        """Reload the page, as with F5; returns when the notebook is there again, and its kernel."""
-        self._load()
+    def reload(self, answers: bool = True) -> None:
+        """Reload the page, as with F5; returns when the notebook is there again, and its kernel has answered (one that trains
+        answers when its cell is done)."""
+        self._load(answers=answers)
 
     def screenshot(self, name: str) -> Path:
         """Save a picture of the page as it is."""
