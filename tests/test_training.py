@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_settings(tmp_path):
 
     def poison(_, inputs):
         calls.append(1)
-        if model.training and len(calls) > 4:
+        if model.training and len(calls) > 5:  # one of them counts what the device executes
             return (inputs[0] * math.nan,)
 
     model.register_forward_pre_hook(poison)

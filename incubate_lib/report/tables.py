@@ -348,7 +348,7 @@ def _against_baseline(table: pd.DataFrame) -> list[str]:
             f"{label(row['strategy'])}: {points_text(row['gain'])} than end to end ({judged_text(row)}), for "
             f"{row['flops']:.2f} times its training FLOPs, {row['critical_flops']:.2f} times on the critical path."
         )
-    return [*told, family_text(found["comparisons"].max() if told else 0)]
+    return [*told, family_text(found["comparisons"].max())] if told else []
 
 
 def not_from_nothing(phases: pd.DataFrame) -> list[str]:

@@ -1,6 +1,5 @@
 """Modular Adaptive Training within the loop: when the units are looked at, which train from then on, what that costs."""
 
-import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -64,8 +63,8 @@ class Adaptive:
         self.active = torch.ones(len(self.units), dtype=torch.bool)
         self.history: list[list[float]] = []  # principal eigenvalues [E][U]
         self.flops_of: dict[tuple[bool, ...], int] = {tuple(self.active.tolist()): flops_per_image}
-        self.look_flops, self.rank_flops = self._count() if team.is_first else (0, 0)
-        self.executed: dict[bool, int] = {}  # by a look without and with a decision, on this device
+        self.look_flops, self.rank_flops = self._count_on_meta() if team.is_first else (0, 0)
+        self.executed = (0, 0)  # by a look and by a ranking, on this device; see `count_executed`
 
     def is_due(self, step: int) -> bool:
         """Whether the units are looked at before update `step`."""
@@ -73,18 +72,7 @@ class Adaptive:
 
     def look(self, step: int) -> dict[str, Any]:
         """Evaluate the kernels, decide which units train from here on, and return a record. This is training time."""
-        decides = step >= self.warmup
-        with contextlib.nullcontext() if decides in self.executed else all_products() as counter:
-            record = self._look(step, decides)
-        if counter is not None:  # the first of its sort; another one would cost the same
-            self.executed[decides] = counter.get_total_flops()
-        flops = self.look_flops + (self.rank_flops if decides else 0)
-        executed = self.executed[decides]
-        devices = self.team.devices  # each does it
-        return record | {"flops": flops * devices, "flops_executed": executed * devices}
-
-    def _look(self, step: int, decides: bool) -> dict[str, Any]:
-        how = self.settings
+        how, decides = self.settings, step >= self.warmup
         kernels = modular_kernels(self.model, self.units, self.images, outputs=how.outputs, checked=True)
         kernels = normalised(kernels) if how.normalised else kernels
         ranks = None
@@ -102,7 +90,19 @@ class Adaptive:
             choice = choose(torch.tensor(self.history).double(), alpha=how.alpha, beta=how.beta, threshold=how.threshold)
             self.active = self._ranked(choice.active, eigenvalues, step)
             record |= {"cut": choice.cut, "forced": choice.forced}
-        return record | {"active": self.active.int().tolist()}
+        flops, executed = (
+            self.team.devices * (look + decides * rank)  # each device does it
+            for look, rank in ((self.look_flops, self.rank_flops), self.executed)
+        )
+        return record | {"active": self.active.int().tolist(), "flops": flops, "flops_executed": executed}
+
+    def count_executed(self) -> None:
+        """Count what a look and a ranking execute on this device, with fused attention where it has it.
+
+        This takes passes of its own: under a counter some products round otherwise, and a phase that goes on from a
+        checkpoint must see the numbers that an uninterrupted one saw.
+        """
+        self.executed = self._count(self.model, self.images, self.labels)
 
     def _ranked(self, active: Tensor, eigenvalues: Tensor, step: int) -> Tensor:
         """Return the units that train: MAT's, or as many by another ranking, for a control."""
@@ -132,13 +132,16 @@ class Adaptive:
             self.updates.apply(before)
         return self.flops_of[key]
 
-    def _count(self) -> tuple[int, int]:
-        """Return the FLOPs of looking at the kernels, and of ranking units by their gradients, attention not fused.
+    def _count_on_meta(self) -> tuple[int, int]:
+        """Return the FLOPs of a look and of a ranking as budgets are counted: attention not fused."""
+        model = copy.deepcopy(self.model).to("meta")
+        return self._count(model, torch.empty_like(self.images, device="meta"), self.labels.to("meta"))
+
+    def _count(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[int, int]:
+        """Return the FLOPs of looking at the kernels, and of ranking units by their gradients.
 
         The eigenvalues' are not counted; where they are found by power iteration, its number of steps is not known before.
         """
-        model = copy.deepcopy(self.model).to("meta")
-        images, labels = torch.empty_like(self.images, device="meta"), self.labels.to("meta")
         with all_products() as looking:
             modular_kernels(model, self.units, images, outputs=self.settings.outputs, checked=True)
         if self.settings.rank != "gradient_norm":

@@ -156,6 +156,9 @@ class Trainer:
         self._apply(step)  # of a checkpoint; what it costs is counted before the clock starts
         if self.team.is_first:
             self.flops_now()
+        if self.mat:
+            with autocast(self.device, self.precision):
+                self.mat.count_executed()
         self.executed_now()
 
     def step(self, step: int) -> Tensor:
