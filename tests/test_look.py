@@ -117,6 +117,24 @@ def test_only_finished_strategies_with_a_meta_model_are_looked_at(done):
         similarity(done, "deep_incubation", images=3)
 
 
+def test_what_has_lost_its_weights_is_not_looked_at(done):
+    def lost(look, *phases):
+        for phase in phases:
+            phase.folder.weights.rename(phase.folder.path / "away")
+        try:
+            return look()
+        finally:
+            for phase in phases:
+                (phase.folder.path / "away").rename(phase.folder.weights)
+
+    final = done.finals["deep_incubation", 0]
+    for look in (similarity, disagreements):
+        with pytest.raises(SettingsError, match=r"is not finished: seed 0 module 2 of 3, .* goes on"):
+            lost(lambda look=look: look(done, "deep_incubation"), final.upstream("incubate")[1])
+    table = lost(lambda: similarity(done, "deep_incubation", images=8), done.finals["end_to_end", 0])
+    assert set(table["network"]) == {"start", "hybrid", "assembled", "finetuned"}
+
+
 # -- disagreements ------------------------------------------------------------------------------------------------------------
 
 

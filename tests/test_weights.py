@@ -26,7 +26,7 @@ from incubate_lib.training.data import load_data
 from incubate_lib.training.loop import evaluate
 from incubate_lib.training.phases import build_model
 from incubate_lib.training.released import import_released
-from incubate_lib.training.weights import load_into
+from incubate_lib.training.weights import load_into, sha256
 
 # -- into the chain and out of it -----------------------------------------------------------------------------------------
 
@@ -164,6 +164,12 @@ def test_a_file_damaged_since_its_phase_ended_is_told(data_folder):
     for place in (folder.path, folder.weights):
         with pytest.raises(SettingsError, match=r"model.safetensors is damaged: it is not the file that the summary.json beside"):
             load_into(model, place)
+    other = folder.path / "averaged.safetensors"  # the summary says nothing of it
+    other.write_bytes(blob)
+    load_into(model, other)
+    load_into(model, other, sha256(other))
+    with pytest.raises(SettingsError, match="is not the file it was"):
+        load_into(model, other, folder.summary()["weights_sha256"])
 
 
 def test_a_network_of_another_kind_is_loaded_with_its_counts_of_batches(tmp_path):
@@ -221,6 +227,11 @@ def test_export_says_what_is_finished_which_it_takes_and_why_and_names_the_class
     for name, seed in order:
         this = " (this one)" if (name, seed) == ("random_modules", 0) else ""
         assert f"| {name}{this} | {seed} | {100 * accuracies[name, seed]:.2f} % |" in card
+
+    plan(settings, ["random_modules"]).finals["random_modules", 0].folder.weights.unlink()  # it cannot be exported any more
+    assert main(["export", str(file), str(tmp_path / "next")]) == 0
+    told = capsys.readouterr().out
+    assert "random_modules" not in told and "wrote strategy deep_incubation, seed 0" in told
 
     # and as weights to start from: what has the same names must have the same order
     raw = OWN | {"strategies": {"again": {"kind": "finetune", "weights": str(out)}}, "run": ["again"]}

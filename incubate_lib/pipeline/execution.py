@@ -89,12 +89,14 @@ def is_finished(plan: Plan) -> bool:
     return all(is_complete(node) for node in plan.nodes) and analysed(plan)
 
 
-def _seen(plan: Plan) -> dict[str, str]:
-    return {f"{name} {seed}": node.summary()["weights_sha256"] for (name, seed), node in plan.finals.items()}
+def _seen(plan: Plan) -> dict[str, str | None]:
+    """Return the SHA-256 of each final network that a report would show; None of one that is not finished."""
+    finals = {f"{name} {seed}": node.summary() for (name, seed), node in plan.finals.items()}
+    return {name: summary and summary["weights_sha256"] for name, summary in finals.items()}
 
 
 def analysed(plan: Plan) -> bool:
-    """Whether the analysis notebook and the report show exactly the results of this plan, which must be finished."""
+    """Whether the analysis notebook and the report show exactly the results of this plan."""
     path = plan.experiment.path
     there = (path / f"{ANALYSIS}.ipynb").exists() and (path / "report.html").exists()
     return there and read_json(path / "analysed.json") == _seen(plan)

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -161,6 +161,18 @@ class Plan:
         """Train everything that is missing, one phase after another, in this process."""
         for node in self.nodes:
             node.run()
+
+
+def to_do(nodes: Iterable[Node], is_done: Callable[[Node], Any]) -> list[Node]:
+    """Return the nodes that are not done and all that start from those, in the order given, which must have inputs first.
+
+    What starts from a phase that is trained again may be done after all: if that one ends in the same bits.
+    """
+    found: dict[Path, Node] = {}
+    for node in nodes:
+        if any(before.folder.path in found for before in node.inputs.values()) or not is_done(node):
+            found[node.folder.path] = node
+    return list(found.values())
 
 
 def closure(nodes: Iterable[Node]) -> list[Node]:

@@ -25,7 +25,7 @@ from incubate_lib.pipeline.execution import (
     start,
 )
 from incubate_lib.pipeline.experiment import STOP_FILE
-from incubate_lib.pipeline.graph import Node, Plan
+from incubate_lib.pipeline.graph import Node, Plan, to_do
 from incubate_lib.pipeline.view import Line, node_line, render
 from incubate_lib.training.runs import GONE
 
@@ -65,7 +65,7 @@ class Pool:
 
     def run(self) -> None:
         """Run everything that is missing; fills `failed` and `skipped`."""
-        self.waiting = {path: node for path, node in self.nodes.items() if not self.is_done(node)}
+        self.waiting = {node.folder.path: node for node in to_do(self.nodes.values(), self.is_done)}
         names = list(dict.fromkeys(plan.experiment.path.name for plan, _ in self.plans))
         told = names[0] if len(names) == 1 else f"{len(names)} runs"
         told += f": {len(self.nodes) - len(self.waiting)} of {len(self.nodes)} phases are done already"
@@ -74,7 +74,8 @@ class Pool:
             return
         for node in self.waiting.values():
             if node.summary() and not node.finished():
-                self.console.print(f"{node.title}: {GONE}", highlight=False, markup=False)
+                told = f"{node.title}: {GONE}; what starts from it, only if it ends in other weights than before"
+                self.console.print(told, soft_wrap=True, highlight=False, markup=False)
         order = {path: flops for plan, _ in self.plans for path, flops in _remaining_path(plan).items()}
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -105,7 +106,12 @@ class Pool:
         if lost := [n.key for at, n in before.items() if at in self.failed or at in self.skipped]:
             self.skipped[path] = f"needs {lost[0]}"
             del self.waiting[path]
-        elif not self.stopping and len(self.running) < self.jobs and all(self.is_done(n) for n in before.values()):
+        elif self.stopping or len(self.running) >= self.jobs or before.keys() & self.waiting.keys():
+            return  # what waits may look done, and be made anew once its own input is
+        elif all(self.is_done(n) for n in before.values()):
+            if self.is_done(node):  # its input, trained again, has the same bits as before
+                del self.waiting[path]
+                return
             if any(self.nodes[other].digest == node.digest for other in self.running):
                 return  # the same phase of another run: it will be copied
             parameters = self.sources[path] | {"strategy": node.strategy, "seed": node.settings.seed}

@@ -20,7 +20,7 @@ from incubate_lib.config import SettingsError, load_settings, presets
 from incubate_lib.config.cluster import SlurmSettings
 from incubate_lib.pipeline.execution import ANALYSIS, analysed, is_complete, only_run
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
-from incubate_lib.pipeline.graph import Node, Plan
+from incubate_lib.pipeline.graph import Node, Plan, to_do
 from incubate_lib.pipeline.job import has_ended
 from incubate_lib.pipeline.limits import call, check
 from incubate_lib.pipeline.sbatch import job_name, scripts, shapes, team
@@ -165,7 +165,7 @@ def submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: Co
     SettingsError before anything is submitted when the cluster cannot do it, as far as that can be known.
     """
     experiment = plan.experiment
-    missing = [node for node in plan.nodes if not is_complete(node)]
+    missing = to_do(plan.nodes, is_complete)  # a job that finds its phase complete after all ends at once
     shares = check(shapes(missing, slurm)) if shutil.which("sinfo") or not dry_run else {}
     if dry_run:
         for script, after in scripts(plan, missing, source, slurm, shares):

@@ -22,7 +22,7 @@ from incubate_lib.config.study import Cell, Study
 from incubate_lib.pipeline import local, slurm
 from incubate_lib.pipeline.execution import is_running, only_run
 from incubate_lib.pipeline.experiment import STOP_FILE
-from incubate_lib.pipeline.graph import Node, Plan, finished_phases
+from incubate_lib.pipeline.graph import Node, Plan, finished_phases, to_do
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.facts import Facts
 from incubate_lib.training.lease import holder
@@ -247,13 +247,8 @@ def run(study: Study, *, jobs: int, console: Console, cluster: SlurmSettings | N
                         f"{active} job(s) of {trial.plan.experiment.path.name} are in Slurm's queue; --stop ends them"
                     )
             _copy_finished(missing)
-            runs = [
-                (
-                    dataclasses.replace(trial.plan, nodes=[node for node in trial.plan.nodes if not over(node)]),
-                    steps.source(trial),
-                )
-                for trial in missing
-            ]
+            parts = [dataclasses.replace(trial.plan, nodes=to_do(trial.plan.nodes, over)) for trial in missing]
+            runs = [(part, steps.source(trial)) for part, trial in zip(parts, missing, strict=True)]
             if cluster is not None:
                 _submit(runs, cluster, console)
                 console.print("The next stage begins when these have ended: the same command again goes on.")
@@ -272,7 +267,8 @@ def _submit(runs: list[tuple[Plan, dict[str, Any]]], cluster: SlurmSettings, con
     for whole, source in runs:
         nodes: list[Node] = []
         for node in whole.nodes:
-            elsewhere = [before for before in node.inputs.values() if before.finished() is None and before not in nodes]
+            others = [before for before in node.inputs.values() if before not in nodes]
+            elsewhere = [before for before in others if before in whole.nodes or before.finished() is None]
             if node.digest not in seen and not elsewhere:
                 nodes.append(node)
                 seen.add(node.digest)

@@ -88,7 +88,7 @@ def finished(settings: Settings, seed: int) -> list[Finished]:
         raise SettingsError(f"seed {seed} was not run in {experiment.path}; there are: {', '.join(map(str, seeds))}")
     names = [name for name in dict.fromkeys([*settings.run, *names]) if name in names]
     finals = plan(settings, names, seeds).finals if names else {}
-    ready = {key: final.summary() for key, final in finals.items()}
+    ready = {key: final.finished() for key, final in finals.items()}
     keys = [(name, seed) for name in names for seed in seeds]
     return [Finished(*key, ready[key]["accuracy"], finals[key]) for key in keys if ready[key]]
 

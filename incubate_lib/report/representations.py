@@ -183,7 +183,7 @@ def _phases(plan: Plan, strategy: str, seed: int) -> tuple[Node, Node, Node]:
         if not final.upstream(phase):
             raise SettingsError(f"strategy {strategy} has no {what}; choose one of Deep Incubation")
     missing = [node.title for node in [*final.upstream("meta"), *final.upstream("incubate"), *final.upstream("assemble"), final]
-               if node.summary() is None]  # fmt: skip
+               if node.finished() is None]  # fmt: skip
     if missing:
         told = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise SettingsError(f"strategy {strategy}, seed {seed}, is not finished: {told}; `incubate run` goes on")
@@ -194,7 +194,7 @@ def _baseline(plan: Plan, final: Node) -> Node | None:
     """Return end-to-end training of the same network if it is part of the plan and finished."""
     node = plan.finals.get((BASELINE, final.settings.seed))
     same = node is not None and sum(node.settings.target_depths) == sum(final.settings.target_depths)
-    return node if same and node.summary() is not None else None
+    return node if same and node.finished() is not None else None
 
 
 def _judge(node: Node) -> ImageSet | StreamedSet:

@@ -243,7 +243,9 @@ class PhaseFolder:
         summary = self.summary()
         blob = self.weights.read_bytes() if summary and self.weights.exists() else b""
         if not summary or hashlib.sha256(blob).hexdigest() != summary["weights_sha256"]:
-            raise SettingsError(f"{self.weights} is missing or damaged; delete {self.path} and run again")
+            if summary and is_whole(self.weights):  # only its content is wrong, which nobody sees without reading it all
+                raise SettingsError(f"{self.weights} is damaged; delete it and run again")
+            raise SettingsError(f"{self.weights} is missing or damaged; run again, and it is made again")
         return load(blob)
 
 

@@ -45,10 +45,12 @@ def load_into(model: Any, path: str | Path, expected_sha256: str | None = None) 
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     file = weights_file(path)
-    if expected_sha256 and sha256(file) != expected_sha256:
+    summary = read_json(file.with_name("summary.json")) if file.name == "model.safetensors" else None  # it is a phase's result
+    recorded = summary.get("weights_sha256") if isinstance(summary, dict) else None
+    found = sha256(file) if expected_sha256 or recorded else None
+    if expected_sha256 and found != expected_sha256:
         raise SettingsError(f"{file} is not the file it was when this experiment began; give the experiment another name")
-    summary = read_json(file.with_name("summary.json"))  # of a phase, if the file is its result
-    if isinstance(summary, dict) and summary.get("weights_sha256", "") not in ("", sha256(file)):
+    if recorded and found != recorded:
         raise SettingsError(f"{file} is damaged: it is not the file that the summary.json beside it speaks of")
     try:
         given = load_file(file)
