@@ -123,6 +123,7 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--set", "data.source=cifar"], "unknown source 'cifar'; did you mean cifar10 or cifar100"),
     ([*RUN, "--set", "data.folder=x"], "folder has no meaning for source 'digits'"),
     ([*RUN, "--set", "data.source=cifar10", "--set", "data.test_images=null"], "/datasets/cifar10 is not there"),
+    ([*RUN, "--set", "data={source: folder, folder: ~no_such_user/x}"], "/datasets/~no_such_user/x is not there"),
     ([*RUN, "--set", "data.train_share=0"], "data.train_share is 0"),
     ([*RUN, "--set", "data.train_share=0.001"], "data.train_share is 0.001; of 1200 images in 10 classes"),
     ([*RUN, "--set", "strategies.tune={kind: finetune}"], "kind 'finetune' needs weights"),

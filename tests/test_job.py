@@ -241,6 +241,9 @@ def test_a_scratch_that_cannot_be_is_told(images, tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match=r"machine\.scratch is '\$NOWHERE', and that variable is not set on"):
         stage(DATA, MachineSettings(scratch="$NOWHERE"))
     (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    stage(DATA, MachineSettings(scratch="~no_such_user"))  # as shells do it: then it is a name like any other
+    assert (tmp_path / "~no_such_user").is_dir()
     with pytest.raises(OSError, match=r"machine\.scratch .*: Not a directory"):
         stage(DATA, MachineSettings(scratch=str(tmp_path / "file/below")))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 3}))

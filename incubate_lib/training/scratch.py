@@ -28,7 +28,7 @@ def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
     """
     if machine.scratch is None or not has_folder(data):
         return machine
-    place = Path(os.path.expandvars(machine.scratch)).expanduser()
+    place = Path(os.path.expanduser(os.path.expandvars(machine.scratch)))
     if "$" in str(place):
         raise SettingsError(f"machine.scratch is {machine.scratch!r}, and that variable is not set on {socket.gethostname()}")
     original = folder_of(data, machine)
