@@ -101,6 +101,9 @@ def test_cameras_orientation_is_as_torchvision_has_it_and_told(ending, tmp_path,
     status, told = check(tmp_path / "set", capsys)
     assert status == 0
     assert ("1 have a camera's orientation tag (EXIF), which is not followed" in told) == (ending != ".tif")  # pillow turns TIFFs
+    write_folder(tmp_path / "alike", size=(16, 16))
+    image.save(tmp_path / f"alike/val/ant/0{ending}", exif=tags)
+    assert check(tmp_path / "alike", capsys, more=", in_memory: true")[1].count("1 have a camera's") == (ending != ".tif")
 
 
 # -- files that are no images ---------------------------------------------------------------------------------------------------
