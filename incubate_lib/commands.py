@@ -278,10 +278,13 @@ def check(options: argparse.Namespace) -> int:
     from incubate_lib.training.stream import Checked, StreamedSet
 
     settings = load_settings(options.preset, options.set)
-    parts = load_data(settings.data, shape=model_shape(settings.model), machine=settings.machine)
+    how = {"shape": model_shape(settings.model), "machine": settings.machine}
+    parts = files = load_data(settings.data, **how)
+    if settings.data.in_memory:  # the same images once more, one by one: pixels in memory have no tags
+        files = load_data(settings.data.model_copy(update={"in_memory": False}), **how)
     bad = 0
-    for what, part in zip(("train", settings.data.eval_split), parts, strict=True):
-        opened, broken, turned = part.check() if isinstance(part, StreamedSet) else Checked(len(part), {}, 0)
+    for what, part, file in zip(("train", settings.data.eval_split), parts, files, strict=True):
+        opened, broken, turned = file.check() if isinstance(file, StreamedSet) else Checked(len(part), {}, 0)
         print(f"{what}: {len(part)} images in {part.num_classes} classes; {opened} opened, {len(broken)} cannot be read")
         if what == "train" and (unused := unused_classes(labels_of(part), part.num_classes)):
             print(f"  {unused_in_words(unused, part.num_classes)}")

@@ -229,6 +229,16 @@ def test_no_images_are_needed(monkeypatch):
     assert len(measured) == 6
 
 
+def test_a_folder_without_images_to_judge_by_is_measured_too(tmp_path, monkeypatch):
+    (tmp_path / "train").mkdir()
+    said, measured = [], []
+    monkeypatch.setattr(bench, "measure", lambda *_, **how: measured.append(how) or [])
+    monkeypatch.setattr(bench, "yardstick", lambda *_: None)
+    bench.bench(load_settings("imagenet-vit-b", [f"data.folder={tmp_path}"]), batch=1, tell=said.append)
+    assert len(measured) == 6 and said[0].startswith("ASSUMED: 1,000 classes, those of ImageNet-1K, because ")
+    assert said[0].endswith("; --classes says another number.")
+
+
 def test_help_needs_no_torch():
     code = "import sys, incubate_lib.cli as c; c._parser().parse_args(['bench', '--growth']); print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)

@@ -123,6 +123,7 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--set", "data.source=cifar"], "unknown source 'cifar'; did you mean cifar10 or cifar100"),
     ([*RUN, "--set", "data.folder=x"], "folder has no meaning for source 'digits'"),
     ([*RUN, "--set", "data.source=cifar10", "--set", "data.test_images=null"], "/datasets/cifar10 is not there"),
+    ([*RUN, "--set", "data={source: folder, folder: ~no_such_user/x}"], "/datasets/~no_such_user/x is not there"),
     ([*RUN, "--set", "data.train_share=0"], "data.train_share is 0"),
     ([*RUN, "--set", "data.train_share=0.001"], "data.train_share is 0.001; of 1200 images in 10 classes"),
     ([*RUN, "--set", "strategies.tune={kind: finetune}"], "kind 'finetune' needs weights"),
@@ -142,7 +143,8 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--set", "strategies.a/b={kind: end_to_end}"], "strategies.a/b is 'a/b': a name has at most 100 letters"),
     ([*RUN, "--set", f"strategies.{'a' * 101}={{kind: end_to_end}}"], "a name has at most 100 letters (a to z), digits, dashes"),
     ([*RUN, "--set", 'strategies={"a\\nb": {kind: end_to_end}}'], r"'strategies.a\nb' is 'a\nb': a name has"),
-    ([*RUN, "--set", "strategies.Growing={kind: end_to_end}"], "strategies.Growing and growing differ in case only"),
+    ([*RUN, "--set", "strategies.Recommended={kind: end_to_end}"], "Recommended and recommended differ in case only"),
+    ([*RUN, "--set", "strategies={My: {kind: end_to_end}, my: {kind: end_to_end}}"], "strategies.my and My differ in case only"),
     ([*RUN, "--set", "strategies.META={kind: end_to_end}"], "strategies.META and the folder of the shared meta model, meta,"),
     ([*RUN, "--set", "name=.."], "name is '..': a name has at most 100 letters (a to z), digits, dots, dashes and underscores"),
     ([*RUN, "--set", "name=a/b"], "name is 'a/b'"),
@@ -318,6 +320,13 @@ def test_names_in_a_study(text, message, tmp_path):
     (tmp_path / "mine.yaml").write_text(f"preset: digits\nstrategies: [end_to_end]\n{text}{rest}")
     with pytest.raises(SettingsError, match=re.escape(message)):
         load_study(str(tmp_path / "mine.yaml"))
+
+
+def test_a_name_that_only_an_unused_strategy_has_in_other_letters():
+    settings = load_settings("digits", ["strategies.Growing={kind: end_to_end}", "run=[Growing]"])
+    assert settings.run == ["Growing"] and settings.strategies["growing"].kind == "deep_incubation"
+    with pytest.raises(SettingsError, match="growing and Growing differ in case only"):
+        load_settings("digits", ["strategies.Growing={kind: end_to_end}", "run=[Growing, growing]"])
 
 
 def test_seeds_that_are_no_numbers(capsys):

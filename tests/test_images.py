@@ -101,6 +101,9 @@ def test_cameras_orientation_is_as_torchvision_has_it_and_told(ending, tmp_path,
     status, told = check(tmp_path / "set", capsys)
     assert status == 0
     assert ("1 have a camera's orientation tag (EXIF), which is not followed" in told) == (ending != ".tif")  # pillow turns TIFFs
+    write_folder(tmp_path / "alike", size=(16, 16))
+    image.save(tmp_path / f"alike/val/ant/0{ending}", exif=tags)
+    assert check(tmp_path / "alike", capsys, more=", in_memory: true")[1].count("1 have a camera's") == (ending != ".tif")
 
 
 # -- files that are no images ---------------------------------------------------------------------------------------------------
@@ -195,11 +198,21 @@ def test_what_tools_leave_behind_in_shards_is_no_sample(tmp_path, capsys):
     assert status == 0 and "train: 26 images in 3 classes" in told and "test: 13 images" in told
 
 
-def test_a_link_to_itself_is_no_second_copy_of_the_images(tmp_path, capsys):
+@pytest.mark.parametrize("links", [{"bee/again": "bee"}, {"bee/again": ""}, {"bee/on": "cat", "cat/again": "bee"}])
+def test_a_link_to_itself_is_no_second_copy_of_the_images(links, tmp_path, capsys):
     root = write_folder(tmp_path / "set")
-    (root / "train" / "bee" / "again").symlink_to(root / "train" / "bee")
+    for link, to in links.items():
+        (root / "train" / link).symlink_to(root / "train" / to)
     status, told = check(root, capsys)
-    assert status == 2 and "again" in told and "is a link to a folder that it lies in" in told
+    assert status == 2 and "again is a link to a folder that it lies in" in told
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path, capsys):
+    root = write_folder(tmp_path / "set")
+    (tmp_path / "more" / "deep").mkdir(parents=True)
+    (root / "train" / "ant" / "0.png").rename(tmp_path / "more" / "deep" / "0.png")
+    (root / "train" / "ant" / "more").symlink_to(tmp_path / "more")
+    assert "train: 24 images in 3 classes" in check(root, capsys)[1]
 
 
 # -- names in two forms ----------------------------------------------------------------------------------------------------------

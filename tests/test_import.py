@@ -38,6 +38,8 @@ def test_a_released_checkpoint_becomes_a_timm_folder_with_the_same_logits(kind, 
     assert set(yaml.safe_load(told.split("needs:\n")[1])) == {"model", "strategies"}
     settings, modules = read_released([file], num_heads=2)
     assert [len(m.blocks) for m in modules] == depths and settings.depth == sum(depths)
+    tagged = read_released([file], name=f"{settings.name}.some_tag", num_heads=2)[0]
+    assert tagged == settings, "the part after the dot names weights of timm"
     assert same_logits(original, assemble(modules).eval())
 
 
@@ -304,6 +306,7 @@ def test_what_cannot_be_imported_is_told(tmp_path, capsys, monkeypatch):
         ([file, tmp_path / "ours", "--num-heads", "3"], "--num-heads 3 does not divide the width, 16"),
         ([file, tmp_path / "ours", "--num-heads", "2", "--model", "vit_tiny"], "timm has no 'vit_tiny'"),
         ([file, tmp_path / "ours", "--num-heads", "2", "--model", "resnet18"], "resnet18"),
+        ([file, tmp_path / "ours", "--model", "local-dir:/x"], "--model: name is 'local-dir:/x': a plain name of timm"),
     ]:
         assert main(["import", *map(str, arguments)]) == 2
         assert message in (told := capsys.readouterr().err) and told.count("\n") == 1, told

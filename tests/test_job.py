@@ -204,6 +204,8 @@ def test_a_half_copied_folder_is_not_used(images, tmp_path):
 
 PLANTED = {
     "a link": lambda folder, elsewhere: folder.symlink_to(elsewhere),
+    "a link to nothing": lambda folder, elsewhere: folder.symlink_to(elsewhere / "nothing"),
+    "a file": lambda folder, elsewhere: folder.touch(mode=0o600),
     "open to others": lambda folder, elsewhere: (folder.mkdir(), folder.chmod(0o777)),
     "another user's": lambda folder, elsewhere: folder.mkdir(mode=0o700),
 }
@@ -218,11 +220,12 @@ def test_what_others_may_have_put_into_a_shared_folder_is_not_used(plant, images
     if plant == "another user's":
         monkeypatch.setattr(os, "getuid", lambda: 4711)
     PLANTED[plant](shared / f"incubate-{os.getuid()}", elsewhere)
-    with pytest.raises(OSError, match=r"machine\.scratch .*incubate-\d+ is not a folder that only you can write to"):
+    told = r".*incubate-\d+ is not a folder that only you can write to .* another place with"
+    with pytest.raises(OSError, match=rf"machine\.scratch {told} machine\.scratch, .*exFAT"):
         stage(DATA, MachineSettings(scratch=str(shared)))
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(shared))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    with pytest.raises(PermissionError, match="is not a folder that only you can write to"):
+    with pytest.raises(SettingsError, match=rf"machine\.compile 'default': {told} TORCHINDUCTOR_CACHE_DIR"):
         compiled(torch.nn.Linear(1, 1), "default", backend="eager")
     assert not list(elsewhere.iterdir()) and "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
@@ -241,6 +244,9 @@ def test_a_scratch_that_cannot_be_is_told(images, tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match=r"machine\.scratch is '\$NOWHERE', and that variable is not set on"):
         stage(DATA, MachineSettings(scratch="$NOWHERE"))
     (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    stage(DATA, MachineSettings(scratch="~no_such_user"))  # as shells do it: then it is a name like any other
+    assert (tmp_path / "~no_such_user").is_dir()
     with pytest.raises(OSError, match=r"machine\.scratch .*: Not a directory"):
         stage(DATA, MachineSettings(scratch=str(tmp_path / "file/below")))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 3}))

@@ -10,7 +10,7 @@ import papermill
 import pytest
 
 from incubate_lib.pipeline.graph import NOTEBOOKS
-from incubate_lib.pipeline.notebook import ROOT, scrub
+from incubate_lib.pipeline.notebook import ROOT, scrub, without_paths
 
 TRACKED = subprocess.run(
     ["git", "-C", str(ROOT), "ls-files", "*.ipynb"], capture_output=True, text=True, check=True
@@ -81,8 +81,9 @@ def test_executed_copies_lose_paths_and_keep_pictures(monkeypatch):
     attached = nbformat.v4.new_markdown_cell("![](attachment:a)", attachments={"a": {"image/png": picture}})
     code = nbformat.v4.new_code_cell('folder = "/tmp/z"', metadata={"papermill": {"exception": "in /tmp/q"}})
     data = {"text/html": html, "text/plain": "PosixPath('/tmp/a')", "image/png": picture, "application/pdf": picture}
+    texts = {"application/javascript": "open('/tmp/k')", "image/svg+xml": "<svg><desc>/tmp/l</desc></svg>"}
     code.outputs = [
-        nbformat.v4.new_output("display_data", data | {"application/json": {"bdata": picture}}),
+        nbformat.v4.new_output("display_data", data | {"application/json": {"bdata": picture, "in": "/tmp/j"}} | texts),
         nbformat.v4.new_output("stream", text="reads /tmp/b\n"),
         nbformat.v4.new_output("error", ename="OSError", evalue="no /tmp/c", traceback=["\x1b[32m/tmp/d\x1b[0m", "line"]),
     ]
@@ -93,12 +94,21 @@ def test_executed_copies_lose_paths_and_keep_pictures(monkeypatch):
     nbformat.validate(scrubbed)
     shown, stream, error = scrubbed.cells[1].outputs
     assert shown.data["image/png"] == shown.data["application/pdf"] == shown.data["application/json"]["bdata"] == picture
+    assert shown.data["application/json"]["in"] == "tmp/j" and shown.data["application/javascript"] == "open('tmp/k')"
+    assert shown.data["image/svg+xml"] == "<svg><desc>tmp/l</desc></svg>"
     assert scrubbed.cells[0].attachments["a"]["image/png"] == picture
     assert shown.data["text/html"] == html.replace("/tmp/x.png", "tmp/x.png").replace("in /tmp/y", "in tmp/y")
     assert scrubbed.metadata == {"papermill": {"parameters": {"overrides": ["a=tmp/p"]}}}
     assert scrubbed.cells[1].metadata["papermill"]["exception"] == "in tmp/q"
     assert (stream.text, error.evalue, error.traceback[0]) == ("reads tmp/b\n", "no tmp/c", "\x1b[32mtmp/d\x1b[0m")
     assert scrubbed.cells[1].source == 'folder = "tmp/z"' and shown.data["text/plain"] == "PosixPath('tmp/a')"
+
+
+def test_a_long_text_that_only_begins_like_a_picture_is_read_once(monkeypatch):
+    """Its letters squared would take minutes."""
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/tmp")
+    text = f"data:text/{'a' * 500_000} in "
+    assert without_paths(text + "/tmp/x") == text + "tmp/x"
 
 
 def test_parameters_cell_is_what_papermill_sees(nb, path):

@@ -83,6 +83,18 @@ def test_what_is_shown_together_is_corrected_together(alone, holm):
     assert set(found["comparisons"]) == {len(alone)}
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [
+        (-4.69, -0.03, "[-4.7, -0.03]"), (0.0049, 2.0, "[+0.005, +2.0]"), (-1.0, 0.0499, "[-1.0, +0.05]"),
+        (-0.05, 0.05, "[-0.1, +0.1]"), (0.0, 0.0, "[0.0, 0.0]"),
+    ],
+)  # fmt: skip
+def test_an_interval_that_excludes_zero_does_not_show_it(low, high, told):
+    row = pd.Series({"gain": (low + high) / 2, "low": low, "high": high, "clear": True})
+    assert statistics.interval_text(low, high) == told and statistics.gain_text(row).endswith(f" {told}")
+
+
 def test_a_difference_of_one_seed_is_not_corrected_for():
     found = statistics.compare([pd.Series([4.0]), pd.Series(noisy(0.04)), pd.Series([1.0, 1.0])])
     assert found["comparisons"].tolist() == [2] * 3 and math.isnan(found["p_holm"][0]) and not found["clear"][0]

@@ -236,3 +236,13 @@ def test_a_phase_is_refused_before_it_would_wait_for_shared_memory(threads, devi
         check_shared_memory(judge, train, recipe, devices)
     none, same = (replace(part, machine=MachineSettings(workers=0, devices=devices)) for part in (train, judge))
     check_shared_memory(same, none, recipe, devices)
+
+
+def test_one_device_that_judges_has_all_the_room_of_a_machine_with_four(tmp_path, monkeypatch):
+    write_folder(tmp_path / "set")
+    judge = replace(sets_of(tmp_path / "set")[1], machine=MachineSettings(workers=2, devices=4))
+    monkeypatch.setattr(os, "statvfs", lambda path: room_of(3 * judge.read_ahead(12, 1, 2) // 2))
+    monkeypatch.delenv("INCUBATE_THREADS", raising=False)
+    check_shared_memory(judge)
+    with pytest.raises(SettingsError, match="has room for"):
+        check_shared_memory(judge, devices=4)

@@ -21,7 +21,7 @@ from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.export import Finished, choose, export
 from incubate_lib.report.tables import from_plan
 from incubate_lib.training import weights
-from incubate_lib.training.classes import class_names
+from incubate_lib.training.classes import check_order, class_names
 from incubate_lib.training.data import load_data
 from incubate_lib.training.loop import evaluate
 from incubate_lib.training.phases import build_model
@@ -271,6 +271,15 @@ def test_classes_have_the_names_of_their_source(tmp_path, data_folder):
     ]:
         names = class_names(settings, count)
         assert len(names) == len(set(names)) == count and names[0] == first
+
+
+def test_a_name_of_two_classes_says_nothing_about_their_order():
+    birds = ["crane", "swan", "ox", "crane"]
+    check_order(birds, birds, "weights")
+    check_order(birds, ["bird", "swan", "ox", "crane"], "weights")
+    for other in (["crane", "ox", "swan", "crane"], ["ox", "swan", "crane", "crane"]):
+        with pytest.raises(SettingsError, match=r"class '\w+' is number \d, in these images it is \d"):
+            check_order(birds, other, "weights")
 
 
 # -- another resolution ---------------------------------------------------------------------------------------------------

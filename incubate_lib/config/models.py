@@ -224,7 +224,8 @@ class Settings(Frozen):
         if "meta" in self.strategies:
             raise ValueError("strategies.meta: that name is taken, for the folder of the shared meta model")
         alike: dict[str, str] = {"meta": "the folder of the shared meta model, meta,"}
-        for name in self.strategies:
+        own = [name for name, strategy in self.strategies.items() if not strategy.is_as_named(name)]
+        for name in (*self.run, *own):  # what is built in and not run has no folder
             if (other := alike.setdefault(name.lower(), name)) != name:
                 raise ValueError(f"strategies.{name} and {other} differ in case only, which not every file system tells apart")
         if self.machine.download and self.data.source not in ARRAYS and not self.data.source.startswith(("torch/", "hfds/")):

@@ -25,7 +25,9 @@ sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build a gramm
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUTS = {"06_analysis": 900}  # seconds a cell; it only reads, so a longer one hangs. Training takes what it takes
 # base64 may go on in the next line, in JavaScript after a backslash; other data has no blanks, quotes or brackets in it
-DATA_URI = r"data:[\w.+-]*/[\w.+-]+[\w;=.+-]*,(?:[A-Za-z0-9+/=_-]+(?:\\?\r?\n[A-Za-z0-9+/]+={0,2})+|[^\s\"'<>()\\]+)"
+DATA_URI = r"data:[\w.+-]*/[\w.+-]+(?:;[\w=.+-]*)*,(?:[A-Za-z0-9+/=_-]+(?:\\?\r?\n[A-Za-z0-9+/]+={0,2})+|[^\s\"'<>()\\]+)"
+BINARY = re.compile(r"image/(?!svg\b)|audio/|video/|application/(pdf|octet-stream)\b")  # as base64 in a notebook
+BASE64 = r"\A[A-Za-z0-9+/]{64,}={0,2}\Z"  # and nothing else, as numbers stand in JSON
 TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list}
 
 
@@ -88,7 +90,7 @@ def execute(name: str, output: Path, parameters: dict[str, Any], **client: Any) 
 def scrub(nb: Any) -> Any:
     """Take this machine's paths out of the executed notebook, and widget state, which is saved half; return the notebook.
 
-    Pictures and other data stay as they are: in a megabyte of base64 a path as short as /tmp stands by chance now and then.
+    Pictures and other base64 stay as they are: in a megabyte of base64 a path as short as /tmp stands by chance now and then.
     """
     nb.metadata.pop("widgets", None)
     for key in ("input_path", "output_path"):
@@ -101,8 +103,9 @@ def scrub(nb: Any) -> Any:
             data = output.pop("data", {})
             _replace_text(output, without_paths)
             if data:
-                texts = {mime: _replace_text(value, without_paths) for mime, value in data.items() if mime.startswith("text/")}
-                output["data"] = data | texts
+                output["data"] = {
+                    mime: value if BINARY.match(mime) else _replace_text(value, without_paths) for mime, value in data.items()
+                }
     return nb
 
 
@@ -117,10 +120,10 @@ def _replace_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def without_paths(text: str) -> str:
-    """Replace this machine's paths in a text; pictures inside it (data: URIs) stay as they are."""
+    """Replace this machine's paths in a text; pictures inside it (data: URIs) and base64 stay as they are."""
     places = {str(data_folder()): "data", str(ROOT): ".", sys.prefix: "venv", str(Path.home()): "~", tempfile.gettempdir(): "tmp"}
     paths = sorted(places.keys() - {"/"}, key=len, reverse=True)  # the longest first: some lie inside others
-    found = re.compile("|".join([DATA_URI, *map(re.escape, paths)]))
+    found = re.compile("|".join([DATA_URI, *map(re.escape, paths), BASE64]))
     return found.sub(lambda match: places.get(match[0], match[0]), text)
 
 

@@ -22,7 +22,7 @@ from incubate_lib.config import presets
 from incubate_lib.report import studies, tables
 from incubate_lib.report.bench import OURS, TWIN
 from incubate_lib.report.mat import against_others
-from incubate_lib.report.statistics import paired, rounded
+from incubate_lib.report.statistics import interval_text, paired, rounded
 from incubate_lib.report.studies import StudyTable
 from incubate_lib.report.tables import BASELINE, Results, differences, label, mixes, seconds_text, spread
 
@@ -124,10 +124,6 @@ def _gain(source: str, strategy: str, other: str) -> pd.Series:
     return row
 
 
-def _interval(low: float, high: float) -> str:
-    return f"[{rounded(low, 1, '+')}, {rounded(high, 1, '+')}]"
-
-
 def _verdict(row: pd.Series) -> str:
     return "clear" if row["clear"] else "inside the noise"
 
@@ -158,7 +154,7 @@ def most_of_others(source: str, *strategies: str) -> str:
 def gain(source: str, strategy: str, other: str = BASELINE) -> str:
     """A difference in points with its corrected interval and the verdict."""
     row = _gain(source, strategy, other)
-    return f"{rounded(row['gain'], 1, '+')} {_interval(row['low'], row['high'])}, {_verdict(row)}"
+    return f"{rounded(row['gain'], 1, '+')} {interval_text(row['low'], row['high'])}, {_verdict(row)}"
 
 
 def points(source: str, strategy: str, other: str = BASELINE) -> str:
@@ -169,7 +165,7 @@ def points(source: str, strategy: str, other: str = BASELINE) -> str:
 def alone(source: str, strategy: str, other: str = BASELINE) -> str:
     """The 95 % interval that a difference would have if it were the only one."""
     row = _gain(source, strategy, other)
-    return _interval(row["gain"] - row["half_alone"], row["gain"] + row["half_alone"])
+    return interval_text(row["gain"] - row["half_alone"], row["gain"] + row["half_alone"])
 
 
 def count_clear(source: str, strategy: str, other: str = BASELINE) -> str:
@@ -515,7 +511,7 @@ def _judged(found: pd.DataFrame, axes: list[str]) -> str:
         intervals = (gain - half, gain + half), (row["low"], row["high"])
         rows.append([
             *(row[axis] for axis in axes), label(row["strategy"]), label(row["other"]), str(row["seeds"]), rounded(gain, 2, "+"),
-            *(f"[{rounded(low, 2, '+')}, {rounded(high, 2, '+')}]" for low, high in intervals), f"{row['p_holm']:.2g}",
+            *(interval_text(low, high, 2) for low, high in intervals), f"{row['p_holm']:.2g}",
             "**clear**" if row["clear"] else "inside the noise",
         ])  # fmt: skip
     head = [*axes, "strategy", "against", "seeds", "points", "95 % alone", "corrected", "p, corrected", ""]

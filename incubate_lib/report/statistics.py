@@ -70,12 +70,20 @@ def _p(stdtr, mean: float, error: float, freedom: int) -> float:
 
 def gain_text(row: pd.Series) -> str:
     """Return a difference with its interval, and whether it stands out of the noise."""
-    gain, low, high = (rounded(row[name], 1, "+") for name in ("gain", "low", "high"))
-    return (
-        f"{gain} (one seed)"
-        if math.isnan(row["low"])
-        else f"{gain} [{low}, {high}]" + ("" if row["clear"] else ", inside the noise")
-    )
+    gain = rounded(row["gain"], 1, "+")
+    if math.isnan(row["low"]):
+        return f"{gain} (one seed)"
+    return f"{gain} {interval_text(row['low'], row['high'])}" + ("" if row["clear"] else ", inside the noise")
+
+
+def interval_text(low: float, high: float, digits: int = 1) -> str:
+    """Return an interval with so many decimals; with more where a bound would be shown as zero, which it may exclude."""
+
+    def bound(value: float) -> str:
+        texts = [rounded(value, more, "+") for more in range(digits, digits + 4)]
+        return next((text for text in texts if text.strip("+-0.")), texts[0])
+
+    return f"[{bound(low)}, {bound(high)}]"
 
 
 def points_text(gain: float) -> str:

@@ -27,7 +27,7 @@ from incubate_lib.config import (
 )
 from incubate_lib.method.incubation import Hybrid
 from incubate_lib.training.costs import train_flops_per_image
-from incubate_lib.training.counts import count_images
+from incubate_lib.training.counts import IMAGENET, count_images
 from incubate_lib.training.data import ImageSet
 from incubate_lib.training.phases import build_model, model_shape, pick_device, prepare, provenance, repeat_exactly
 from incubate_lib.training.schedule import micro_batches
@@ -146,10 +146,14 @@ def bench(
     device = pick_device()
     repeat_exactly(device)
     if classes is None:
-        known = count_images(settings.data, settings.machine)
-        classes = known.classes
-        if known.assumed:
-            tell(known.told)
+        try:
+            known = count_images(settings.data, settings.machine)
+            classes, assumed = known.classes, known.told if known.assumed else ""
+        except SettingsError as error:  # images that cannot be trained on are no reason not to measure
+            classes = IMAGENET[2]
+            assumed = f"ASSUMED: {classes:,} classes, those of ImageNet-1K, because {error}; --classes says another number."
+        if assumed:
+            tell(assumed)
     if batch is None:
         fits = GPU_BATCH if device.type == "cuda" else max(4, int(CPU_STEP / _flops_per_image(settings, classes)))
         recipe, devices = settings.training, settings.machine.devices

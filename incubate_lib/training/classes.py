@@ -1,5 +1,6 @@
 """The names of classes: those of the images, those that stand beside weights, and whether the two have one order."""
 
+from collections import Counter
 from pathlib import Path
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError
@@ -26,10 +27,11 @@ def label_names(weights: str | Path) -> list[str]:
 def check_order(names: list[str], known: list[str], what: str) -> None:
     """Raise SettingsError where a class that images (`names`) and weights (`known`) both name has two different numbers.
 
-    Names that only one side has say nothing: the same class may be called by a word here and by a number there.
+    Names that only one side has say nothing: the same class may be called by a word here and by a number there. Nor do names
+    of two classes, as ImageNet's crane, which is a bird and a machine.
     """
-    number = {name: i for i, name in enumerate(names)}
-    wrong = [(name, i, number[name]) for i, name in enumerate(known) if number.get(name, i) != i]
+    number, again = {name: i for i, name in enumerate(names)}, Counter(names) | Counter(known)
+    wrong = [(name, i, number[name]) for i, name in enumerate(known) if again[name] == 1 and number.get(name, i) != i]
     if wrong:
         name, there, here = wrong[0]
         raise SettingsError(

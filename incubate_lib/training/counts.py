@@ -36,7 +36,8 @@ def count_images(
     """Return the given numbers, those of a known set, or those of the folder; ImageNet-1K's, and that, where it is not there.
 
     What a run would train on: images that `data.test_images` and `data.val_images` take from the training images are not
-    counted. Files are listed, none is opened, nothing is downloaded. SettingsError for a folder that is there and wrong.
+    counted. Image files are listed; of shards the heads and labels are read, of Hugging Face's tables the labels. No image is
+    opened, nothing is downloaded. SettingsError for a folder that is there and wrong.
     """
     for name, value, least in (("images", images, 1), ("classes", classes, 2)):
         if value is not None and value < least:

@@ -47,7 +47,7 @@ def folder_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE
 def place_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE) -> Path:
     """Return where the folder of a source is, or would be."""
     name = machine.data_folder or settings.folder or settings.source.strip("/").replace("/", "-")
-    return data_folder() / "datasets" / Path(name).expanduser()
+    return data_folder() / "datasets" / os.path.expanduser(name)
 
 
 def from_torchvision(settings: DataSettings, cls: Any, download: bool, **arguments: Any) -> Any:

@@ -203,12 +203,15 @@ def _images_below(folder: Path) -> Iterator[str]:
     def tell(error: OSError) -> None:  # a folder that cannot be read is no empty one
         raise SettingsError(f"{error.filename} cannot be read: {error.strerror}")
 
-    found = []
+    found, ways = [], {str(folder): (folder.resolve(),)}  # of each folder to come: where it and those above it really are
     for root, folders, files in os.walk(folder, onerror=tell, followlinks=True):
         folders[:] = [name for name in folders if not is_left_behind(name)]
+        way = ways.pop(root)
         for path in (Path(root, name) for name in folders):
-            if path.is_symlink() and Path(root).resolve().is_relative_to(path.resolve()):  # or each image would come 40 times
+            real = path.resolve() if path.is_symlink() else way[-1] / path.name
+            if path.is_symlink() and any(above.is_relative_to(real) for above in way):  # or each image would come 40 times
                 raise SettingsError(f"{path} is a link to a folder that it lies in")
+            ways[str(path)] = (*way, real)
         found.append((root, [name for name in files if name.lower().endswith(IMG_EXTENSIONS) and not is_left_behind(name)]))
     for root, files in sorted(found, key=lambda item: normal(item[0])):
         yield from (os.path.join(root, name) for name in sorted(files, key=normal))

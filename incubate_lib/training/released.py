@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from incubate_lib.config import ModelSettings, SettingsError, in_a_line
+from incubate_lib.config import ModelSettings, SettingsError, in_a_line, told
 from incubate_lib.method.incubation import assemble
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.training.phases import build_model
@@ -203,8 +204,9 @@ def _settings(whole: State, path: str, name: str | None, num_heads: int | None) 
     width, hidden = positions[2], len(whole["blocks.0.mlp.fc1.weight"])
     qkv_bias, pre_norm = "blocks.0.attn.qkv.bias" in whole, "norm_pre.weight" in whole
     name = name or (NAMES.get(width, NAMES[768]) if qkv_bias else WITHOUT_QKV_BIAS)
+    name = name.partition(".")[0]  # what follows names timm's weights; here they are the file's
     with torch.device("meta"):
-        usual = build_model(ModelSettings(name=name), 1, 2)
+        usual = build_model(_model_settings("--model", name=name), 1, 2)
     if num_heads is None:
         num_heads = usual.blocks[0].attn.num_heads if usual.embed_dim == width else width // 64
         if usual.embed_dim != width and width % 64:
@@ -216,7 +218,14 @@ def _settings(whole: State, path: str, name: str | None, num_heads: int | None) 
         options["mlp_ratio"] = hidden / width
     if num_heads < 1 or width % num_heads:
         raise SettingsError(f"--num-heads {num_heads} does not divide the width, {width}")
-    return ModelSettings(
-        name=name, img_size=grid * patches[2], patch_size=patches[2], embed_dim=width, depth=_depth(whole),
+    return _model_settings(
+        path, name=name, img_size=grid * patches[2], patch_size=patches[2], embed_dim=width, depth=_depth(whole),
         num_heads=num_heads, in_chans=patches[1], options=options,
     )  # fmt: skip
+
+
+def _model_settings(where: str, **fields: Any) -> ModelSettings:
+    try:
+        return ModelSettings(**fields)
+    except ValidationError as error:
+        raise SettingsError(f"{where}: {told(error, ModelSettings)}") from None

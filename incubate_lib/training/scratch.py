@@ -28,13 +28,13 @@ def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
     """
     if machine.scratch is None or not has_folder(data):
         return machine
-    place = Path(os.path.expandvars(machine.scratch)).expanduser()
+    place = Path(os.path.expanduser(os.path.expandvars(machine.scratch)))
     if "$" in str(place):
         raise SettingsError(f"machine.scratch is {machine.scratch!r}, and that variable is not set on {socket.gethostname()}")
     original = folder_of(data, machine)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        copy = own_folder(place) / f"{original.name}-{_stamp(original)}"
+        copy = own_folder(place, "machine.scratch") / f"{original.name}-{_stamp(original)}"
         with _one_at_a_time(copy.with_name(f"{copy.name}.lock")):
             if not copy.exists():
                 _copy(original, copy)
@@ -43,18 +43,21 @@ def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
     return machine.model_copy(update={"data_folder": str(copy), "scratch": None})
 
 
-def own_folder(place: Path) -> Path:
+def own_folder(place: Path, setting: str) -> Path:
     """Return this user's own folder below a place that others may write to as well, made with mode 700 unless it is there.
 
     Names of what is kept in it can be guessed, so nothing may lie there that somebody else has put there: PermissionError
-    if the folder is another user's, a link, or open to others.
+    if the folder is another user's, a link, or open to others, with the name of the setting that chooses another place.
     """
     folder = place / f"incubate-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     about = folder.lstat()
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
-        told = f"{folder} is not a folder that only you can write to (mode 700)"
-        raise PermissionError(f"{told}; remove it, or choose another place")
+        raise PermissionError(
+            f"{folder} is not a folder that only you can write to (mode 700); remove it, or choose another place with {setting}, "
+            "the only way where the file system has no such modes (exFAT, CIFS, a disk of Windows under WSL)"
+        )
     return folder
 
 

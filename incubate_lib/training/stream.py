@@ -197,9 +197,10 @@ def check_shared_memory(
     """Raise SettingsError if /dev/shm is too small for what worker processes read ahead: training would wait for ever.
 
     What was read ahead to train on stays there while images are judged, so both count. Phases side by side have as much
-    of it each as of the cores ($INCUBATE_THREADS), and so have a machine's devices that train one phase.
+    of it each as of the cores ($INCUBATE_THREADS), and so have those of `devices` that are in one machine.
     """
     machine, workers = judge.machine, judge._workers(devices)
+    sharing = min(machine.devices, devices)  # a notebook judges on one device, whatever the machine has
     mine = math.ceil(len(judge) / devices)
     number, micro = micro_batches(recipe.batch_size, recipe.micro_batch, devices) if recipe else (0, 0)
 
@@ -215,7 +216,7 @@ def check_shared_memory(
         return
     cores = len(os.sched_getaffinity(0))
     share = int(os.environ.get("INCUBATE_THREADS") or cores) / cores
-    room = int(min(there.f_bavail, share * there.f_blocks) * there.f_frsize / machine.devices)
+    room = int(min(there.f_bavail, share * there.f_blocks) * there.f_frsize / sharing)
     if needed(workers) <= room:
         return
     fits = next((fewer for fewer in range(workers, 0, -1) if needed(fewer) <= room), 0)

@@ -25,7 +25,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, MATSettings, TrainingSettings
+from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, MATSettings, SettingsError, TrainingSettings
 from incubate_lib.method.incubation import Imitation
 from incubate_lib.method.mat import Piece
 from incubate_lib.training.adaptive import Adaptive
@@ -72,12 +72,16 @@ def compiled(model: nn.Module, mode: str, backend: str = "inductor") -> nn.Modul
     Everything compiled before is forgotten: torch.compile may otherwise reuse a graph made for another set of
     trainable parameters (pytorch issue 139476). The weights are always read from `model`, so that no file ever has
     the prefix of a compiled one. What inductor keeps for the next time it unpickles, so it lies in a folder of this user's
-    own, not under a name in a shared temporary folder that anybody could take: PermissionError if somebody did.
+    own, not under a name in a shared temporary folder that anybody could take: SettingsError if somebody did.
     """
     if mode == "off":
         return model
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own_folder(Path(tempfile.gettempdir())) / "torchinductor")
+        try:
+            own = own_folder(Path(tempfile.gettempdir()), "TORCHINDUCTOR_CACHE_DIR")
+        except PermissionError as error:
+            raise SettingsError(f"machine.compile {mode!r}: {error}") from None
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own / "torchinductor")
     torch._dynamo.reset()
     return torch.compile(model, mode=None if mode == "default" else mode, backend=backend)
 
