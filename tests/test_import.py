@@ -92,7 +92,7 @@ def test_prefixes_of_wrappers_are_taken_off_in_any_order(prefix, tmp_path):
     original = network(3, width=128)
     content = {"state_dict": {prefix + name: tensor for name, tensor in original.state_dict().items()}}
     import_released([saved(tmp_path / "a.pth", content)], tmp_path / "ours")
-    assert same_logits(original, timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval())
+    assert same_logits(original, opened(tmp_path / "ours"))
 
 
 def test_wrappers_within_a_network_and_names_that_come_twice(tmp_path):
@@ -266,7 +266,7 @@ def test_misfits_are_refused_by_name_and_shape(change, message, tmp_path):
 def test_weights_of_another_precision_are_taken(dtype, tmp_path):
     original = network(2).to(dtype)
     import_released([saved(tmp_path / "a.pth", original.state_dict())], tmp_path / "ours", num_heads=2)
-    model = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()
+    model = opened(tmp_path / "ours")
     assert {p.dtype for p in model.parameters()} == {torch.float32} and same_logits(original.float(), model)
 
 
