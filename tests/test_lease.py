@@ -95,7 +95,8 @@ def test_signs_of_life_are_given_whatever_the_process_does(tmp_path, monkeypatch
     with mine.held():
         for _ in range(3):  # this process only waits, as for a scan of images, a compilation, an evaluation
             os.utime(mine.path, (0, 0))
-            wait_for(lambda: mine.path.stat().st_mtime > 0, "a sign of life")
+            assert wait_for(lambda: mine.path.stat().st_mtime > 0, "a sign of life")
+            assert holder(tmp_path), "and to others it is alive"
 
 
 def test_an_earlier_attempt_of_the_same_job_is_over(tmp_path, monkeypatch):
