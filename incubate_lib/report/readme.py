@@ -96,9 +96,11 @@ def _rows(source: str, strategy: str | None = None) -> pd.DataFrame:
     return rows
 
 
-def _family(source: str, other: str, strategy: str) -> pd.DataFrame:
-    """Return what a study or a run compares with `other`: with end to end everything, with others one strategy."""
-    return _compared(source.partition(":")[0], other, None if other == BASELINE else strategy)
+def _own(source: str, strategy: str, other: str) -> pd.DataFrame:
+    """Return a strategy's comparisons with `other`, judged in their family: with end to end everything, with others one
+    strategy."""
+    found = _compared(source.partition(":")[0], other, None if other == BASELINE else strategy)
+    return found[found["strategy"] == strategy]
 
 
 @functools.cache
@@ -114,8 +116,7 @@ def _compared(name: str, other: str, only: str | None) -> pd.DataFrame:
 def _gain(source: str, strategy: str, other: str) -> pd.Series:
     """Return the row of one comparison."""
     name, _, cell = source.partition(":")
-    found = _family(source, other, strategy)
-    found = found[found["strategy"] == strategy]
+    found = _own(source, strategy, other)
     for axis, value in zip(_study(name).axes, cell.split(","), strict=True) if cell else ():
         found = found[found[axis] == value]
     (_, row), *more = found.iterrows()
@@ -170,22 +171,19 @@ def alone(source: str, strategy: str, other: str = BASELINE) -> str:
 
 def count_clear(source: str, strategy: str, other: str = BASELINE) -> str:
     """How many of a strategy's comparisons are clear, better or worse: "3 of 4"."""
-    found = _family(source, other, strategy)
-    found = found[found["strategy"] == strategy]
+    found = _own(source, strategy, other)
     return f"{int(found['clear'].sum())} of {len(found)}"
 
 
 def ahead(source: str, strategy: str, other: str = BASELINE) -> str:
     """In how many of a strategy's comparisons it is clearly better: "3 of 4"."""
-    found = _family(source, other, strategy)
-    found = found[found["strategy"] == strategy]
+    found = _own(source, strategy, other)
     return f"{int((found['clear'] & (found['gain'] > 0)).sum())} of {len(found)}"
 
 
 def span(source: str, strategy: str, other: str = BASELINE) -> str:
     """The smallest and the largest difference over a study's cells."""
-    found = _family(source, other, strategy)
-    values = found.loc[found["strategy"] == strategy, "gain"]
+    values = _own(source, strategy, other)["gain"]
     return f"{rounded(values.min(), 1, '+')} to {rounded(values.max(), 1, '+')}"
 
 
