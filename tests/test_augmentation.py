@@ -15,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings
 from incubate_lib.pipeline.strategies import open_phase
-from incubate_lib.training import stream
+from incubate_lib.training import stream, transforms
 from incubate_lib.training.data import load_data
 from incubate_lib.training.order import Order
 
@@ -48,7 +48,7 @@ def test_any_number_of_draws_by_a_command():
 )
 def test_every_operation_works_at_every_strength(randaugment, channels):
     """From none to the largest, in steps finer than those of solarizing, which has most: 256 for strengths up to 10."""
-    found = stream.operations(transform(randaugment, (channels, 24, 24)))
+    found = transforms.operations(transform(randaugment, (channels, 24, 24)))
     assert found
     image = Pictures("L" if channels == 1 else "RGB")(0).resize((9, 8))
     for operation in {operation.name: operation for operation in found}.values():
@@ -63,7 +63,7 @@ def test_every_operation_works_at_every_strength(randaugment, channels):
 @pytest.mark.parametrize("randaugment", [*RECIPES, *OTHERS[:-1]])  # the last has none
 def test_posterizing_keeps_the_highest_bits_and_none_is_black(randaugment):
     """What pillow has always done, and with 0 bits refuses to do from 13 on."""
-    found = [operation for operation in stream.operations(transform(randaugment)) if "Posterize" in operation.name]
+    found = [operation for operation in transforms.operations(transform(randaugment)) if "Posterize" in operation.name]
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     image = Image.fromarray(pixels)
     assert found
@@ -96,7 +96,7 @@ def failing(monkeypatch):
 
     def made(*arguments, **options):
         transform = make(*arguments, **options)
-        for operation in stream.operations(transform):
+        for operation in transforms.operations(transform):
             operation.prob, operation.aug_fn = 1.0, FailsOnDark()
         return transform
 

@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from timm.data.auto_augment import AugmentOp, posterize
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -30,6 +29,7 @@ from incubate_lib.training.folders import Opener
 from incubate_lib.training.opened import is_turned
 from incubate_lib.training.order import EVAL_BATCH, Order
 from incubate_lib.training.schedule import derive_seed, micro_batches, total_steps
+from incubate_lib.training.transforms import make_transform
 
 PREFETCH = 4  # batches that each worker reads ahead
 SHARED_MEMORY = "/dev/shm"  # where torch puts what one process hands to another
@@ -238,51 +238,6 @@ def _tensor_bytes(value: Any, depth: int = 4) -> int:
     if isinstance(value, Tensor):
         return _pages(value.nbytes)
     return sum(_tensor_bytes(part, depth - 1) for part in vars(value).values()) if depth and hasattr(value, "__dict__") else 0
-
-
-# -- transforms -----------------------------------------------------------------------------------------------------------
-
-
-def make_transform(
-    shape: tuple[int, int, int],
-    recipe: TrainingSettings | None,
-    *,
-    crop_pct: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Callable[[Image.Image], Any]:
-    """Return what makes a uint8 image of `shape` (C, H, W) of a decoded one: a recipe's augmentation, drawn anew each time.
-
-    Without a recipe it is the centre crop by which images are judged. Raises SettingsError for a `randaugment` that is
-    not in timm's notation.
-    """
-    if recipe is None:
-        how = {"is_training": False, "crop_pct": crop_pct}
-    else:
-        jitter = None if recipe.randaugment else recipe.color_jitter or None
-        how = {"is_training": True, "hflip": 0.5 * recipe.hflip, "auto_augment": recipe.randaugment, "color_jitter": jitter}
-    try:
-        transform = create_transform(shape, interpolation="bicubic", mean=mean, std=std, use_prefetcher=True, **how)
-    except Exception as error:  # timm checks its notation by asserts
-        raise SettingsError(f"training.randaugment {recipe and recipe.randaugment!r}: {error or 'not timm notation'}") from None
-    for operation in operations(transform):
-        if operation.aug_fn is posterize:
-            operation.aug_fn = _posterize
-    return transform
-
-
-def operations(transform: Any) -> list[AugmentOp]:
-    """Return timm's operations, of which RandAugment, AugMix and AutoAugment choose, in a transform; other kinds have none."""
-    found = []
-    for step in transform.transforms:
-        for some in [getattr(step, "ops", []), *getattr(step, "policy", [])]:
-            found += some
-    return found
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
-    """Keep so many bits of each channel. None makes a black image, as it did before pillow 13, which refuses it."""
-    return posterize(image, bits_to_keep, **options) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
 # -- in worker processes --------------------------------------------------------------------------------------------------
