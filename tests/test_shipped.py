@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from patience import join
 from shrunk import BATCH, EPOCHS, MICRO, shrunk, write_images
 
 from incubate_lib.config import load_settings, presets
+from incubate_lib.pipeline import execution
 from incubate_lib.training.data import load_data
 from incubate_lib.training.phases import model_shape
 from incubate_lib.training.runs import read_json
@@ -67,18 +69,29 @@ def ways(name: str) -> list[tuple[str, str]]:
     return found
 
 
+def executed(notebook: str, parameters: dict[str, str], folder: Path, more: dict[str, str]) -> None:
+    """Execute a notebook as `incubate run` does: in a fork of a warm process; one that needs hooks in a process of its own."""
+    name, log = f"{parameters['strategy']}.ipynb", folder / "log.txt"
+    if more:
+        hooks = os.pathsep.join(filter(None, [str(Path(__file__).parent / "hooks"), os.environ.get("PYTHONPATH")]))
+        env = os.environ | more | {"PYTHONPATH": hooks, "INCUBATE_HEADLESS": "1"}
+        command = [sys.executable, "-m", "incubate_lib.pipeline.notebook", notebook, str(folder / name), json.dumps(parameters)]
+        with open(log, "w") as file:
+            code = subprocess.run(command, env=env, stdout=file, stderr=file, cwd=folder).returncode
+    else:
+        code = join(execution.start(folder, parameters, threads=1, notebook=notebook, output=name).process, notebook)
+    assert code == 0, log.read_text()[-3000:]
+
+
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_trains_two_epochs_through_its_notebooks(name, tmp_path, monkeypatch):
     data = tmp_path / "data"
     data.mkdir()
-    env = os.environ | {"INCUBATE_DATA": str(data), "INCUBATE_HEADLESS": "1"} | write_images(name, data)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent / "hooks"), os.environ.get("PYTHONPATH")]))
+    monkeypatch.setenv("INCUBATE_DATA", str(data))
+    more = write_images(name, data)
     preset = written(name, tmp_path)
     for notebook, strategy in ways(name):
-        parameters = json.dumps({"preset": preset, "strategy": strategy})
-        command = [sys.executable, "-m", "incubate_lib.pipeline.notebook", notebook, str(tmp_path / f"{strategy}.ipynb")]
-        result = subprocess.run([*command, parameters], env=env, capture_output=True, text=True, cwd=tmp_path)
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        executed(notebook, {"preset": preset, "strategy": strategy}, tmp_path, more)
     small = load_settings(preset)
     summaries = [read_json(path) for path in data.rglob("summary.json")]
     phases = {(summary["strategy"], summary["phase"]): summary for summary in summaries}
