@@ -11,6 +11,9 @@ from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import readme, studies, tables
 from incubate_lib.report.forecast import open_plan
+from incubate_lib.report.readme.comparisons import comparisons
+from incubate_lib.report.readme.markers import COMPARISONS
+from incubate_lib.report.readme.sources import forget
 from incubate_lib.report.statistics import rounded
 from incubate_lib.report.tables import comparison, from_plan
 
@@ -61,7 +64,7 @@ def test_its_images_exist_and_have_words_in_their_place():
 def test_its_numbers_are_those_of_the_tracked_tables():
     """`incubate figures` would change nothing."""
     assert readme.render(README) == README
-    assert readme.comparisons() == (ROOT / readme.COMPARISONS).read_text()
+    assert comparisons() == (ROOT / COMPARISONS).read_text()
 
 
 def test_no_number_of_the_results_stands_there_by_hand():
@@ -95,13 +98,11 @@ def test_other_tables_make_other_numbers(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "results_folder", lambda: tmp_path / "data" / "results")
     marked = "at <!--=mean fashion-budget:1/8 end_to_end-->60.4<!---->"
     assert readme.render(marked) == marked, "kept from the test before"
-    for kept in (readme._run, readme._study, readme._rows, readme._compared):
-        kept.cache_clear()
+    forget()
     try:
         assert readme.render(marked) == marked.replace("60.4", "70.4")
     finally:
-        for kept in (readme._run, readme._study, readme._rows, readme._compared):
-            kept.cache_clear()
+        forget()
 
 
 @pytest.mark.parametrize(
