@@ -22,8 +22,12 @@ FIRST = (
 )  # fmt: skip
 
 
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items):
-    """Notebooks share one process, because later ones use what earlier ones trained."""
+    """Notebooks share one process, because later ones use what earlier ones trained.
+
+    A wrapper, because it has to come before pytest-xdist reads the groups.
+    """
 
     def rank(item) -> int:
         group = item.get_closest_marker("xdist_group")
@@ -34,6 +38,7 @@ def pytest_collection_modifyitems(items):
         if item.path.suffix == ".ipynb":
             item.add_marker(pytest.mark.xdist_group("notebooks"))
     items.sort(key=rank)
+    return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)
