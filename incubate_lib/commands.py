@@ -89,21 +89,21 @@ def study(options: argparse.Namespace) -> int:
     from incubate_lib.report import studies as report
     from incubate_lib.report import study_plots
 
-    told, console = load_study(options.study, options.set), Console()
+    about, console = load_study(options.study, options.set), Console()
     if options.stop:
-        asked = study.stop(told)
-        print(f"{asked} run(s) of {told.name} are asked to stop" if asked else f"nothing of {told.name} is under way")
+        asked = study.stop(about)
+        print(f"{asked} run(s) of {about.name} are asked to stop" if asked else f"nothing of {about.name} is under way")
         return 0
-    machines = [told.settings(cell).machine for cell in told.cells()]
+    machines = [about.settings(cell).machine for cell in about.cells()]
     jobs = local.check_jobs(options.jobs, max(machine.devices for machine in machines))
     local.check_machine(machines)
     if cluster is None and not options.dry_run:
         warm.prepare()
     print("Planning: reading the images, building the networks, counting FLOPs …", flush=True)
-    print(report.costs_text(study.costs(told), study.measured_speed(told), jobs), flush=True)
+    print(report.costs_text(study.costs(about), study.measured_speed(about), jobs), flush=True)
     if options.dry_run:
         return 0
-    steps, status = study.run(told, jobs=jobs, console=console, cluster=cluster)
+    steps, status = study.run(about, jobs=jobs, console=console, cluster=cluster)
     if status:
         return status
     table = report.collect(steps)
@@ -152,12 +152,12 @@ def status(options: argparse.Namespace) -> int:
 
     todo = _started(options)
     lines = [node_line(node) for node in todo.nodes]
-    told = slurm.annotate(lines, todo)
+    messages = slurm.annotate(lines, todo)
     Console().print(render(lines))
     for line in lines:
         if line.state in ("failed", "lost"):
             print(f"log of {line.key}: {todo.experiment.path / line.key / 'log.txt'}")
-    print(*told, sep="\n", end="\n" if told else "")
+    print(*messages, sep="\n", end="\n" if messages else "")
     print(f"folder: {todo.experiment.path}")
     return 0
 
@@ -186,8 +186,8 @@ def _one_phase(wanted: str, keys: list[str]) -> str:
         return ""
     found = [key for key in keys if key == wanted] or [key for key in keys if wanted in key]
     if len(found) != 1:
-        told = f"is {len(found)} phases: {', '.join(found)}" if found else f"is no phase; {nearest(wanted, keys)}"
-        raise SettingsError(f"{wanted!r} {told}")
+        message = f"is {len(found)} phases: {', '.join(found)}" if found else f"is no phase; {nearest(wanted, keys)}"
+        raise SettingsError(f"{wanted!r} {message}")
     return found[0]
 
 
@@ -321,7 +321,7 @@ def export(options: argparse.Namespace) -> int:
     from incubate_lib.report.export import export
 
     settings = load_settings(options.preset, options.set)
-    name = export(settings, options.folder, strategy=options.strategy, seed=options.seed, tell=print)
+    name = export(settings, options.folder, strategy=options.strategy, seed=options.seed, log=print)
     print(f"wrote strategy {name}, seed {options.seed}: timm.create_model('local-dir:{options.folder}', pretrained=True)")
     print(f"Before you publish it, read {options.folder}/README.md and fill in the licence.")
     return 0
@@ -333,8 +333,8 @@ def bench(options: argparse.Namespace) -> int:
     from incubate_lib.config import SettingsError, load_settings
 
     settings = load_settings(options.preset or "digits", options.set)
-    idle = [o for o in options.set if not o.lstrip().startswith(("precision", "machine"))]
-    if options.growth and (options.preset or options.classes or idle):
+    unused = [o for o in options.set if not o.lstrip().startswith(("precision", "machine"))]
+    if options.growth and (options.preset or options.classes or unused):
         raise SettingsError("--growth has a network of its own; besides it --set precision=…, --set machine.compile=…, "
                             "--batch, --rounds and --save have a meaning")  # fmt: skip
     import pandas as pd
@@ -368,6 +368,6 @@ def _print_table(todo) -> None:
     results = from_plan(todo)
     print(comparison(results).to_string())
     print(results.verdict())
-    if told := lowered(todo.finals.values()):
-        print(told)
+    if message := lowered(todo.finals.values()):
+        print(message)
     print(f"report: {todo.experiment.path / 'report.html'}")

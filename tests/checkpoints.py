@@ -56,10 +56,10 @@ def released(model, depths):
 
 def opened(folder):
     """Return the network in a folder that was written for timm, as timm opens it; before 1.0.26 it had to be told the file."""
-    told = {"pretrained": True}
+    output = {"pretrained": True}
     if tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 26):
-        told = {"checkpoint_path": folder / "model.safetensors"}
-    return timm.create_model(f"local-dir:{folder}", **told).eval()
+        output = {"checkpoint_path": folder / "model.safetensors"}
+    return timm.create_model(f"local-dir:{folder}", **output).eval()
 
 
 def images_of(model):

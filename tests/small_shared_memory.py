@@ -18,16 +18,16 @@ def used() -> int:
 def main(folder: str, workers: int, side: int = 64) -> None:
     recipe = TrainingSettings(batch_size=8, micro_batch=4, epochs=20)
     machine = MachineSettings(workers=workers)
-    train, judge = load_data(DataSettings(source="folder", folder=folder), shape=(3, side, side), machine=machine)
-    check_shared_memory(judge, train, recipe)
+    train, eval_set = load_data(DataSettings(source="folder", folder=folder), shape=(3, side, side), machine=machine)
+    check_shared_memory(eval_set, train, recipe)
     order = Order(len(train), recipe, seed=0, steps=60)
     batches = train.batches(order)
     trained = [len(next(batches)[1])]
     while used() < (workers * PREFETCH + 1) * 4 * 3 * side**2:  # until they have read as far ahead as they may
         time.sleep(0.05)
-    judged = sum(len(labels) for _, labels in judge.judged())
+    eval_batches = sum(len(labels) for _, labels in eval_set.eval_batches())
     trained += [len(labels) for _, labels in batches]
-    print(f"{judged} judged, {sum(trained)} trained on")
+    print(f"{eval_batches} judged, {sum(trained)} trained on")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_with_all_units_active_it_is_full_training_to_the_last_bit(kind):
     assert len(mat.mat.history) == 3
     for (name, a), b in zip(plain.model.state_dict().items(), mat.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    assert mat.flops == plain.flops + 3 * mat.mat.look_flops
+    assert mat.flops == plain.flops + 3 * mat.mat.probe_flops
 
 
 def test_rows_are_stepped_as_adamw_steps_whole_parameters():
@@ -233,8 +233,8 @@ def test_the_evaluations_own_cost_is_counted(kind, outputs, monkeypatch):
     trainer = trainer_of(kind, {"probe": 4, "outputs": outputs, "rank": "gradient_norm"})
     monkeypatch.setattr(torch.Tensor, "addmm_", lambda kernel, a, b: kernel.copy_(torch.addmm(kernel, a, b)))
     with without_recomputation(), FlopCounterMode(display=False) as counter:
-        record = trainer.mat.look(0)
-    assert counter.get_total_flops() == trainer.mat.look_flops + trainer.mat.rank_flops == record["flops"]
+        record = trainer.mat.probe(0)
+    assert counter.get_total_flops() == trainer.mat.probe_flops + trainer.mat.rank_flops == record["flops"]
 
 
 def test_products_in_place_and_with_vectors_are_counted():
@@ -369,15 +369,15 @@ WHOLE = [  # network, its fields, kind of units → what is told, or nothing
 ]
 
 
-@pytest.mark.parametrize(("name", "fields", "kind", "told"), WHOLE, ids=lambda v: v)
-def test_which_units_a_network_as_a_whole_allows_is_known_while_planning(name, fields, kind, told, data_folder, tmp_path):
+@pytest.mark.parametrize(("name", "fields", "kind", "output"), WHOLE, ids=lambda v: v)
+def test_which_units_a_network_as_a_whole_allows_is_known_while_planning(name, fields, kind, output, data_folder, tmp_path):
     size = fields.partition(",")[0].removeprefix("img_size: ")
     (tmp_path / "whole.yaml").write_text(
         f"data: {{source: synthetic, num_images: 48, image_size: {size}, channels: 3, test_images: 16}}\n"
         f"model: {{name: {name}, {fields}}}\n"
         f"training: {{epochs: 2, batch_size: 8, warmup_epochs: 0}}\nmat: {{units: {kind}, probe: 4}}\nrun: [mat]\n"
     )
-    with pytest.raises(SettingsError, match=told) if told else contextlib.nullcontext():
+    with pytest.raises(SettingsError, match=output) if output else contextlib.nullcontext():
         assert plan(load_settings(str(tmp_path / "whole.yaml"))).experiment.facts.units[kind] > 0
 
 

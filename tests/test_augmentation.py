@@ -39,8 +39,8 @@ def test_4000_draws_of_every_pipeline_of_the_presets(pipeline, part):
 
 def test_any_number_of_draws_by_a_command():
     script = Path(__file__).with_name("draw_augmentations.py")
-    told = subprocess.run([sys.executable, str(script), "50"], capture_output=True, text=True, check=True).stdout
-    assert told.count("50 draws in ") == len(PIPELINES) and all(str(pipeline) in told for pipeline in PIPELINES)
+    output = subprocess.run([sys.executable, str(script), "50"], capture_output=True, text=True, check=True).stdout
+    assert output.count("50 draws in ") == len(PIPELINES) and all(str(pipeline) in output for pipeline in PIPELINES)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ def test_what_an_augmentation_raises_is_told_with_image_and_seed(workers, skip, 
 
 def test_images_that_cannot_be_brought_to_size_are_told_wherever_they_are_read(tmp_path, monkeypatch):
     write_folder(tmp_path / "set")
-    train, judge = open_folder(tmp_path / "set")
+    train, eval_set = open_folder(tmp_path / "set")
 
     def too_dark(*_, **__):
         return FailsOnDark()
 
     monkeypatch.setattr(stream, "make_transform", too_dark)
-    for read in (lambda: train.some(torch.arange(3)), lambda: train.preview(3), lambda: list(judge.judged())):
+    for read in (lambda: train.some(torch.arange(3)), lambda: train.preview(3), lambda: list(eval_set.eval_batches())):
         with pytest.raises(SettingsError, match=r"/ant/0\.png with seed 0 \(ValueError: the image is too dark\)"):
             read()
 

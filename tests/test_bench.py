@@ -146,13 +146,13 @@ def test_peaks_are_found_by_name(name, expected):
 def test_the_command_measures_every_variant(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(publish, "results_folder", lambda: tmp_path / "data" / "results")
     assert cli.main(["bench", tiny, "--set", "partition.num_modules=2", "--rounds", "2", "--save", "t"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     rows = ["end to end", "meta model", *(f"hybrid, module {i}" for i in (1, 2))]
     ends = [", bare loop"] * 2 + [", released freezing"] * 2
     for row, end in zip(rows, ends):
-        assert any(line.startswith(f"{row}  ") for line in told.splitlines()), row
-        assert any(line.startswith(row + end) for line in told.splitlines()), row + end
-    assert "at most 1.03 is allowed" in told and "Right freezing: " in told and "In pieces: " in told
+        assert any(line.startswith(f"{row}  ") for line in output.splitlines()), row
+        assert any(line.startswith(row + end) for line in output.splitlines()), row + end
+    assert "at most 1.03 is allowed" in output and "Right freezing: " in output and "In pieces: " in output
     table = pd.read_csv(tmp_path / "data" / "results" / "bench_t.csv")
     assert len(table) == 8 and (table["batch"] == 8).all() and (table["rounds"] == 2).all()
     assert (table[["step_seconds", "step_flops", "share_of_matmul", "peak_memory_bytes"]] > 0).all(axis=None)
@@ -168,8 +168,8 @@ def test_growth_has_every_size_and_a_finite_exponent(tmp_path, monkeypatch):
     for series, sizes in {"depth": [4, 4, 8, 8], "image_size": [16, 16, 32, 32]}.items():
         assert table.loc[table["series"] == series, "size"].tolist() == sizes
     assert set(table["variant"]) == {"end_to_end", "incubate-1"}
-    told = "\n".join(text.growth_in_words(table))
-    assert "hybrid, module 2, 16 to 32 px: time grows as FLOPs^" in told and "nan" not in told
+    output = "\n".join(text.growth_in_words(table))
+    assert "hybrid, module 2, 16 to 32 px: time grows as FLOPs^" in output and "nan" not in output
     assert math.isfinite(text.exponent(table[(table["series"] == "depth") & (table["variant"] == "end_to_end")]))
     assert text.growth_table(table).row_count == 8
     files = publish.publish_bench(table, "t")
@@ -177,7 +177,7 @@ def test_growth_has_every_size_and_a_finite_exponent(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "fastest", "told"),
+    ("seconds", "fastest", "output"),
     [
         ([1, 2, 4, 8], None, "FLOPs^1.00, over the three largest as FLOPs^1.00: no faster than FLOPs do."),
         ([3, 4, 6, 10], None, "no faster than FLOPs do"),
@@ -187,15 +187,15 @@ def test_growth_has_every_size_and_a_finite_exponent(tmp_path, monkeypatch):
         ([1], None, "one size says nothing"),
     ],
 )
-def test_growth_faster_than_flops_is_told(seconds, fastest, told):
+def test_growth_faster_than_flops_is_told(seconds, fastest, output):
     table = pd.DataFrame({"series": "depth", "size": range(len(seconds)), "variant": "end_to_end"})
     table["step_flops"] = [1e9, 2e9, 4e9, 8e9][: len(seconds)]
     table["step_seconds"], table["step_seconds_min"] = seconds, fastest or seconds
-    assert told in text.growth_in_words(table)[0]
+    assert output in text.growth_in_words(table)[0]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "output"),
     [
         (["--rounds", "0"], "--rounds is 0; it must be at least 1"),
         (["--batch", "-1"], "--batch is -1; it must be at least 1"),
@@ -206,9 +206,9 @@ def test_growth_faster_than_flops_is_told(seconds, fastest, told):
         (["nosuch"], "unknown preset 'nosuch'"),
     ],
 )
-def test_bad_input_ends_in_a_line(arguments, told, capsys):
+def test_bad_input_ends_in_a_line(arguments, output, capsys):
     assert cli.main(["bench", *arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert output in capsys.readouterr().err
 
 
 def test_memory_that_does_not_suffice_is_told(tiny, monkeypatch):
@@ -234,12 +234,12 @@ def test_a_folder_without_images_to_judge_by_is_measured_too(tmp_path, monkeypat
     said, measured = [], []
     monkeypatch.setattr(bench, "measure", lambda *_, **how: measured.append(how) or [])
     monkeypatch.setattr(bench, "yardstick", lambda *_: None)
-    bench.bench(load_settings("imagenet-vit-b", [f"data.folder={tmp_path}"]), batch=1, tell=said.append)
+    bench.bench(load_settings("imagenet-vit-b", [f"data.folder={tmp_path}"]), batch=1, log=said.append)
     assert len(measured) == 6 and said[0].startswith("ASSUMED: 1,000 classes, those of ImageNet-1K, because ")
     assert said[0].endswith("; --classes says another number.")
 
 
 def test_help_needs_no_torch():
     code = "import sys, incubate_lib.cli as c; c._parser().parse_args(['bench', '--growth']); print('torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-    assert told.stdout.strip() == "False"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    assert output.stdout.strip() == "False"

@@ -115,8 +115,8 @@ def test_again_nothing_is_done_and_torch_is_not_even_imported(chain):
 
 def test_status_and_report_of_a_finished_run(chain):
     folder, _ = chain
-    told = incubate("status", "smoke", *ALL, folder=folder).stdout
-    assert told.count(" done ") == 17 and "waiting" not in told
+    output = incubate("status", "smoke", *ALL, folder=folder).stdout
+    assert output.count(" done ") == 17 and "waiting" not in output
     result = incubate("report", "smoke", *ALL, folder=folder)
     assert result.returncode == 0 and "Deep Incubation, identity start" in result.stdout
     page = (folder / "runs/smoke/report.html").read_text()
@@ -164,8 +164,8 @@ def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
         process = begin()
         wait_for(lambda finished=finished: done() >= finished and running(), f"{finished} finished phases and one that runs")
         stop(process)
-        told, _ = process.communicate(timeout=HANG)
-        assert process.returncode == 130 and "goes on from here" in told
+        output, _ = process.communicate(timeout=HANG)
+        assert process.returncode == 130 and "goes on from here" in output
         assert done() < 7
         states = {(read_json(p) or {}).get("state") for p in data.rglob("status.json")}
         assert states <= {"done", "stopped", "interrupted"}, states
@@ -221,10 +221,10 @@ def test_a_notebook_that_fails_before_its_kernel_starts_ends_and_tells_why(tmp_p
     todo.experiment.create()
     todo.nodes[-1].folder.path.mkdir(parents=True)
     todo.nodes[-1].folder.set_status("stopped", error="an old one")
-    told = io.StringIO()
+    output = io.StringIO()
     source = {"preset": str(tmp_path / "gone.yaml"), "overrides": []}
-    assert local.run(todo, source, 2, Console(file=told, width=500)) == 1
-    assert "FAILED seed-0/end_to_end: cannot read settings file" in told.getvalue()
+    assert local.run(todo, source, 2, Console(file=output, width=500)) == 1
+    assert "FAILED seed-0/end_to_end: cannot read settings file" in output.getvalue()
 
 
 def test_one_run_at_a_time_in_an_experiment(tmp_path, monkeypatch):

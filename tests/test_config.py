@@ -177,9 +177,9 @@ BAD = [  # command line → what the message must name
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda v: " ".join(v[1:])[:120] if isinstance(v, list) else "")
 def test_bad_input(arguments, message, data_folder, capsys):
     assert main(arguments) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.count("\n") <= 2 and "Traceback" not in told
+    output = capsys.readouterr().err
+    assert message in output
+    assert output.count("\n") <= 2 and "Traceback" not in output
     assert not data_folder.exists()
 
 
@@ -291,15 +291,15 @@ def test_weights_that_timm_leaves_unset_are_refused(monkeypatch):
 def test_a_data_folder_with_a_name_that_is_too_long(parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path.joinpath(*parts)))
     assert main(["run", "smoke"]) == 2
-    told = capsys.readouterr().err
-    assert "is too long: 3000 bytes are possible" in told and told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "is too long: 3000 bytes are possible" in output and output.count("\n") == 1
 
 
 @pytest.mark.parametrize("file", ["my file.yaml", "a" * 120 + ".yaml"])
 def test_a_file_whose_name_is_no_name_for_a_run(file, tmp_path, data_folder, capsys):
     (tmp_path / file).write_text("run: [end_to_end]")
     assert main(["run", str(tmp_path / file)]) == 2
-    assert "name is" in (told := capsys.readouterr().err) and "a name has at most 100" in told and not data_folder.exists()
+    assert "name is" in (output := capsys.readouterr().err) and "a name has at most 100" in output and not data_folder.exists()
     (tmp_path / file).write_text("name: mine\nrun: [end_to_end]")
     assert load_settings(str(tmp_path / file)).name == "mine"
 
@@ -361,21 +361,21 @@ def test_a_data_folder_that_is_not_ours(mode, used):
         os.chmod(Path(place) / "told", 0o666)
         process.start()
         process.join()
-        told = (Path(place) / "told").read_text()
-        assert process.exitcode == 2, told
-        assert ("cannot read" in told or "permission denied" in told) and told.count("\n") <= 2
+        output = (Path(place) / "told").read_text()
+        assert process.exitcode == 2, output
+        assert ("cannot read" in output or "permission denied" in output) and output.count("\n") <= 2
         for folder in (data, data / "runs", data / "runs" / "smoke"):
             os.chmod(folder, 0o755)
         assert sorted(data.rglob("*")) == before
 
 
-def _as_nobody(data: Path, told: Path) -> None:
+def _as_nobody(data: Path, output: Path) -> None:
     from incubate_lib.pipeline import local, warm  # noqa: F401  (now: an ordinary user may not see root's python)
 
     if os.geteuid() == 0:
         os.seteuid(65534)
     os.environ["INCUBATE_DATA"] = str(data)
-    with open(told, "w") as file:
+    with open(output, "w") as file:
         sys.stderr = file
         code = main(["run", "smoke"])
     os._exit(code)

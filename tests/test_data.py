@@ -48,7 +48,7 @@ def test_torchvisions_sets(source, tmp_path, monkeypatch):
         assert abs(train.normalise(train.images).mean().item()) < 1e-3
         assert (train.labels.bincount() == train_images // classes).all()
     else:
-        x, y = next(test.judged())
+        x, y = next(test.eval_batches())
         assert x.shape == (10, *shape) and y.tolist() == list(range(10))
 
 
@@ -63,7 +63,7 @@ def test_sources_opened_image_by_image_agree(source, tmp_path, monkeypatch):
         settings = {"source": f"hfds/{folder}", "folder": str(tmp_path / "cache"), "test_split": "validation"}
     train, test = load_data(DataSettings(**settings), shape=(3, 16, 16), machine=HERE)
     assert (len(train), len(test), train.num_classes) == (24, 12, 3)
-    x, y = next(test.judged())
+    x, y = next(test.eval_batches())
     assert x.shape == (12, 3, 16, 16) and sorted(y.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
     pixels = x * test.std + test.mean
     for label in range(3):  # the right picture with each label, whatever it went through
@@ -155,11 +155,11 @@ def test_a_wrong_folder_is_told_before_anything_is_written(damage, message, in_m
     damage(tmp_path / "set")
     (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set", f", in_memory: {str(in_memory).lower()}"))
     assert main(["run", str(tmp_path / "mine.yaml")]) == 2
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     message = "cannot be read (" if in_memory and "image(s)" in message else message
-    assert message in told and told.count("\n") == 1
+    assert message in output and output.count("\n") == 1
     if "cannot be read" in message:
-        assert ("3.png" if damage is broken_image else "1.png") in told
+        assert ("3.png" if damage is broken_image else "1.png") in output
     assert not data_folder.exists()
 
 
@@ -248,10 +248,12 @@ def test_broken_images_are_named_counted_and_passed_over_on_request_only(tmp_pat
     assert len(images) == len(labels) == len(train)
     (tmp_path / "set" / "val" / "cat" / "0.png").write_bytes(b"")
     with pytest.raises(SettingsError, match=r"val/cat/0\.png"):  # judging by another in its place would count that one twice
-        list(open_folder(tmp_path / "set", skip_broken=True)[1].judged())
+        list(open_folder(tmp_path / "set", skip_broken=True)[1].eval_batches())
     picture(2).save(tmp_path / "set" / "val" / "cat" / "0.png")
     (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set", ", skip_broken: true"))
     assert main(["check", str(tmp_path / "mine.yaml")]) == 1
-    told = capsys.readouterr().out
-    assert "train: 120 images in 3 classes; 120 opened, 1 cannot be read" in told and "bee/3.png: UnidentifiedImageError" in told
-    assert "test: 12 images in 3 classes; 12 opened, 0 cannot be read" in told
+    output = capsys.readouterr().out
+    assert (
+        "train: 120 images in 3 classes; 120 opened, 1 cannot be read" in output and "bee/3.png: UnidentifiedImageError" in output
+    )
+    assert "test: 12 images in 3 classes; 12 opened, 0 cannot be read" in output

@@ -109,13 +109,13 @@ def test_two_devices_rest_and_train_the_same_units_as_one(units, tmp_path, monke
         settings = load_settings("smoke", [*how, "training.micro_batch=8", "training.drop_path=0", "phases.end_to_end.epochs=2"])
         nodes.append(plan(settings, ["mat"]).nodes[0])
         together(rank_of_a_phase, devices, str(tmp_path / f"meeting-{devices}"), job_of(nodes[-1]))
-    looks = [node.folder.metrics(MNTK) for node in nodes]
-    assert len(looks[0]) == 4 and len({tuple(row["active"]) for row in looks[0]}) > 1
-    assert [row["active"] for row in looks[0]] == [row["active"] for row in looks[1]]
+    probes = [node.folder.metrics(MNTK) for node in nodes]
+    assert len(probes[0]) == 4 and len({tuple(row["active"]) for row in probes[0]}) > 1
+    assert [row["active"] for row in probes[0]] == [row["active"] for row in probes[1]]
     one, two = (node.summary() for node in nodes)
     assert two["mat"]["flops"] == 2 * one["mat"]["flops"]  # each device looks
     assert one["train_flops"] - one["mat"]["flops"] == two["train_flops"] - two["mat"]["flops"]
-    executed = [sum(row["flops_executed"] for row in rows) for rows in looks]
+    executed = [sum(row["flops_executed"] for row in rows) for rows in probes]
     assert executed[1] == 2 * executed[0] > 2 * one["mat"]["flops"]
     assert one["train_flops_executed"] - executed[0] == two["train_flops_executed"] - executed[1]
     for a, b in zip(losses(nodes[0].folder), losses(nodes[1].folder), strict=True):
@@ -126,10 +126,10 @@ def rank_that_evaluates(rank: int, devices: int, meeting: str, out: str) -> None
     from incubate_lib.training.data import load_data
 
     team = join_team(rank, devices, meeting)
-    _, judge = load_data(load_settings("smoke", ["data.test_images=95"]).data)
+    _, eval_set = load_data(load_settings("smoke", ["data.test_images=95"]).data)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
-    Path(f"{out}-{rank}").write_text(repr(evaluate(model, judge, team=team)))
+    Path(f"{out}-{rank}").write_text(repr(evaluate(model, eval_set, team=team)))
 
 
 @pytest.mark.parametrize("devices", [2, 3])
@@ -137,12 +137,12 @@ def test_evaluation_counts_every_image_once_whatever_the_number_of_devices(devic
     from incubate_lib.training.data import load_data
 
     together(rank_that_evaluates, devices, str(tmp_path / "meeting"), str(tmp_path / "out"))
-    _, judge = load_data(load_settings("smoke", ["data.test_images=95"]).data)
+    _, eval_set = load_data(load_settings("smoke", ["data.test_images=95"]).data)
     torch.manual_seed(0)
-    expected = evaluate(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4)), judge)
+    expected = evaluate(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4)), eval_set)
     for rank in range(devices):
-        told = eval((tmp_path / f"out-{rank}").read_text())
-        assert told["accuracy"] == expected["accuracy"] and told["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        output = eval((tmp_path / f"out-{rank}").read_text())
+        assert output["accuracy"] == expected["accuracy"] and output["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
 def convolutional(tmp_path) -> str:
@@ -166,8 +166,8 @@ def test_what_several_devices_record_is_true_of_the_weights_they_save(strategy, 
     """Running statistics of BatchNorm are each device's own; one that reads the file has those of the first."""
     node = plan(load_settings(convolutional(tmp_path), how), [strategy]).nodes[0]
     together(rank_of_a_phase, 2, str(tmp_path / "meeting"), job_of(node))
-    recorded, (_, judge) = node.folder.metrics()[-1], node.data()
-    saved = evaluate(load_trained(node.settings, node.folder, judge.num_classes), judge, node.settings.precision)
+    recorded, (_, eval_set) = node.folder.metrics()[-1], node.data()
+    saved = evaluate(load_trained(node.settings, node.folder, eval_set.num_classes), eval_set, node.settings.precision)
     assert recorded["accuracy"] == saved["accuracy"] == node.summary()["accuracy"]
     assert recorded["loss"] == pytest.approx(saved["loss"], rel=1e-5)
 
@@ -176,7 +176,7 @@ def rank_with_buffers(rank: int, devices: int, meeting: str, out: str) -> None:
     model = torch.nn.Linear(1, 1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool):
         model.register_buffer(f"of_{str(dtype)[6:]}", torch.tensor([rank, 1 - rank]).to(dtype))
-    join_team(rank, devices, meeting).share_buffers(model)
+    join_team(rank, devices, meeting).broadcast_buffers(model)
     Path(f"{out}-{rank}").write_text(repr({name: value.tolist() for name, value in model.named_buffers()}))
 
 

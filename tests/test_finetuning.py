@@ -30,9 +30,9 @@ def test_the_report_says_where_fine_tuning_lowers_the_accuracy_and_what_to_try(d
     given += [f"strategies.wild={grown} phases: {{finetune: {{lr: 0.5}}}}}}"]
     todo = plan(load_settings("smoke", given), ["gentle", "wild"])
     todo.run()
-    (told,) = lowered(todo.finals.values()).splitlines()
+    (output,) = lowered(todo.finals.values()).splitlines()
     wild = todo.finals["wild", 0].summary()
-    assert told == (
+    assert output == (
         f"Fine-tuning lowered wild from {100 * wild['start_accuracy']:.1f} to {100 * wild['accuracy']:.1f} % (one seed; more "
         "than chance explains). Try a lower strategies.wild.phases.finetune.lr (it was 0.5), or fewer "
         "strategies.wild.phases.finetune.epochs."
@@ -41,5 +41,5 @@ def test_the_report_says_where_fine_tuning_lowers_the_accuracy_and_what_to_try(d
 
     overrides = [part for override in given for part in ("--set", override)]
     assert main(["report", "smoke", *overrides]) == 0
-    assert told in capsys.readouterr().out
-    assert told in (todo.experiment.path / "report.html").read_text()
+    assert output in capsys.readouterr().out
+    assert output in (todo.experiment.path / "report.html").read_text()

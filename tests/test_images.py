@@ -31,8 +31,8 @@ def one_by_one(tmp_path, image, ending, channels=3, **how):
     for path in sorted((root / "val" / "ant").iterdir()):
         path.unlink()
     image.save(root / "val" / "ant" / f"0{ending}", **how)
-    _, judge = open_folder(root, shape=(channels, 16, 16), crop_pct=1.0)
-    return judge.preview(1)[0].numpy()
+    _, eval_set = open_folder(root, shape=(channels, 16, 16), crop_pct=1.0)
+    return eval_set.preview(1)[0].numpy()
 
 
 def check(folder, capsys, source="folder", more=""):
@@ -40,8 +40,8 @@ def check(folder, capsys, source="folder", more=""):
     text = settings_file(folder, more).replace("source: folder", f"source: {source}")
     (file := folder.parent / "mine.yaml").write_text(text)
     status = main(["check", str(file)])
-    told = capsys.readouterr()
-    return status, told.out + told.err
+    output = capsys.readouterr()
+    return status, output.out + output.err
 
 
 # -- modes and formats --------------------------------------------------------------------------------------------------------
@@ -57,8 +57,8 @@ def test_grey_of_sixteen_bits_keeps_its_upper_byte(ending, channels, tmp_path):
 def test_grey_of_sixteen_bits_in_memory(tmp_path):
     root = write_folder(tmp_path / "set", size=(16, 16), mode="L")
     Image.fromarray(GREY16).save(root / "val" / "ant" / "0.png")
-    _, judge = open_folder(root, shape=(1, 16, 16), in_memory=True)
-    assert np.array_equal(judge.images[0, 0].numpy(), GREY16 >> 8)
+    _, eval_set = open_folder(root, shape=(1, 16, 16), in_memory=True)
+    assert np.array_equal(eval_set.images[0, 0].numpy(), GREY16 >> 8)
 
 
 @pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", 70_000)])
@@ -66,9 +66,9 @@ def test_grey_of_sixteen_bits_in_memory(tmp_path):
 def test_numbers_whose_white_nobody_knows_are_no_image(mode, value, in_memory, tmp_path, capsys):
     root = write_folder(tmp_path / "set", size=(16, 16))
     Image.new(mode, (16, 16), value).save(root / "val" / "ant" / "1.tif")
-    status, told = check(root, capsys, more=f", in_memory: {str(in_memory).lower()}")
-    assert status == 2 and "1.tif" in told
-    assert f"mode {mode} has 32 bits, and nothing says which is white; save it with 8 or 16 bits" in told
+    status, output = check(root, capsys, more=f", in_memory: {str(in_memory).lower()}")
+    assert status == 2 and "1.tif" in output
+    assert f"mode {mode} has 32 bits, and nothing says which is white; save it with 8 or 16 bits" in output
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "P with transparency", "RGB", "RGBA", "CMYK", "LAB"])
@@ -98,9 +98,11 @@ def test_cameras_orientation_is_as_torchvision_has_it_and_told(ending, tmp_path,
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
     seen = one_by_one(tmp_path, image, ending, exif=tags)
     assert np.array_equal(seen, np.asarray(pil_loader(tmp_path / f"set/val/ant/0{ending}")).transpose(2, 0, 1))
-    status, told = check(tmp_path / "set", capsys)
+    status, output = check(tmp_path / "set", capsys)
     assert status == 0
-    assert ("1 have a camera's orientation tag (EXIF), which is not followed" in told) == (ending != ".tif")  # pillow turns TIFFs
+    assert ("1 have a camera's orientation tag (EXIF), which is not followed" in output) == (
+        ending != ".tif"
+    )  # pillow turns TIFFs
     write_folder(tmp_path / "alike", size=(16, 16))
     image.save(tmp_path / f"alike/val/ant/0{ending}", exif=tags)
     assert check(tmp_path / "alike", capsys, more=", in_memory: true")[1].count("1 have a camera's") == (ending != ".tif")
@@ -130,8 +132,8 @@ def test_no_image_starts_a_program(source, tmp_path, monkeypatch, capsys):
     name, more = source.split()[0], ", in_memory: true" if "memory" in source else ""
     if source == "hfds":
         name, more = f"hfds/{root}", ", test_split: validation"
-    status, told = check(root, capsys, name, more)
-    assert status == 2 and "is no BMP, JPEG, PNG, PPM, TIFF, WEBP or GIF" in told
+    status, output = check(root, capsys, name, more)
+    assert status == 2 and "is no BMP, JPEG, PNG, PPM, TIFF, WEBP or GIF" in output
     assert not (tmp_path / "started").exists()
 
 
@@ -143,8 +145,8 @@ def test_a_pipe_is_no_image_and_is_not_waited_for(source, tmp_path, capsys):
     os.mkfifo(pipe)
     writer = threading.Thread(target=lambda: open(pipe, "wb").close(), daemon=True)  # who opens the pipe finds its end
     writer.start()
-    status, told = check(root, capsys, source)
-    assert status == 2 and "0.png is not a regular file but a folder, pipe, socket or device" in told
+    status, output = check(root, capsys, source)
+    assert status == 2 and "0.png is not a regular file but a folder, pipe, socket or device" in output
     os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
     writer.join()
 
@@ -154,8 +156,8 @@ def test_an_image_of_too_many_pixels_is_told(tmp_path, capsys):
     chunks = [b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(9)), b"IEND"]
     packed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
     (root / "val" / "ant" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
-    status, told = check(root, capsys)
-    assert status == 2 and "0.png (DecompressionBombError: Image size (900000000 pixels)" in told
+    status, output = check(root, capsys)
+    assert status == 2 and "0.png (DecompressionBombError: Image size (900000000 pixels)" in output
 
 
 # -- what tools leave behind ----------------------------------------------------------------------------------------------------
@@ -194,8 +196,8 @@ def test_what_tools_leave_behind_in_shards_is_no_sample(tmp_path, capsys):
             add(shard, {"._sample00001.jpg": b"x", ".DS_Store": b"x", "__MACOSX/._a.jpg": b"x", "./Thumbs.db": b"x"})
             add(shard, {f"./more-{tar.stem}.png": png(), f"./more-{tar.stem}.cls": b"0"})  # tar writes names like these
     (root / "._train-000000.tar").write_bytes(b"\0\5\26\7")
-    status, told = check(root, capsys, "wds/")
-    assert status == 0 and "train: 26 images in 3 classes" in told and "test: 13 images" in told
+    status, output = check(root, capsys, "wds/")
+    assert status == 0 and "train: 26 images in 3 classes" in output and "test: 13 images" in output
 
 
 @pytest.mark.parametrize("links", [{"bee/again": "bee"}, {"bee/again": ""}, {"bee/on": "cat", "cat/again": "bee"}])
@@ -203,8 +205,8 @@ def test_a_link_to_itself_is_no_second_copy_of_the_images(links, tmp_path, capsy
     root = write_folder(tmp_path / "set")
     for link, to in links.items():
         (root / "train" / link).symlink_to(root / "train" / to)
-    status, told = check(root, capsys)
-    assert status == 2 and "again is a link to a folder that it lies in" in told
+    status, output = check(root, capsys)
+    assert status == 2 and "again is a link to a folder that it lies in" in output
 
 
 def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path, capsys):
@@ -226,18 +228,18 @@ def test_a_name_in_two_unicode_forms_is_one_class(source, train, val, tmp_path, 
     root = write_folder(tmp_path / "set", classes=("ant", "cafz", "tea"))
     for split, name in {"train": train, "val": val}.items():
         (root / split / "ant").rename(root / split / name)
-    learn, judge = open_source(DataSettings(source=source, folder=str(root)))
-    assert learn.classes == judge.classes == ["cafz", NFC, "tea"], "in one order, whichever machine the folder was copied from"
-    assert [judge.classes[i] for i in judge.labels] == ["cafz"] * 4 + [NFC] * 4 + ["tea"] * 4
-    assert f"/{val}/" in judge.opener.name(5)
-    status, told = check(root, capsys, source)
-    assert status == 0 and "test: 12 images in 3 classes; 12 opened, 0 cannot be read" in told
+    learn, eval_set = open_source(DataSettings(source=source, folder=str(root)))
+    assert learn.classes == eval_set.classes == ["cafz", NFC, "tea"], "in one order, whichever machine the folder was copied from"
+    assert [eval_set.classes[i] for i in eval_set.labels] == ["cafz"] * 4 + [NFC] * 4 + ["tea"] * 4
+    assert f"/{val}/" in eval_set.opener.name(5)
+    status, output = check(root, capsys, source)
+    assert status == 0 and "test: 12 images in 3 classes; 12 opened, 0 cannot be read" in output
 
 
 def test_two_folders_of_one_class_are_told(tmp_path, capsys):
     root = write_folder(tmp_path / "set", classes=(NFC, NFD, "tea"))
-    status, told = check(root, capsys)
-    assert status == 2 and "has class café twice: 'cafe\\u0301' and 'caf\\xe9' differ only in Unicode normalisation" in told
+    status, output = check(root, capsys)
+    assert status == 2 and "has class café twice: 'cafe\\u0301' and 'caf\\xe9' differ only in Unicode normalisation" in output
 
 
 # -- labels and shards ----------------------------------------------------------------------------------------------------------
@@ -279,10 +281,10 @@ def numbered(root, source, labels):
 
 @pytest.mark.parametrize("source", ["wds/", "hfds"])
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "output"),
     [([1, 2, 3], "label 0: 1 of 4 outputs"), ([0, 3, 4], "label 1, 2: 2 of 5 outputs"), ([0, 1, 2], None)],
 )
-def test_labels_with_gaps_are_told_and_keep_their_numbers(source, labels, told, tmp_path, monkeypatch, capsys, data_folder):
+def test_labels_with_gaps_are_told_and_keep_their_numbers(source, labels, output, tmp_path, monkeypatch, capsys, data_folder):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     settings = numbered(tmp_path / "set", source, labels)
     for split in open_source(DataSettings(**settings)):
@@ -291,8 +293,8 @@ def test_labels_with_gaps_are_told_and_keep_their_numbers(source, labels, told, 
     for command in ("check", "plan"):
         assert main([command, str(tmp_path / "mine.yaml")]) == 0
         out = capsys.readouterr().out
-        assert (f"No image to train on has {told} of the network have nothing to learn" in out) == bool(told), command
-        assert told or "No image to train on" not in out
+        assert (f"No image to train on has {output} of the network have nothing to learn" in out) == bool(output), command
+        assert output or "No image to train on" not in out
 
 
 def test_a_run_tells_labels_with_gaps_before_it_trains(tmp_path, monkeypatch, capsys, data_folder):
@@ -308,7 +310,7 @@ def _flow(settings):
 
 
 @pytest.mark.parametrize(
-    ("source", "labels", "told"),
+    ("source", "labels", "output"),
     [
         ("hfds", ["ant", "bee"], "label 'ant' is no whole number"),
         ("hfds", [0.0, 1.5], "label 0.0 is no whole number"),
@@ -317,9 +319,9 @@ def _flow(settings):
         ("wds/", [10**30], "not the number of a class"),
     ],
 )
-def test_labels_that_are_no_classes_are_told(source, labels, told, tmp_path, monkeypatch):
+def test_labels_that_are_no_classes_are_told(source, labels, output, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(SettingsError, match=output):
         open_source(DataSettings(**numbered(tmp_path / "set", source, labels)))
 
 
@@ -328,8 +330,8 @@ def test_a_class_to_judge_by_that_training_lacks_is_told_by_its_label(tmp_path, 
     with tarfile.open(tmp_path / "set" / "train.tar", "w") as tar:
         for i in range(12):
             add(tar, {f"{i}.png": png(), f"{i}.cls": str([0, 1, 3][i % 3]).encode()})
-    status, told = check(tmp_path / "set", capsys, "wds/")
-    assert status == 2 and "the test split has classes that training lacks: 2" in told
+    status, output = check(tmp_path / "set", capsys, "wds/")
+    assert status == 2 and "the test split has classes that training lacks: 2" in output
 
 
 def test_a_shard_cut_anywhere_is_told(tmp_path, capsys):
@@ -349,21 +351,21 @@ def test_a_shard_cut_anywhere_is_told(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "output"),
     [
         (lambda whole, at: whole[:at] + b"x" * 512 + whole[at + 512 :], "is damaged: there is no end mark"),
         (lambda whole, _: whole + whole, "goes on after its end mark"),
     ],
     ids=["damaged header", "joined by cat"],
 )
-def test_a_shard_of_which_a_part_would_be_left_out_is_told(damage, told, tmp_path, capsys):
+def test_a_shard_of_which_a_part_would_be_left_out_is_told(damage, output, tmp_path, capsys):
     numbered(tmp_path / "set", "wds/", [0, 1, 2])
     shard = tmp_path / "set" / "train.tar"
     with tarfile.open(shard) as tar:
         third = tar.getmember("002.png").offset
     shard.write_bytes(damage(shard.read_bytes(), third))
     status, out = check(tmp_path / "set", capsys, "wds/")
-    assert status == 2 and "train.tar" in out and told in out
+    assert status == 2 and "train.tar" in out and output in out
 
 
 def test_a_sample_that_stands_there_twice_or_is_a_link_is_told(tmp_path):
@@ -390,6 +392,6 @@ def test_files_of_inaturalist_are_opened_here(tmp_path):
             picture(i).save(kind / f"{k}.jpg")
     (tmp_path / "set" / "2021_valid").symlink_to(tmp_path / "set" / "2021_train")
     settings = DataSettings(source="torch/inaturalist", folder=str(tmp_path / "set"))
-    train, judge = load_data(settings, shape=(3, 16, 16), machine=HERE)
-    assert len(train) == len(judge) == 4 and train.opener.name(3).endswith("bee/1.jpg")
-    assert torch.equal(next(judge.judged())[1], torch.tensor([0, 0, 1, 1]))
+    train, eval_set = load_data(settings, shape=(3, 16, 16), machine=HERE)
+    assert len(train) == len(eval_set) == 4 and train.opener.name(3).endswith("bee/1.jpg")
+    assert torch.equal(next(eval_set.eval_batches())[1], torch.tensor([0, 0, 1, 1]))

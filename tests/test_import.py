@@ -33,9 +33,9 @@ def test_a_released_checkpoint_becomes_a_timm_folder_with_the_same_logits(kind, 
     assert model.num_classes == 4 and images_of(model) == (1, 8, 8)
     other = network(sum(depths), kind=kind, eps={"B": 1e-5, "H": 1e-6}[kind])
     assert not same_logits(other, model), "these weights would not show a wrong eps"
-    told = capsys.readouterr().out
-    assert f"{' + '.join(map(str, depths))} in 4 module(s)" in told and "weights: " in told
-    assert set(yaml.safe_load(told.split("needs:\n")[1])) == {"model", "strategies"}
+    output = capsys.readouterr().out
+    assert f"{' + '.join(map(str, depths))} in 4 module(s)" in output and "weights: " in output
+    assert set(yaml.safe_load(output.split("needs:\n")[1])) == {"model", "strategies"}
     settings, modules = read_released([file], num_heads=2)
     assert [len(m.blocks) for m in modules] == depths and settings.depth == sum(depths)
     tagged = read_released([file], name=f"{settings.name}.some_tag", num_heads=2)[0]
@@ -163,8 +163,8 @@ def test_code_in_a_file_is_refused_and_not_run(zipped, tmp_path, capsys):
     content = released(network(2), [1, 1]) | {"args": Evil(trap)}
     torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
     assert main(["import", str(tmp_path / "evil.pth"), str(tmp_path / "ours")]) == 2
-    told = capsys.readouterr().err
-    assert "is refused: it holds posix.mkdir" in told and told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "is refused: it holds posix.mkdir" in output and output.count("\n") == 1
     assert not os.path.exists(trap) and not (tmp_path / "ours").exists()
     torch.load(tmp_path / "evil.pth", weights_only=False)  # the trap is a real one
     assert os.path.exists(trap)
@@ -208,7 +208,7 @@ def test_no_settings_file_can_have_a_pickle_read(text, tmp_path, data_folder, ca
     (tmp_path / "downloaded.yaml").write_text(f"{text}\n{more}\n")
     for command in ("run", "plan"):
         assert main([command, str(tmp_path / "downloaded.yaml")]) == 2
-        assert (told := capsys.readouterr().err).count("\n") <= 2 and told.startswith("incubate: "), told
+        assert (output := capsys.readouterr().err).count("\n") <= 2 and output.startswith("incubate: "), output
         assert not trap.exists() and not data_folder.exists()
     torch.load(tmp_path / "bomb.pth", weights_only=False)  # the trap is a real one
     assert trap.exists()
@@ -309,7 +309,7 @@ def test_what_cannot_be_imported_is_told(tmp_path, capsys, monkeypatch):
         ([file, tmp_path / "ours", "--model", "local-dir:/x"], "--model: name is 'local-dir:/x': a plain name of timm"),
     ]:
         assert main(["import", *map(str, arguments)]) == 2
-        assert message in (told := capsys.readouterr().err) and told.count("\n") == 1, told
+        assert message in (output := capsys.readouterr().err) and output.count("\n") == 1, output
     assert [p.name for p in (tmp_path / "taken").iterdir()] == ["mine.txt"]
 
     def killed(model, folder, **_):

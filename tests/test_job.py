@@ -220,12 +220,12 @@ def test_what_others_may_have_put_into_a_shared_folder_is_not_used(plant, images
     if plant == "another user's":
         monkeypatch.setattr(os, "getuid", lambda: 4711)
     PLANTED[plant](shared / f"incubate-{os.getuid()}", elsewhere)
-    told = r".*incubate-\d+ is not a folder that only you can write to .* another place with"
-    with pytest.raises(OSError, match=rf"machine\.scratch {told} machine\.scratch, .*exFAT"):
+    output = r".*incubate-\d+ is not a folder that only you can write to .* another place with"
+    with pytest.raises(OSError, match=rf"machine\.scratch {output} machine\.scratch, .*exFAT"):
         stage(DATA, MachineSettings(scratch=str(shared)))
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(shared))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    with pytest.raises(SettingsError, match=rf"machine\.compile 'default': {told} TORCHINDUCTOR_CACHE_DIR"):
+    with pytest.raises(SettingsError, match=rf"machine\.compile 'default': {output} TORCHINDUCTOR_CACHE_DIR"):
         compiled(torch.nn.Linear(1, 1), "default", backend="eager")
     assert not list(elsewhere.iterdir()) and "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 

@@ -162,8 +162,8 @@ def test_disagreements_agree_with_the_records(done):
     with pytest.raises(SettingsError, match="network is 'meta'"):
         found.cases("meta")
     image = found.cases().index[found.cases() != "both right"][0]
-    pixels = representations._pixels(found.judge, [image])[0]
-    assert (pixels == found.judge.images[image].permute(1, 2, 0).numpy()).all(), "the very image"
+    pixels = representations._pixels(found.eval_set, [image])[0]
+    assert (pixels == found.eval_set.images[image].permute(1, 2, 0).numpy()).all(), "the very image"
 
 
 def test_they_are_found_in_streamed_images_too(home, tmp_path):
@@ -214,8 +214,8 @@ def test_the_viewer_switches_its_picture_and_has_a_twin(done, monkeypatch):
     assert before.startswith(b"\x89PNG") and bytes(picture.value) != before
     monkeypatch.setenv("INCUBATE_HEADLESS", "1")
     assert drawn(hybrids.hybrid_viewer(done, "deep_incubation"))
-    told = hybrids.hybrid_viewer(done, "end_to_end")
-    assert isinstance(told, Sentence) and "has no hybrids" in told.words
+    output = hybrids.hybrid_viewer(done, "end_to_end")
+    assert isinstance(output, Sentence) and "has no hybrids" in output.words
     with pytest.raises(SettingsError, match="index is 3"):
         hybrids.hybrid_figure(load_settings("smoke", CHANGES), "deep_incubation", 3)
 
@@ -261,8 +261,8 @@ def test_curves_end_where_the_costs_do(recorded, x):
         assert end == pytest.approx(ends.loc[name, x] if x in ends else parts["epochs"].sum(), rel=1e-3)
         assert lines[-1][1]["mean"].iloc[-1] == pytest.approx(100 * ends.loc[name, "accuracy"])
     assert drawn(browser.curves_figure(results, STRATEGIES[:2], [0], x))
-    for wrong, told in ({"x": "weeks"}, "x is 'weeks'"), ({"seeds": [7]}, "nothing is finished"):
-        with pytest.raises(SettingsError, match=told):
+    for wrong, output in ({"x": "weeks"}, "x is 'weeks'"), ({"seeds": [7]}, "nothing is finished"):
+        with pytest.raises(SettingsError, match=output):
             browser.curves_figure(results, **{"x": x} | wrong)
 
 
@@ -307,8 +307,8 @@ def damaged(done, tmp_path, monkeypatch):
 
 
 def test_what_is_damaged_becomes_a_sentence(damaged):
-    for name, told in damaged.items():
-        with pytest.raises(SettingsError, match=told):
+    for name, output in damaged.items():
+        with pytest.raises(SettingsError, match=output):
             browser.open_run(name)
     results, _ = browser.open_run("half-summary")
     assert set(results.strategies["strategy"]) == set(STRATEGIES[1:]), "the others can be looked at"
@@ -342,9 +342,9 @@ def test_the_widget_follows_and_never_breaks(damaged, monkeypatch):
     said, picture, tables = shown.widget.children[3:6]
     for name in run.options:  # every one of them, the damaged ones and the published tables
         run.value = name
-        told = damaged.get(name)
-        assert told.replace("'", "&#x27;") in said.value if told else "thread(s) a phase" in said.value, name
-        assert (picture.layout.display == "none") == bool(told)
+        output = damaged.get(name)
+        assert output.replace("'", "&#x27;") in said.value if output else "thread(s) a phase" in said.value, name
+        assert (picture.layout.display == "none") == bool(output)
     run.value = "sound"
     whole, compared = bytes(picture.value), tables.value
     assert "training.lr" in compared and "Comparison" in compared

@@ -54,10 +54,10 @@ def test_the_strongest_goes_on_when_everything_would_rest():
     assert choice.forced and choice.active.tolist() == [False, True]
 
 
-@pytest.mark.parametrize(("how", "told"), [({"alpha": -0.1}, "alpha is -0.1"), ({"alpha": 1.1}, "alpha is 1.1"),
+@pytest.mark.parametrize(("how", "output"), [({"alpha": -0.1}, "alpha is -0.1"), ({"alpha": 1.1}, "alpha is 1.1"),
                                            ({"alpha": 0.5, "beta": -1}, "beta is -1")])  # fmt: skip
-def test_thresholds_out_of_range(how, told):
-    with pytest.raises(ValueError, match=told):
+def test_thresholds_out_of_range(how, output):
+    with pytest.raises(ValueError, match=output):
         choose(VALUES, **how)
     with pytest.raises(ValueError, match="an eigenvalue is nan"):
         choose(VALUES * math.nan, alpha=0.1)

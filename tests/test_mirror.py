@@ -55,8 +55,8 @@ def wandb(tmp_path_factory):
     command += ["--constraint", str(ROOT / "constraints.txt")]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        told = f"wandb cannot be installed: {result.stderr.strip()[-300:]}"
-        pytest.fail(told) if os.environ.get("INCUBATE_REQUIRE_LAB") else pytest.skip(told)
+        output = f"wandb cannot be installed: {result.stderr.strip()[-300:]}"
+        pytest.fail(output) if os.environ.get("INCUBATE_REQUIRE_LAB") else pytest.skip(output)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         yield
@@ -117,15 +117,15 @@ def test_tensorboard_says_what_the_records_say(run):
     assert len(written) == len(run.nodes) == 7 and unchanged == 0
     assert hashes(run) == before
     for node in run.nodes:
-        told, summary = events(run.experiment.path / "mirror" / "tensorboard" / node.key), node.summary()
-        final = {name.removeprefix("final/"): told.pop(name) for name in list(told) if name.startswith("final/")}
+        output, summary = events(run.experiment.path / "mirror" / "tensorboard" / node.key), node.summary()
+        final = {name.removeprefix("final/"): output.pop(name) for name in list(output) if name.startswith("final/")}
         assert {"accuracy", "loss", "train_flops", "train_seconds", "parameters"} <= set(final)
         assert all(pairs == float32([(summary["steps"], summary[name])]) for name, pairs in final.items())
         if node.settings.phase == "assemble":  # trains nothing
-            assert told == {}
+            assert output == {}
         else:
-            assert told == {name: float32(pairs) for name, pairs in recorded(node).items()}
-            assert len(told["loss"]) >= 2 and told["train_flops"][-1][1] > 0
+            assert output == {name: float32(pairs) for name, pairs in recorded(node).items()}
+            assert len(output["loss"]) >= 2 and output["train_flops"][-1][1] > 0
 
 
 def test_again_changes_what_has_changed_and_doubles_nothing(run):
@@ -141,9 +141,9 @@ def test_again_changes_what_has_changed_and_doubles_nothing(run):
     metrics.write_text(whole + json.dumps(row) + "\n" + '{"step": 101')
     assert mirror(run, "tensorboard") == ([place], 6)
     metrics.write_text(whole + json.dumps(row) + "\n")
-    told = events(place)
-    assert {name: told[name] for name in NAMES} == {name: float32(pairs) for name, pairs in recorded(node).items()}
-    assert told["loss"][-1] == (100, 0.25)
+    output = events(place)
+    assert {name: output[name] for name in NAMES} == {name: float32(pairs) for name, pairs in recorded(node).items()}
+    assert output["loss"][-1] == (100, 0.25)
     second = written_at(run)
     assert len(second) == len(first) and {file.parent for file, _ in set(first.items()) ^ set(second.items())} == {place}
     assert not (run.experiment.path / "mirror" / "fresh").exists()
@@ -175,13 +175,13 @@ def test_wandb_is_offline_and_says_what_the_records_say(run, wandb, capfd):
         config = {item.key: json.loads(item.value_json) for item in about.config.update}
         del config["_wandb"]
         assert config == node.folder.config()
-        told, final = {}, {}
+        output, final = {}, {}
         for record in records:
             values = {(i.key or i.nested_key[0]): json.loads(i.value_json) for i in record.history.item}
             for name in values.keys() & NAMES:
-                told.setdefault(name, []).append((values["_step"], values[name]))
+                output.setdefault(name, []).append((values["_step"], values[name]))
             final |= {i.key: json.loads(i.value_json) for i in record.summary.update if i.key}
-        assert told == ({} if node.settings.phase == "assemble" else recorded(node))
+        assert output == ({} if node.settings.phase == "assemble" else recorded(node))
         assert {name: value for name, value in final.items() if not name.startswith("_")} == node.summary()
     assert len(ids) == 7
 

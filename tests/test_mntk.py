@@ -208,7 +208,7 @@ def test_the_memory_of_a_probe_is_what_its_backward_pass_keeps():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "told"),
+    ("name", "kind", "output"),
     [
         (
             "vit",
@@ -219,8 +219,8 @@ def test_the_memory_of_a_probe_is_what_its_backward_pass_keeps():
         ("resnet", "sublayers", r"ResNet has no sublayers; it has: blocks \(4\), conv_layers"),
     ],
 )
-def test_a_kind_that_the_model_does_not_have(name, kind, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_kind_that_the_model_does_not_have(name, kind, output):
+    with pytest.raises(ValueError, match=output):
         find_units(MODELS[name](), kind)
 
 
@@ -300,9 +300,9 @@ def test_every_layer_has_the_kernel_of_the_definition_or_is_refused_by_name(name
             check_kernels(model, units, images)
             break
         except ValueError as error:
-            told = str(error)
-            named = [unit for unit in units if re.search(rf"(layer|parameter) {re.escape(unit.name)}[ .]", told)]
-            assert len(named) == 1, told
+            output = str(error)
+            named = [unit for unit in units if re.search(rf"(layer|parameter) {re.escape(unit.name)}[ .]", output)]
+            assert len(named) == 1, output
             units.remove(named[0])
             refused.add(named[0].name)
     assert refused == {unit.name for unit in layer_units(model) if expected and re.search(expected, unit.name)}
@@ -353,7 +353,7 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("odd", "told"),
+    ("odd", "output"),
     [
         ("weight shared by two layers", r"parameter first\.weight is second\.weight as well"),
         ("memory shared by two layers", r"parameter first\.weight is second\.weight as well"),
@@ -370,16 +370,16 @@ class Odd(nn.Module):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_networks_whose_kernels_would_be_wrong_are_refused_by_name(odd, told):
+def test_networks_whose_kernels_would_be_wrong_are_refused_by_name(odd, output):
     torch.manual_seed(0)
     model, images = Odd(odd), torch.randn(5, 5, 4)  # as many tokens as images
     units = layer_units(model) if odd != "parametrised weight" else [Unit("first", {"first.bias": None})]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=output):
         modular_kernels(model, units, images)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     if odd != "batch in reverse":  # without values it cannot be seen, all else can
-        with pytest.raises(ValueError, match=told), torch.device("meta"):
+        with pytest.raises(ValueError, match=output), torch.device("meta"):
             meta = Odd(odd)
             units = layer_units(meta) if odd != "parametrised weight" else units
             modular_kernels(meta, units, torch.empty(5, 5, 4))

@@ -89,8 +89,8 @@ def test_a_folder_of_ones_own_is_counted_and_the_first_line_says_so(source, tmp_
     assert first_line("--images", "50", "--classes", "7") == "50 images to train on in 7 classes, as given."
     if source != "hfds":
         folder.rename(tmp_path / "moved")
-        told = "ASSUMED: 1,281,167 images to train on in 1,000 classes, those of ImageNet-1K, because data.folder"
-        assert first_line() == f"{told} {folder} is not there; --images and --classes say others."
+        output = "ASSUMED: 1,281,167 images to train on in 1,000 classes, those of ImageNet-1K, because data.folder"
+        assert first_line() == f"{output} {folder} is not there; --images and --classes say others."
         assert first_line("--images", "50", "--classes", "7") == "50 images to train on in 7 classes, as given."
 
 
@@ -98,8 +98,8 @@ def test_a_data_set_that_is_not_in_the_cache_is_assumed(tmp_path, monkeypatch, c
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (file := tmp_path / "mine.yaml").write_text(settings_file("x").replace("folder, folder: 'x'", "hfds//no/such"))
     assert main(["plan", str(file)]) == 0
-    told = capsys.readouterr().out.splitlines()[0]
-    assert told.startswith("ASSUMED: 1,281,167 images") and "Hugging Face datasets cannot read it" in told
+    output = capsys.readouterr().out.splitlines()[0]
+    assert output.startswith("ASSUMED: 1,281,167 images") and "Hugging Face datasets cannot read it" in output
 
 
 def test_a_folder_that_is_there_and_wrong_is_told(tmp_path, capsys):
@@ -198,7 +198,7 @@ def test_alike_blocks_are_counted_once_and_the_sum_is_exact():
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, output",
     [
         (["nonsense"], "'nonsense' is no preset, no .yaml file and no timm model"),
         (["smoke", "--machines", "0"], "machines is 0; it must be at least 1"),
@@ -211,16 +211,16 @@ def test_alike_blocks_are_counted_once_and_the_sum_is_exact():
         (["imagenet-vit-b", "--classes", "1"], "classes is 1; it must be at least 2"),
     ],
 )
-def test_bad_input_is_a_sentence(arguments, told, capsys):
+def test_bad_input_is_a_sentence(arguments, output, capsys):
     assert main(["plan", *arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert output in capsys.readouterr().err
 
 
 def test_the_command_says_what_the_tables_say(capsys, tmp_path):
     assert main(["plan", "smoke", "--machines", "3", "--figure", str(tmp_path / "plan.png")]) == 0
     out = capsys.readouterr().out
-    for told in ("critical path", "module 3", "fine-tuning", "an assumption", "Not in it: judging"):
-        assert told in out
+    for output in ("critical path", "module 3", "fine-tuning", "an assumption", "Not in it: judging"):
+        assert output in out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -280,9 +280,9 @@ def test_predicted_times_stand_beside_measured_ones():
     table = against_measured(results, Speed("told", 2e9, {"incubate-1": 1e9}))
     assert table["measured"].tolist() == [5, 5, 1, 3, 4] and table["predicted"].tolist() == [4, 4, 1, 4, 5]
     assert table["ratio"].tolist() == pytest.approx([0.8, 0.8, 1, 4 / 3, 1.25])
-    shown, told = planner.against_table(table), planner.against_in_words(table)
+    shown, output = planner.against_table(table), planner.against_in_words(table)
     assert shown.iloc[1].tolist()[1:] == ["all phases", "5.0 ± 1.4", "4.0", "0.80"] and shown.loc[3, "phase"] == "module 2"
-    assert "at most 25.0 % for whole strategies and 33.3 % for single phases" in told
+    assert "at most 25.0 % for whole strategies and 33.3 % for single phases" in output
 
 
 def test_our_own_runs_are_predicted_within_fifteen_percent():

@@ -86,7 +86,7 @@ def facts_of(preset):
         flops[f"incubate-{i}"] = counts.per_image(make_hybrid(split(meta, meta_depths), module, i))
     return Facts(
         num_images=images, num_classes=classes, target_depths=target_depths, meta_depths=meta_depths, flops_per_image=flops,
-        misfits={}, units=count_units(target),
+        unsupported={}, units=count_units(target),
     )  # fmt: skip
 
 
@@ -175,14 +175,14 @@ def test_every_cost_in_the_comment_is_the_counted_one(preset):
     assert list(rows) == list(expected)
     for label, values in expected.items():
         assert len(rows[label]) == len(values) == len(strategies), label
-        for strategy, told, value in zip(strategies, rows[label], values, strict=True):
-            where = f"{label} of {strategy}: {told}, counted {value}"
+        for strategy, output, value in zip(strategies, rows[label], values, strict=True):
+            where = f"{label} of {strategy}: {output}, counted {value}"
             if value is None or isinstance(value, str):
-                assert told == (value or "–"), where
+                assert output == (value or "–"), where
                 continue
-            digits = len(told.partition(".")[2])
-            assert told == f"{value:,.{digits}f}", where
-            assert label == "epochs" or len(told.replace(".", "").replace(",", "").lstrip("0")) >= 3, f"{where}; too few digits"
+            digits = len(output.partition(".")[2])
+            assert output == f"{value:,.{digits}f}", where
+            assert label == "epochs" or len(output.replace(".", "").replace(",", "").lstrip("0")) >= 3, f"{where}; too few digits"
     kinds = {name: strategy.kind for name, strategy in load_settings(preset).strategies.items()}
     assert kinds[reference] == "end_to_end" and not load_settings(preset).is_matched(reference)
     flops = facts_of(preset).flops_per_image
@@ -206,10 +206,10 @@ def test_the_cost_of_the_subset_for_a_cpu():
     head = comment("fashion-deit-t-32")
     command = next(c for c in re.findall(r"incubate run .*", head) if "train_share" in c)
     options = _parser().parse_args(shlex.split(command)[1:])
-    told = re.search(r"(\d+) TFLOP for each strategy, about (\d+) minutes each on two cores that do (\d+) GFLOP/s", head)
+    output = re.search(r"(\d+) TFLOP for each strategy, about (\d+) minutes each on two cores that do (\d+) GFLOP/s", head)
     for strategy in load_settings("fashion-deit-t-32").run:
         flops = total("fashion-deit-t-32", strategy, tuple(options.set))
-        assert told.groups()[:2] == (f"{flops / 1e12:.0f}", f"{flops / (float(told.group(3)) * 1e9) / 60:.0f}")
+        assert output.groups()[:2] == (f"{flops / 1e12:.0f}", f"{flops / (float(output.group(3)) * 1e9) / 60:.0f}")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

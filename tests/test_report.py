@@ -84,15 +84,15 @@ def test_what_is_shown_together_is_corrected_together(alone, holm):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "told"),
+    ("low", "high", "output"),
     [
         (-4.69, -0.03, "[-4.7, -0.03]"), (0.0049, 2.0, "[+0.005, +2.0]"), (-1.0, 0.0499, "[-1.0, +0.05]"),
         (-0.05, 0.05, "[-0.1, +0.1]"), (0.0, 0.0, "[0.0, 0.0]"),
     ],
 )  # fmt: skip
-def test_an_interval_that_excludes_zero_does_not_show_it(low, high, told):
+def test_an_interval_that_excludes_zero_does_not_show_it(low, high, output):
     row = pd.Series({"gain": (low + high) / 2, "low": low, "high": high, "clear": True})
-    assert statistics.interval_text(low, high) == told and statistics.gain_text(row).endswith(f" {told}")
+    assert statistics.interval_text(low, high) == output and statistics.gain_text(row).endswith(f" {output}")
 
 
 def test_a_difference_of_one_seed_is_not_corrected_for():
@@ -108,16 +108,16 @@ def test_the_verdict_is_corrected_for_what_it_compares():
     made = {"end_to_end": base, "deep_incubation": ahead}
     assert "(clear at 95 %" in results(made, dict.fromkeys(made, 1e12)).verdict()
     made |= dict(zip(("growing", "stacking", "imitation"), noise, strict=True))
-    told = results(made, dict.fromkeys(made, 1e12)).verdict()
-    assert "(clear" not in told and told.count("inside the noise") == 4 and "Corrected for 4 comparisons (Holm)." in told
+    output = results(made, dict.fromkeys(made, 1e12)).verdict()
+    assert "(clear" not in output and output.count("inside the noise") == 4 and "Corrected for 4 comparisons (Holm)." in output
 
 
 def test_the_verdict_tells_when_the_small_network_is_enough():
     made = results({"end_to_end": [0.5, 0.5], "deep_incubation": [0.7, 0.7]}, {"end_to_end": 1e12, "deep_incubation": 1e12})
     for accuracy, words in [(0.6, "not better on average: end to end."), (0.4, "every strategy is better on average")]:
         meta = pd.DataFrame([{"phase": "meta", "seed": s, "accuracy": accuracy, "flops": 2e11} for s in (0, 1)])
-        told = Results("t", made.strategies, meta, made.curves).verdict()
-        assert f"meta model alone has {100 * accuracy:.1f} % for 0.20 times" in told and words in told
+        output = Results("t", made.strategies, meta, made.curves).verdict()
+        assert f"meta model alone has {100 * accuracy:.1f} % for 0.20 times" in output and words in output
 
 
 def test_comparison_gives_mean_spread_and_ratios():
@@ -179,11 +179,12 @@ def test_seconds_of_several_devices_are_told_as_such(data_folder, tmp_path):
     page = write_report(mixed, tmp_path / "report.html", todo).read_text()
     assert sentence in page and "<td>Another GPU</td>" in page
     speed = speed_of(one)
-    told = against_in_words(against_measured(mixed, replace(speed, device=f"{here}, {threads} thread(s)")))
+    output = against_in_words(against_measured(mixed, replace(speed, device=f"{here}, {threads} thread(s)")))
     assert (
-        f"† marks seconds of other devices than the speed's: Another GPU, 7 thread(s) / Another GPU, 7 thread(s); {here}" in told
+        f"† marks seconds of other devices than the speed's: Another GPU, 7 thread(s) / Another GPU, 7 thread(s); {here}"
+        in output
     )
-    assert "2 devices are mixed" in speed_of(mixed).told
+    assert "2 devices are mixed" in speed_of(mixed).source
 
 
 def test_publishing_keeps_every_number_and_draws_from_the_files(data_folder, tmp_path, monkeypatch):
@@ -275,15 +276,15 @@ def test_what_full_trainings_accuracy_cost_is_read_off_the_mean_curves():
     assert table.loc["MAT"].tolist() == ["90.0 ± 0.0", "0.500", "0.333", "0.500", "0.333"]
     assert table.loc["end to end"].tolist()[1:] == ["1.000"] * 4
     assert table.loc["random units, as many"].tolist()[2::2] == ["never", "never"]
-    told = mat.verdict(made)
-    assert "it takes 0.500 of the FLOPs" in told and "reached for 0.333 of its FLOPs" in told
-    assert "Against random units, as many (1.000 of the FLOPs): 20.0 points better, clear at 95 %, 2 of 2 seeds better." in told
+    output = mat.verdict(made)
+    assert "it takes 0.500 of the FLOPs" in output and "reached for 0.333 of its FLOPs" in output
+    assert "Against random units, as many (1.000 of the FLOPs): 20.0 points better, clear at 95 %, 2 of 2 seeds better." in output
 
 
 def test_a_mat_that_loses_is_told_so():
     made = mat_results({"end_to_end": [[0.1, 0.9]], "mat": [[0.1, 0.8]], "end_to_end_short": [[0.1, 0.85]]})
-    told = mat.verdict(made)
-    assert "never reaches full training's final accuracy" in told and "5.0 points worse, one seed only" in told
+    output = mat.verdict(made)
+    assert "never reaches full training's final accuracy" in output and "5.0 points worse, one seed only" in output
     assert "takes end_to_end and mat" in mat.verdict(mat_results({"mat": [[0.1, 0.8]]}))
 
 

@@ -217,8 +217,8 @@ def test_a_damaged_checkpoint_is_named_and_what_is_sound_is_used(damage, both, s
         DAMAGE[damage](folder.path / "checkpoint.previous.pt")
     capsys.readouterr()
     summary = open_phase("meta", "smoke", FREQUENT, seed=5).run()
-    told = capsys.readouterr().out
-    assert "checkpoint.pt is not sound" in told and ("checkpoint.previous.pt is not sound" in told) == both
+    output = capsys.readouterr().out
+    assert "checkpoint.pt is not sound" in output and ("checkpoint.previous.pt is not sound" in output) == both
     assert ("resumed_at" in folder.status()) == (not both)
     assert summary["weights_sha256"] == expected["weights_sha256"]
 
@@ -284,11 +284,11 @@ def test_two_processes_never_train_the_same_phase(data_folder, tmp_path):
     first = context.Process(target=hold, args=(str(data_folder),), daemon=True)
     first.start()
     wait_for(lambda: node.folder.status()["state"] == "running", "the first process to hold the phase")
-    told = tmp_path / "told"
-    second = context.Process(target=run_meta, args=(str(data_folder), str(told)))
+    output = tmp_path / "told"
+    second = context.Process(target=run_meta, args=(str(data_folder), str(output)))
     second.start()
-    wait_for(lambda: told.exists() and "waiting for process" in told.read_text(), "the second process to say that it waits")
-    assert f"waiting for process {first.pid} on" in told.read_text()
+    wait_for(lambda: output.exists() and "waiting for process" in output.read_text(), "the second process to say that it waits")
+    assert f"waiting for process {first.pid} on" in output.read_text()
     assert second.is_alive() and node.folder.status()["pid"] == first.pid and node.folder.status()["attempt"] == 1
     os.kill(first.pid, signal.SIGKILL)
     first.join()
@@ -306,10 +306,10 @@ def test_a_killed_phase_is_told_as_interrupted(data_folder):
     assert node.folder.status()["state"] == "interrupted"
 
 
-def run_meta(folder: str, told: str) -> None:
+def run_meta(folder: str, output: str) -> None:
     os.environ["INCUBATE_DATA"] = folder
     torch.set_num_threads(1)
-    with open(told, "w") as file, contextlib.redirect_stdout(file):
+    with open(output, "w") as file, contextlib.redirect_stdout(file):
         open_phase("meta", "smoke").run()
 
 
@@ -392,14 +392,14 @@ def test_what_starts_from_a_phase_trained_again_is_made_again_only_if_the_bits_d
     todo = plan(load_settings("smoke", SHORT_OVERRIDES), ["deep_incubation"])
     lose_meta(todo, as_elsewhere)
     old = {node: node.folder.summary()["weights_sha256"] for node in todo.nodes}
-    told = io.StringIO()
-    pool = Pool([(todo, {"preset": "smoke", "overrides": SHORT_OVERRIDES})], 2, Console(file=told), notebooks=False)
+    output = io.StringIO()
+    pool = Pool([(todo, {"preset": "smoke", "overrides": SHORT_OVERRIDES})], 2, Console(file=output), notebooks=False)
     assert local.finish(pool) == 0
     assert all(node.finished() for node in todo.nodes)
     rest = 2 if as_elsewhere else 1
     assert attempts(todo) == {("meta", 2), ("incubate", rest), ("assemble", rest), ("finetune", rest)}
     assert all((node.summary()["weights_sha256"] != sha) == as_elsewhere for node, sha in old.items())
-    assert "seed 0 meta: its weights are missing or damaged; it is trained again; what starts from it" in told.getvalue()
+    assert "seed 0 meta: its weights are missing or damaged; it is trained again; what starts from it" in output.getvalue()
 
 
 def test_a_study_makes_again_what_starts_from_a_phase_trained_again(data_folder, tmp_path, monkeypatch):
@@ -573,6 +573,6 @@ def test_mat_stopped_and_resumed_equals_uninterrupted(how, tmp_path, monkeypatch
         assert summary["train_flops_executed"] > summary["train_flops"]
         found.append((summary["weights_sha256"], summary["train_flops"], rows, summary["train_flops_executed"]))
     assert found[0] == found[1]
-    looks = found[0][2][1]
-    assert [row["step"] for row in looks] == list(range(0, 36, 6)) and len({tuple(row["active"]) for row in looks}) > 1
+    probes = found[0][2][1]
+    assert [row["step"] for row in probes] == list(range(0, 36, 6)) and len({tuple(row["active"]) for row in probes}) > 1
     assert found[0][1] < 36 * 16 * node.experiment.facts.flops_per_image["target"] + summary["mat"]["flops"]

@@ -91,8 +91,8 @@ def test_the_chain_ends_with_everything(site, hardships):
 
 
 def test_every_phase_is_submitted_once(chain):
-    told, again = chain
-    assert "0 of 7 phases are done already, 0 are in Slurm's queue, 8 job(s) submitted" in told
+    output, again = chain
+    assert "0 of 7 phases are done already, 0 are in Slurm's queue, 8 job(s) submitted" in output
     assert "7 are in Slurm's queue, 0 job(s) submitted" in again
 
 
@@ -190,7 +190,7 @@ def hardships(site, others):
         live.stop.click()
         stopped = live.said.value
         site.wait_until_ended(run)
-        live.look()
+        live.refresh()
         watched += [live.headline.value, live.table.value]
     halfway = [site.phases(run)[key].status() for key in KEYS]
     cluster.start("slurmd", "-N", nodes[2])
@@ -286,8 +286,8 @@ def test_a_node_that_does_not_see_the_run_is_told(site, chain):
     shown = site.incubate("status", "smoke", "--seeds", "5").stdout
     assert re.search(r"end_to_end +lost", shown) and f"{job} failed on blind" in shown
     assert "node blind could not write" in shown and "does it see that folder?" in " ".join(shown.split())
-    told = site.incubate("logs", "smoke", "seed-5/end_to_end").stderr
-    assert "the phase has not begun, or its node does not see this folder" in told
+    output = site.incubate("logs", "smoke", "seed-5/end_to_end").stderr
+    assert "the phase has not begun, or its node does not see this folder" in output
 
 
 # -- submission -----------------------------------------------------------------------------------------------------------
@@ -295,8 +295,8 @@ def test_a_node_that_does_not_see_the_run_is_told(site, chain):
 
 def test_a_hundred_phases_wait_in_the_queue_and_are_cancelled(site, chain):
     more = ["--set", "phases.incubate.epochs=3"]
-    told = site.submit(*BOTH, "--seeds", *map(str, range(15)), *more, "--sbatch", "begin=now+1hour")
-    assert "105 phases" in told and "106 job(s) submitted" in told
+    output = site.submit(*BOTH, "--seeds", *map(str, range(15)), *more, "--sbatch", "begin=now+1hour")
+    assert "105 phases" in output and "106 job(s) submitted" in output
     shown = site.incubate("status", "smoke", *more).stdout
     assert shown.count(" queued ") == 106 and "BeginTime" in shown and "Dependency: waits for the phases it starts from" in shown
     refused = site.incubate("run", "smoke", *BOTH, *more)
@@ -329,8 +329,8 @@ def test_a_study_goes_from_stage_to_stage(site, chain):
     assert "1 job(s) submitted" in call(3)
     (first,) = wait()
     assert "06_analysis" not in site.jobs(first)
-    told = call(3)
-    assert "1 job(s) submitted" in told and "rates" in told and "done" in told
+    output = call(3)
+    assert "1 job(s) submitted" in output and "rates" in output and "done" in output
     assert len(wait()) == 2
     assert "wrote" in call(0) and (site.data / "studies" / "trial.csv").exists()
     assert "--partition is for --backend slurm" in site.incubate("study", str(file), "--partition", "gpu").stderr

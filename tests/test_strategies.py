@@ -95,7 +95,7 @@ def test_controls_cost_what_deep_incubation_costs_to_a_step(name, done):
 def test_what_is_grown_starts_out_as_the_meta_model_and_what_is_stacked_has_its_blocks(done):
     nodes = {node.key: node for node in done.nodes}
     meta = load_trained(nodes["seed-0/meta"].settings, nodes["seed-0/meta"].folder, 4)
-    x, _ = next(nodes["seed-0/meta"].data()[1].judged())
+    x, _ = next(nodes["seed-0/meta"].data()[1].eval_batches())
     grown, stacked = (
         load_trained(nodes[f"seed-0/{n}/assemble"].settings, nodes[f"seed-0/{n}/assemble"].folder, 4)
         for n in ("growing", "stacking")
@@ -154,9 +154,9 @@ def test_a_network_that_cannot_have_smaller_images_is_planned_all_the_same(tmp_p
 def test_small_images_first(done):
     first, second = (n for n in done.nodes if n.strategy == "end_to_end_low_resolution")
     assert first.settings.model.img_size == 4 and second.settings.model.img_size == 8
-    train, judge = load_data(first.settings.data)
+    train, eval_set = load_data(first.settings.data)
     whole, _ = load_data(second.settings.data)
-    assert train.shape == judge.shape == (1, 4, 4)
+    assert train.shape == eval_set.shape == (1, 4, 4)
     mean = whole.images.float().unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
     assert (train.images.float() - mean).abs().max() <= 0.5
     begun, at_end = first.folder.load_weights(), load_trained(second.settings, second.folder, 4)

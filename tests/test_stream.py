@@ -58,39 +58,39 @@ def test_worker_processes_change_nothing(tmp_path):
         how = MachineSettings(workers=workers)
         train, test = load_data(settings, shape=(3, 16, 16), machine=how)
         order = Order(len(train), AUGMENTED, seed=1, start=start, steps=9)
-        return [x for x, _ in train.batches(order)], list(test.judged())
+        return [x for x, _ in train.batches(order)], list(test.eval_batches())
 
-    (alone, judged), (helped, same) = stream(0, 0), stream(2, 0)
+    (alone, eval_batches), (helped, same) = stream(0, 0), stream(2, 0)
     assert len(alone) == 9 and all(map(torch.equal, alone, helped))
-    assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(judged, same, strict=True))
+    assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(eval_batches, same, strict=True))
     assert all(map(torch.equal, stream(2, 4)[0], alone[4:]))
 
 
-def read_for_ever(folder: str, told: str, stop: str) -> None:
+def read_for_ever(folder: str, output: str, stop: str) -> None:
     os.environ["INCUBATE_STOP"] = stop
     settings = DataSettings(source="folder", folder=folder)
     train, _ = load_data(settings, shape=(3, 16, 16), machine=MachineSettings(workers=2))
     reader = iter(train._loader(TrainingSettings(), [[(0, 0)]] * 1_000_000, 1))
     for number, _ in enumerate(reader):
-        write_json(Path(told), {"read": number, "workers": [worker.pid for worker in reader._workers]})
+        write_json(Path(output), {"read": number, "workers": [worker.pid for worker in reader._workers]})
 
 
 @pytest.mark.parametrize("warned", [False, True])
 def test_worker_processes_end_with_the_process_that_reads_from_them(warned, tmp_path):
     """Killed, not asked: nothing of it can clean up. Slurm's warning to all processes of a job does not end them before."""
     write_folder(tmp_path / "set")
-    told = tmp_path / "told.json"
+    output = tmp_path / "told.json"
     process = multiprocessing.get_context("forkserver").Process(
-        target=read_for_ever, args=(str(tmp_path / "set"), str(told), str(tmp_path / "STOP") if warned else "")
+        target=read_for_ever, args=(str(tmp_path / "set"), str(output), str(tmp_path / "STOP") if warned else "")
     )
     process.start()
-    workers = wait_for(lambda: read_json(told), "the first images")["workers"]
+    workers = wait_for(lambda: read_json(output), "the first images")["workers"]
     assert len(workers) == 2 and all(is_there(pid) for pid in workers)
     if warned:
         for pid in workers:
             os.kill(pid, signal.SIGTERM)
-        before = read_json(told)["read"]
-        wait_for(lambda: read_json(told)["read"] > before + 3 * PREFETCH * len(workers), "images that were read since")
+        before = read_json(output)["read"]
+        wait_for(lambda: read_json(output)["read"] > before + 3 * PREFETCH * len(workers), "images that were read since")
         assert all(is_there(pid) for pid in workers)
     process.kill()
     process.join()
@@ -111,7 +111,7 @@ def test_every_image_is_judged_once_whatever_the_number_of_devices(tmp_path):
         labels = []
         for rank in range(devices):
             fresh, _ = open_folder(tmp_path / "set")
-            labels += [y for _, y in fresh.judged(rank, devices)]
+            labels += [y for _, y in fresh.eval_batches(rank, devices)]
         assert torch.cat(labels).bincount().tolist() == [8, 8, 8]
     assert isinstance(train, StreamedSet)
 
@@ -128,8 +128,8 @@ def test_training_on_a_folder_learns_and_reports_what_it_saw(tmp_path, data_fold
     assert 0 < summary["data_share"] < 1
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(1.0, True), (0.25, False)])
-def test_waiting_for_images_is_told(seconds, told, tmp_path, data_folder, monkeypatch, capsys):
+@pytest.mark.parametrize(("seconds", "output"), [(1.0, True), (0.25, False)])
+def test_waiting_for_images_is_told(seconds, output, tmp_path, data_folder, monkeypatch, capsys):
     """By a clock that only moves while images are waited for, and three seconds in what is done with them."""
     now, batches, finish = [0.0], StreamedSet.batches, StreamedSet.finish
 
@@ -149,7 +149,7 @@ def test_waiting_for_images_is_told(seconds, told, tmp_path, data_folder, monkey
     (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
     summary = open_phase("meta", str(tmp_path / "mine.yaml")).run()
     assert summary["data_share"] == pytest.approx(seconds / (seconds + 3))
-    assert ("25% of the training time was spent waiting for images" in capsys.readouterr().out) == told
+    assert ("25% of the training time was spent waiting for images" in capsys.readouterr().out) == output
 
 
 def test_a_recipe_that_cannot_work_is_told(tmp_path, data_folder):
@@ -191,14 +191,14 @@ def own_shared_memory():
 def test_training_runs_in_the_shared_memory_that_is_asked_for_and_is_refused_in_less(workers, own_shared_memory, tmp_path):
     """Exactly what is asked for: workers read as far ahead as they may, images are judged meanwhile, and all comes to an end."""
     write_folder(tmp_path / "set")
-    train, judge = (set_.read_ahead(*batch, workers) for set_, batch in zip(sets_of(tmp_path / "set"), [(4, 60), (12, 1)]))
+    train, eval_set = (set_.read_ahead(*batch, workers) for set_, batch in zip(sets_of(tmp_path / "set"), [(4, 60), (12, 1)]))
     script = [sys.executable, str(Path(__file__).with_name("small_shared_memory.py")), str(tmp_path / "set"), str(workers)]
-    result = with_shared_memory(train + judge, *script)
+    result = with_shared_memory(train + eval_set, *script)
     assert result.returncode == 0 and result.stdout == "12 judged, 480 trained on\n", result.stderr
-    refused = with_shared_memory(train + judge - mmap.PAGESIZE, *script)
+    refused = with_shared_memory(train + eval_set - mmap.PAGESIZE, *script)
     assert refused.returncode == 1 and not refused.stdout
-    told = f"can fill {(train + judge) / 1e6:.0f} MB and would then wait for ever; set machine.workers to {workers - 1}"
-    assert "SettingsError: /dev/shm has room for" in refused.stderr and f"machine.workers {workers} {told}" in refused.stderr
+    output = f"can fill {(train + eval_set) / 1e6:.0f} MB and would then wait for ever; set machine.workers to {workers - 1}"
+    assert "SettingsError: /dev/shm has room for" in refused.stderr and f"machine.workers {workers} {output}" in refused.stderr
 
 
 def sets_of(folder):
@@ -225,24 +225,24 @@ def test_a_phase_is_refused_before_it_would_wait_for_shared_memory(threads, devi
     write_folder(tmp_path / "set")
     settings = DataSettings(source="folder", folder=str(tmp_path / "set"))
     how = MachineSettings(workers=2, devices=devices)
-    train, judge = load_data(settings, shape=(3, 1024, 1024), machine=how)
+    train, eval_set = load_data(settings, shape=(3, 1024, 1024), machine=how)
     recipe = TrainingSettings(batch_size=8 * devices, epochs=100)
     monkeypatch.setattr(os, "statvfs", lambda path: room_of(int(size)))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     monkeypatch.setenv("INCUBATE_THREADS", threads) if threads else monkeypatch.delenv("INCUBATE_THREADS", raising=False)
     if message is None:
-        return check_shared_memory(judge, train, recipe, devices)
+        return check_shared_memory(eval_set, train, recipe, devices)
     with pytest.raises(SettingsError, match=message):
-        check_shared_memory(judge, train, recipe, devices)
-    none, same = (replace(part, machine=MachineSettings(workers=0, devices=devices)) for part in (train, judge))
+        check_shared_memory(eval_set, train, recipe, devices)
+    none, same = (replace(part, machine=MachineSettings(workers=0, devices=devices)) for part in (train, eval_set))
     check_shared_memory(same, none, recipe, devices)
 
 
 def test_one_device_that_judges_has_all_the_room_of_a_machine_with_four(tmp_path, monkeypatch):
     write_folder(tmp_path / "set")
-    judge = replace(sets_of(tmp_path / "set")[1], machine=MachineSettings(workers=2, devices=4))
-    monkeypatch.setattr(os, "statvfs", lambda path: room_of(3 * judge.read_ahead(12, 1, 2) // 2))
+    eval_set = replace(sets_of(tmp_path / "set")[1], machine=MachineSettings(workers=2, devices=4))
+    monkeypatch.setattr(os, "statvfs", lambda path: room_of(3 * eval_set.read_ahead(12, 1, 2) // 2))
     monkeypatch.delenv("INCUBATE_THREADS", raising=False)
-    check_shared_memory(judge)
+    check_shared_memory(eval_set)
     with pytest.raises(SettingsError, match="has room for"):
-        check_shared_memory(judge, devices=4)
+        check_shared_memory(eval_set, devices=4)

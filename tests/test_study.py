@@ -107,14 +107,14 @@ def test_it_costs_what_was_told_and_nothing_is_trained_twice(trained):
 
 
 def test_called_again_it_trains_nothing_and_says_the_same(trained):
-    folder, file, _, told = trained
+    folder, file, _, output = trained
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("model.safetensors")}
     saved = (folder / "studies" / "trial.csv").read_text()
     again = incubate("study", str(file), folder=folder)
     assert again.returncode == 0 and "Everything is trained." in again.stdout
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("model.safetensors")} == before
     assert (folder / "studies" / "trial.csv").read_text() == saved
-    assert again.stdout.splitlines()[-8:] == told.splitlines()[-8:]
+    assert again.stdout.splitlines()[-8:] == output.splitlines()[-8:]
 
 
 def test_stopped_in_the_middle_it_goes_on_and_ends_in_the_same_numbers(trained, tmp_path):
@@ -209,11 +209,11 @@ def test_the_cheapest_way_to_end_to_ends_best():
     found = reached(table)
     assert found["strategy"].tolist() == ["growing"] and found["budget"].tolist() == ["1/4"]
     assert found["flops"].tolist() == [0.25] and found["gain"].iloc[0] == pytest.approx(0.5)
-    told = "\n".join(answer(table))
-    assert "for 0.25 of its FLOPs" in told and "(paper) does not reach end to end's best at any budget here" in told
-    assert "gain of 4 comparisons at equal FLOPs, in points: meta model, grown, no incubation at budget 1/4" in told
-    assert "loss of 4 comparisons at equal FLOPs, in points: Deep Incubation, random start (paper) at budget 1, -11.0" in told
-    assert "Corrected for 4 comparisons (Holm)." in told and "4 cells were compared" in told
+    output = "\n".join(answer(table))
+    assert "for 0.25 of its FLOPs" in output and "(paper) does not reach end to end's best at any budget here" in output
+    assert "gain of 4 comparisons at equal FLOPs, in points: meta model, grown, no incubation at budget 1/4" in output
+    assert "loss of 4 comparisons at equal FLOPs, in points: Deep Incubation, random start (paper) at budget 1, -11.0" in output
+    assert "Corrected for 4 comparisons (Holm)." in output and "4 cells were compared" in output
 
 
 def test_a_cell_without_end_to_end_is_not_the_best():

@@ -308,8 +308,8 @@ def test_bfloat16_is_close_and_weights_stay_float32():
     torch.testing.assert_close(b, a, rtol=2e-2, atol=2e-2)
     tensors = [*half.model.parameters(), *(v for s in half.optimizer.state.values() for v in s.values())]
     assert {t.dtype for t in tensors} == {torch.float32}
-    told = evaluate(half.model, image_set(), "bfloat16")
-    assert told["loss"] == pytest.approx(evaluate(half.model, image_set())["loss"], rel=2e-2)
+    output = evaluate(half.model, image_set(), "bfloat16")
+    assert output["loss"] == pytest.approx(evaluate(half.model, image_set())["loss"], rel=2e-2)
 
 
 def test_the_moving_average_is_the_one_of_its_definition_and_is_what_counts(tmp_path):
@@ -323,7 +323,7 @@ def test_the_moving_average_is_the_one_of_its_definition_and_is_what_counts(tmp_
         decay = 0.0 if step < 2 else min(0.9, 1 - step ** (-2 / 3))  # timm's warm-up: early weights are soon forgotten
         for name, p in averaged.model.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * p.detach()
-    for name, p in averaged.judged.named_parameters():
+    for name, p in averaged.eval_model.named_parameters():
         torch.testing.assert_close(p, expected[name], rtol=1e-4, atol=1e-6)
     torch.manual_seed(7)
     model = vit()

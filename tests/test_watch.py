@@ -54,7 +54,7 @@ def facts():
 @pytest.fixture(scope="module")
 def story(tmp_path_factory, facts):
     """A run that is started in the background, watched, stopped by the button, and goes on here; what was seen of it."""
-    told, hooks = {}, Hooks(tmp_path_factory.mktemp("hooks"))
+    output, hooks = {}, Hooks(tmp_path_factory.mktemp("hooks"))
     hooks.hold("end_to_end", 0)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (hooks.env | {"INCUBATE_DATA": str(tmp_path_factory.mktemp("data"))}).items():
@@ -66,44 +66,44 @@ def story(tmp_path_factory, facts):
         first = start_run("smoke", **WHAT)
         patch.delenv("FORCE_COLOR")
         try:
-            told["session"] = os.getsid(first.process.pid), first.process.pid
+            output["session"] = os.getsid(first.process.pid), first.process.pid
             with pytest.raises(SettingsError) as refused:
                 start_run("smoke", **WHAT)
-            told["refused"] = str(refused.value)
+            output["refused"] = str(refused.value)
             shown = watch("smoke", **WHAT, every=0.2)
             live, todo = shown.widget, find("smoke", LONG, ["end_to_end"], (0,))
-            told["values"] = {name: [] for name in ("headline", "graph", "curves", "table")}
-            for name, seen in told["values"].items():
+            output["values"] = {name: [] for name in ("headline", "graph", "curves", "table")}
+            for name, seen in output["values"].items():
                 getattr(live, name).observe(lambda change, seen=seen: seen.append(change["new"]), names="value")
             for changes in (1, 2):
                 hooks.hold("end_to_end", 12 * changes + 1)  # an evaluation more
                 wait_for(
-                    lambda changes=changes: min(len(told["values"][name]) for name in ("curves", "graph")) >= changes,
+                    lambda changes=changes: min(len(output["values"][name]) for name in ("curves", "graph")) >= changes,
                     f"the widget's change number {changes}",
                 )
-            told["midway"] = table(todo), snapshot(todo)._repr_png_(), live.stop.disabled
+            output["midway"] = table(todo), snapshot(todo)._repr_png_(), live.stop.disabled
             live.stop.click()
-            told["said"] = live.said.value
-            told["code"] = first.wait(HANG)
+            output["said"] = live.said.value
+            output["code"] = first.wait(HANG)
             live.thread.join(HANG)
-            told["ended"] = live.thread.is_alive(), live.table.value, live.said.value, live.stop.disabled
+            output["ended"] = live.thread.is_alive(), live.table.value, live.said.value, live.stop.disabled
             folder = todo.nodes[0].folder
-            told["stopped"] = folder.status(), (folder.path / "checkpoint.pt").exists()
+            output["stopped"] = folder.status(), (folder.path / "checkpoint.pt").exists()
             before = files(todo.experiment.path)
             snapshot(todo), table(todo), watch("smoke", **WHAT)._repr_mimebundle_()
-            told["untouched"] = before == files(todo.experiment.path) and len(before) > 5
+            output["untouched"] = before == files(todo.experiment.path) and len(before) > 5
             patch.setattr(watching, "LINGER_SECONDS", HANG)
             live = watch("smoke", **WHAT, every=0.2).widget
-            told["here"], step = [], Trainer.step
-            live.table.observe(lambda change: told["here"].append(change["new"]), names="value")
-            shows = lambda: any(">running<" in table for table in told["here"])  # noqa: E731
+            output["here"], step = [], Trainer.step
+            live.table.observe(lambda change: output["here"].append(change["new"]), names="value")
+            shows = lambda: any(">running<" in table for table in output["here"])  # noqa: E731
             patch.setattr(Trainer, "step", lambda *a: wait_for(shows, "the widget to show it") and step(*a))
             todo.nodes[0].run()  # it goes on in this kernel: no second process, which would import everything again
             live.thread.join(HANG)
-            told["finished"] = table(todo), snapshot(todo)._repr_png_(), read_json(folder.path / "status.json")
-            told["over"] = live.thread.is_alive(), live.headline.value, live.table.value
-            told["log"] = first.log.read_text()
-            yield told
+            output["finished"] = table(todo), snapshot(todo)._repr_png_(), read_json(folder.path / "status.json")
+            output["over"] = live.thread.is_alive(), live.headline.value, live.table.value
+            output["log"] = first.log.read_text()
+            yield output
         finally:
             first.process.kill()
 
@@ -204,10 +204,10 @@ def todo(data_folder, facts):
 def test_wrong_words_are_told_and_start_nothing(given, words, todo, headless):
     given = {"preset": "smoke"} | given
     before = files(todo.experiment.path)
-    with pytest.raises(SettingsError, match=words) as told:
+    with pytest.raises(SettingsError, match=words) as output:
         start_run(**given)
     shown = watch(**given)
-    assert isinstance(shown, Sentence) and str(shown) == str(told.value)
+    assert isinstance(shown, Sentence) and str(shown) == str(output.value)
     assert files(todo.experiment.path) == before
 
 
@@ -304,5 +304,5 @@ def test_a_widget_is_saved_with_its_picture(todo):
 def test_many_rows_are_folded(data_folder, facts):
     """Where there are more than a few, those of which all phases wait or are done take one line."""
     few, many = (plan(load_settings("smoke"), ["deep_incubation"], range(number), facts=facts) for number in (3, 12))
-    heights = [draw(todo, Reader(todo).look())[0].height for todo in (few, many)]
-    assert heights[1] < heights[0] and not draw(many, Reader(many).look())[1].marks
+    heights = [draw(todo, Reader(todo).phases())[0].height for todo in (few, many)]
+    assert heights[1] < heights[0] and not draw(many, Reader(many).phases())[1].marks

@@ -43,15 +43,15 @@ def test_an_imported_meta_model_drives_the_chain_and_the_result_can_be_exported(
     todo.run()
 
     meta = next(node for node in todo.nodes if node.settings.phase == "meta").summary()
-    train, judge = load_data(settings.data)
+    train, eval_set = load_data(settings.data)
     (point,) = next(node for node in todo.nodes if node.settings.phase == "meta").folder.metrics()
     assert meta["steps"] == meta["train_flops"] == point["step"] == 0 and point["accuracy"] == meta["accuracy"]
-    assert meta["accuracy"] == evaluate(original, judge)["accuracy"]
+    assert meta["accuracy"] == evaluate(original, eval_set)["accuracy"]
     results = from_plan(todo)
     assert results.strategies["meta_accuracy"].dropna().tolist() == [meta["accuracy"]]
-    told = results.verdict()
-    assert told.endswith("Weights read from a file, whose training is not counted here: Deep Incubation, random start (paper).")
-    alone = told.splitlines()[-2]
+    output = results.verdict()
+    assert output.endswith("Weights read from a file, whose training is not counted here: Deep Incubation, random start (paper).")
+    alone = output.splitlines()[-2]
     assert f"The meta model alone has {100 * meta['accuracy']:.1f} %" in alone and "FLOPs" not in alone
 
     # export: the right strategy, a folder that plain timm loads, a card that says what the records say
@@ -59,7 +59,7 @@ def test_an_imported_meta_model_drives_the_chain_and_the_result_can_be_exported(
     final = todo.finals["deep_incubation", 0]
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(final.folder.weights).keys()
     model = timm.create_model("local-dir:" + str(tmp_path / "out"), pretrained=True).eval()
-    x = judge.normalise(judge.images[:5])
+    x = eval_set.normalise(eval_set.images[:5])
     save_file({"x": x, "logits": model(x).detach(), "mean": train.mean, "std": train.std}, tmp_path / "expected.safetensors")
     code = """if True:
         import sys, timm, torch
@@ -230,8 +230,8 @@ def test_export_says_what_is_finished_which_it_takes_and_why_and_names_the_class
 
     plan(settings, ["random_modules"]).finals["random_modules", 0].folder.weights.unlink()  # it cannot be exported any more
     assert main(["export", str(file), str(tmp_path / "next")]) == 0
-    told = capsys.readouterr().out
-    assert "random_modules" not in told and "wrote strategy deep_incubation, seed 0" in told
+    output = capsys.readouterr().out
+    assert "random_modules" not in output and "wrote strategy deep_incubation, seed 0" in output
 
     # and as weights to start from: what has the same names must have the same order
     raw = OWN | {"strategies": {"again": {"kind": "finetune", "weights": str(out)}}, "run": ["again"]}
@@ -256,8 +256,8 @@ def test_export_says_what_is_finished_which_it_takes_and_why_and_names_the_class
 )  # fmt: skip
 def test_a_better_network_is_not_passed_over_silently(taken, others, why):
     ready = [Finished(name, 0, accuracy, None) for name, accuracy in {**others, "growing": 0.6}.items()]
-    found, told = choose(load_settings("smoke"), ready, **({"strategy": None, "seed": 0} | taken))
-    assert found.strategy == "growing" and told.endswith(why)
+    found, output = choose(load_settings("smoke"), ready, **({"strategy": None, "seed": 0} | taken))
+    assert found.strategy == "growing" and output.endswith(why)
 
 
 def test_classes_have_the_names_of_their_source(tmp_path, data_folder):
@@ -306,9 +306,9 @@ def test_a_trained_network_is_tuned_or_judged_at_another_resolution(tmp_path, da
     settings = load_settings(str(tmp_path / "high.yaml"))
     high = plan(settings)
     high.run()
-    again, judged, tuned = (node.summary() for node in high.finals.values())
-    assert tuned["steps"] > 0 and judged["steps"] == 0 and judged["accuracy"] == judged["start_accuracy"]
-    assert tuned["start_accuracy"] == judged["accuracy"] == again["accuracy"] > 0.4  # chance is 0.25
+    again, eval_batches, tuned = (node.summary() for node in high.finals.values())
+    assert tuned["steps"] > 0 and eval_batches["steps"] == 0 and eval_batches["accuracy"] == eval_batches["start_accuracy"]
+    assert tuned["start_accuracy"] == eval_batches["accuracy"] == again["accuracy"] > 0.4  # chance is 0.25
     assert "training is not counted here: from phase, judged, tuned." in from_plan(high).verdict()
 
     before, after = load_file(phase.weights), load_file(high.finals["judged", 0].folder.weights)

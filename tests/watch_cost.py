@@ -79,8 +79,8 @@ def main(minutes: float) -> None:
     share = (now.user + now.system - used.user - used.system) / sum(until - begin for w, begin, until in windows if w)
     print(f"{len(stamps)} steps; ms a step, median (mean): watched {1e3 * median['watched']:.3f} ({1e3 * mean['watched']:.3f}), "
           f"not watched {1e3 * median['halted']:.3f} ({1e3 * mean['halted']:.3f})")  # fmt: skip
-    for told, a, b in (("watched / not watched", "watched", "halted"), ("noise", "halted, one half", "halted, other half")):
-        print(f"{told}: {median[a] / median[b]:.4f} by medians, {mean[a] / mean[b]:.4f} by means")
+    for output, a, b in (("watched / not watched", "watched", "halted"), ("noise", "halted, one half", "halted, other half")):
+        print(f"{output}: {median[a] / median[b]:.4f} by medians, {mean[a] / mean[b]:.4f} by means")
     print(f"the watching process used {share:.2%} of a core while it was let go")
 
 

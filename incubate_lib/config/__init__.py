@@ -8,7 +8,7 @@ from incubate_lib.config.files import presets as presets
 from incubate_lib.config.models import DEFAULT_MACHINE as DEFAULT_MACHINE
 from incubate_lib.config.models import PhaseSettings as PhaseSettings
 from incubate_lib.config.models import Settings as Settings
-from incubate_lib.config.models import told as told
+from incubate_lib.config.models import error_message as error_message
 from incubate_lib.config.sections import LARGEST_SEED as LARGEST_SEED
 from incubate_lib.config.sections import MADE as MADE
 from incubate_lib.config.sections import DataSettings as DataSettings

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 
 from incubate_lib.config.files import read_yaml
-from incubate_lib.config.models import PhaseName, told
+from incubate_lib.config.models import PhaseName, error_message
 from incubate_lib.config.sections import Frozen, Positive, SettingsError, nearest
 
 TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", re.ASCII)
@@ -123,9 +123,9 @@ def load_slurm(site: str | None, options: dict[str, Any], sbatch: Sequence[str] 
         for item in error.errors():
             if item["type"] == "extra_forbidden":
                 *where, name = map(str, item["loc"])
-                told_where = f"{site}: {'.'.join(where)}{': ' if where else ''}"
+                where_text = f"{site}: {'.'.join(where)}{': ' if where else ''}"
                 raise SettingsError(
-                    f"{told_where}unknown field {name!r}; {nearest(name, SlurmSettings.model_fields)}. "
+                    f"{where_text}unknown field {name!r}; {nearest(name, SlurmSettings.model_fields)}. "
                     f"Other options of sbatch go under sbatch: {{{name}: …}}"
                 ) from None
-        raise SettingsError(f"{site or 'options of --backend slurm'}: {told(error)}") from None
+        raise SettingsError(f"{site or 'options of --backend slurm'}: {error_message(error)}") from None

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from incubate_lib.config.models import STRATEGIES, UNCUT, Settings, told
+from incubate_lib.config.models import STRATEGIES, UNCUT, Settings, error_message
 from incubate_lib.config.sections import SettingsError, nearest, shortened
 
 LONGEST_FOLDER = 3000  # bytes; Linux opens paths of 4,095, and runs' names, strategies' and files' stand below the data folder
@@ -51,11 +51,11 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
     for name in settings.run:
         settings.strategy(name)
     for override in overrides:
-        _refuse_idle(settings, override.partition("=")[0].strip())
+        _refuse_unused(settings, override.partition("=")[0].strip())
     return settings
 
 
-def _refuse_idle(settings: Settings, where: str) -> None:
+def _refuse_unused(settings: Settings, where: str) -> None:
     """Refuse to set a training field that every phase overrides: it would silently do nothing."""
     section, _, field = where.partition(".")
     if section != "training" or not field:
@@ -131,7 +131,7 @@ def _validate(raw: dict[str, Any], where: str) -> Settings:
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(f"{where}: {told(error)}") from None
+        raise SettingsError(f"{where}: {error_message(error)}") from None
 
 
 def data_folder() -> Path:

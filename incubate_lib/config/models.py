@@ -120,16 +120,16 @@ class StrategySettings(Frozen):
         cut = {"start", "inherit_stem", "inherit_head", "weights", "incubate", "match", "budget", "shares"}
         cut |= {"lr_scale", "warmup_share"}
         own = {"end_to_end": {"match", "match_on", "budget", "low_resolution"}, "finetune": {"weights"}}.get(self.kind, cut)
-        idle = ((cut | {"match_on", "low_resolution"}) - own) & self.model_fields_set
+        unused = ((cut | {"match_on", "low_resolution"}) - own) & self.model_fields_set
         if self.mat is None and self.mat_phases is not None:
             raise ValueError("mat_phases has no meaning without mat: {}")
         if wrong := sorted(set(self.mat_phases or []) - set(self.trains)):
             raise ValueError(f"mat_phases names {', '.join(wrong)}, but kind {self.kind!r} trains {', '.join(self.trains)}")
-        idle |= {f"phases.{p}" for p in PhaseChanges.model_fields if p not in self.trains and p in self.phases.model_fields_set}
-        if idle:
+        unused |= {f"phases.{p}" for p in PhaseChanges.model_fields if p not in self.trains and p in self.phases.model_fields_set}
+        if unused:
             given = f"kind {self.kind!r}" + (" with weights" if self.weights and self.kind == "deep_incubation" else "")
             given += " that trains " + ", ".join(self.trains) if self.incubate == "none" else ""
-            raise ValueError(f"{', '.join(sorted(idle))} has no meaning for {given}")
+            raise ValueError(f"{', '.join(sorted(unused))} has no meaning for {given}")
         if self.kind == "finetune" and not self.weights:
             raise ValueError("kind 'finetune' needs weights: the folder or .safetensors file of the network to start from")
         if ({"shares", "budget", "match_on"} & self.model_fields_set) and not self.match:
@@ -269,16 +269,16 @@ class Settings(Frozen):
 
     def _check_fits(self, training: TrainingSettings, where: str) -> None:
         """Raise ValueError when a recipe asks for what these images or this many devices cannot give."""
-        idle = ["shift"] if self.data.is_streamed else ["randaugment", "color_jitter", "erase"]
-        for field in idle:
+        unused = ["shift"] if self.data.is_streamed else ["randaugment", "color_jitter", "erase"]
+        for field in unused:
             if getattr(training, field):
                 kind = "streamed" if self.data.is_streamed else "held in memory"
                 raise ValueError(f"{field} in {where}: not for images that are {kind} (data.source {self.data.source!r})")
         devices, micro = self.machine.team_size, training.micro_batch
         if training.batch_size % ((micro or 1) * devices):
             of = f"{devices} ({self.machine.nodes} nodes)" if self.machine.nodes > 1 else f"{devices}"
-            told = f"batch_size {training.batch_size} in {where} is not divisible by machine.devices {of}"
-            raise ValueError(told + (f" times micro_batch {micro}" if micro else ""))
+            message = f"batch_size {training.batch_size} in {where} is not divisible by machine.devices {of}"
+            raise ValueError(message + (f" times micro_batch {micro}" if micro else ""))
         if micro and training.batch_size > micro * devices and self.machine.compile in ("reduce-overhead", "max-autotune"):
             raise ValueError(
                 f"machine.compile {self.machine.compile!r} captures CUDA graphs, which overwrite gradients that micro-batches "
@@ -310,7 +310,7 @@ class Settings(Frozen):
         try:
             training = TrainingSettings.model_validate(merged)
         except ValidationError as error:
-            raise SettingsError(f"settings of phase {phase} of strategy {strategy}: {told(error)}") from None
+            raise SettingsError(f"settings of phase {phase} of strategy {strategy}: {error_message(error)}") from None
         if phase in (way.lr_scale or {}) and "lr" not in own:
             training = training.model_copy(update={"lr": way.lr_scale[phase] * training.lr})
             lowest = min(training.min_lr, training.peak_lr)  # the cosine must not end above its beginning
@@ -326,7 +326,7 @@ class Settings(Frozen):
         try:
             return MATSettings.model_validate(self.mat.model_dump() | changes.model_dump(exclude_unset=True))
         except ValidationError as error:
-            raise SettingsError(f"mat of strategy {strategy}: {told(error)}") from None
+            raise SettingsError(f"mat of strategy {strategy}: {error_message(error)}") from None
 
     def is_matched(self, name: str) -> bool:
         """Whether the length of this strategy follows from the cost of another one."""
@@ -406,7 +406,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def told(error: ValidationError, model: type[Frozen] = Settings) -> str:
+def error_message(error: ValidationError, model: type[Frozen] = Settings) -> str:
     """Say in a line or two what is wrong with values of a model: field, value, and what would be right."""
     lines = []
     for item in error.errors()[:3]:

@@ -85,10 +85,10 @@ class DataSettings(Frozen):
     def _known(self) -> "DataSettings":
         known = (*MADE, *ARRAYS, "folder")
         if self.source not in known and not self.source.startswith(TIMM):
-            told = nearest(self.source, [*known, *TIMM])
-            raise ValueError(f"unknown source {self.source!r}; {told} ({', '.join(TIMM)} are followed by timm's name)")
-        if idle := self.idle_fields & self.model_fields_set:
-            raise ValueError(f"{', '.join(sorted(idle))} has no meaning for source {self.source!r}")
+            message = nearest(self.source, [*known, *TIMM])
+            raise ValueError(f"unknown source {self.source!r}; {message} ({', '.join(TIMM)} are followed by timm's name)")
+        if unused := self.unused_fields & self.model_fields_set:
+            raise ValueError(f"{', '.join(sorted(unused))} has no meaning for source {self.source!r}")
         if (self.pad or self.resize) and self.is_streamed:
             raise ValueError(
                 f"{'pad' if self.pad else 'resize'} has no meaning for streamed images: they are brought to the model's size"
@@ -98,7 +98,7 @@ class DataSettings(Frozen):
         return self
 
     @property
-    def idle_fields(self) -> set[str]:
+    def unused_fields(self) -> set[str]:
         """Fields that have no meaning for this source: not to be set, and not shown."""
         return {field for fields, belong in SPECIAL.items() if not belong(self.source) for field in fields}
 
@@ -189,7 +189,7 @@ class PartitionSettings(Frozen):
     meta_depths: list[Positive] | None = None  # blocks of each meta module; one each if left out
 
     @model_validator(mode="after")
-    def _agrees(self) -> "PartitionSettings":
+    def _check_together(self) -> "PartitionSettings":
         given = {
             "num_modules": self.num_modules,
             "len(target_depths)": self.target_depths and len(self.target_depths),
@@ -256,7 +256,7 @@ class TrainingSettings(Frozen):
         return self.lr * self.batch_size / (self.lr_for_batch or self.batch_size)
 
     @model_validator(mode="after")
-    def _agrees(self) -> "TrainingSettings":
+    def _check_together(self) -> "TrainingSettings":
         if self.min_lr > self.peak_lr:
             scaled = f" (lr {self.lr:g} × batch_size {self.batch_size} / lr_for_batch {self.lr_for_batch})"
             raise ValueError(f"min_lr {self.min_lr} is larger than lr {self.peak_lr:g}" + (scaled if self.lr_for_batch else ""))

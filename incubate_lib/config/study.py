@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from incubate_lib.config.files import load_settings, presets, read_yaml, yaml_value
-from incubate_lib.config.models import Settings, told
+from incubate_lib.config.models import Settings, error_message
 from incubate_lib.config.sections import Frozen, Label, Name, Seed, SettingsError, nearest
 
 BASELINE = "end_to_end"
@@ -59,7 +59,7 @@ class Study(Frozen):
     rates: Rates | None = None  # none: the preset's
 
     @model_validator(mode="after")
-    def _agrees(self) -> "Study":
+    def _check_together(self) -> "Study":
         if self.name.endswith("_rates"):
             raise ValueError(f"name {self.name!r}: a name that ends in _rates is that of another study's table of rates")
         for field in ("strategies", "seeds"):
@@ -144,7 +144,7 @@ def load_study(study: str, machine: list[str] | tuple[str, ...] = ()) -> Study:
     try:
         found = Study.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(f"{path.name}: {told(error, Study)}") from None
+        raise SettingsError(f"{path.name}: {error_message(error, Study)}") from None
     for override in machine:
         field, _, value = override.partition("=")
         if not field.strip().startswith("machine."):

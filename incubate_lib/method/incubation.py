@@ -143,6 +143,6 @@ def assemble(modules: Sequence[ViTModule]) -> VisionTransformer:
     if not any(wrong.values()):
         wrong = {"out of order": [i for place, i in enumerate(order) if i != place]}
     if any(wrong.values()):
-        told = "; ".join(f"{why}: module {', '.join(str(i + 1) for i in who)}" for why, who in wrong.items() if who)
-        raise ValueError(f"cannot assemble {len(depths)} modules: {told}")
+        message = "; ".join(f"{why}: module {', '.join(str(i + 1) for i in who)}" for why, who in wrong.items() if who)
+        raise ValueError(f"cannot assemble {len(depths)} modules: {message}")
     return join(modules)

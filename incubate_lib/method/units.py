@@ -145,8 +145,8 @@ def _prove(
                 twin = _random_copy(layer)
                 found = _reach_their_own(twin, [unit.rows for unit in units_of("", twin)], run)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            told = str(error).splitlines() or [type(error).__name__]
-            raise ValueError(f"{name} ({type(layer).__name__}): which rows belong to what is not known ({told[0]})") from None
+            message = str(error).splitlines() or [type(error).__name__]
+            raise ValueError(f"{name} ({type(layer).__name__}): which rows belong to what is not known ({message[0]})") from None
         if not found:
             raise ValueError(f"{name} ({type(layer).__name__}): its rows are laid out in another way than is known here")
         proven.add(alike)
@@ -200,13 +200,13 @@ def _attended(attention: nn.Module) -> Tensor:
     """Return what an attention makes of random tokens, before anything mixes its heads: [2, T, channels]."""
     seen: list[Tensor] = []
 
-    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if seen:  # not a norm before q, k and v
             seen.append(inputs[0])
 
     handles = [attention.qkv.register_forward_hook(lambda layer, inputs, output: seen.append(output))]
     mixing = [getattr(attention, "norm", None), attention.proj]
-    handles += [layer.register_forward_pre_hook(look) for layer in mixing if isinstance(layer, nn.Module)]
+    handles += [layer.register_forward_pre_hook(record) for layer in mixing if isinstance(layer, nn.Module)]
     tokens = getattr(attention, "window_area", 4)  # windows have a fixed number
     generator = torch.Generator().manual_seed(1)
     attention(torch.randn(2, tokens, attention.qkv.in_features, generator=generator, dtype=torch.float64))

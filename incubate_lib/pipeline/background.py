@@ -39,8 +39,8 @@ class Background:
 
     def __repr__(self) -> str:
         name, code = self.experiment.path.name, self.process.poll()
-        told = f"runs in the background, as process {self.process.pid}" if code is None else f"has ended (exit status {code})"
-        return f"{name} {told}. It needs neither this kernel nor the browser; what it prints is in {self.log}"
+        message = f"runs in the background, as process {self.process.pid}" if code is None else f"has ended (exit status {code})"
+        return f"{name} {message}. It needs neither this kernel nor the browser; what it prints is in {self.log}"
 
 
 def start_run(

@@ -127,8 +127,8 @@ def only_run(path: Path) -> Iterator[None]:
     lease = Lease.take(path / "lease")
     if lease is None:
         other = holder(path / "lease") or {}
-        told = f"process {other.get('pid')} on {other.get('host')}"
-        raise SettingsError(f"another `incubate run` ({told}) is at work in {path}")
+        message = f"process {other.get('pid')} on {other.get('host')}"
+        raise SettingsError(f"another `incubate run` ({message}) is at work in {path}")
     with lease.held():
         yield
 

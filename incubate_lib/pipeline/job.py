@@ -96,10 +96,10 @@ def stuck(attempts: list[dict[str, Any]], job: str, limit: int) -> bool:
     """
     mine = [a for a in attempts if a["job"] == job]
     reached = mine[-1].get("saved_step", mine[-1]["from_step"]) if mine else 0
-    idle = list(itertools.takewhile(lambda a: a["from_step"] == reached, reversed(mine)))
-    kinds = {a.get("ended", NO_WORD).partition(":")[0] for a in idle[:limit]}
+    fruitless = list(itertools.takewhile(lambda a: a["from_step"] == reached, reversed(mine)))
+    kinds = {a.get("ended", NO_WORD).partition(":")[0] for a in fruitless[:limit]}
     failed = len(kinds) == 1 and not kinds & {WARNED, NO_WORD}
-    return len(idle) >= (limit if failed else 3 * limit)
+    return len(fruitless) >= (limit if failed else 3 * limit)
 
 
 def _give_up(node: Node, number: int) -> int:

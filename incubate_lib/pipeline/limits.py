@@ -55,9 +55,9 @@ def check(jobs: dict[str, JobSettings]) -> dict[str, int | None]:
 
 
 def _limits() -> list[_Nodes]:
-    told = call("sinfo", "--all", "--noheader", "--format=%R|%P|%D|%G|%c|%l")
+    output = call("sinfo", "--all", "--noheader", "--format=%R|%P|%D|%G|%c|%l")
     found = []
-    for line in told.splitlines():
+    for line in output.splitlines():
         if line.count("|") != 5:  # a banner
             continue
         name, starred, count, gres, cpus, time_limit = line.split("|")

@@ -67,15 +67,15 @@ class Pool:
         """Run everything that is missing; fills `failed` and `skipped`."""
         self.waiting = {node.folder.path: node for node in to_do(self.nodes.values(), self.is_done)}
         names = list(dict.fromkeys(plan.experiment.path.name for plan, _ in self.plans))
-        told = names[0] if len(names) == 1 else f"{len(names)} runs"
-        told += f": {len(self.nodes) - len(self.waiting)} of {len(self.nodes)} phases are done already"
-        self.console.print(told, highlight=False, markup=False)
+        message = names[0] if len(names) == 1 else f"{len(names)} runs"
+        message += f": {len(self.nodes) - len(self.waiting)} of {len(self.nodes)} phases are done already"
+        self.console.print(message, highlight=False, markup=False)
         if not self.waiting:
             return
         for node in self.waiting.values():
             if node.summary() and not node.finished():
-                told = f"{node.title}: {GONE}; what starts from it, only if it ends in other weights than before"
-                self.console.print(told, soft_wrap=True, highlight=False, markup=False)
+                message = f"{node.title}: {GONE}; what starts from it, only if it ends in other weights than before"
+                self.console.print(message, soft_wrap=True, highlight=False, markup=False)
         order = {path: flops for plan, _ in self.plans for path, flops in _remaining_path(plan).items()}
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -88,7 +88,7 @@ class Pool:
                     for path in sorted(self.waiting, key=order.get, reverse=True):
                         self._consider(path)
                     for path in list(self.running):
-                        self._look_after(path)
+                        self._supervise(path)
                     show()
                     time.sleep(POLL_SECONDS)
         finally:
@@ -126,7 +126,7 @@ class Pool:
             self.running[path] = start(path, parameters, **task, threads=fair_threads(self.jobs), own=free)
             del self.waiting[path]
 
-    def _look_after(self, path: Path) -> None:
+    def _supervise(self, path: Path) -> None:
         """Notice when a running phase has ended, and how."""
         job, node = self.running[path], self.nodes[path]
         code = job.process.exitcode
@@ -239,8 +239,8 @@ def finish(pool: Pool) -> int:
         file.unlink(missing_ok=True)
     pool.run()
     for path, reason in pool.failed.items():
-        told = f"FAILED {_name(pool, path)}: {reason}\n       log: {path / 'log.txt'}"
-        pool.console.print(told, soft_wrap=True, highlight=False, markup=False)
+        message = f"FAILED {_name(pool, path)}: {reason}\n       log: {path / 'log.txt'}"
+        pool.console.print(message, soft_wrap=True, highlight=False, markup=False)
     for path, reason in pool.skipped.items():
         pool.console.print(f"skipped {_name(pool, path)}: {reason}", soft_wrap=True, highlight=False)
     if pool.failed:

@@ -145,10 +145,10 @@ def _default(text: str) -> Any:
 
 def run(name: str, output: str, parameters: dict[str, Any], **client: Any) -> int:
     """Execute a notebook and return an exit status; the reason of a failure is the last line printed."""
-    return told_errors(lambda: execute(name, Path(output), parameters, **client))
+    return report_errors(lambda: execute(name, Path(output), parameters, **client))
 
 
-def told_errors(work: Callable[[], Any]) -> int:
+def report_errors(work: Callable[[], Any]) -> int:
     """Do some work and return an exit status; the reason of a failure is the last line printed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:

@@ -74,7 +74,7 @@ class Job:
     def is_active(self) -> bool:
         return self.state not in ENDED
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Say in a few words where it is, or in Slurm's word why it waits."""
         if self.state == "PENDING":
             return f"{self.id} {self.reason}"
@@ -89,8 +89,8 @@ def jobs_of(experiment: Experiment) -> dict[str, Job]:
     ids = _submitted(experiment)
     if not ids:
         return {}
-    told = call("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r|%N|%j")
-    found = (Job(*line.split("|", 4)) for line in told.splitlines() if line.count("|") >= 4)
+    output = call("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r|%N|%j")
+    found = (Job(*line.split("|", 4)) for line in output.splitlines() if line.count("|") >= 4)
     known = {(job.id, job.name): job for job in found}
     pairs = ((key, known.get((number, job_name(experiment, key)))) for key, number in ids.items())
     return {key: job for key, job in pairs if job}  # names too: a new cluster counts from one again
@@ -133,7 +133,7 @@ def annotate(lines: list[Line], plan: Plan) -> list[str]:
         if line.key not in ids or line.state == "done":
             continue
         if job:
-            line.where = job.told()
+            line.where = job.describe()
         if job and job.is_active:
             ending = line.state in ("stopped", "failed") and has_ended(experiment.path / line.key, job.id)
             active = line.state if line.state == "running" else "ending" if ending else "starting"
@@ -192,11 +192,11 @@ def submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: Co
             text = script.text(arguments)
             (folder / "slurm.sh").write_text(text)
             try:
-                told = call("sbatch", "--parsable", *arguments, stdin=text)
-                number = re.search(r"^(\d+)(;.*)?$", told, re.M)[1]  # a site's wrapper may say more
+                output = call("sbatch", "--parsable", *arguments, stdin=text)
+                number = re.search(r"^(\d+)(;.*)?$", output, re.M)[1]  # a site's wrapper may say more
             except SettingsError as error:
-                told = f"{error}. {count} jobs were submitted; `incubate run` again submits the rest"
-                raise SettingsError(told if count else str(error)) from None
+                message = f"{error}. {count} jobs were submitted; `incubate run` again submits the rest"
+                raise SettingsError(message if count else str(error)) from None
             ids[script.key] = running[script.key] = number
             write_json(experiment.path / "slurm.json", ids)
             count += 1

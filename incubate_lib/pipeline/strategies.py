@@ -21,8 +21,8 @@ from incubate_lib.config import (
     Settings,
     SettingsError,
     TrainingSettings,
+    error_message,
     load_settings,
-    told,
 )
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan, closure
@@ -108,7 +108,7 @@ class _Strategies:
         """Spend a share of what `training` costs on small images, the rest at the network's own size."""
         size, share = self.facts.low_resolution.get(name), self.settings.strategy(name).low_resolution.share
         if size is None:
-            why = self.facts.misfits.get(name, "this network's images are too small to begin with smaller ones")
+            why = self.facts.unsupported.get(name, "this network's images are too small to begin with smaller ones")
             raise SettingsError(f"strategies.{name} is not possible: {why}")
         budget = self.flops(self._phase("end_to_end", name, seed, training=training))
         model, data = self.settings.model.model_copy(update={"img_size": size}), self.settings.data
@@ -155,8 +155,8 @@ class _Strategies:
 
     def _deep_incubation(self, name: str, seed: int) -> Node:
         strategy = self.settings.strategy(name)
-        if misfit := self.facts.misfits.get(strategy.start):
-            raise SettingsError(f"strategies.{name}.start {strategy.start!r} is not possible: {misfit}")
+        if reason := self.facts.unsupported.get(strategy.start):
+            raise SettingsError(f"strategies.{name}.start {strategy.start!r} is not possible: {reason}")
         start = {field: getattr(strategy, field) for field in ("start", "inherit_stem", "inherit_head")}
         budget = self._budget(name, seed) if self.settings.is_matched(name) else None
         shares = (strategy.shares or {}) if budget else {}
@@ -227,7 +227,7 @@ class _Strategies:
             raise SettingsError(
                 f"mat.units is {units!r} in strategy {name}, but model.name {self.settings.model.name!r} has none; it has: {has}"
             )
-        if reason := self.facts.unfit.get(units):
+        if reason := self.facts.unsupported_units.get(units):
             raise SettingsError(f"mat.units {units!r} of strategy {name} is not possible with this network: {reason}")
         if phase == "incubate" and units in ("conv_layers", "filters"):
             raise SettingsError(f"mat.units is {units!r} in strategy {name}, but only module 1 has a convolution; use sublayers")
@@ -247,7 +247,7 @@ class _Strategies:
         try:
             return MATSettings.model_validate(mat.model_dump() | {"units": units})
         except ValidationError as error:
-            raise SettingsError(f"mat of strategy {name}: {told(error)}") from None
+            raise SettingsError(f"mat of strategy {name}: {error_message(error)}") from None
 
     def _check_batch(self, phase: str, training: TrainingSettings) -> None:
         if training.batch_size > self.facts.num_images:

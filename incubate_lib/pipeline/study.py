@@ -191,7 +191,7 @@ def costs(study: Study) -> list[Cost]:
 
     Costs do not depend on learning rates, so they are known before these are chosen.
     """
-    steps, seen, told = walk(study), set(), []
+    steps, seen, costs = walk(study), set(), []
     for title, trials in steps.stages():
         flops, done = {}, set()
         for trial in trials:
@@ -201,8 +201,8 @@ def costs(study: Study) -> list[Cost]:
                     done.add(node.digest)
         new = set(flops) - seen
         seen |= new
-        told.append(Cost(title, len(trials), len(new), len(new - done), float(sum(flops[digest] for digest in new - done))))
-    return told
+        costs.append(Cost(title, len(trials), len(new), len(new - done), float(sum(flops[digest] for digest in new - done))))
+    return costs
 
 
 def measured_speed(study: Study) -> float | None:

@@ -29,8 +29,8 @@ class Line:
 
     def plain(self) -> str:
         parts = {"epoch": self.epoch, "loss": self.loss, "top-1": self.accuracy, "ETA": self.eta}
-        told = ", ".join(f"{name} {value}" for name, value in parts.items() if value)
-        return " ".join(part for part in (f"{self.title}: {self.state}", told, self.note) if part)
+        parts_text = ", ".join(f"{name} {value}" for name, value in parts.items() if value)
+        return " ".join(part for part in (f"{self.title}: {self.state}", parts_text, self.note) if part)
 
 
 def node_line(node: Node) -> Line:

@@ -72,12 +72,12 @@ def _notebook(name: str, output: str, parameters: dict[str, Any], log: str, env:
 
 
 def _phase(phase: str, parameters: dict[str, Any], log: str, env: dict[str, str]) -> None:
-    from incubate_lib.pipeline.notebook import told_errors
+    from incubate_lib.pipeline.notebook import report_errors
     from incubate_lib.pipeline.strategies import open_phase
 
     _settle(log, env)
     _end_with_parent()
-    raise SystemExit(told_errors(lambda: open_phase(phase, **parameters).run()))
+    raise SystemExit(report_errors(lambda: open_phase(phase, **parameters).run()))
 
 
 def _settle(log: str, env: dict[str, str]) -> None:

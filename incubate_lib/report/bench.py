@@ -38,8 +38,8 @@ def machine_line(table: pd.DataFrame) -> str:
 def doubts(table: pd.DataFrame) -> list[str]:
     """Say so, in a line, if the rounds differ so much that the figures cannot be trusted."""
     spread = (table["step_seconds_max"] / table["step_seconds_min"]).max()
-    told = f"Rounds differ by up to {spread:.1f} times: this machine was busy with other things; measure again when it is quiet."
-    return [told] if spread > BUSY else []
+    message = f"Rounds differ by up to {spread:.1f} times: this machine was busy; measure again when it is quiet."
+    return [message] if spread > BUSY else []
 
 
 def bench_table(table: pd.DataFrame) -> Table:
@@ -112,7 +112,7 @@ def ratios_in_words(table: pd.DataFrame) -> list[str]:
         f"Our loop: end to end takes {_span(whole)} times as long as a bare loop over the same network, the meta model "
         f"{_span(meta)} times; end to end at most {LOOP_LIMIT} is allowed: {verdict}."
     ]
-    told = [f"module {i + 1} {_span(row)}, FLOPs {row['flops_ratio']:.3f}" for i, (_, row) in enumerate(twins.iterrows())]
+    modules = [f"module {i + 1} {_span(row)}, FLOPs {row['flops_ratio']:.3f}" for i, (_, row) in enumerate(twins.iterrows())]
     share = ours["step_flops"].to_numpy() / ours["step_flops"].sum()  # as weights, so that drift between modules does no harm
     seconds, flops = (float((share * twins[column]).sum()) for column in ("ratio", "flops_ratio"))
     memory = ""
@@ -121,7 +121,7 @@ def ratios_in_words(table: pd.DataFrame) -> list[str]:
         memory = f" and up to {most.max():.3f} times the memory"
     lines.append(
         f"Right freezing: with the released code's freezing all {len(ours)} hybrids together take {seconds:.3f} times as long as "
-        f"ours (FLOPs {flops:.3f}){memory}; {', '.join(told)}."
+        f"ours (FLOPs {flops:.3f}){memory}; {', '.join(modules)}."
     )
     cost = {name: (part["step_seconds"] / whole["step_seconds"], part["step_flops"] / whole["step_flops"])
             for name, part in {"meta model": meta, "hybrids": ours[["step_seconds", "step_flops"]].sum(),
@@ -153,16 +153,16 @@ def growth_in_words(table: pd.DataFrame) -> list[str]:
         parts = points, points.tail(3)  # small sizes, where overheads fade, must not hide what the large ones do
         whole, large = map(exponent, parts)
         if not math.isfinite(whole):
-            judged = "one size says nothing"
+            verdict = "one size says nothing"
         elif max(whole, large) < STEEP:
-            judged = "no faster than FLOPs do"
+            verdict = "no faster than FLOPs do"
         elif max(exponent(part, "step_seconds_min") for part in parts) < STEEP:
-            judged = "the fastest rounds grow no faster than FLOPs do, so this may be noise"
+            verdict = "the fastest rounds grow no faster than FLOPs do, so this may be noise"
         else:
-            judged = "FASTER than FLOPs do: see where the rate falls"
+            verdict = "FASTER than FLOPs do: see where the rate falls"
         lowest, highest = points["size"].iloc[[0, -1]]
         lines.append(
             f"{label(variant)}, {lowest} to {highest} {SERIES[series]}: time grows as FLOPs^{whole:.2f}, over the three "
-            f"largest as FLOPs^{large:.2f}: {judged}."
+            f"largest as FLOPs^{large:.2f}: {verdict}."
         )
     return lines

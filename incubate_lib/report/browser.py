@@ -216,7 +216,7 @@ def curves_figure(
     curves, phases = (_chosen(table, strategies, seeds) for table in (results.curves, results.phases))
     if curves.empty:
         raise SettingsError("nothing is finished of these strategies and seeds")
-    column, spent, _, told = AXES[x]
+    column, spent, _, xlabel = AXES[x]
     unit, factor = flop_unit(phases.groupby(["strategy", "seed"])[spent].sum().max()) if column == "flops" else ("", 1)
     figure = Figure(figsize=(10, 5), layout="constrained")
     axis = figure.subplots()
@@ -226,7 +226,7 @@ def curves_figure(
         _draw(axis, lines, factor, style(name), banded=len(names) <= 5)
         count = curves.loc[curves["strategy"] == name, "seed"].nunique()
         axis.plot([], [], **style(name) | {"linestyle": "-"}, markersize=4, label=f"{label(name)} (n = {count})")
-    axis.set(xlabel=told.format(unit=unit), ylabel=_judged(results), title=results.name)
+    axis.set(xlabel=xlabel.format(unit=unit), ylabel=_score_label(results), title=results.name)
     axis.grid(alpha=0.3)
     figure.legend(fontsize=9, loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -250,20 +250,20 @@ def _lines(curves: pd.DataFrame, phases: pd.DataFrame, x: str) -> Iterator[tuple
         offset += max(costs) if side_by_side else sum(costs)
 
 
-def _draw(axis: Axes, lines: Iterable[tuple[str, pd.DataFrame]], factor: float, look: dict[str, str], banded: bool) -> None:
+def _draw(axis: Axes, lines: Iterable[tuple[str, pd.DataFrame]], factor: float, appearance: dict[str, str], banded: bool) -> None:
     for phase, line in lines:
         x, mean = line["x"] / factor, line["mean"]
         if phase == "assemble":
-            axis.plot(x, mean, marker="*", markersize=14, color=look["color"], markeredgecolor="black", zorder=5)
+            axis.plot(x, mean, marker="*", markersize=14, color=appearance["color"], markeredgecolor="black", zorder=5)
             continue
         way = {"linestyle": "--", "linewidth": 1} if phase == "incubate" else {"linestyle": "-", "linewidth": 1.6}
         every = max(1, len(line) // 10)  # of long curves the markers would hide the lines
-        axis.plot(x, mean, color=look["color"], marker=look["marker"], markersize=4, markevery=every, **way)
+        axis.plot(x, mean, color=appearance["color"], marker=appearance["marker"], markersize=4, markevery=every, **way)
         if banded:
-            axis.fill_between(x, mean - line["std"], mean + line["std"], color=look["color"], alpha=0.12, linewidth=0)
+            axis.fill_between(x, mean - line["std"], mean + line["std"], color=appearance["color"], alpha=0.12, linewidth=0)
 
 
-def _judged(results: Results) -> str:
+def _score_label(results: Results) -> str:
     splits = ", ".join(sorted(map(str, results.strategies["judged_on"].unique())))
     return f"top-1, {splits} split (%)" if splits else "top-1 (%)"
 
@@ -298,9 +298,9 @@ def settings_difference(plan: Plan, strategies: Sequence[str] | None = None) -> 
     rows = {(phase, "the whole phase"): {name: "yes" if name in those else "–" for name in names}
             for phase, those in have.items() if len(those) < len(names)}  # fmt: skip
     for (phase, setting), by_name in values.items():
-        told = [str(by_name.get(name, "–")) for name in have[phase]]
-        if len(set(told)) > 1:
-            rows[phase, setting] = dict.fromkeys(names, "") | dict(zip(have[phase], told, strict=True))
+        row = [str(by_name.get(name, "–")) for name in have[phase]]
+        if len(set(row)) > 1:
+            rows[phase, setting] = dict.fromkeys(names, "") | dict(zip(have[phase], row, strict=True))
     index = pd.MultiIndex.from_arrays([[key[i] for key in rows] for i in (0, 1)], names=["phase", "setting"])
     table = pd.DataFrame(list(rows.values()), index=index, columns=names)
     order = {phase: place for place, phase in enumerate(have)}
@@ -375,8 +375,8 @@ def _browser() -> ipywidgets.Widget:
             return
         picture.value, picture.layout.display = drawn, None
         tables.value = "".join(parts)
-        told = f"{hardware(some)}. {mixed_text(some.strategies)}" if len(some.strategies) else ""
-        say(told.strip() or "no strategy is finished; these are the phases that are")
+        text = f"{hardware(some)}. {mixed_text(some.strategies)}" if len(some.strategies) else ""
+        say(text.strip() or "no strategy is finished; these are the phases that are")
 
     list_runs()
     cells.observe(list_runs, names="value")

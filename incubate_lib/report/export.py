@@ -41,7 +41,7 @@ def export(
     *,
     strategy: str | None = None,
     seed: int = 0,
-    tell: Callable[[str], Any] = lambda line: None,
+    log: Callable[[str], Any] = lambda line: None,
 ) -> str:
     """Write a finished network as a folder, and return the strategy's name.
 
@@ -57,10 +57,10 @@ def export(
     folder = check_free(folder)
     ready = finished(settings, seed)
     taken, why = choose(settings, ready, strategy, seed)
-    tell(f"finished, with top-1 on the {settings.data.eval_split} split:")
+    log(f"finished, with top-1 on the {settings.data.eval_split} split:")
     for one in ready:
-        tell(f"  {one}")
-    tell(f"taken: {taken}, {why}")
+        log(f"  {one}")
+    log(f"taken: {taken}, {why}")
     facts, data = taken.node.experiment.facts, settings.data
     network = load_trained(taken.node.settings, taken.node.folder, facts.num_classes)
     train, _ = load_data(data, shape=model_shape(settings.model), machine=settings.machine)
@@ -126,15 +126,15 @@ def _card(settings: Settings, done: Plan, mean: list[float], std: list[float], c
     blocks = f"{sum(facts.target_depths)} blocks and " if facts.target_depths else ""
     unit, size = flop_unit(row["flops"])
     for node in done.nodes:
-        s, told = node.settings, node.summary()
+        s, phase = node.settings, node.summary()
         what = f"incubate, module {s.module_index + 1} of {len(s.target_depths)}" if s.phase == "incubate" else s.phase
-        phases.append(f"| {what} | {told['epochs']:g} | {told['images_seen']:,} | {told['train_flops'] / size:.3g} "
-                      f"| {seconds_text(told['train_seconds'])} | {100 * told['accuracy']:.1f} % |")  # fmt: skip
+        phases.append(f"| {what} | {phase['epochs']:g} | {phase['images_seen']:,} | {phase['train_flops'] / size:.3g} "
+                      f"| {seconds_text(phase['train_seconds'])} | {100 * phase['accuracy']:.1f} % |")  # fmt: skip
     files = [node.settings.inputs["weights"][:12] for node in done.nodes if "weights" in node.settings.inputs]
     uncounted = "".join(
         f"\nIt starts from weights of a file (SHA-256 {f}…), **whose training is not counted here**." for f in files
     )
-    judged = {"val": "validation images, cut from the training images, perhaps to choose settings by", "test": "test images"}
+    splits = {"val": "validation images, cut from the training images, perhaps to choose settings by", "test": "test images"}
     trained = {n.settings.phase: n.settings.training.model_dump(mode="json", exclude_none=True)
                for n in done.nodes if n.settings.training}  # fmt: skip
     recipe = settings.model_dump(mode="json", include={"model", "partition"}, exclude_unset=True)
@@ -161,7 +161,7 @@ trained by the strategy `{name}` of the Deep Incubation workbook ([the method](h
 
 | | |
 |---|---|
-| top-1 | {100 * row["accuracy"]:.2f} % on {summary["judge_images"]:,} {judged[data.eval_split]} ({data.eval_split} split) |
+| top-1 | {100 * row["accuracy"]:.2f} % on {summary["judge_images"]:,} {splits[data.eval_split]} ({data.eval_split} split) |
 | seed | {seed} |
 | trained on | {data.source}: {summary["train_images"]:,} images in {facts.num_classes} classes (`split_seed` {data.split_seed}) |
 | training FLOPs, all phases | {row["flops"] / size:.4g} {unit}; critical path {row["critical_flops"] / size:.4g} {unit} |

@@ -29,19 +29,19 @@ def lowered(nodes: Iterable[Node]) -> str:
     for node in nodes:
         if node.settings.phase == "finetune" and node.summary():
             tuned.setdefault(node.strategy, []).append(node)
-    told = []
+    lines = []
     for name, group in tuned.items():
         summaries = [node.summary() for node in group]
         before, after = ([s[key] for s in summaries] for key in ("start_accuracy", "accuracy"))
         if is_lower(before, after, summaries[0]["judge_images"]):
             strategy = group[0].experiment.settings.strategies[name]
             shorter = "larger strategies.{}.shares" if strategy.shares else "fewer strategies.{}.phases.finetune.epochs"
-            told.append(
+            lines.append(
                 f"Fine-tuning lowered {label(name)} from {100 * fmean(before):.1f} to {100 * fmean(after):.1f} % "
                 f"({_seeds(group)}; more than chance explains). Try a lower strategies.{name}.phases.finetune.lr (it was "
                 f"{group[0].settings.training.lr:g}), or {shorter.format(name)}."
             )
-    return "\n".join(told)
+    return "\n".join(lines)
 
 
 def _seeds(group: list[Node]) -> str:

@@ -39,7 +39,7 @@ _PARTS: dict = {}  # and the memory of parts that were gone through
 class Speed:
     """Training FLOP/s of one device: measured for each kind of phase, or one number for all."""
 
-    told: str  # where it comes from, in words
+    source: str  # where it comes from, in words
     flops_per_second: float
     measured: dict[str, float] = field(default_factory=dict)  # end_to_end, meta, incubate-0 … → FLOP/s
     network: str = ""  # on which it was measured
@@ -72,10 +72,10 @@ def measured_speed(name: str) -> Speed:
         )
     rows = pd.read_csv(folder / f"bench_{name}.csv").set_index("variant")
     first = rows.iloc[0]
-    told = f"measured with {first['settings']} on {first['device']}, {first['threads']} thread(s), {first['precision']}, "
-    told += f"batch {first['batch']}, {first['date'][:10]}"
+    source = f"measured with {first['settings']} on {first['device']}, {first['threads']} thread(s), {first['precision']}, "
+    source += f"batch {first['batch']}, {first['date'][:10]}"
     rates = rows["flops_per_second"]
-    return Speed(told, float(rates["end_to_end"]), {str(kind): float(rate) for kind, rate in rates.items()}, first["model"],
+    return Speed(source, float(rates["end_to_end"]), {str(kind): float(rate) for kind, rate in rates.items()}, first["model"],
                  _where(rows))  # fmt: skip
 
 
@@ -87,8 +87,8 @@ def speed_of(results: Results) -> Speed:
     rates = sums["flops"] / sums["seconds"]
     whole = trained["flops"].sum() / trained["seconds"].sum()
     where = places(results.strategies)
-    told = "that of the run itself" + (f", in which seconds of {len(where)} devices are mixed" if len(where) > 1 else "")
-    return Speed(told, float(whole), {str(kind): float(rate) for kind, rate in rates.items()})
+    source = "that of the run itself" + (f", in which seconds of {len(where)} devices are mixed" if len(where) > 1 else "")
+    return Speed(source, float(whole), {str(kind): float(rate) for kind, rate in rates.items()})
 
 
 def _where(rows: pd.DataFrame) -> str:
@@ -125,7 +125,7 @@ def open_plan(
     known = counted or count_images(settings.data, settings.machine, images=images, classes=classes)
     shared = round(known.count * settings.data.train_share)
     facts = _facts(settings, known.classes).model_copy(update={"num_images": shared})
-    return replace(plan(settings, list(strategies) if strategies else None, facts=facts), images=known.told)
+    return replace(plan(settings, list(strategies) if strategies else None, facts=facts), images=known.sentence)
 
 
 def open_settings(preset: str, overrides: Sequence[str] = ()) -> Settings:

@@ -55,8 +55,8 @@ def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:
     title = f"Deep Incubation report: {results.name}"
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts.append("<blockquote>" + "<br>".join(html.escape(line) for line in results.verdict().splitlines()) + "</blockquote>")
-    if run is not None and (told := lowered(run.finals.values())):
-        parts.append("<p>" + html.escape(told).replace("\n", "<br>") + "</p>")
+    if run is not None and (text := lowered(run.finals.values())):
+        parts.append("<p>" + html.escape(text).replace("\n", "<br>") + "</p>")
     parts.append("<h2>Strategies</h2>" + _table(comparison(results), index=True))
     parts.append(
         f'<p class="note">Measured on {html.escape(hardware(results))}. Mean ± standard deviation over seeds; in brackets '
@@ -98,7 +98,7 @@ def _the_run(results: Results, run: Plan) -> list[str]:
     names = list(results.strategies["strategy"].unique())
     settings, seed = run.experiment.settings, int(results.strategies["seed"].iloc[0])
     one = plan(settings, names, [seed], facts=run.experiment.facts)
-    graph, _ = draw(one, Reader(one).look())
+    graph, _ = draw(one, Reader(one).phases())
     parts = [f"<h2>The phases of seed {seed}</h2>" + _image(graph.figure(), "the graph of phases, each with its state")]
     if len(results.curves):
         parts.append("<h2>Learning curves</h2>" + _image(all_curves(results), "learning curves of all phases"))
@@ -129,8 +129,8 @@ def _the_run(results: Results, run: Plan) -> list[str]:
 
 def _modular_adaptive_training(results: Results) -> list[str]:
     """Return the part about strategies with MAT: what full training's accuracy cost them, and what their kernels did."""
-    told = "<br>".join(html.escape(line) for line in mat.verdict(results).splitlines())
-    parts = ["<h2>Modular Adaptive Training</h2>", f"<p>{told}</p>", _table(mat.reach(results), index=True)]
+    text = "<br>".join(html.escape(line) for line in mat.verdict(results).splitlines())
+    parts = ["<h2>Modular Adaptive Training</h2>", f"<p>{text}</p>", _table(mat.reach(results), index=True)]
     parts.append('<p class="note">Relative to all that full training spent; looking at the kernels is counted.</p>')
     parts.append(_image(mat.accuracy_against_costs(results), "Accuracy against FLOPs and against seconds"))
     for strategy in results.mntk["strategy"].unique():

@@ -209,9 +209,9 @@ def _flop_bars(axis: Axes, rows: Sequence[Costs]) -> None:
         left = 0.0
         for part in row.parts:
             width = part.flops / factor
-            look = {"facecolor": TRAINED} if part.trained else {"facecolor": FROZEN, "hatch": "//"}
-            axis.barh(y, width, 0.62, left, edgecolor="black", linewidth=1, **look)
-            _tell(axis, left, width, y, widest, part.name, f"{part.name}, {part.blocks} blocks\n{part.work}")
+            appearance = {"facecolor": TRAINED} if part.trained else {"facecolor": FROZEN, "hatch": "//"}
+            axis.barh(y, width, 0.62, left, edgecolor="black", linewidth=1, **appearance)
+            _annotate(axis, left, width, y, widest, part.name, f"{part.name}, {part.blocks} blocks\n{part.work}")
             left += width
         share = "" if row is rows[-1] else f" ({row.flops / rows[-1].flops:.0%})"
         axis.text(left + 0.01 * widest, y, f"{row.flops / factor:.3g}{share}", va="center", fontsize=10)
@@ -239,15 +239,15 @@ def _memory_bars(axis: Axes, rows: Sequence[Costs]) -> None:
             elif left - begin > 0.02 * widest:
                 axis.text((begin + left) / 2, y - 0.38, str(number + 1), ha="center", va="bottom", fontsize=9)
         axis.text(left + 0.01 * widest, y, f"{left:.3g}\n(peak {row.peak / factor:.3g})", va="center", fontsize=9)
-    told = (
+    text = (
         f"{unit} of a training step, {rows[0].images} images at once; the peak is below the sum: gradients come as activations go"
     )
-    axis.set(xlabel=told, xlim=(0, 1.13 * widest))
+    axis.set(xlabel=text, xlim=(0, 1.13 * widest))
     handles = [Patch(facecolor=colour, edgecolor="black", hatch=hatch, label=name) for name, colour, hatch in KINDS.values()]
     axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False, fontsize=9)
 
 
-def _tell(axis: Axes, left: float, width: float, y: float, widest: float, short: str, long: str) -> None:
+def _annotate(axis: Axes, left: float, width: float, y: float, widest: float, short: str, long: str) -> None:
     """Write what fits into a bar: all of it, its number, or nothing."""
     longest = max(map(len, long.splitlines())) * 0.0098 * widest  # of letters of this size in a figure of this width
     text = long if width > longest else short.removeprefix("module ") if width > 0.012 * widest else ""

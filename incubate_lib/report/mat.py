@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.report.plots import Figure, style
-from incubate_lib.report.statistics import family_text, judged_text, points_text
+from incubate_lib.report.statistics import family_text, points_text, verdict_text
 from incubate_lib.report.tables import BASELINE, MIXED, Results, differences, flop_unit, label, mixed_text, mixes, spread
 
 COSTS = {"flops": "training FLOPs", "train_seconds": "training seconds"}  # columns of curves
@@ -68,15 +68,15 @@ def reach(results: Results) -> pd.DataFrame:
     baseline = finals.get_group(BASELINE) if BASELINE in finals.groups else None
     goal = results.curves[results.curves["strategy"] == BASELINE].groupby("step")["accuracy"].mean().iloc[-1]
     rows: dict[str, dict[str, str]] = {}
-    for cost, told in COSTS.items():
+    for cost, heading in COSTS.items():
         curves = mean_curves(results, cost)
         whole = curves[BASELINE]["cost"].iloc[-1]
         for name, curve in curves.items():
             there = curve[curve["accuracy"] >= goal]
             mark = mixes(finals.get_group(name), baseline) if cost == "train_seconds" else ""
             row = rows.setdefault(name, {"top-1 %": spread(100 * finals.get_group(name)["accuracy"])})
-            row[f"{told}, all"] = f"{curve['cost'].iloc[-1] / whole:.3f}{mark}"
-            row[f"{told} to {100 * goal:.1f} %"] = f"{there['cost'].iloc[0] / whole:.3f}{mark}" if len(there) else "never"
+            row[f"{heading}, all"] = f"{curve['cost'].iloc[-1] / whole:.3f}{mark}"
+            row[f"{heading} to {100 * goal:.1f} %"] = f"{there['cost'].iloc[0] / whole:.3f}{mark}" if len(there) else "never"
     return pd.DataFrame(rows).T.rename(index=label)
 
 
@@ -104,24 +104,24 @@ def verdict(results: Results) -> str:
     flops_all, flops_to = (column for column in table.columns if column.startswith(COSTS["flops"]))
     seconds_all, seconds_to = (column for column in table.columns if column.startswith(COSTS["train_seconds"]))
     row = table.loc[label("mat")]
-    told = [
+    lines = [
         f"MAT ends at {spread(finals['mat'].dropna())} %, full training at {spread(finals[BASELINE].dropna())} %; it takes "
         f"{row[flops_all]} of the FLOPs and {row[seconds_all]} of the seconds."
     ]
     if row[flops_to] == "never":
-        told.append("On average over seeds it never reaches full training's final accuracy.")
+        lines.append("On average over seeds it never reaches full training's final accuracy.")
     else:
-        told.append(
+        lines.append(
             f"Full training's final accuracy is reached for {row[flops_to]} of its FLOPs and {row[seconds_to]} of its seconds; "
             f"by full training itself for {table.loc[label(BASELINE), flops_to]} of them."
         )
     found = against_others(results)
     for row in found.to_dict("records"):
         cost = table[flops_all].get(label(row["other"]))
-        difference = f"{points_text(row['gain'])}, {judged_text(row)}"
-        told.append(f"Against {label(row['other'])}{f' ({cost} of the FLOPs)' if cost else ''}: {difference}.")
-    told += [family_text(len(found)), mixed_text(results.strategies)]
-    return "\n".join(filter(None, told))
+        difference = f"{points_text(row['gain'])}, {verdict_text(row)}"
+        lines.append(f"Against {label(row['other'])}{f' ({cost} of the FLOPs)' if cost else ''}: {difference}.")
+    lines += [family_text(len(found)), mixed_text(results.strategies)]
+    return "\n".join(filter(None, lines))
 
 
 def against_others(results: Results) -> pd.DataFrame:
@@ -142,12 +142,12 @@ def accuracy_against_costs(results: Results) -> Figure:
     panels = (("flops", factor, f"training cost ({unit})"), ("train_seconds", 1, f"training time (s){several}"))
     for axis, (cost, scale, name) in zip(axes, panels, strict=True):
         for strategy, curve in mean_curves(results, cost).items():
-            look, mean = style(strategy), 100 * curve["accuracy"]
-            told = f"{label(strategy)} (n = {int(curve['seeds'].max())})"
-            axis.plot(curve["cost"] / scale, mean, markersize=4, label=told, **look)
+            appearance, mean = style(strategy), 100 * curve["accuracy"]
+            legend = f"{label(strategy)} (n = {int(curve['seeds'].max())})"
+            axis.plot(curve["cost"] / scale, mean, markersize=4, label=legend, **appearance)
             deviation = 100 * curve["std"].fillna(0)
             axis.fill_between(
-                curve["cost"] / scale, mean - deviation, mean + deviation, color=look["color"], alpha=0.1, linewidth=0
+                curve["cost"] / scale, mean - deviation, mean + deviation, color=appearance["color"], alpha=0.1, linewidth=0
             )
         baseline = results.strategies[results.strategies["strategy"] == BASELINE]["accuracy"].mean()
         if baseline == baseline:
@@ -195,8 +195,8 @@ def eigenvalue_map(table: pd.DataFrame, strategy: str = "mat", seed: int | None 
     right.set(yscale="log", xlabel="epoch", ylabel="λ max", title="the threshold among all units")
     right.grid(alpha=0.3)
     right.legend(fontsize=10)
-    told = f"{label(strategy)}, seed {int(part['seed'].iloc[0])}; {len(names)} units, {active.mean():.0%} active on average"
-    figure.suptitle(told, fontsize=10)
+    title = f"{label(strategy)}, seed {int(part['seed'].iloc[0])}; {len(names)} units, {active.mean():.0%} active on average"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

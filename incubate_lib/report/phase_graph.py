@@ -77,9 +77,9 @@ def _draw_folded(picture: Picture, title: str, group: list[Phase]) -> None:
     line = group[-1].line
     color = COLORS[line.state]
     picture.box(10, picture.height + 3, WIDTH - 20, 24, fill=PALE[color], edge=color)
-    told = f"{line.state}, top-1 {line.accuracy}" if line.accuracy else line.state
+    text = f"{line.state}, top-1 {line.accuracy}" if line.accuracy else line.state
     picture.text(20, picture.height + 19, title, bold=True, room=WIDTH - 300)
-    picture.text(WIDTH - 20, picture.height + 19, f"{len(group)} phase{'s' * (len(group) > 1)} {told}", anchor="end")
+    picture.text(WIDTH - 20, picture.height + 19, f"{len(group)} phase{'s' * (len(group) > 1)} {text}", anchor="end")
     picture.height += 32
 
 
@@ -130,6 +130,6 @@ def _draw_box(picture: Picture, x: float, y: float, width: float, phase: Phase, 
 
 def snapshot(plan: Plan) -> Figure:
     """Draw how far a run is: the graph of its phases with their states, and beneath it their curves so far."""
-    graph, curves = draw(plan, Reader(plan).look())
+    graph, curves = draw(plan, Reader(plan).phases())
     graph.put_below(curves)
     return graph.figure()

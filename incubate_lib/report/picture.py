@@ -103,6 +103,6 @@ class Picture:
 
 
 def _tag(name: str, inside: str = "", **attributes: Any) -> str:
-    told = {key: f"{value:.1f}" if isinstance(value, float) else value for key, value in attributes.items() if value}
-    about = "".join(f' {key}="{escape(str(value))}"' for key, value in told.items())
+    shown = {key: f"{value:.1f}" if isinstance(value, float) else value for key, value in attributes.items() if value}
+    about = "".join(f' {key}="{escape(str(value))}"' for key, value in shown.items())
     return f"<{name}{about}>{inside}</{name}>"

@@ -81,10 +81,10 @@ def against_in_words(table: pd.DataFrame) -> str:
     """Say how far off the predicted times are."""
     off, whole = 100 * (table["ratio"] - 1).abs(), table["phase"] == "all phases"
     elsewhere = dict.fromkeys(table.loc[table["elsewhere"], "where"])
-    told = f" {MIXED} marks seconds of other devices than the speed's: {' / '.join(elsewhere)}." if elsewhere else ""
+    text = f" {MIXED} marks seconds of other devices than the speed's: {' / '.join(elsewhere)}." if elsewhere else ""
     return (
         f"Predicted training times are off by at most {off[whole].max():.1f} % for whole strategies and "
-        f"{off[~whole].max():.1f} % for single phases.{told}"
+        f"{off[~whole].max():.1f} % for single phases.{text}"
     )
 
 
@@ -117,7 +117,7 @@ def in_words(costs: Forecast) -> str:
             "can train one network together without loss, compare the last column of times: there pieces gain what they save in "
             "FLOPs."
         )
-    lines.append(f"Speed of a device: {costs.speed.told}.")
+    lines.append(f"Speed of a device: {costs.speed.source}.")
     if costs.speed.network and costs.speed.network != costs.network:
         lines.append(f"It was measured on another network ({costs.speed.network}), so for this one it is only a guess.")
     lines.append(
@@ -153,8 +153,8 @@ def gantt(costs: Forecast) -> Figure:
         axis.set_title(f"{label(name)} ({name}): {done:,.3g} {time}", fontsize=10, loc="left")
         axis.set(yticks=range(1, used[name] + 1), xlim=(0, 1.02 * end), ylim=(used[name] + 0.5, 0.5))
         axis.grid(axis="x", alpha=0.3)
-    told = textwrap.fill(costs.images, 130)
-    axes[-1].set_xlabel(f"{time} after the start\n{told}")
+    text = textwrap.fill(costs.images, 130)
+    axes[-1].set_xlabel(f"{time} after the start\n{text}")
     figure.supylabel("machine", fontsize=10)
     return figure
 
@@ -234,8 +234,8 @@ def _sliders(
         except SettingsError as error:  # a batch that so many devices cannot share, for example
             table.value = f'<p role="alert">{escape(str(error))}</p>'
             return
-        told = "<br>".join(map(escape, in_words(costs).splitlines()))
-        table.value = f"<p>{escape(costs.images)}</p>{strategies_table(costs).to_html(border=0)}<p>{told}</p>"
+        text = "<br>".join(map(escape, in_words(costs).splitlines()))
+        table.value = f"<p>{escape(costs.images)}</p>{strategies_table(costs).to_html(border=0)}<p>{text}</p>"
         picture.value = gantt(costs)._repr_png_()
 
     for control in controls.values():

@@ -89,8 +89,10 @@ def _boxes(boxes: Sequence[tuple[str, int, bool]]) -> Figure:
     x = 0.0
     for name, blocks, trained in boxes:
         width = 0.5 + 0.16 * (blocks or 12)
-        look = {"facecolor": TRAINED} if trained else {"facecolor": FROZEN, "hatch": "//"}
-        axis.add_patch(FancyBboxPatch((x, 0), width, 1, boxstyle="round,pad=0.04", edgecolor="black", linewidth=1.2, **look))
+        appearance = {"facecolor": TRAINED} if trained else {"facecolor": FROZEN, "hatch": "//"}
+        axis.add_patch(
+            FancyBboxPatch((x, 0), width, 1, boxstyle="round,pad=0.04", edgecolor="black", linewidth=1.2, **appearance)
+        )
         text = f"{name}\n{blocks} block{'s' if blocks > 1 else ''}" if blocks else name
         paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
         axis.text(x + width / 2, 0.5, text, ha="center", va="center", fontsize=9, bbox=paper)
@@ -113,8 +115,8 @@ def learning_curves(curves: dict[str, pd.DataFrame], reference: dict[str, float]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (name, table) in enumerate(curves.items()):
-        look = STYLE[ONE_BY_ONE[i % len(ONE_BY_ONE)]]
-        dots = {**look, "markersize": 3}
+        appearance = STYLE[ONE_BY_ONE[i % len(ONE_BY_ONE)]]
+        dots = {**appearance, "markersize": 3}
         left.plot(table["epoch"], table["train_loss"], **dots | {"linestyle": ":"}, label=f"{name}, training (regularised)")
         left.plot(table["epoch"], table["loss"], **dots | {"linestyle": "-"}, label=f"{name}, judged")
         right.plot(table["epoch"], 100 * table["accuracy"], **dots, label=name)
@@ -168,12 +170,19 @@ def accuracy_vs_cost(results: Results) -> Figure:
     for axis, (column, title) in zip(axes, panels.items(), strict=True):
         costs = table.groupby("strategy", sort=False)[column].mean() / factor
         for name, group in table.groupby("strategy", sort=False):
-            look, accuracy = style(name), 100 * group["accuracy"]
+            appearance, accuracy = style(name), 100 * group["accuracy"]
             beside = list(costs.index[(costs - costs[name]).abs() < 0.03 * widest])
             x = costs[name] + (beside.index(name) - (len(beside) - 1) / 2) * 0.045 * widest
-            axis.scatter([x - 0.014 * widest] * len(group), accuracy, color=look["color"], marker=look["marker"], alpha=0.4, s=14)
+            axis.scatter(
+                [x - 0.014 * widest] * len(group),
+                accuracy,
+                color=appearance["color"],
+                marker=appearance["marker"],
+                alpha=0.4,
+                s=14,
+            )
             error = accuracy.std() if len(group) > 1 else None
-            axis.errorbar(x, accuracy.mean(), yerr=error, color=look["color"], marker=look["marker"], markersize=8,
+            axis.errorbar(x, accuracy.mean(), yerr=error, color=appearance["color"], marker=appearance["marker"], markersize=8,
                           capsize=4, linestyle="none", label=f"{label(name)} (n = {len(group)})")  # fmt: skip
         _meta_model(axis, results, factor)
         axis.set(title=title, xlabel=f"training cost ({unit}), equal ones drawn side by side", xlim=(0, 1.12 * widest))
@@ -220,39 +229,49 @@ def convergence(results: Results) -> Figure:
 
 def _one_after_another(axis, results: Results, name: str, factor: float) -> None:
     curves, phases = (table[table["strategy"] == name] for table in (results.curves, results.phases))
-    spent, told = 0.0, label(name)
+    spent, legend = 0.0, label(name)
     for phase in phases["phase"].unique():
-        _line(axis, curves[curves["phase"] == phase], spent, factor, style(name), told)
-        spent, told = spent + phases.loc[phases["phase"] == phase, "flops"].mean(), None
+        _line(axis, curves[curves["phase"] == phase], spent, factor, style(name), legend)
+        spent, legend = spent + phases.loc[phases["phase"] == phase, "flops"].mean(), None
 
 
 def _staircase(axis, results: Results, name: str, factor: float) -> None:
     curves = results.curves[results.curves["strategy"] == name]
     phases = results.phases[results.phases["strategy"] == name]
     cost = phases.groupby(["phase", "module_index"], dropna=False)["flops"].mean()
-    look, spent = style(name), 0.0
-    _line(axis, curves[curves["phase"] == "meta"], 0, factor, look | {"linestyle": ":"}, "meta model")
+    appearance, spent = style(name), 0.0
+    _line(axis, curves[curves["phase"] == "meta"], 0, factor, appearance | {"linestyle": ":"}, "meta model")
     spent += cost.loc[cost.index.get_level_values("phase") == "meta"].sum()
     for index in sorted(curves["module_index"].dropna().unique()):
-        told = "hybrids: one module incubated at a time" if index == 0 else None
-        _line(axis, curves[curves["module_index"] == index], spent, factor, look | {"linestyle": "--", "alpha": 0.7}, told)
+        legend = "hybrids: one module incubated at a time" if index == 0 else None
+        _line(
+            axis, curves[curves["module_index"] == index], spent, factor, appearance | {"linestyle": "--", "alpha": 0.7}, legend
+        )
         axis.axvline(spent / factor, color="#BBBBBB", linewidth=0.7)
         spent += cost.loc[("incubate", index)]
     axis.axvline(spent / factor, color="#BBBBBB", linewidth=0.7)
     assembled = 100 * phases.loc[phases["phase"] == "assemble", "accuracy"].mean()
-    axis.plot(spent / factor, assembled, marker="*", markersize=15, color=look["color"], markeredgecolor="black",
+    axis.plot(spent / factor, assembled, marker="*", markersize=15, color=appearance["color"], markeredgecolor="black",
               linestyle="none", label=f"assembled, before fine-tuning ({assembled:.1f} %)", zorder=5)  # fmt: skip
-    _line(axis, curves[curves["phase"] == "finetune"], spent, factor, look | {"linestyle": "-"}, "fine-tuning")
+    _line(axis, curves[curves["phase"] == "finetune"], spent, factor, appearance | {"linestyle": "-"}, "fine-tuning")
 
 
-def _line(axis, curves: pd.DataFrame, offset: float, factor: float, look: dict, told: str | None) -> None:
+def _line(axis, curves: pd.DataFrame, offset: float, factor: float, appearance: dict, legend: str | None) -> None:
     if curves.empty:
         return
     grouped = curves.groupby("step")
     x = (offset + grouped["flops"].mean()) / factor
     mean, sd = 100 * grouped["accuracy"].mean(), 100 * grouped["accuracy"].std().fillna(0)
-    axis.plot(x, mean, color=look["color"], linestyle=look["linestyle"], marker=look["marker"], markersize=3, label=told)
-    axis.fill_between(x, mean - sd, mean + sd, color=look["color"], alpha=0.15, linewidth=0)
+    axis.plot(
+        x,
+        mean,
+        color=appearance["color"],
+        linestyle=appearance["linestyle"],
+        marker=appearance["marker"],
+        markersize=3,
+        label=legend,
+    )
+    axis.fill_between(x, mean - sd, mean + sd, color=appearance["color"], alpha=0.15, linewidth=0)
 
 
 PUBLISHED = {"accuracy_vs_cost": accuracy_vs_cost, "convergence": convergence}
@@ -269,12 +288,12 @@ def growth(table: pd.DataFrame) -> Figure:
     for axis, name in zip(axes, series, strict=True):
         part = table[table["series"] == name]
         for variant, points in part.groupby("variant", sort=False):
-            look = style("end_to_end" if variant == "end_to_end" else "deep_incubation")
+            appearance = style("end_to_end" if variant == "end_to_end" else "deep_incubation")
             time, cost = points["step_seconds"], points["step_flops"] / 1e9
             spread = [time - points["step_seconds_min"], points["step_seconds_max"] - time]
-            look = {"color": look["color"], "marker": look["marker"], "linestyle": "none"}
-            told = f"{bench.label(variant)}: time ∝ FLOPs^{bench.exponent(points):.2f}"
-            axis.errorbar(cost, time, yerr=spread, capsize=3, label=told, **look)
+            appearance = {"color": appearance["color"], "marker": appearance["marker"], "linestyle": "none"}
+            legend = f"{bench.label(variant)}: time ∝ FLOPs^{bench.exponent(points):.2f}"
+            axis.errorbar(cost, time, yerr=spread, capsize=3, label=legend, **appearance)
         for size, points in part.groupby("size"):
             top = points.sort_values("step_flops").iloc[-1]
             place = (top["step_flops"] / 1e9, top["step_seconds"])

@@ -40,9 +40,9 @@ class Reader:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.seen = plan, {}
         self.on_slurm = False
-        self.told: list[str] = []  # by Slurm, for people
+        self.messages: list[str] = []  # by Slurm, for people
 
-    def look(self) -> list[Phase]:
+    def phases(self) -> list[Phase]:
         """Return all phases; with jobs in Slurm's queue this asks Slurm."""
         phases = []
         for node in self.plan.nodes:
@@ -53,7 +53,7 @@ class Reader:
         self.on_slurm = slurm.was_submitted(self.plan.experiment)
         if self.on_slurm:
             phases = [Phase(**vars(p) | {"line": Line(**vars(p.line))}) for p in phases]  # for Slurm adds to lines
-            self.told = slurm.annotate([p.line for p in phases], self.plan)
+            self.messages = slurm.annotate([p.line for p in phases], self.plan)
         return phases
 
 
@@ -97,8 +97,8 @@ def _read(node: Node, flops: int) -> Phase:
             phase.rows = []  # of other settings, or of other inputs
         return phase
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:  # half-written, or by hand
-        told = f"its records cannot be read ({type(error).__name__}: {error})"
-        return Phase(node, Line(node.key, node.title, "unreadable", note=told))
+        note = f"its records cannot be read ({type(error).__name__}: {error})"
+        return Phase(node, Line(node.key, node.title, "unreadable", note=note))
 
 
 def at_work(plan: Plan, phases: list[Phase]) -> bool:
@@ -141,24 +141,24 @@ def duration(seconds: float) -> str:
 def headline(plan: Plan, phases: list[Phase], on_slurm: bool) -> str:
     """Say in a sentence how far a run is."""
     count = Counter(phase.line.state for phase in phases)
-    told = [f"{plan.experiment.path.name}: {count['done']} of {len(phases)} phases done"]
-    told += [f"{number} {state}" for state, number in count.items() if state not in ("done", "waiting")]
+    lines = [f"{plan.experiment.path.name}: {count['done']} of {len(phases)} phases done"]
+    lines += [f"{number} {state}" for state, number in count.items() if state not in ("done", "waiting")]
     if at_work(plan, phases):
         left = seconds_left(plan, phases, on_slurm)
         if count["done"] == len(phases):
-            told.append("the analysis is under way")
+            lines.append("the analysis is under way")
         elif not any(count[state] for state in AT_WORK):
-            told.append("the next are being started")
+            lines.append("the next are being started")
         elif left is not None:
-            told.append(f"about {duration(left)} left")
+            lines.append(f"about {duration(left)} left")
     elif count["done"] < len(phases):
-        told.append("nothing is at work; `start_run` or `incubate run` goes on from here")
-    return ", ".join(told)
+        lines.append("nothing is at work; `start_run` or `incubate run` goes on from here")
+    return ", ".join(lines)
 
 
 def table(plan: Plan) -> pd.DataFrame:
     """Return a row for each phase: state, epoch, loss, top-1, ETA; and what Slurm says, and what went wrong, if anything."""
-    return table_of(Reader(plan).look())
+    return table_of(Reader(plan).phases())
 
 
 def table_of(phases: list[Phase]) -> pd.DataFrame:

@@ -98,19 +98,19 @@ def similarity(plan: Plan, strategy: str, seed: int = 0, images: int = 256) -> p
     are sorted by class. Computed in float32. SettingsError for a strategy without a meta model, and for one that is not finished.
     """
     final, meta, joined = _phases(plan, strategy, seed)
-    judge = _judge(final)
+    eval_set = _eval_set(final)
     if images < SMALLEST:
         raise SettingsError(f"images is {images}; it takes at least {SMALLEST}")
-    count = min(images, len(judge))
-    batches = [judge.some(some)[0] for some in torch.linspace(0, len(judge) - 1, count).long().split(BATCH)]
-    classes, depths = judge.num_classes, final.settings.target_depths
+    count = min(images, len(eval_set))
+    batches = [eval_set.some(some)[0] for some in torch.linspace(0, len(eval_set) - 1, count).long().split(BATCH)]
+    classes, depths = eval_set.num_classes, final.settings.target_depths
     small = split(_trained(meta, classes), meta.settings.meta_depths)
     wanted = [_gram(outputs) for outputs in _through(small, batches)]
     rows = []
 
     def compare(network: str, index: int, outputs: list[Tensor]) -> None:
-        told = {"strategy": strategy, "seed": seed, "module_index": index, "network": network}
-        rows.append(told | {"cka": _alike(wanted[index], _gram(outputs)), "images": count})
+        about = {"strategy": strategy, "seed": seed, "module_index": index, "network": network}
+        rows.append(about | {"cka": _alike(wanted[index], _gram(outputs)), "images": count})
 
     for node in final.upstream("incubate"):
         index = node.settings.module_index
@@ -185,8 +185,8 @@ def _phases(plan: Plan, strategy: str, seed: int) -> tuple[Node, Node, Node]:
     missing = [node.title for node in [*final.upstream("meta"), *final.upstream("incubate"), *final.upstream("assemble"), final]
                if node.finished() is None]  # fmt: skip
     if missing:
-        told = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise SettingsError(f"strategy {strategy}, seed {seed}, is not finished: {told}; `incubate run` goes on")
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise SettingsError(f"strategy {strategy}, seed {seed}, is not finished: {names}; `incubate run` goes on")
     return final, final.upstream("meta")[0], final.upstream("assemble")[0]
 
 
@@ -197,7 +197,7 @@ def _baseline(plan: Plan, final: Node) -> Node | None:
     return node if same and node.finished() is not None else None
 
 
-def _judge(node: Node) -> ImageSet | StreamedSet:
+def _eval_set(node: Node) -> ImageSet | StreamedSet:
     return node.data()[1]
 
 
@@ -219,7 +219,7 @@ class Disagreements:
     seed: int
     classes: list[str]  # for people
     guesses: pd.DataFrame  # a row an image: label, meta, assembled, finetuned (classes, 0-based)
-    judge: ImageSet | StreamedSet
+    eval_set: ImageSet | StreamedSet
 
     def cases(self, network: str = "finetuned") -> pd.Series:
         """Return for every image which of CASES it is, for the `assembled` or the `finetuned` network."""
@@ -231,7 +231,7 @@ class Disagreements:
 
     def counts(self) -> pd.DataFrame:
         """Return the number of images of each case: a row a network, a column a case."""
-        rows = {told: self.cases(network).value_counts(sort=False) for network, told in DEEP.items()}
+        rows = {name: self.cases(network).value_counts(sort=False) for network, name in DEEP.items()}
         return pd.DataFrame(rows).T[list(CASES)].rename_axis(index="network", columns=None)
 
     def per_class(self, network: str = "finetuned") -> pd.DataFrame:
@@ -254,17 +254,17 @@ def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
     In the precision of the run, so that the numbers are those of its records. SettingsError as `similarity`.
     """
     final, meta, joined = _phases(plan, strategy, seed)
-    judge, device = _judge(final), pick_device()
+    eval_set, device = _eval_set(final), pick_device()
     nodes = {"meta": meta, "assembled": joined, "finetuned": final}
-    networks = {name: _trained(node, judge.num_classes).to(device) for name, node in nodes.items()}
+    networks = {name: _trained(node, eval_set.num_classes).to(device) for name, node in nodes.items()}
     found: dict[str, list[Tensor]] = {name: [] for name in ("label", *networks)}
-    for x, y in judge.judged():
+    for x, y in eval_set.eval_batches():
         found["label"].append(y.cpu())
         for name, guess in _guesses(networks, x.to(device), final.settings.precision):
             found[name].append(guess)
     guesses = pd.DataFrame({name: torch.cat(parts).numpy() for name, parts in found.items()}).rename_axis(index="image")
-    names = class_names(final.settings.data, judge.num_classes, final.experiment.settings.machine)
-    return Disagreements(strategy, seed, names, guesses, judge)
+    names = class_names(final.settings.data, eval_set.num_classes, final.experiment.settings.machine)
+    return Disagreements(strategy, seed, names, guesses, eval_set)
 
 
 @torch.no_grad()
@@ -286,7 +286,7 @@ def _picture(found: Disagreements, network: str, num: int) -> Figure:
         axes = panel.subplots(1, num, squeeze=False)[0]
         for axis in axes:
             axis.axis("off")
-        for axis, image, pixels in zip(axes, places, _pixels(found.judge, places[:num]), strict=False):
+        for axis, image, pixels in zip(axes, places, _pixels(found.eval_set, places[:num]), strict=False):
             said = found.guesses.loc[image]
             axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axis.set_title(_short(found.classes[said["label"]]), fontsize=9, pad=3)
@@ -295,12 +295,12 @@ def _picture(found: Disagreements, network: str, num: int) -> Figure:
     return figure
 
 
-def _pixels(judge: ImageSet | StreamedSet, places: Sequence[int]) -> list[np.ndarray]:
+def _pixels(eval_set: ImageSet | StreamedSet, places: Sequence[int]) -> list[np.ndarray]:
     """Return images [H, W, C] uint8 as they are judged; read again, which spares keeping those of a large set."""
     if not len(places):
         return []
-    images, _ = judge.some(torch.as_tensor(np.asarray(places)))
-    images = (255 * (images * judge.std + judge.mean)).round().clamp(0, 255).to(torch.uint8)
+    images, _ = eval_set.some(torch.as_tensor(np.asarray(places)))
+    images = (255 * (images * eval_set.std + eval_set.mean)).round().clamp(0, 255).to(torch.uint8)
     return list(images.permute(0, 2, 3, 1).cpu().numpy())
 
 

@@ -91,7 +91,7 @@ def points_text(gain: float) -> str:
     return f"{rounded(abs(gain))} points {'better' if gain > 0 else 'worse' if gain < 0 else 'better or worse'}"
 
 
-def judged_text(row: pd.Series) -> str:
+def verdict_text(row: pd.Series) -> str:
     """Return the verdict on a difference in words, with the number of seeds on its side."""
     if row["seeds"] < 2:
         return "one seed only, so nothing is said about chance"

@@ -171,9 +171,9 @@ def answer(table: StudyTable) -> list[str]:
     """Say in sentences what a study says about training in pieces, whatever the numbers are."""
     if BASELINE not in set(table.results["strategy"]):
         return ["There is no end-to-end training in this study to compare with."]
-    told = [*_cheapest(table), *_largest_gain(table), *_against_controls(table), *_against_workers(table), *_assembled(table)]
-    told = [*told, *filter(None, [mixed_text(table.results)])]
-    return told or ["Nothing is finished yet."]
+    lines = [*_cheapest(table), *_largest_gain(table), *_against_controls(table), *_against_workers(table), *_assembled(table)]
+    lines = [*lines, *filter(None, [mixed_text(table.results)])]
+    return lines or ["Nothing is finished yet."]
 
 
 def reached(table: StudyTable) -> pd.DataFrame:
@@ -183,8 +183,8 @@ def reached(table: StudyTable) -> pd.DataFrame:
     itself. Columns: the other axes, strategy, the budget at which, accuracy, best (end to end's), flops, critical_flops and
     seconds relative to end to end's best, then `statistics.COLUMNS`; the family is every cell that was compared.
     """
-    looked = _against_best(table)
-    good = looked[looked["accuracy"] >= looked["best"]].sort_values("flops", kind="stable")
+    candidates = _against_best(table)
+    good = candidates[candidates["accuracy"] >= candidates["best"]].sort_values("flops", kind="stable")
     return good.drop_duplicates([*_other_axes(table), "strategy"]).sort_index().reset_index(drop=True)
 
 
@@ -222,38 +222,38 @@ def _against_best(table: StudyTable) -> pd.DataFrame:
 def _cheapest(table: StudyTable) -> list[str]:
     if "budget" not in table.axes:
         return []
-    looked, found, others = _against_best(table), reached(table), _other_axes(table)
+    candidates, found, others = _against_best(table), reached(table), _other_axes(table)
 
     def named(row: dict) -> str:
         where = ", ".join(f"{axis} {row[axis]}" for axis in others)
         return label(row["strategy"]) + (f" ({where})" if where else "")
 
-    told = [
+    lines = [
         f"{named(row)} reaches end to end's best ({row['best']:.1%}) on average, with {row['accuracy']:.1%}, for "
         f"{row['flops']:.2f} of its FLOPs, {row['critical_flops']:.2f} on the critical path ({gain_text(row)})."
         for row in found.to_dict("records")
     ]
     done = [named(row) for row in found.to_dict("records")]
-    compared = dict.fromkeys(named(row) for row in looked.to_dict("records"))
-    told += [f"{name} does not reach end to end's best at any budget here." for name in compared if name not in done]
+    compared = dict.fromkeys(named(row) for row in candidates.to_dict("records"))
+    lines += [f"{name} does not reach end to end's best at any budget here." for name in compared if name not in done]
     if len(found) and (count := found["comparisons"].max()) > 1:
-        told.append(f"With end to end's best {count} cells were compared, and corrected for that number (Holm).")
-    return told
+        lines.append(f"With end to end's best {count} cells were compared, and corrected for that number (Holm).")
+    return lines
 
 
 def _largest_gain(table: StudyTable) -> list[str]:
-    equal, told = at_equal_cost(table), []
+    equal, lines = at_equal_cost(table), []
     for sign, word in ((1, "gain"), (-1, "loss")):
         row = equal.loc[(sign * equal["gain"]).idxmax()] if len(equal) else None
         if row is None or sign * row["gain"] <= 0:
             continue
         where = ", ".join(f"{axis} {row[axis]}" for axis in table.axes)
         where = f" at {where}" if where else ""
-        told.append(
+        lines.append(
             f"The largest {word} of {len(equal)} comparisons at equal FLOPs, in points: {label(row['strategy'])}{where}, "
             f"{gain_text(row)}. {family_text(row['comparisons'])}".strip()
         )
-    return told
+    return lines
 
 
 INCUBATED = ("recommended", "deep_incubation_identity", "deep_incubation_stack", "deep_incubation")  # the recommended ones first
@@ -266,7 +266,7 @@ WITHOUT = {
 
 def _against_controls(table: StudyTable) -> list[str]:
     """Compare incubation with the same start without it, cell by cell."""
-    there, told = set(table.results["strategy"]), []
+    there, lines = set(table.results["strategy"]), []
     for name, control in WITHOUT.items():
         if not {name, control} <= there:
             continue
@@ -274,13 +274,13 @@ def _against_controls(table: StudyTable) -> list[str]:
         if found.empty:
             continue
         better, worse = (int((found["clear"] & (sign * found["gain"] > 0)).sum()) for sign in (1, -1))
-        told.append(
+        lines.append(
             f"Against the same start without incubation ({label(control)}), {label(name)} is clearly better in {better}, clearly "
             f"worse in {worse} and inside the noise in {len(found) - better - worse} of {len(found)} cells (mean "
             f"{found['gain'].mean():+.1f} points), for {found['critical_flops'].mean():.2f} of its critical path. "
             f"{family_text(found['comparisons'].max())}".strip()
         )
-    return told
+    return lines
 
 
 def _against_workers(table: StudyTable) -> list[str]:
@@ -302,7 +302,7 @@ def _against_workers(table: StudyTable) -> list[str]:
 
 def _assembled(table: StudyTable) -> list[str]:
     rows = table.results.dropna(subset=["accuracy", "assembled_accuracy", "meta_accuracy"])
-    told = []
+    lines = []
     for name in (name for name in INCUBATED if name in set(rows["strategy"])):
         mine = rows[rows["strategy"] == name]
         mine = mine.assign(added=100 * (mine["accuracy"] - mine["assembled_accuracy"]))
@@ -311,11 +311,11 @@ def _assembled(table: StudyTable) -> list[str]:
         ahead = 100 * (mine["accuracy"] - mine["meta_accuracy"]).mean()
         added = round(mine["added"].mean(), 1) + 0.0  # no "-0.0"
         side = "above" if ahead > 0 else "below"
-        told.append(
+        lines.append(
             f"{label(name)}: fine-tuning changes the assembled network by {added:+.1f} points{span}; the finished network is "
             f"{abs(ahead):.1f} points {side} its meta model."
         )
-    return told
+    return lines
 
 
 def costs_text(costs: list[Cost], speed: float | None, jobs: int) -> str:
@@ -328,16 +328,16 @@ def costs_text(costs: list[Cost], speed: float | None, jobs: int) -> str:
     total = sum(cost.flops for cost in costs)
     if not total:
         return "\n".join([*lines, "Everything is trained."])
-    told = f"Altogether {total / factor:.3g} {unit}"
+    total_text = f"Altogether {total / factor:.3g} {unit}"
     if speed:
         hours = total / speed / jobs / 3600
-        told += f", about {hours:.1f} hours" if hours >= 1 else f", about {60 * hours:.0f} minutes"
-        told += (
+        total_text += f", about {hours:.1f} hours" if hours >= 1 else f", about {60 * hours:.0f} minutes"
+        total_text += (
             f" for {jobs} phases side by side, at the {speed / 1e9:.3g} GFLOP/s that finished ones had here, without evaluation."
         )
     else:
-        told += "; nothing was trained here yet that would tell how long that takes."
-    return "\n".join([*lines, told])
+        total_text += "; nothing was trained here yet that would tell how long that takes."
+    return "\n".join([*lines, total_text])
 
 
 def doubts(table: StudyTable) -> list[str]:
@@ -346,9 +346,9 @@ def doubts(table: StudyTable) -> list[str]:
     if len(grid) < 2:
         return []
     edge = table.rates[table.rates["chosen"] & table.rates["lr"].isin([grid.min(), grid.max()])]
-    told = []
+    lines = []
     for (name, phase), group in edge.groupby(["strategy", "phase"], sort=False):
         rates = ", ".join(f"{rate:g}" for rate in sorted(group["lr"].unique()))
         cells = group[table.axes].drop_duplicates().shape[0] if table.axes else 1
-        told.append(f"{label(name)}, {phase}: the chosen rate {rates} is at the grid's edge in {cells} cell(s)")
-    return told
+        lines.append(f"{label(name)}, {phase}: the chosen rate {rates} is at the grid's edge in {cells} cell(s)")
+    return lines

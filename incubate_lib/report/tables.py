@@ -13,7 +13,7 @@ import pandas as pd
 from incubate_lib.config import SettingsError, load_settings, nearest, presets
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.statistics import compare, family_text, judged_text, paired, points_text, rounded
+from incubate_lib.report.statistics import compare, family_text, paired, points_text, rounded, verdict_text
 from incubate_lib.training.runs import MNTK
 
 BASELINE = "end_to_end"
@@ -59,13 +59,13 @@ class Results:
 
     def verdict(self) -> str:
         """Say in words what the numbers say, whatever they are: each strategy against end-to-end, paired by seed."""
-        told = _against_baseline(self.strategies)
-        if told:
-            told.append(_meta_alone(self.strategies, self.phases))
-        told = [line for line in told if line] or ["Nothing to compare yet: it takes end_to_end and another strategy."]
+        text = _against_baseline(self.strategies)
+        if text:
+            text.append(_meta_alone(self.strategies, self.phases))
+        text = [line for line in text if line] or ["Nothing to compare yet: it takes end_to_end and another strategy."]
         if names := not_from_nothing(self.phases):
-            told.append(f"Weights read from a file, whose training is not counted here: {', '.join(map(label, names))}.")
-        return "\n".join([*told, *filter(None, [mixed_text(self.strategies)])])
+            text.append(f"Weights read from a file, whose training is not counted here: {', '.join(map(label, names))}.")
+        return "\n".join([*text, *filter(None, [mixed_text(self.strategies)])])
 
 
 def from_plan(plan: Plan) -> Results:
@@ -107,11 +107,11 @@ def from_plan(plan: Plan) -> Results:
 def _units_of(node: Node, summary: dict) -> list[dict]:
     """Return a row for each unit at each evaluation of the modular NTK."""
     rows = []
-    for look in node.folder.metrics(MNTK):
-        ranks = look["effective_ranks"] or [None] * len(look["eigenvalues"])
-        for unit in zip(summary["mat"]["units"], look["eigenvalues"], ranks, look["active"], strict=True):
+    for probe in node.folder.metrics(MNTK):
+        ranks = probe["effective_ranks"] or [None] * len(probe["eigenvalues"])
+        for unit in zip(summary["mat"]["units"], probe["eigenvalues"], ranks, probe["active"], strict=True):
             rows.append(dict(zip(("unit", "eigenvalue", "effective_rank", "active"), unit, strict=True)) | {
-                "epoch": look["epoch"], "step": look["step"], "cut": look["cut"],
+                "epoch": probe["epoch"], "step": probe["step"], "cut": probe["cut"],
             })  # fmt: skip
     return rows
 
@@ -179,10 +179,10 @@ def hardware_of(table: pd.DataFrame) -> str:
         return ", ".join(sorted({str(v) for v in table[column]}))
 
     where = [f"{device}, {threads} thread(s) a phase" for device, threads in places(table)]
-    told = where[0] if len(where) == 1 else f"{len(where)} devices ({'; '.join(where)})"
+    text = where[0] if len(where) == 1 else f"{len(where)} devices ({'; '.join(where)})"
     days = sorted({str(date)[:10] for date in table["date"]})
     return (
-        f"{told}, torch {one('torch')}, {' to '.join(dict.fromkeys((days[0], days[-1])))}, top-1 on the {one('judged_on')} split"
+        f"{text}, torch {one('torch')}, {' to '.join(dict.fromkeys((days[0], days[-1])))}, top-1 on the {one('judged_on')} split"
     )
 
 
@@ -232,7 +232,7 @@ def load_results(preset: str, overrides: list[str], strategies: list[str], seeds
 
 def settings_table(node: Node) -> pd.DataFrame:
     """Return the resolved settings of a phase, one row a field."""
-    hidden = {"inputs": True, "format": True, "data": node.settings.data.idle_fields}
+    hidden = {"inputs": True, "format": True, "data": node.settings.data.unused_fields}
     flat = pd.json_normalize(node.settings.model_dump(mode="json", exclude=hidden))
     if node.settings.training and node.settings.training.lr_for_batch:
         flat["training.lr × batch_size / lr_for_batch"] = node.settings.training.peak_lr
@@ -259,10 +259,10 @@ def costs_table(node: Node) -> pd.DataFrame:
 
 def spent(summary: dict) -> str:
     """Say what a phase took, so that neither repeated augmentation nor left-out batches can hide anything."""
-    told = f"Cost: {summary['train_flops'] / 1e9:.4g} GFLOP, {summary['train_seconds']:.3g} s "
-    told += f"({summary['data_share']:.0%} of it waiting for images); {summary['steps']:,} updates, "
-    told += f"{summary['images_seen']:,} images seen, "
-    return told + f"{summary['distinct_images_per_epoch']:,} different ones an epoch."
+    text = f"Cost: {summary['train_flops'] / 1e9:.4g} GFLOP, {summary['train_seconds']:.3g} s "
+    text += f"({summary['data_share']:.0%} of it waiting for images); {summary['steps']:,} updates, "
+    text += f"{summary['images_seen']:,} images seen, "
+    return text + f"{summary['distinct_images_per_epoch']:,} different ones an epoch."
 
 
 def curves_of(node: Node) -> pd.DataFrame:
@@ -342,13 +342,13 @@ def differences(table: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFra
 def _against_baseline(table: pd.DataFrame) -> list[str]:
     """Say of each strategy how it does against end to end, and what was corrected for."""
     found = differences(table, [(name, BASELINE) for name in table["strategy"].unique() if name != BASELINE])
-    told = []
+    text = []
     for row in found.to_dict("records"):
-        told.append(
-            f"{label(row['strategy'])}: {points_text(row['gain'])} than end to end ({judged_text(row)}), for "
+        text.append(
+            f"{label(row['strategy'])}: {points_text(row['gain'])} than end to end ({verdict_text(row)}), for "
             f"{row['flops']:.2f} times its training FLOPs, {row['critical_flops']:.2f} times on the critical path."
         )
-    return [*told, family_text(found["comparisons"].max())] if told else []
+    return [*text, family_text(found["comparisons"].max())] if text else []
 
 
 def not_from_nothing(phases: pd.DataFrame) -> list[str]:
@@ -367,10 +367,10 @@ def _meta_alone(table: pd.DataFrame, phases: pd.DataFrame) -> str:
         return ""
     means = table.groupby("strategy")[["accuracy", "flops"]].mean()
     share = meta["flops"].mean() / means.loc[BASELINE, "flops"]
-    told = f"The meta model alone has {100 * meta['accuracy'].mean():.1f} %"
-    told += f" for {share:.2f} times end to end's training FLOPs" if share else ""
+    text = f"The meta model alone has {100 * meta['accuracy'].mean():.1f} %"
+    text += f" for {share:.2f} times end to end's training FLOPs" if share else ""
     behind = [label(name) for name in means.index if means.loc[name, "accuracy"] <= meta["accuracy"].mean()]
-    return told + (f"; not better on average: {', '.join(behind)}." if behind else ", and every strategy is better on average.")
+    return text + (f"; not better on average: {', '.join(behind)}." if behind else ", and every strategy is better on average.")
 
 
 def _strategy_row(strategy: str, final: Node, summary: dict) -> dict:

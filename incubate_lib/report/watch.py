@@ -53,10 +53,12 @@ def find(preset: str, overrides: Sequence[str], strategies: Sequence[str] | None
 
 
 def _not_there(settings: Settings, experiment: Experiment, preset: str) -> str:
-    told = f"there is no run of these settings in {experiment.path} yet; start_run or `incubate run {preset}` starts one"
+    message = f"there is no run of these settings in {experiment.path} yet; start_run or `incubate run {preset}` starts one"
     if experiment.path.name != settings.name and not settings.is_variant:
-        told += f" ({settings.name} beside it is of other settings, or of an older version whose results are not used any more)"
-    return told
+        message += (
+            f" ({settings.name} beside it is of other settings, or of an older version whose results are not used any more)"
+        )
+    return message
 
 
 class Live(ipywidgets.VBox):
@@ -77,7 +79,7 @@ class Live(ipywidgets.VBox):
         self.stop.on_click(self._stop)
         _hear_while_busy(self.stop)
         super().__init__([self.headline, ipywidgets.HBox([self.stop, self.said]), self.graph, self.curves, self.table])
-        busy = self.look()
+        busy = self.refresh()
         replaced = _shown.pop((preset, *overrides), None)
         if replaced:
             replaced.end("A newer widget shows this run.")
@@ -85,28 +87,30 @@ class Live(ipywidgets.VBox):
         self.thread = threading.Thread(target=self._go_on, args=(busy,), name="watch", daemon=True)
         self.thread.start()
 
-    def look(self) -> bool | None:
+    def refresh(self) -> bool | None:
         """Read the run and show what has changed; return whether anything is at work, None if all is done for good."""
         try:
             if self.reader is None:
                 self.reader = Reader(find(*self.wanted))
-            return self._look(self.reader)
+            return self._refresh(self.reader)
         except Exception as error:  # whatever is in those files: a thread's traceback would stand under some other cell
-            told = str(error) if isinstance(error, SettingsError) else f"the run cannot be shown: {type(error).__name__}: {error}"
-            self.headline.value = f'<p role="alert" style="{FONT}">{escape(told)}</p>'
+            message = (
+                str(error) if isinstance(error, SettingsError) else f"the run cannot be shown: {type(error).__name__}: {error}"
+            )
+            self.headline.value = f'<p role="alert" style="{FONT}">{escape(message)}</p>'
             self.stop.disabled = True
             return False
 
-    def _look(self, reader: Reader) -> bool | None:
-        plan, phases = reader.plan, reader.look()
+    def _refresh(self, reader: Reader) -> bool | None:
+        plan, phases = reader.plan, reader.refresh()
         busy = at_work(plan, phases)
         self.headline.value = f'<p style="{FONT}; font-weight: bold">{escape(headline(plan, phases, reader.on_slurm))}</p>'
         self.stop.disabled = not busy
-        if (phases, reader.told) != self.shown:
+        if (phases, reader.messages) != self.shown:
             graph, curves = draw(plan, phases)
             self.graph.value, self.curves.value = (f'<div style="overflow-x: auto">{p.svg()}</div>' for p in (graph, curves))
-            self.table.value = _table_html(phases, reader.told)
-            self.shown = phases, reader.told
+            self.table.value = _table_html(phases, reader.messages)
+            self.shown = phases, reader.messages
         return None if not busy and all(phase.line.state == "done" for phase in phases) else busy
 
     def _go_on(self, busy: bool | None) -> None:
@@ -114,7 +118,7 @@ class Live(ipywidgets.VBox):
         while busy is not None and time.monotonic() - last < LINGER_SECONDS:
             if self.over.wait(max(self.every, SLURM_SECONDS) if self.reader and self.reader.on_slurm else self.every):
                 return
-            busy = self.look()
+            busy = self.refresh()
             if busy:
                 last = time.monotonic()
         if busy is False:
@@ -155,7 +159,7 @@ _shown: dict[tuple[str, ...], Live] = {}  # the widget that shows a run, in this
 FONT = "font-size: 14px; line-height: 1.4; margin: 4px 0"
 
 
-def _table_html(phases: list[Phase], told: list[str]) -> str:
+def _table_html(phases: list[Phase], message: list[str]) -> str:
     shown = table_of(phases)
     cell = "padding: 2px 10px; text-align: {}; white-space: {}; border-bottom: 1px solid " + FAINT
     words = {"phase", "state", "Slurm", "note"}
@@ -165,7 +169,9 @@ def _table_html(phases: list[Phase], told: list[str]) -> str:
         "<tr>" + "".join(f'<td style="{style}">{escape(word)}</td>' for word, style in zip(row, styles, strict=True))
         for row in shown.itertuples(index=False)
     )
-    inside = f'<table style="border-collapse: collapse"><tr>{head}{rows}</table>' + "".join(f"<p>{escape(w)}</p>" for w in told)
+    inside = f'<table style="border-collapse: collapse"><tr>{head}{rows}</table>' + "".join(
+        f"<p>{escape(w)}</p>" for w in message
+    )
     return f'<div style="{FONT}; overflow-x: auto">{inside}</div>'
 
 

@@ -63,14 +63,14 @@ class Adaptive:
         self.active = torch.ones(len(self.units), dtype=torch.bool)
         self.history: list[list[float]] = []  # principal eigenvalues [E][U]
         self.flops_of: dict[tuple[bool, ...], int] = {tuple(self.active.tolist()): flops_per_image}
-        self.look_flops, self.rank_flops = self._count_on_meta() if team.is_first else (0, 0)
+        self.probe_flops, self.rank_flops = self._count_on_meta() if team.is_first else (0, 0)
         self.executed = (0, 0)  # by a look and by a ranking, on this device; see `count_executed`
 
     def is_due(self, step: int) -> bool:
         """Whether the units are looked at before update `step`."""
         return step % self.every == 0 or step == self.warmup
 
-    def look(self, step: int) -> dict[str, Any]:
+    def probe(self, step: int) -> dict[str, Any]:
         """Evaluate the kernels, decide which units train from here on, and return a record. This is training time."""
         how, decides = self.settings, step >= self.warmup
         kernels = modular_kernels(self.model, self.units, self.images, outputs=how.outputs, checked=True)
@@ -91,8 +91,8 @@ class Adaptive:
             self.active = self._ranked(choice.active, eigenvalues, step)
             record |= {"cut": choice.cut, "forced": choice.forced}
         flops, executed = (
-            self.team.devices * (look + decides * rank)  # each device does it
-            for look, rank in ((self.look_flops, self.rank_flops), self.executed)
+            self.team.devices * (probe + decides * rank)  # each device does it
+            for probe, rank in ((self.probe_flops, self.rank_flops), self.executed)
         )
         return record | {"active": self.active.int().tolist(), "flops": flops, "flops_executed": executed}
 
@@ -142,13 +142,13 @@ class Adaptive:
 
         The eigenvalues' are not counted; where they are found by power iteration, its number of steps is not known before.
         """
-        with all_products() as looking:
+        with all_products() as probing:
             modular_kernels(model, self.units, images, outputs=self.settings.outputs, checked=True)
         if self.settings.rank != "gradient_norm":
-            return looking.get_total_flops(), 0
+            return probing.get_total_flops(), 0
         with all_products() as ranking:
             gradient_norms(model, self.units, images, labels)
-        return looking.get_total_flops(), ranking.get_total_flops()
+        return probing.get_total_flops(), ranking.get_total_flops()
 
     def state(self) -> dict[str, Any]:
         return {"history": self.history, "active": self.active.tolist()}
@@ -168,11 +168,11 @@ def check_probe(model: nn.Module, units: Sequence[Unit], images: Tensor, setting
     while most and most * per_image + len(units) * (most * rows) ** 2 * 4 > MEMORY_SHARE * free:
         most -= 1
     if most < len(images):
-        told = (
+        message = (
             f"mat.probe is {len(images)}; with mat.units {settings.units} and mat.outputs {settings.outputs} the kernels of so "
         )
-        told += f"many images need more memory than is free ({free / 2**30:.1f} GiB)"
-        raise SettingsError(f"{told}; it may be {most} at most" if most > 1 else f"{told}, and so do those of two images")
+        message += f"many images need more memory than is free ({free / 2**30:.1f} GiB)"
+        raise SettingsError(f"{message}; it may be {most} at most" if most > 1 else f"{message}, and so do those of two images")
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -40,7 +40,7 @@ LR = 1e-5  # so small that random labels do no harm
 NARROW = ModelSettings(name="vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=96, depth=8, num_heads=3)
 DEPTHS = (12, 24, 48, 96, 128)  # blocks
 SIZES = (32, 64, 96, 128, 160, 224)  # pixels: 17 to 785 tokens, where attention has 3 to 58 % of the FLOPs
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Bench:
@@ -135,7 +135,7 @@ def bench(
     batch: int | None = None,
     rounds: int = 5,
     classes: int | None = None,
-    tell: Tell = lambda _: None,
+    log: Log = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Measure end to end and the meta model beside bare loops, and each hybrid beside the released code's freezing.
 
@@ -148,12 +148,12 @@ def bench(
     if classes is None:
         try:
             known = count_images(settings.data, settings.machine)
-            classes, assumed = known.classes, known.told if known.assumed else ""
+            classes, assumed = known.classes, known.sentence if known.assumed else ""
         except SettingsError as error:  # images that cannot be trained on are no reason not to measure
             classes = IMAGENET[2]
             assumed = f"ASSUMED: {classes:,} classes, those of ImageNet-1K, because {error}; --classes says another number."
         if assumed:
-            tell(assumed)
+            log(assumed)
     if batch is None:
         fits = GPU_BATCH if device.type == "cuda" else max(4, int(CPU_STEP / _flops_per_image(settings, classes)))
         recipe, devices = settings.training, settings.machine.devices
@@ -166,11 +166,11 @@ def bench(
 
     pairs = [("end_to_end", None), ("meta", None), *(("incubate", i) for i in range(len(made.target_depths)))]
     rows = []
-    with _oom_told(batch):
+    with _explain_out_of_memory(batch):
         matmul = yardstick(device, settings.precision)
         for n, (phase, index) in enumerate(pairs):
             what = phase.replace("_", " ") if index is None else f"module {index + 1}"
-            tell(f"{n + 1} of {len(pairs)}: {what}, batch {batch}, rounds {rounds}")
+            log(f"{n + 1} of {len(pairs)}: {what}, batch {batch}, rounds {rounds}")
             rows += measure(pair(phase, index), rounds=rounds, device=device, matmul=matmul)
     return [about(settings, device) | {"batch": batch} | row for row in rows]
 
@@ -190,7 +190,7 @@ def growth(
     rounds: int = 3,
     depths: Sequence[int] = DEPTHS,
     sizes: Sequence[int] = SIZES,
-    tell: Tell = lambda _: None,
+    log: Log = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Measure end to end and one hybrid of a narrow ViT over its depth (blocks) and over the image size (pixels).
 
@@ -212,10 +212,10 @@ def growth(
             yield made.ours("incubate", 1)  # which has a prefix and a suffix
 
     rows = []
-    with _oom_told(batch):
+    with _explain_out_of_memory(batch):
         matmul = yardstick(device, precision)
         for series, field, values in (("depth", "depth", depths), ("image_size", "img_size", sizes)):
-            tell(f"{series} {', '.join(map(str, values))}: batch {batch}, rounds {rounds}")
+            log(f"{series} {', '.join(map(str, values))}: batch {batch}, rounds {rounds}")
             measured = measure(points(field, values), rounds=rounds, device=device, matmul=matmul)
             places = [{"series": series, "size": value} for value in values for _ in range(2)]
             rows += [place | row for place, row in zip(places, measured, strict=True)]
@@ -241,7 +241,7 @@ def _check(**numbers: int | None) -> None:
 
 
 @contextlib.contextmanager
-def _oom_told(batch: int) -> Iterator[None]:
+def _explain_out_of_memory(batch: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:

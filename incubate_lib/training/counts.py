@@ -22,7 +22,7 @@ class Images:
 
     count: int
     classes: int
-    told: str  # a sentence: the numbers, and how they are known
+    sentence: str  # a sentence: the numbers, and how they are known
     assumed: bool = False  # because there is no folder to count
 
 
@@ -50,8 +50,8 @@ def count_images(
     found = num_classes(train)
     unused = unused_in_words(unused_classes(source.labels[index], found), found)
     given = " (images as given)" if images else " (classes as given)" if classes else ""
-    told = f"{_in_words(images or len(index), classes or found)}{given}, {how}.{share} {unused}".strip()
-    return Images(images or len(index), classes or found, f"ASSUMED: {told}" if assumed else told, assumed)
+    sentence = f"{_in_words(images or len(index), classes or found)}{given}, {how}.{share} {unused}".strip()
+    return Images(images or len(index), classes or found, f"ASSUMED: {sentence}" if assumed else sentence, assumed)
 
 
 def _in_words(images: int, classes: int) -> str:

@@ -65,7 +65,7 @@ class ImageSet:
         """Augment on the device, drawing from the global generators, and normalise."""
         return self.normalise(augment(images, recipe))
 
-    def judged(self, rank: int = 0, devices: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(self, rank: int = 0, devices: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised batches of every image that falls to this rank: each image once over all ranks."""
         for index in torch.arange(rank, len(self), devices, device=self.labels.device).split(EVAL_BATCH):
             yield self.normalise(self.images[index]), self.labels[index]
@@ -85,21 +85,21 @@ def load_data(
     device = torch.device(device)
     train, test = open_source(settings, machine)
     classes = num_classes(train)
-    learn, judge = splits(settings, train, test)
+    learn, eval_set = splits(settings, train, test)
     if settings.is_streamed:
         sets = [
             StreamedSet(source.opener, source.labels, index, shape or (3, 224, 224), classes, settings, device, machine)
-            for source, index in (learn, judge)
+            for source, index in (learn, eval_set)
         ]
         for part in sets:
             found = list(part.check(every=max(1, len(part) // 64))[1].items())  # all of a large set would take hours
             part._note(found, passed_over=settings.skip_broken)
         return tuple(sets)
-    (x, y), (judged_x, judged_y) = (_pixels(settings, *part) for part in (learn, judge))
+    (x, y), (eval_x, eval_y) = (_pixels(settings, *part) for part in (learn, eval_set))
     if pad := settings.pad:
-        x, judged_x = (np.pad(pixels, ((0, 0), (0, 0), (pad, pad), (pad, pad))) for pixels in (x, judged_x))
+        x, eval_x = (np.pad(pixels, ((0, 0), (0, 0), (pad, pad), (pad, pad))) for pixels in (x, eval_x))
     if settings.resize:
-        x, judged_x = (_shrink(pixels, settings.resize) for pixels in (x, judged_x))
+        x, eval_x = (_shrink(pixels, settings.resize) for pixels in (x, eval_x))
     levels = np.arange(256) / 255
     counts = np.stack([np.bincount(x[:, c].ravel(), minlength=256) / x[:, c].size for c in range(x.shape[1])])
     mean = counts @ levels  # of a histogram: exact, and no copy of the images in floating point
@@ -110,7 +110,7 @@ def load_data(
     def put(pixels: np.ndarray, labels: np.ndarray) -> ImageSet:
         return ImageSet(torch.from_numpy(pixels).to(device), torch.from_numpy(labels).to(device), mean, std, classes)
 
-    return put(x, y), put(judged_x, judged_y)
+    return put(x, y), put(eval_x, eval_y)
 
 
 def labels_of(part: ImageSet | StreamedSet) -> np.ndarray:
@@ -143,18 +143,18 @@ def splits(settings: DataSettings, train: Source, test: Source | None) -> tuple[
     """Return (source, index of its images) to train on and to judge by."""
     rest = np.arange(len(train.labels))
     if test is None:
-        rest, judge = _cut(settings, train.labels, rest, settings.test_images or len(rest) // 3, "data.test_images")
+        rest, eval_set = _cut(settings, train.labels, rest, settings.test_images or len(rest) // 3, "data.test_images")
         test = train
     else:
-        judge = np.arange(len(test.labels))
-        if settings.test_images not in (None, len(judge)):
-            _, judge = _cut(settings, test.labels, judge, settings.test_images, "data.test_images")
+        eval_set = np.arange(len(test.labels))
+        if settings.test_images not in (None, len(eval_set)):
+            _, eval_set = _cut(settings, test.labels, eval_set, settings.test_images, "data.test_images")
     if settings.eval_split == "val":
-        rest, judge = _cut(settings, train.labels, rest, settings.val_images or len(rest) // 6, "data.val_images")
+        rest, eval_set = _cut(settings, train.labels, rest, settings.val_images or len(rest) // 6, "data.val_images")
         test = train
     if settings.train_share < 1:
         _, rest = _cut(settings, train.labels, rest, round(settings.train_share * len(rest)), "data.train_share")
-    return (train, rest), (test, judge)
+    return (train, rest), (test, eval_set)
 
 
 def _cut(settings: DataSettings, labels: np.ndarray, index: np.ndarray, size: int, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -188,12 +188,12 @@ def _pixels(settings: DataSettings, source: Source, index: np.ndarray) -> tuple[
             image = source.opener(i)
         except Exception as error:
             raise SettingsError(f"{source.opener.name(i)} cannot be read ({type(error).__name__}: {error})") from None
-        looks = image.size, image.mode
-        first = first or looks
-        if looks != first:
-            told = f"{source.opener.name(i)} is {image.size[0]} × {image.size[1]} pixels of mode {image.mode}"
+        kind = image.size, image.mode
+        first = first or kind
+        if kind != first:
+            message = f"{source.opener.name(i)} is {image.size[0]} × {image.size[1]} pixels of mode {image.mode}"
             alike = f"and the first is {first[0][0]} × {first[0][1]}, {first[1]}"
-            raise SettingsError(f"{told}; with data.in_memory all must be L or RGB and alike, {alike}")
+            raise SettingsError(f"{message}; with data.in_memory all must be L or RGB and alike, {alike}")
         pixels = np.asarray(image)
         images.append(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
     return np.stack(images), source.labels[index]

@@ -21,9 +21,9 @@ class Facts(Frozen):
         str, int
     ]  # training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …
     low_resolution: dict[str, int] = {}  # strategies that begin with small images → their size in pixels
-    misfits: dict[str, str]  # starts, and strategies with small images, that these networks cannot have, and why
+    unsupported: dict[str, str]  # starts, and strategies with small images, that these networks cannot have, and why
     units: dict[str, int] = {}  # kinds of units that Modular Adaptive Training finds in the target network → their number
-    unfit: dict[str, str] = {}  # kinds among them that cannot be used, and why
+    unsupported_units: dict[str, str] = {}  # kinds among them that cannot be used, and why
     weights: dict[str, str] = {}  # files that strategies start from → SHA-256
     unused_classes: list[int] = []  # classes without an image to train on: labels that do not begin at 0 or have gaps
 
@@ -88,8 +88,9 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     if settings.partition is None:
         return Facts(
             num_images=num_images, num_classes=num_classes, target_depths=[], meta_depths=[],
-            flops_per_image={"target": FlopCounts(shape).per_image(model)} | small, misfits=too_small, units=units,
-            low_resolution=sizes, unfit=_unfit(model, units, shape), weights=_weights(settings, num_classes, [], []),
+            flops_per_image={"target": FlopCounts(shape).per_image(model)} | small, unsupported=too_small, units=units,
+            low_resolution=sizes, unsupported_units=_unsupported_units(model, units, shape),
+            weights=_weights(settings, num_classes, [], []),
         )  # fmt: skip
     with torch.device("meta"):
         target_depths, meta_depths = settings.partition.depths(len(model.blocks))
@@ -104,16 +105,16 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
         for i, target in enumerate(targets):
             flops[f"incubate-{i}"] = counts.per_image(make_hybrid(metas, target, i))
             flops[f"imitate-{i}"] = counts.per_image(make_imitation(metas, target, i))
-        misfits = dict(too_small)
+        unsupported = dict(too_small)
         for start in ("stack", "identity"):
             try:
                 for target, meta in zip(targets, metas, strict=True):
                     start_module(target, meta, start, inherit_stem=True, inherit_head=True)
             except ValueError as error:
-                misfits[start] = str(error)
+                unsupported[start] = str(error)
     return Facts(
         num_images=num_images, num_classes=num_classes, target_depths=target_depths, meta_depths=meta_depths,
-        flops_per_image=flops | small, misfits=misfits, units=units, low_resolution=sizes,
+        flops_per_image=flops | small, unsupported=unsupported, units=units, low_resolution=sizes,
         weights=_weights(settings, num_classes, target_depths, meta_depths),
     )  # fmt: skip
 
@@ -158,7 +159,7 @@ def _small_images(
     from incubate_lib.training.costs import FlopCounts
     from incubate_lib.training.phases import build_model
 
-    sizes, flops, misfits = {}, {}, {}
+    sizes, flops, unsupported = {}, {}, {}
     for name, strategy in settings.strategies.items():
         if strategy.low_resolution is None:
             continue
@@ -177,13 +178,13 @@ def _small_images(
             flops[f"target-{size}"] = FlopCounts((shape[0], size, size)).per_image(small)
             sizes[name] = size
         except (SettingsError, RuntimeError) as error:  # the latter from poolings that find nothing left
-            misfits[name] = f"small images of {size} pixels: {str(error).splitlines()[0]}"
+            unsupported[name] = f"small images of {size} pixels: {str(error).splitlines()[0]}"
             if not strategy.is_as_named(name):
-                raise SettingsError(f"strategies.{name}.low_resolution, {misfits[name]}") from None
-    return sizes, flops, misfits
+                raise SettingsError(f"strategies.{name}.low_resolution, {unsupported[name]}") from None
+    return sizes, flops, unsupported
 
 
-def _unfit(model: Any, kinds: Iterable[str], shape: tuple[int, int, int]) -> dict[str, str]:
+def _unsupported_units(model: Any, kinds: Iterable[str], shape: tuple[int, int, int]) -> dict[str, str]:
     """Return the kinds of units whose kernels or partial updates this network, on the meta device, does not allow, and why."""
     import copy
 
@@ -193,7 +194,7 @@ def _unfit(model: Any, kinds: Iterable[str], shape: tuple[int, int, int]) -> dic
     from incubate_lib.method.mntk import modular_kernels
     from incubate_lib.method.units import find_units
 
-    unfit, images = {}, torch.empty(2, *shape, device="meta")
+    unsupported_units, images = {}, torch.empty(2, *shape, device="meta")
     for kind in kinds:
         twin = copy.deepcopy(model)
         try:
@@ -201,8 +202,8 @@ def _unfit(model: Any, kinds: Iterable[str], shape: tuple[int, int, int]) -> dic
             PartialUpdates(twin, units, images[:1])
             modular_kernels(twin, units, images)
         except (ValueError, RuntimeError) as error:  # the latter from layers that do something of their own
-            unfit[kind] = str(error).splitlines()[0]
-    return unfit
+            unsupported_units[kind] = str(error).splitlines()[0]
+    return unsupported_units
 
 
 def _weights(settings: Settings, num_classes: int, target_depths: list[int], meta_depths: list[int]) -> dict[str, str]:

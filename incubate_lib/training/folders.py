@@ -39,8 +39,8 @@ def folder_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE
     """Return the folder of a source; SettingsError if there is none."""
     folder = place_of(settings, machine)
     if not folder.is_dir():
-        told = "is not there" if not folder.exists() else "is not a folder"
-        raise SettingsError(f"data.folder {folder} {told}; it must hold the images of data.source {settings.source!r}")
+        message = "is not there" if not folder.exists() else "is not a folder"
+        raise SettingsError(f"data.folder {folder} {message}; it must hold the images of data.source {settings.source!r}")
     return folder
 
 

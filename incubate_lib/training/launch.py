@@ -57,10 +57,10 @@ def train_on_devices(job: dict[str, Any], folder: PhaseFolder, machine: MachineS
         command, env=os.environ | {"OMP_NUM_THREADS": threads, "INCUBATE_HEADLESS": "1"} | in_job, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
-    told, quiet = [], False
+    output, quiet = [], False
     try:
         for line in process.stdout:
-            told.append(line)
+            output.append(line)
             quiet = quiet or line.startswith("Traceback")  # the launcher's own; a rank's is in its report
             if not quiet and not NOISE.search(line):
                 print(line, end="", flush=True)
@@ -73,7 +73,7 @@ def train_on_devices(job: dict[str, Any], folder: PhaseFolder, machine: MachineS
         process.stdout.close()
     if process.returncode == 0 and (summary := folder.finished()):
         return summary
-    raise _failure(folder, machine.team_size, title, "".join(told[-200:]))
+    raise _failure(folder, machine.team_size, title, "".join(output[-200:]))
 
 
 def _srun(nodes: int) -> list[str]:
@@ -102,17 +102,17 @@ def _node(host: str, port: str, file: str) -> None:
     os.execv(command[0], command)
 
 
-def _failure(folder: PhaseFolder, devices: int, title: str, told: str) -> Exception:
+def _failure(folder: PhaseFolder, devices: int, title: str, output: str) -> Exception:
     """Make the exception of the rank that failed first."""
     reports = {path: read_json(path) for path in folder.path.glob("rank-*.json")}
     reports = sorted((r for r in reports.values() if r), key=lambda report: report["time"])
     if not reports:
-        killed = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", told, re.S)
+        killed = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", output, re.S)
         if killed:
             return RankFailed(
                 f"{title}: rank {killed[1]} of {devices} died (exit code {killed[2]}; -9: killed, often out of memory)"
             )
-        return RankFailed(f"{title}: torch.distributed.run failed:\n{told.strip()[-2000:]}")
+        return RankFailed(f"{title}: torch.distributed.run failed:\n{output.strip()[-2000:]}")
     first = reports[0]
     if first["kind"] in KINDS:
         return KINDS[first["kind"]](first["message"])

@@ -51,17 +51,17 @@ def evaluate(model: nn.Module, data: DataSet, precision: str = "float32", team: 
 
     Each image is counted exactly once, however many devices share the work; all take the first device's buffers.
     """
-    team.share_buffers(model)
+    team.broadcast_buffers(model)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
-    for x, y in data.judged(team.rank, team.devices):
+    for x, y in data.eval_batches(team.rank, team.devices):
         with autocast(device, precision):
             logits = model(x).float()
         loss = F.cross_entropy(logits, y, reduction="sum")
         sums += torch.stack([loss.double(), (logits.argmax(1) == y).sum().double(), torch.ones_like(loss).double() * len(y)])
-    loss, correct, images = team.add_up(sums).tolist()
+    loss, correct, images = team.all_reduce(sums).tolist()
     model.train(was_training)
     assert images == len(data), f"{images} images judged, not {len(data)}"
     return {"loss": loss / len(data), "accuracy": correct / len(data)}
@@ -73,7 +73,7 @@ def mistakes(model: nn.Module, data: DataSet, num: int = 10) -> tuple[Tensor, li
     model.eval()
     device = next(model.parameters()).device
     images, labels, guesses = [], [], []
-    for x, y in data.judged():
+    for x, y in data.eval_batches():
         guess = model(x.to(device)).argmax(1).to(y.device)
         wrong = guess != y
         images.append((255 * (x[wrong] * data.std + data.mean)).round().clamp(0, 255).to(torch.uint8).cpu())
@@ -86,7 +86,7 @@ def mistakes(model: nn.Module, data: DataSet, num: int = 10) -> tuple[Tensor, li
 
 def fit(
     trainer: Trainer,
-    judge: DataSet,
+    eval_set: DataSet,
     *,
     folder: PhaseFolder,
     title: str,
@@ -111,7 +111,7 @@ def fit(
         seconds, eval_seconds, trainer.wait_seconds = state["train_seconds"], state["eval_seconds"], state["wait_seconds"]
         startup_seconds, startup_wait = state["startup_seconds"], state["startup_wait"]
     resumed, state = state is not None, None  # its tensors are copied; they would stay in memory
-    if team.add_up(torch.tensor([step], device=trainer.device)).item() != step * team.devices:  # also: all have read it
+    if team.all_reduce(torch.tensor([step], device=trainer.device)).item() != step * team.devices:  # also: all have read it
         raise RuntimeError(f"{title}: the devices read different checkpoints (this one is at step {step}); run again")
     if team.is_first:
         if resumed:
@@ -123,7 +123,7 @@ def fit(
     progress = Progress(folder, title, steps, step) if team.is_first else None
     waited = trainer.wait_seconds
     pending: list[Tensor] = []  # losses still on the device; reading one waits for it, so they are read together
-    saved_at = looked_at = time.monotonic()
+    saved_at = read_at = time.monotonic()
     saving_seconds = 0.0
 
     def not_finite(what: str, value: float, at: int) -> FloatingPointError:
@@ -133,10 +133,10 @@ def fit(
             "a lower lr, a longer warm-up or clip_grad: 1.0 usually cures it"
         )
 
-    def look() -> float | None:
+    def read_losses() -> float | None:
         """Read the pending losses and return the last; the first that is not finite ends the phase with its step named."""
         nonlocal loss_sum, loss_steps
-        values = (team.add_up(torch.stack(pending)) / team.devices).tolist() if pending else []
+        values = (team.all_reduce(torch.stack(pending)) / team.devices).tolist() if pending else []
         for i, value in enumerate(values):
             if not math.isfinite(value):
                 raise not_finite("loss", value, step - len(pending) + i)
@@ -157,10 +157,10 @@ def fit(
         saved_at = time.monotonic()
         saving_seconds = saved_at - began
 
-    def judge_now() -> None:
+    def evaluate_now() -> None:
         nonlocal loss_sum, loss_steps, eval_seconds
         began = time.perf_counter()
-        result = evaluate(trainer.judged, judge, trainer.precision, team)
+        result = evaluate(trainer.eval_model, eval_set, trainer.precision, team)
         eval_seconds += time.perf_counter() - began
         if not math.isfinite(result["loss"]):
             raise not_finite("the judged loss", result["loss"], step)
@@ -178,7 +178,7 @@ def fit(
 
     model.train()
     if not rows:
-        judge_now()
+        evaluate_now()
     trainer.begin(step)
     first = step
     while step < steps:
@@ -206,26 +206,26 @@ def fit(
             startup_seconds += clock.seconds - before
         # record
         due = step == steps or step % (settings.eval_every * per_epoch) == 0
-        if not due and step % team.look_every:
+        if not due and step % team.sync_every:
             continue
         now = time.monotonic()
         save_due = now - saved_at >= max(trainer.machine.checkpoint_seconds, saving_seconds / SAVING_SHARE)
-        if team.agree(due or save_due or now - looked_at >= STATUS_SECONDS):
-            last_loss = look()
+        if team.decide(due or save_due or now - read_at >= STATUS_SECONDS):
+            last_loss = read_losses()
             clock.pause()
             if due:
-                judge_now()
+                evaluate_now()
             if progress:
-                progress.tell(step, epoch=step / per_epoch, loss=last_loss, accuracy=rows[-1]["accuracy"])
-            stop = team.agree(step < steps and should_stop())
-            if stop or team.agree(save_due):
+                progress.update(step, epoch=step / per_epoch, loss=last_loss, accuracy=rows[-1]["accuracy"])
+            stop = team.decide(step < steps and should_stop())
+            if stop or team.decide(save_due):
                 save()
             if stop:
                 team.barrier()  # nobody leaves before it is on disk: a rank that ends takes the others with it
                 if progress:
                     progress.close()
                 raise Stopped(f"{title}: stopped at step {step} of {steps}; the next run goes on from here")
-            looked_at = time.monotonic()
+            read_at = time.monotonic()
     if progress:
         progress.close()
     steady = clock.seconds - startup_seconds
@@ -236,12 +236,12 @@ def fit(
               "disk or data.in_memory would help", flush=True)  # fmt: skip
     mat = {}
     if trainer.mat:
-        looks = folder.metrics(MNTK)
+        probes = folder.metrics(MNTK)
         mat = {"mat": {
-            "units": [unit.name for unit in trainer.mat.units], "evaluations": len(looks),
-            "seconds": sum(row["seconds"] for row in looks), "flops": sum(row["flops"] for row in looks),
+            "units": [unit.name for unit in trainer.mat.units], "evaluations": len(probes),
+            "seconds": sum(row["seconds"] for row in probes), "flops": sum(row["flops"] for row in probes),
         }}  # fmt: skip
-    return trainer.judged, mat | {
+    return trainer.eval_model, mat | {
         "steps": steps, "images_seen": steps * settings.batch_size, "epochs": steps / per_epoch,
         "distinct_images_per_epoch": math.ceil(per_epoch * settings.batch_size / settings.repeats),
         "train_flops": trainer.flops, "train_flops_executed": trainer.flops_executed,

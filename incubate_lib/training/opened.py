@@ -200,11 +200,11 @@ def _class_folders(place: Path) -> dict[str, Path]:
 def _images_below(folder: Path) -> Iterator[str]:
     """Yield the images of a folder and its subfolders, in torchvision's order; links to folders are followed."""
 
-    def tell(error: OSError) -> None:  # a folder that cannot be read is no empty one
+    def refuse(error: OSError) -> None:  # a folder that cannot be read is no empty one
         raise SettingsError(f"{error.filename} cannot be read: {error.strerror}")
 
     found, ways = [], {str(folder): (folder.resolve(),)}  # of each folder to come: where it and those above it really are
-    for root, folders, files in os.walk(folder, onerror=tell, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not is_left_behind(name)]
         way = ways.pop(root)
         for path in (Path(root, name) for name in folders):
@@ -281,8 +281,8 @@ def hfds(settings: DataSettings, download: bool) -> tuple[Source, Source]:
     except ImportError:
         raise SettingsError("data.source 'hfds/…' needs the package datasets: pip install datasets") from None
     except Exception as error:  # datasets raises many kinds for what is not there
-        told = " ".join(str(error).split())
-        raise SettingsError(f"data.source {settings.source!r}: Hugging Face datasets cannot read it: {told}") from None
+        message = " ".join(str(error).split())
+        raise SettingsError(f"data.source {settings.source!r}: Hugging Face datasets cannot read it: {message}") from None
 
 
 def wds(settings: DataSettings, download: bool) -> tuple[Source, Source]:
@@ -344,8 +344,10 @@ def _check_end(tar: str, file: BinaryIO, end: int) -> None:
     file.seek(end)
     mark = file.read(2 * TAR_BLOCK)
     if mark != bytes(2 * TAR_BLOCK):
-        told = "is damaged" if len(mark) == 2 * TAR_BLOCK else "is cut short"
-        raise SettingsError(f"shard {tar} {told}: there is no end mark (two empty blocks) at byte {end:,}; copy or make it again")
+        message = "is damaged" if len(mark) == 2 * TAR_BLOCK else "is cut short"
+        raise SettingsError(
+            f"shard {tar} {message}: there is no end mark (two empty blocks) at byte {end:,}; copy or make it again"
+        )
     while rest := file.read(1 << 20):
         if rest != bytes(len(rest)):
             raise SettingsError(f"shard {tar} goes on after its end mark at byte {end:,}: shards cannot be joined by cat")

@@ -47,8 +47,8 @@ def build_model(
     try:
         model = _create(settings.name, num_classes=num_classes, drop_path_rate=drop_path or None, **arguments)
     except Exception as error:  # timm checks its arguments by asserts and by failing somewhere inside
-        told = f"timm cannot build model.name {settings.name!r} with {arguments}: {in_a_line(error)}"
-        raise SettingsError(told if any_kind else f"{told} (only plain Vision Transformers can be taken apart)") from None
+        message = f"timm cannot build model.name {settings.name!r} with {arguments}: {in_a_line(error)}"
+        raise SettingsError(message if any_kind else f"{message} (only plain Vision Transformers can be taken apart)") from None
     if type(model) is not VisionTransformer and not any_kind:
         raise SettingsError(
             f"model.name {settings.name!r} is a {type(model).__name__}, not a plain timm VisionTransformer, and cannot be taken "
@@ -248,19 +248,19 @@ def train_phase(
     how = MachineSettings.model_validate_json(json.dumps(machine))
     repeat_exactly(team.device, how.deterministic, strictly=s.phase != "end_to_end" or bool(s.target_depths))
     how = stage(s.data, how)
-    train, judge = load_data(s.data, team.device, model_shape(s.model), how)
+    train, eval_set = load_data(s.data, team.device, model_shape(s.model), how)
     if [len(train), train.num_classes] != expected:
         raise SettingsError(
             f"there are {len(train)} training images in {train.num_classes} classes, but {expected[0]} in {expected[1]} when "
             "this experiment began; look at data.folder (machine.data_folder), or give the experiment another name"
         )
     if s.data.is_streamed:
-        check_shared_memory(judge, train, s.training, team.devices)
+        check_shared_memory(eval_set, train, s.training, team.devices)
     model, result = prepare(s, {name: Path(path) for name, path in inputs.items()}, train.num_classes)
     model.to(team.device)
     kept, numbers = model, UNTRAINED
     if s.training is None:
-        numbers = UNTRAINED | evaluate(model, judge, s.precision, team)
+        numbers = UNTRAINED | evaluate(model, eval_set, s.precision, team)
         numbers |= {"start_accuracy": numbers["accuracy"]}
         if s.phase == "meta" and team.is_first:  # read from a file: a single point, where others have a curve
             home.start_metrics(-1)
@@ -272,14 +272,14 @@ def train_phase(
             model, train, s.training, seed=seed, precision=s.precision, machine=how, team=team, mat=s.mat,
             flops_per_image=flops_per_image,
         )  # fmt: skip
-        kept, numbers = fit(trainer, judge, folder=home, title=title, should_stop=_stop_asked(stop_files))
+        kept, numbers = fit(trainer, eval_set, folder=home, title=title, should_stop=_stop_asked(stop_files))
     if not team.is_first:
         return None
     numbers = numbers | {
         "flops_per_image": flops_per_image if s.training else 0,
         "parameters": sum(p.numel() for p in result.parameters()),
         "train_images": len(train),
-        "judge_images": len(judge),
+        "judge_images": len(eval_set),
     }
     identity = {"phase": s.phase, "module_index": s.module_index, "seed": s.seed, "hash": s.digest()}
     tensors = kept.target.state_dict() if s.phase == "incubate" else kept.state_dict()

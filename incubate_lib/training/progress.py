@@ -20,7 +20,7 @@ class Progress:
         headless = bool(os.environ.get("INCUBATE_HEADLESS")) or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         self.bar = None if headless else tqdm(desc=title, total=steps, initial=start, unit="step", file=sys.stdout, mininterval=1)
 
-    def tell(self, step: int, **values: float | None) -> None:
+    def update(self, step: int, **values: float | None) -> None:
         """Record the step and values such as loss and accuracy, with an ETA from this attempt's own speed."""
         now = time.monotonic()
         done = step - self.start

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from incubate_lib.config import ModelSettings, SettingsError, in_a_line, told
+from incubate_lib.config import ModelSettings, SettingsError, error_message, in_a_line
 from incubate_lib.method.incubation import assemble
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.training.phases import build_model
@@ -179,9 +179,9 @@ def _check_order(files: Sequence[str | Path], found: list[list[State]]) -> None:
         for j, other in enumerate(stages[i] for stages in found):
             same = i != j and own.keys() == other.keys() and all(_equal(own[key], other[key]) for key in own)
             if same or _depth(own) < _depth(other):
-                told = "the same as" if same else f"of {_depth(own)} blocks, {_depth(other)}"
+                message = "the same as" if same else f"of {_depth(own)} blocks, {_depth(other)}"
                 raise SettingsError(
-                    f"{path} is given as number {i + 1}, but its stage {i} is {told} in {files[j]}; "
+                    f"{path} is given as number {i + 1}, but its stage {i} is {message} in {files[j]}; "
                     "give the files in the order of their target modules"
                 )
 
@@ -228,4 +228,4 @@ def _model_settings(where: str, **fields: Any) -> ModelSettings:
     try:
         return ModelSettings(**fields)
     except ValidationError as error:
-        raise SettingsError(f"{where}: {told(error, ModelSettings)}") from None
+        raise SettingsError(f"{where}: {error_message(error, ModelSettings)}") from None

@@ -261,7 +261,7 @@ def is_whole(weights: Path) -> bool:
     """
     try:
         about = weights.stat()
-        return _agrees(weights, about.st_size, about.st_mtime_ns)
+        return _matches(weights, about.st_size, about.st_mtime_ns)
     except PermissionError:
         raise SettingsError(f"cannot read {weights}: permission denied") from None
     except OSError:
@@ -269,7 +269,7 @@ def is_whole(weights: Path) -> bool:
 
 
 @cache
-def _agrees(weights: Path, size: int, changed: int) -> bool:
+def _matches(weights: Path, size: int, changed: int) -> bool:
     """Whether the header of a .safetensors file describes `size` bytes."""
     with open(weights, "rb") as file:
         length = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
@@ -328,11 +328,11 @@ def read_json(path: Path) -> Any:
 
 def _wait_for_lease(folder: PhaseFolder) -> Lease:
     """Take the folder; wait, and say so once, while another process trains the phase."""
-    told = False
+    message = False
     while (lease := Lease.take(folder.path / "lease")) is None:
         other = holder(folder.path / "lease")
-        if other and not told:
+        if other and not message:
             print(f"waiting for process {other.get('pid')} on {other.get('host')}, which trains {folder.path.name}", flush=True)
-            told = True
+            message = True
         time.sleep(0.3)
     return lease

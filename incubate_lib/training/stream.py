@@ -57,7 +57,7 @@ class StreamedSet:
     device: torch.device
     machine: MachineSettings = DEFAULT_MACHINE
     broken: dict[str, str] = field(default_factory=dict)  # images passed over so far: name → reason
-    judges: DataLoader | None = None  # kept, because starting its workers takes longer than a small evaluation
+    eval_loader: DataLoader | None = None  # kept, because starting its workers takes longer than a small evaluation
 
     def __len__(self) -> int:
         return len(self.index)
@@ -98,14 +98,14 @@ class StreamedSet:
             images = RandomErasing(recipe.erase, mode="pixel", device=images.device)(images)
         return images
 
-    def judged(self, rank: int = 0, devices: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(self, rank: int = 0, devices: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised batches of every image that falls to this rank: each image once over all ranks."""
-        if self.judges is None:
+        if self.eval_loader is None:
             check_shared_memory(self, devices=devices)
             mine = range(rank, len(self), devices)
             batches = [[(i, 0) for i in mine[k : k + EVAL_BATCH]] for k in range(0, len(mine), EVAL_BATCH)]
-            self.judges = self._loader(None, batches, devices)
-        for images, labels, *troubles in self.judges:
+            self.eval_loader = self._loader(None, batches, devices)
+        for images, labels, *troubles in self.eval_loader:
             self._note(*troubles)
             yield self.normalise(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
 
@@ -115,13 +115,13 @@ class StreamedSet:
         some = range(0, len(self), every)
         broken, turned = {}, 0
 
-        def look(i: int) -> tuple[tuple[str, str] | None, bool]:
+        def inspect(i: int) -> tuple[tuple[str, str] | None, bool]:
             image, error = reader.open(i)
             return error, image is not None and is_turned(image)
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for start in range(0, len(some), 10_000):  # a pool holds all that it was given
-                for error, has_tag in pool.map(look, some[start : start + 10_000]):
+                for error, has_tag in pool.map(inspect, some[start : start + 10_000]):
                     broken.update([error] if error else [])
                     turned += has_tag
         return Checked(len(some), broken, turned)
@@ -192,20 +192,20 @@ class StreamedSet:
 
 
 def check_shared_memory(
-    judge: StreamedSet, train: StreamedSet | None = None, recipe: TrainingSettings | None = None, devices: int = 1
+    eval_set: StreamedSet, train: StreamedSet | None = None, recipe: TrainingSettings | None = None, devices: int = 1
 ) -> None:
     """Raise SettingsError if /dev/shm is too small for what worker processes read ahead: training would wait for ever.
 
     What was read ahead to train on stays there while images are judged, so both count. Phases side by side have as much
     of it each as of the cores ($INCUBATE_THREADS), and so have those of `devices` that are in one machine.
     """
-    machine, workers = judge.machine, judge._workers(devices)
+    machine, workers = eval_set.machine, eval_set._workers(devices)
     sharing = min(machine.devices, devices)  # a notebook judges on one device, whatever the machine has
-    mine = math.ceil(len(judge) / devices)
+    mine = math.ceil(len(eval_set) / devices)
     number, micro = micro_batches(recipe.batch_size, recipe.micro_batch, devices) if recipe else (0, 0)
 
     def needed(workers: int) -> int:
-        size = judge.read_ahead(min(mine, EVAL_BATCH), math.ceil(mine / EVAL_BATCH), workers)
+        size = eval_set.read_ahead(min(mine, EVAL_BATCH), math.ceil(mine / EVAL_BATCH), workers)
         if recipe:
             size += train.read_ahead(micro, number * total_steps(recipe.epochs, len(train), recipe.batch_size), workers)
         return size

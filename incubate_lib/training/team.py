@@ -21,17 +21,17 @@ class Team:
         return self.rank == 0
 
     @property
-    def look_every(self) -> int:
+    def sync_every(self) -> int:
         """Updates between two looks at losses and clock; together they must be the same ones for all."""
         return 1 if self.devices == 1 else 8
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """Return the sum over all processes."""
         if self.devices > 1:
             dist.all_reduce(values)
         return values
 
-    def agree(self, decision: bool) -> bool:
+    def decide(self, decision: bool) -> bool:
         """Return what the first process decided: clocks and files may look different to each."""
         if self.devices == 1:
             return decision
@@ -47,7 +47,7 @@ class Team:
         dist.broadcast(there, 0)
         return there.to(values.device)
 
-    def share_buffers(self, model: nn.Module) -> None:
+    def broadcast_buffers(self, model: nn.Module) -> None:
         """Give every replica the first one's buffers, such as BatchNorm's running statistics: those are the ones saved.
 
         Gradients keep parameters equal, but each device has seen images of its own.

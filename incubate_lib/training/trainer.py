@@ -143,7 +143,7 @@ class Trainer:
     def adapt(self, step: int) -> dict[str, Any]:
         """Look at the units of Modular Adaptive Training before update `step`, decide which train, and return a record."""
         with autocast(self.device, self.precision):
-            record = self.mat.look(step)
+            record = self.mat.probe(step)
         self.flops += record["flops"]
         self.flops_executed += record["flops_executed"]
         self._apply(step)
@@ -223,7 +223,7 @@ class Trainer:
         return F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
 
     @property
-    def judged(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The weights that count: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 

@@ -120,9 +120,9 @@ def _check_config(model: Any, file: Path) -> None:
         if not isinstance(name, str) or not timm.is_model(name):
             return
         unseen = ("embed_dim", "num_heads", "global_pool", "norm_layer", "act_layer")
-        told = {key: arguments[key] for key in unseen if arguments.get(key) is not None}
+        message = {key: arguments[key] for key in unseen if arguments.get(key) is not None}
         with torch.device("meta"):
-            other = timm.create_model(name, depth=1, **told)
+            other = timm.create_model(name, depth=1, **message)
         ours, theirs = ({
             "num_heads": m.blocks[0].attn.num_heads, "LayerNorm's eps": getattr(m.blocks[0].norm1, "eps", None),
             "global_pool": m.global_pool, "activation": type(m.blocks[0].mlp.act).__name__,

@@ -53,7 +53,7 @@ def rule(kind, folder):
 
 
 def hooked(fit):
-    def hooked_fit(trainer, judge, *, folder, should_stop, **more):
+    def hooked_fit(trainer, eval_set, *, folder, should_stop, **more):
         step, done = trainer.step, 0
 
         def hooked_step(number):
@@ -69,7 +69,7 @@ def hooked(fit):
             return step(number)
 
         trainer.step = hooked_step
-        return fit(trainer, judge, folder=folder, should_stop=should_stop, **more)
+        return fit(trainer, eval_set, folder=folder, should_stop=should_stop, **more)
 
     return hooked_fit
 

@@ -24,29 +24,29 @@ def comparisons() -> str:
     for name in studies.published_studies():
         table = study_of(name)
         parts.append(f"## {name}\n")
-        parts.append(_judged(studies.gains(table).assign(other=BASELINE), table.axes))
+        parts.append(_comparison_table(studies.gains(table).assign(other=BASELINE), table.axes))
         there = set(table.results["strategy"])
         for strategy, control in studies.WITHOUT.items():
             if {strategy, control} <= there:
-                parts.append(_judged(studies.gains(table, control, [strategy]).assign(other=control), table.axes))
+                parts.append(_comparison_table(studies.gains(table, control, [strategy]).assign(other=control), table.axes))
         if not table.axes:
             best = ["growing", "deep_incubation_identity", "stacking", "deep_incubation_stack"]
-            parts.append(_judged(differences(table.results, list(itertools.combinations(best, 2))), []))
+            parts.append(_comparison_table(differences(table.results, list(itertools.combinations(best, 2))), []))
             pairs = [("deep_incubation_identity", "end_to_end_longer")]
             pairs += [("random_start_inherited_stem_and_head", "random_start_half_for_meta")]
-            parts += [_judged(differences(table.results, [pair]), []) for pair in pairs]
+            parts += [_comparison_table(differences(table.results, [pair]), []) for pair in pairs]
     for name in tables.published_runs():
         rows = run_of(name).strategies
         parts.append(f"## {name}\n")
-        parts.append(_judged(compared_with(name, BASELINE, None), []))
+        parts.append(_comparison_table(compared_with(name, BASELINE, None), []))
         if "mat" in set(rows["strategy"]):
-            parts.append(_judged(against_others(run_of(name)), []))
+            parts.append(_comparison_table(against_others(run_of(name)), []))
             inside = [("deep_incubation_mat", "deep_incubation")]
-            parts += [_judged(differences(rows, inside), [])] if len(paired(rows, *inside[0])) else []
+            parts += [_comparison_table(differences(rows, inside), [])] if len(paired(rows, *inside[0])) else []
     return "\n".join(parts)
 
 
-def _judged(found: pd.DataFrame, axes: list[str]) -> str:
+def _comparison_table(found: pd.DataFrame, axes: list[str]) -> str:
     rows = []
     for row in found.to_dict("records"):
         gain, half = row["gain"], row["half_alone"]

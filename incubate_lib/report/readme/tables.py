@@ -26,9 +26,9 @@ def budget(study: str) -> str:
         cells = []
         for name in heads:
             mine = cell[cell["strategy"] == name]
-            told = spread(100 * mine["accuracy"])
-            told = f"**{told}**" if rounded(100 * means[name]) == rounded(100 * max(means.values())) else told
-            cells.append(f"{told} ({rounded(mine['critical_flops'].mean() / largest, 2)})")
+            score = spread(100 * mine["accuracy"])
+            score = f"**{score}**" if rounded(100 * means[name]) == rounded(100 * max(means.values())) else score
+            cells.append(f"{score} ({rounded(mine['critical_flops'].mean() / largest, 2)})")
         flops = whole["flops"].mean()[place]
         rows.append([f"{place} ({rounded(flops / 1e12)} TFLOP)" if flops == whole["flops"].mean().max() else place, *cells])
     return markdown(["budget", *heads.values()], rows)
@@ -49,11 +49,11 @@ def chain(run: str) -> str:
             for name, group in groups.items()
         ]
 
-    judged = {name: comparison(run, name, BASELINE) for name in names if name != BASELINE}
+    compared = {name: comparison(run, name, BASELINE) for name in names if name != BASELINE}
     rows = [
         ["top-1, test, %", *(spread(100 * group["accuracy"]) for group in groups.values())],
         ["points over end to end, paired by seed", "",
-         *(f"{gain(run, name)} ({row['better']} of {row['seeds']} seeds better)" for name, row in judged.items())],
+         *(f"{gain(run, name)} ({row['better']} of {row['seeds']} seeds better)" for name, row in compared.items())],
         ["assembled, before any fine-tuning, %", *(spread(100 * group["assembled_accuracy"].dropna())
                                                    for group in groups.values())],
         ["training TFLOP, all phases", *costs("flops", lambda value: rounded(value / 1e12, 2))],
@@ -74,11 +74,11 @@ def adaptive(run: str) -> str:
         rate = f" (lr {rates[0]:g})" if len(rates) == 1 else ""
         by_seed = " ".join(rounded(100 * value) for value in group.sort_values("seed")["accuracy"])
         flops, seconds = (group[column].mean() / base[column].mean() for column in ("flops", "seconds"))
-        told = [f"{rounded(flops, 2)}×", f"{rounded(seconds, 2)}×"]
+        cell = [f"{rounded(flops, 2)}×", f"{rounded(seconds, 2)}×"]
         if name == BASELINE:
-            told = [f"{rounded(base['flops'].mean() / 1e12, 2)} TFLOP", f"{seconds_text(base['seconds'].mean())} s"]
+            cell = [f"{rounded(base['flops'].mean() / 1e12, 2)} TFLOP", f"{seconds_text(base['seconds'].mean())} s"]
         over = "" if name == BASELINE else gain(run, name)
-        rows.append([label(name) + rate, spread(100 * group["accuracy"]), over, by_seed, told[0], told[1] + mixes(group, base)])
+        rows.append([label(name) + rate, spread(100 * group["accuracy"]), over, by_seed, cell[0], cell[1] + mixes(group, base)])
     numbers = sorted(results.strategies["seed"].unique())
     head = [
         "",

@@ -150,29 +150,29 @@ def at_epoch(source: str, strategy: str, seed: str, epoch: str) -> str:
 
 def active(source: str, epoch: str, *seeds: str) -> str:
     """How many of the units that train after the look at an epoch are attention layers: the least and the most of these seeds."""
-    looks = run_of(source).mntk.query(f"strategy == 'mat' and active == 1 and seed in {[int(s) for s in seeds]}")
-    looks = looks[(looks["epoch"] - float(epoch)).abs() < 0.01]
-    counts = looks["unit"].str.endswith("attn").groupby(looks["seed"]).sum()
+    probes = run_of(source).mntk.query(f"strategy == 'mat' and active == 1 and seed in {[int(s) for s in seeds]}")
+    probes = probes[(probes["epoch"] - float(epoch)).abs() < 0.01]
+    counts = probes["unit"].str.endswith("attn").groupby(probes["seed"]).sum()
     return f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
 
 
 def low_blocks(source: str, blocks: str) -> str:
     """The share of MAT's active units, after its first look, that lie in the lowest blocks."""
-    looks = run_of(source).mntk.query("strategy == 'mat' and active == 1 and epoch > 0")
-    return rounded(100 * (looks["unit"].str.extract(r"(\d+)")[0].astype(int) < int(blocks)).mean(), 0)
+    probes = run_of(source).mntk.query("strategy == 'mat' and active == 1 and epoch > 0")
+    return rounded(100 * (probes["unit"].str.extract(r"(\d+)")[0].astype(int) < int(blocks)).mean(), 0)
 
 
 def two_largest(source: str) -> str:
     """How many times the eigenvalue of any third unit those of the two largest are, over seeds and looks of MAT."""
-    looks = run_of(source).mntk.query("strategy == 'mat'").pivot(index=["seed", "epoch"], columns="unit", values="eigenvalue")
-    ordered = looks.apply(lambda row: row.sort_values(ascending=False).reset_index(drop=True), axis="columns")
-    names = {tuple(sorted(row.nlargest(2).index)) for _, row in looks.iterrows()}
+    probes = run_of(source).mntk.query("strategy == 'mat'").pivot(index=["seed", "epoch"], columns="unit", values="eigenvalue")
+    ordered = probes.apply(lambda row: row.sort_values(ascending=False).reset_index(drop=True), axis="columns")
+    names = {tuple(sorted(row.nlargest(2).index)) for _, row in probes.iterrows()}
     if len(names) > 1:
         raise KeyError(f"the two largest are not always the same: {names}")
     return f"{rounded((ordered[1] / ordered[2]).min(), 2)} to {rounded((ordered[0] / ordered[2]).max(), 2)}"
 
 
-def looking(source: str, what: str) -> str:
+def probing(source: str, what: str) -> str:
     """What looking at the kernels took of MAT's training: `seconds`, or `share` of the time in percent."""
     phases = run_of(source).phases.query("strategy == 'mat'")
     seconds, share = phases["look_seconds"].mean(), phases["look_seconds"].mean() / phases["seconds"].mean()
@@ -239,7 +239,7 @@ VALUES: dict[str, Callable[..., str]] = {
     f.__name__: f
     for f in (
         top, mean, least, most_of_others, gain, points, alone, count_clear, ahead, span, clear_among, compared, cost, seeds,
-        images, hardware, tuned, over_meta, without, at_epoch, active, low_blocks, two_largest, looking, planned, peak_share,
+        images, hardware, tuned, over_meta, without, at_epoch, active, low_blocks, two_largest, probing, planned, peak_share,
         hours, predicted, bench_rates,
     )
 }  # fmt: skip
