@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 # files whose tests go to any. (pyproject.toml has pytest-xdist keep this order.)
 FIRST = (
     "notebooks", "slurm", "chain", "presets", "study", "resume", "strategies", "torchrun", "watch", "look", "mirror",
-    "test_lab", "test_devices", "test_training",
+    "test_lab", "test_devices", "test_oracle", "test_training",
 )  # fmt: skip
 
 
