@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from incubate_lib import __version__, commands
+from incubate_lib import __version__, backends, commands
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "run":
             _backend(command, "job of each phase")
             command.add_argument("--devices", type=int, metavar="N", help="devices that train each phase together (default: 1)")
-            command.add_argument("--dry-run", action="store_true", help="with --backend slurm: print the scripts, submit nothing")
+            command.add_argument("--dry-run", action="store_true", help="print what a cluster would be given, submit nothing")
         if name == "report":
             command.add_argument("--publish", action="store_true", help="also write data/results/*.csv and figures/*.png")
         if name == "mirror":
@@ -101,16 +101,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _backend(command: argparse.ArgumentParser, what: str) -> None:
     """Add the options of the machine or cluster that trains."""
-    command.add_argument("--jobs", type=int, metavar="N", help="phases side by side (default: one a core, at most 4)")
-    command.add_argument("--backend", choices=["local", "slurm"], default="local", help="default: local")
-    slurm = command.add_argument_group(f"with --backend slurm, for the {what}")
-    slurm.add_argument("--site", metavar="FILE", help="YAML file with these and more, which the options override")
-    slurm.add_argument("--partition", metavar="NAME", help="default: the cluster's")
-    slurm.add_argument("--gpus-per-node", type=int, metavar="N", help="that train the phase together (default: 1)")
-    slurm.add_argument("--nodes", type=int, metavar="N", help="that train the phase together (default: 1)")
-    slurm.add_argument("--time", metavar="TIME", help="limit of one attempt; a phase may take several")
-    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores a node (default: its GPUs' share)")
-    slurm.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="any further option of sbatch")
+    command.add_argument("--backend", choices=backends.names(), default=backends.DEFAULT, help="default: local")
+    for name in backends.names():
+        backends.get(name).add_options(command, what)
 
 
 COMMANDS = {

@@ -8,36 +8,31 @@ import sys
 import time
 from pathlib import Path
 
-SLURM_ONLY = ("site", "partition", "gpus_per_node", "nodes", "time", "cpus_per_task", "sbatch")
-
 
 def run(options: argparse.Namespace) -> int:
     began = time.monotonic()
     from rich.console import Console
 
-    from incubate_lib.config import SettingsError, load_settings, presets
-    from incubate_lib.pipeline import execution, local, slurm, warm
+    from incubate_lib import backends
+    from incubate_lib.config import load_settings, presets
+    from incubate_lib.pipeline import execution
     from incubate_lib.pipeline.experiment import Experiment
     from incubate_lib.pipeline.strategies import plan
 
-    on_slurm = options.backend == "slurm"
-    if options.dry_run and not on_slurm:
-        raise SettingsError("--dry-run is for --backend slurm")
-    cluster = _cluster(options)
+    backend = backends.get(options.backend)
+    if options.dry_run:
+        backends.check_preview(backend)
+    asked = backends.settings(options)
     if options.devices is not None:
         options.set.append(f"machine.devices={options.devices}")
     settings = load_settings(options.preset, options.set)
-    jobs = local.check_jobs(options.jobs, settings.machine.devices)
+    backend.check([settings.machine], asked)
     experiment = Experiment.of(settings)
     experiment.check_writable()
-    local.check_machine([settings.machine])
-    if on_slurm and settings.machine.devices > 1 and cluster.gpus_per_node:
-        raise SettingsError("--devices is for the CPU (--gpus-per-node 0); on GPUs --gpus-per-node says how many a phase has")
-    if not on_slurm and (active := slurm.still_active(experiment)):
-        raise SettingsError(f"{active} job(s) of {experiment.path.name} are in Slurm's queue; `incubate stop` ends them")
+    backends.check_nodes([settings.machine])
+    backends.check_free(experiment, "`incubate stop` ends them", but=backend)
     if not experiment.is_known():
-        if not on_slurm:
-            warm.prepare()  # planning something new takes torch too, on another core
+        backend.prepare()  # planning something new takes torch too, on another core
         if not options.dry_run:
             print("Planning: reading the images, building the networks, counting FLOPs …", flush=True)
     is_new = not experiment.is_known()
@@ -47,31 +42,17 @@ def run(options: argparse.Namespace) -> int:
 
         print(unused_in_words(unused, todo.experiment.facts.num_classes), flush=True)
     preset = options.preset if options.preset in presets() else str(Path(options.preset).absolute())
-    source = {"preset": preset, "overrides": options.set}
-    if on_slurm:
-        count = slurm.submit(todo, source, cluster, Console(), dry_run=options.dry_run)
-        print("`incubate status` shows how far it is, from any folder." if count else "", end="\n" if count else "")
-        code = 0 if count or options.dry_run or not execution.is_finished(todo) else None
-    else:
-        code = local.run(todo, source, jobs, Console(), began) or None
-    if code is None:
-        _print_table(todo)
-    return code or 0
-
-
-def _cluster(options: argparse.Namespace):
-    """Return what jobs ask for; none without a cluster."""
-    from incubate_lib.config import SettingsError
-    from incubate_lib.config.cluster import load_slurm
-
-    if options.backend != "slurm":
-        if misplaced := [name for name in SLURM_ONLY if getattr(options, name)]:
-            raise SettingsError(f"--{misplaced[0].replace('_', '-')} is for --backend slurm")
-        return None
-    if options.jobs is not None:
-        raise SettingsError("--jobs is for --backend local; Slurm decides what runs side by side")
-    given = {name: getattr(options, name) for name in ("partition", "gpus_per_node", "nodes", "time", "cpus_per_task")}
-    return load_slurm(options.site, given, options.sbatch)
+    runs = [(todo, {"preset": preset, "overrides": options.set})]
+    if options.dry_run:
+        backend.preview(runs, asked, Console())
+        return 0
+    submitted = backend.submit(runs, asked, Console(), began=began)
+    if submitted.ids:
+        print("`incubate status` shows how far it is, from any folder.")
+    if submitted.status or (submitted.status is None and not execution.is_finished(todo)):
+        return submitted.status or 0
+    _print_table(todo)
+    return 0
 
 
 def study(options: argparse.Namespace) -> int:
@@ -81,11 +62,13 @@ def study(options: argparse.Namespace) -> int:
         for name in studies():
             print(f"{name}  {load_study(name).description}")
         return 0
-    cluster = _cluster(options)
+    from incubate_lib import backends
+
+    backend, asked = backends.get(options.backend), backends.settings(options)
     import pandas as pd
     from rich.console import Console
 
-    from incubate_lib.pipeline import local, study, warm
+    from incubate_lib.pipeline import study
     from incubate_lib.report import studies as report
     from incubate_lib.report import study_plots
 
@@ -95,15 +78,16 @@ def study(options: argparse.Namespace) -> int:
         print(f"{asked} run(s) of {about.name} are asked to stop" if asked else f"nothing of {about.name} is under way")
         return 0
     machines = [about.settings(cell).machine for cell in about.cells()]
-    jobs = local.check_jobs(options.jobs, max(machine.devices for machine in machines))
-    local.check_machine(machines)
-    if cluster is None and not options.dry_run:
-        warm.prepare()
+    devices = max(machine.devices for machine in machines)
+    jobs = backend.places(devices, asked) or backends.get().places(devices)
+    backends.check_nodes(machines)
+    if not options.dry_run:
+        backend.prepare()
     print("Planning: reading the images, building the networks, counting FLOPs …", flush=True)
     print(report.costs_text(study.costs(about), study.measured_speed(about), jobs), flush=True)
     if options.dry_run:
         return 0
-    steps, status = study.run(about, jobs=jobs, console=console, cluster=cluster)
+    steps, status = study.run(about, backend, asked, console)
     if status:
         return status
     table = report.collect(steps)
@@ -129,31 +113,31 @@ def figures(options: argparse.Namespace) -> int:
 
 def _started(options: argparse.Namespace):
     """Return the plan of what was run with these settings."""
+    from incubate_lib import backends
     from incubate_lib.config import SettingsError, load_settings
-    from incubate_lib.pipeline import slurm
     from incubate_lib.pipeline.experiment import Experiment
     from incubate_lib.pipeline.strategies import plan
 
     settings = load_settings(options.preset, options.set)
     experiment = Experiment.of(settings)
-    strategies, seeds = experiment.started()
+    _, seeds = experiment.started()
     if not seeds:
         raise SettingsError(f"there is no run of these settings in {experiment.path}; start one with `incubate run`")
-    if not slurm.was_submitted(experiment):  # then every phase has its folder from the beginning
-        strategies = list(dict.fromkeys([*settings.run, *strategies]))
+    strategies = backends.of(experiment).strategies(experiment)
     return plan(settings, options.strategies or strategies, seeds if options.seeds is None else options.seeds)
 
 
 def status(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from incubate_lib.pipeline import slurm
+    from incubate_lib import backends
     from incubate_lib.pipeline.view import node_line, render
 
     todo = _started(options)
     lines = [node_line(node) for node in todo.nodes]
-    messages = slurm.annotate(lines, todo)
-    Console().print(render(lines))
+    backend = backends.of(todo.experiment)
+    messages = backend.states(todo, lines)
+    Console().print(render(lines, place=backend.title))
     for line in lines:
         if line.state in ("failed", "lost"):
             print(f"log of {line.key}: {todo.experiment.path / line.key / 'log.txt'}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -173,6 +174,24 @@ def to_do(nodes: Iterable[Node], is_done: Callable[[Node], Any]) -> list[Node]:
         if any(before.folder.path in found for before in node.inputs.values()) or not is_done(node):
             found[node.folder.path] = node
     return list(found.values())
+
+
+def longest_ways(nodes: Iterable[Node], costs: dict[str, float], *, to_end: bool = False) -> dict[str, float]:
+    """Return for each node's key the cost of the longest way that ends with it, or (`to_end`) begins with it, itself included.
+
+    Nodes must have inputs first, and those that end there all of them; what follows on nodes that are not given does not count.
+    """
+    nodes, longest = list(nodes), {}
+    if not to_end:
+        for node in nodes:
+            longest[node.key] = costs[node.key] + max((longest[before.key] for before in node.inputs.values()), default=0)
+        return longest
+    rest: dict[str, float] = defaultdict(int)  # of what follows
+    for node in reversed(nodes):
+        longest[node.key] = costs[node.key] + rest[node.key]
+        for before in node.inputs.values():
+            rest[before.key] = max(rest[before.key], longest[node.key])
+    return longest
 
 
 def closure(nodes: Iterable[Node]) -> list[Node]:

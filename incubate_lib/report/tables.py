@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from incubate_lib.config import SettingsError, load_settings, nearest, presets
-from incubate_lib.pipeline.graph import Node, Plan
+from incubate_lib.pipeline.graph import Node, Plan, closure, longest_ways
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.statistics import compare, family_text, paired, points_text, rounded, verdict_text
 from incubate_lib.training.runs import MNTK
@@ -72,7 +72,7 @@ def from_plan(plan: Plan) -> Results:
     """Read the records of all finished strategies of a plan, and of their phases."""
     strategies, phases, curves, kernels = [], [], [], []
     for (name, seed), final in plan.finals.items():
-        for node in _needed(final):
+        for node in closure([final]):
             summary = node.summary()
             if summary is None:
                 continue
@@ -92,7 +92,7 @@ def from_plan(plan: Plan) -> Results:
                 for metric in node.folder.metrics()
             ]
             kernels += [shared | unit for unit in _units_of(node, summary)]
-        if all(node.summary() for node in _needed(final)):
+        if all(node.summary() for node in closure([final])):
             summary = final.summary()
             strategies.append({"strategy": name, "seed": seed, **_strategy_row(name, final, summary)})
     return Results(
@@ -374,13 +374,14 @@ def _meta_alone(table: pd.DataFrame, phases: pd.DataFrame) -> str:
 
 
 def _strategy_row(strategy: str, final: Node, summary: dict) -> dict:
-    needed = {node.key: node.summary() for node in _needed(final)}
+    nodes = closure([final])
+    needed = {node.key: node.summary() for node in nodes}
     row = {"accuracy": summary["accuracy"]}
     for phase, column in {"meta": "meta_accuracy", "assemble": "assembled_accuracy"}.items():
         row[column] = next((s["accuracy"] for s in needed.values() if s["phase"] == phase), None)
     for short, name in {"flops": "train_flops", "seconds": "train_seconds"}.items():
         row[short] = _number(sum(s[name] for s in needed.values()))
-        row[f"critical_{short}"] = _number(_longest(final, {key: s[name] for key, s in needed.items()}))
+        row[f"critical_{short}"] = _number(longest_ways(nodes, {key: s[name] for key, s in needed.items()})[final.key])
     settings = final.experiment.settings
     if settings.strategies[strategy].match_on == "critical_path" and settings.is_matched(strategy):  # K workers share each batch
         workers = len(final.experiment.facts.target_depths)
@@ -406,15 +407,3 @@ def _hardware(summaries: list[dict]) -> dict:
 def _number(count: float) -> float:
     """Return a count so that sums of it do not overflow: a table's integers end at 9.2e18, and ImageNet takes more FLOPs."""
     return count if count < 2**53 else float(count)
-
-
-def _needed(final: Node) -> list[Node]:
-    """Return the node and all it starts from, each once, inputs first."""
-    seen: dict[str, Node] = {}
-    for before in final.inputs.values():
-        seen |= {node.key: node for node in _needed(before)}
-    return [*seen.values(), final]
-
-
-def _longest(node: Node, costs: dict[str, float]) -> float:
-    return costs[node.key] + max((_longest(before, costs) for before in node.inputs.values()), default=0)
