@@ -77,7 +77,8 @@ class Backend:
     ) -> Submitted:
         """Hand over what is missing of some runs, and their analyses.
 
-        Without `notebooks` phases alone will do, each once, though several runs share it. `began` is the time.monotonic()
+        Without `notebooks` phases alone will do, each once, though several runs share it. Where phases begin later their folders
+        are made now, so that `incubate status` knows of them. `began` is the time.monotonic()
         from which seconds that are told are counted. SettingsError before anything begins if it cannot be done.
         """
         raise NotImplementedError

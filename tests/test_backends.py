@@ -1,0 +1,154 @@
+"""A backend of one's own, known to the package by nothing but `register`: a list in the run's folder, worked off one by one."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from patience import HANG
+from rich.console import Console
+
+from incubate_lib import backends
+from incubate_lib.backends import Attempt, Backend, Submitted
+from incubate_lib.cli import main
+from incubate_lib.config import Frozen, MachineSettings, SettingsError, load_settings
+from incubate_lib.pipeline import execution
+from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
+from incubate_lib.pipeline.strategies import plan
+from incubate_lib.report.mirror import is_at_work
+from incubate_lib.report.progress import Reader, headline
+from incubate_lib.training.runs import read_json, write_json
+
+NOTEBOOK = "import json, sys; from incubate_lib.pipeline.notebook import run; sys.exit(run(*json.loads(sys.argv[1])))"
+WHAT = ["smoke", "--strategies", "end_to_end", "--seeds", "0", "1"]
+
+
+class ListSettings(Frozen):
+    pencil: str = "HB"
+
+
+class Paper(Backend):
+    name = "paper"
+    title = "the list"
+    options = ("pencil",)
+
+    def add_options(self, command, what):
+        command.add_argument("--pencil", help=f"for the {what}")
+
+    def settings(self, options):
+        return ListSettings(pencil=options.pencil or "HB")
+
+    def submit(self, runs, settings, console, *, notebooks=True, began=None):
+        new = []
+        for todo, source in runs:
+            todo.experiment.create()
+            (todo.experiment.path / STOP_FILE).unlink(missing_ok=True)
+            missing = [node for node in todo.nodes if not execution.is_complete(node)]
+            listed = [{"key": n.key, "seed": n.settings.seed, "source": source, "with": settings.pencil} for n in missing]
+            write_json(todo.experiment.path / "list.json", listed)
+            for node in missing:
+                node.folder.path.mkdir(parents=True, exist_ok=True)  # for `incubate status`
+            new += [f"{number} {row['key']}" for number, row in enumerate(listed)]
+        return Submitted(new)
+
+    def knows(self, experiment):
+        return (experiment.path / "list.json").exists()
+
+    def strategies(self, experiment):
+        return experiment.started()[0]
+
+    def still_active(self, experiment):
+        return len(read_json(experiment.path / "list.json") or [])
+
+    def states(self, todo, lines):
+        listed = [row["key"] for row in read_json(todo.experiment.path / "list.json")]
+        for line in lines:
+            if line.key in listed:
+                line.state, line.where = "queued", f"line {listed.index(line.key) + 1}"
+        return [self.explain("ink")] if listed else []
+
+    def explain(self, reason):
+        return {"ink": "nobody has worked on the list yet"}.get(reason)
+
+    def stop(self, experiment):
+        listed = self.still_active(experiment)
+        write_json(experiment.path / "list.json", [])
+        return f"{listed} line(s) are crossed out" if listed else None
+
+    def attempt(self):
+        return Attempt(job=os.environ["PAPER"], restart=2, nodes=3) if "PAPER" in os.environ else None
+
+    def work(self, todo):
+        """Do what stands first, in a process that knows nothing of this class."""
+        first, *rest = read_json(todo.experiment.path / "list.json")
+        (node,) = (node for node in todo.nodes if node.key == first["key"])
+        asked = [node.notebook, str(node.folder.path / "notebook.ipynb")]
+        asked += [first["source"] | {"strategy": node.strategy, "seed": first["seed"]}]
+        env = os.environ | {"INCUBATE_HEADLESS": "1", "INCUBATE_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", NOTEBOOK, json.dumps(asked)], env=env, check=True, timeout=HANG)
+        write_json(todo.experiment.path / "list.json", rest)
+
+
+@pytest.fixture(scope="module")
+def paper():
+    backends.register(Paper())
+    return backends.get("paper")
+
+
+def test_a_third_backend_takes_a_run_to_its_end(paper, data_folder, capsys):
+    """Nothing in the package says its name."""
+
+    def incubate(*arguments: str) -> str:
+        assert main([*arguments]) == 0
+        return capsys.readouterr().out
+
+    output = incubate("run", *WHAT, "--backend", "paper", "--pencil", "2B")
+    assert "`incubate status` shows how far it is" in output
+    todo = plan(load_settings("smoke"), ["end_to_end"], [0, 1])
+    assert read_json(todo.experiment.path / "list.json")[0]["with"] == "2B" and backends.of(todo.experiment) is paper
+    output = incubate("status", *WHAT)
+    assert "the list" in output and output.count("queued") == 2 and "line 2" in output and paper.explain("ink") in output
+
+    paper.work(todo)
+    assert main(["run", *WHAT]) == 2 and "1 job(s) of smoke are in the list's queue" in capsys.readouterr().err
+    reader = Reader(todo)
+    shown = headline(todo, reader.phases(), reader.backend)
+    assert "1 of 2 phases done" in shown and "1 queued" in shown and "left" in shown and is_at_work(todo)
+    assert "1 line(s) are crossed out" in incubate("stop", "smoke") and (todo.experiment.path / STOP_FILE).exists()
+    assert "queued" not in incubate("status", *WHAT) and not is_at_work(todo)
+
+    incubate("run", *WHAT, "--backend", "paper")
+    assert [row["key"] for row in read_json(todo.experiment.path / "list.json")] == ["seed-1/end_to_end"]
+    paper.work(todo)
+    source = {"preset": "smoke", "overrides": []}
+    assert execution.analyse(todo, source, Console(file=io.StringIO()), threads=1) == 0
+    assert "end_to_end" in incubate("run", *WHAT, "--backend", "paper"), "the table"
+    assert incubate("status", *WHAT).count("done") == 2
+
+
+def test_options_of_another_backend_are_told(paper, data_folder, capsys):
+    for arguments, words in [
+        (["--pencil", "H"], "--pencil is for --backend paper"),
+        (["--backend", "paper", "--jobs", "2"], "--jobs is for --backend local"),
+        (["--backend", "paper", "--partition", "gpu"], "--partition is for --backend slurm"),
+        (["--backend", "paper", "--dry-run"], "--dry-run is for --backend slurm"),
+    ]:
+        assert main(["run", "smoke", *arguments]) == 2 and words in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="several nodes need --backend slurm, and its --nodes"):
+        backends.check_nodes([MachineSettings(nodes=2)])
+
+
+def test_a_process_knows_which_attempt_it_is(paper, data_folder, monkeypatch):
+    for name in ("SLURM_JOB_ID", "PAPER"):
+        monkeypatch.delenv(name, raising=False)
+    assert backends.attempt() == Attempt() and backends.attempt().job is None
+    assert backends.of(Experiment.of(load_settings("smoke"))) is backends.get("local")
+    monkeypatch.setenv("PAPER", "7")
+    assert backends.attempt() == Attempt(job="7", restart=2, nodes=3)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    here = backends.attempt()
+    assert (here.job, here.restart, here.nodes, str(here)) == ("17", 0, 2, "a Slurm job of 2")
+    assert here.on_each_node()[0] == "srun"
