@@ -12,6 +12,7 @@ COMPLETE = {  # a shell's function: a preset's name or a file
 
 
 def presets(options: argparse.Namespace) -> int:
+    """List the presets."""
     from incubate_lib.config import load_settings, presets
 
     width = max(map(len, presets()))
@@ -21,6 +22,7 @@ def presets(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
+    """Open every image of a preset's data and name those that cannot be read."""
     from incubate_lib.config import load_settings
     from incubate_lib.training.data import labels_of, load_data, unused_classes, unused_in_words
     from incubate_lib.training.phases import model_shape
@@ -46,6 +48,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def import_(options: argparse.Namespace) -> int:
+    """Turn a released checkpoint, or K with one target module each, into a folder that timm loads."""
     from incubate_lib.training.released import import_released
 
     settings, depths = import_released(options.files, options.folder, name=options.model, num_heads=options.num_heads)
@@ -57,6 +60,7 @@ def import_(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
+    """Write a finished network as a folder that timm loads, with a model card."""
     from incubate_lib.config import load_settings
     from incubate_lib.report.export import export
 
@@ -68,6 +72,7 @@ def export(options: argparse.Namespace) -> int:
 
 
 def figures(options: argparse.Namespace) -> int:
+    """Draw all figures, and write README's numbers, again from the tracked tables in data/results."""
     from incubate_lib.report import readme
     from incubate_lib.report.publish import redraw
 
@@ -77,6 +82,7 @@ def figures(options: argparse.Namespace) -> int:
 
 
 def completion(options: argparse.Namespace) -> int:
+    """Print what makes a shell complete commands, options and presets on TAB."""
     import shtab
 
     from incubate_lib.cli import parser
@@ -88,28 +94,23 @@ def completion(options: argparse.Namespace) -> int:
 
 
 def add(commands: Commands) -> None:
-    commands.add("presets", presets, "list the presets", "")
+    commands.add(presets)
 
-    text = "open every image of a preset's data and name those that cannot be read"
-    preset_arguments(commands.add("check", check, text, "imagenet-vit-b --set machine.data_folder=/data/imagenet"))
+    preset_arguments(commands.add(check, "imagenet-vit-b --set machine.data_folder=/data/imagenet"))
 
-    text = "turn a released checkpoint, or K with one target module each, into a folder that timm loads"
-    command = commands.add("import", import_, text, "checkpoint.pth meta-vit-b", "PT_0.pth PT_1.pth vit-b --num-heads 12")
+    command = commands.add(import_, "checkpoint.pth meta-vit-b", "PT_0.pth PT_1.pth vit-b --num-heads 12")
     command.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint, or one for each target module, in order")
     command.add_argument("folder", metavar="DIR", help="new folder for config.json and model.safetensors")
     command.add_argument("--model", metavar="NAME", help="timm architecture (default: inferred from shapes)")
     command.add_argument("--num-heads", type=int, metavar="N", help="attention heads, which shapes do not show")
 
-    text = "write a finished network as a folder that timm loads, with a model card"
-    command = commands.add("export", export, text, "digits my-network --strategy recommended")
+    command = commands.add(export, "digits my-network --strategy recommended")
     preset_arguments(command, nargs=None, help="a preset, or a YAML file of yours")
     command.add_argument("folder", metavar="DIR", help="new folder for config.json, model.safetensors and README.md")
     command.add_argument("--strategy", metavar="NAME", help="default: the first finished one of Deep Incubation")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
-    text = "draw all figures, and write README's numbers, again from the tracked tables in data/results"
-    commands.add("figures", figures, text, "")
+    commands.add(figures)
 
-    text = "print what makes a shell complete commands, options and presets on TAB"
-    command = commands.add("completion", completion, text, "bash > ~/.local/share/bash-completion/completions/incubate")
+    command = commands.add(completion, "bash > ~/.local/share/bash-completion/completions/incubate")
     command.add_argument("shell", choices=["bash", "zsh"])

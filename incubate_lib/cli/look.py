@@ -7,6 +7,7 @@ from incubate_lib.cli.parser import Commands, list_arguments, preset_arguments
 
 
 def status(options: argparse.Namespace) -> int:
+    """Show the state of every phase."""
     from rich.console import Console
 
     from incubate_lib.pipeline import slurm
@@ -25,6 +26,7 @@ def status(options: argparse.Namespace) -> int:
 
 
 def stop(options: argparse.Namespace) -> int:
+    """Stop a run cleanly: its phases save a checkpoint first."""
     from incubate_lib.config import load_settings
     from incubate_lib.pipeline.background import stop_run
     from incubate_lib.pipeline.experiment import Experiment
@@ -34,6 +36,7 @@ def stop(options: argparse.Namespace) -> int:
 
 
 def logs(options: argparse.Namespace) -> int:
+    """Show the log of a phase."""
     from incubate_lib.config import SettingsError
 
     options.strategies = options.seeds = None
@@ -63,6 +66,7 @@ def _one_phase(wanted: str, keys: list[str]) -> str:
 
 
 def report(options: argparse.Namespace) -> int:
+    """Write the HTML report of what is finished, and print its table."""
     from incubate_lib.config import SettingsError
     from incubate_lib.report.html import write_report
     from incubate_lib.report.publish import publish
@@ -83,6 +87,7 @@ def report(options: argparse.Namespace) -> int:
 
 
 def mirror(options: argparse.Namespace) -> int:
+    """Show a run's records in TensorBoard or, offline, in Weights & Biases; they stay what counts."""
     from incubate_lib.report.mirror import is_at_work, mirror
 
     while True:
@@ -129,28 +134,25 @@ def print_table(todo) -> None:
 
 
 def add(commands: Commands) -> None:
-    were_run = ("those that were run", "those that were run")
-    command = commands.add("status", status, "show the state of every phase", "digits")
+    command = commands.add(status, "digits")
     preset_arguments(command)
-    list_arguments(command, *were_run)
+    list_arguments(command)
 
-    command = commands.add("stop", stop, "stop a run cleanly: its phases save a checkpoint first", "digits")
+    command = commands.add(stop, "digits")
     preset_arguments(command)
 
-    command = commands.add("logs", logs, "show the log of a phase", "digits incubate-2", "digits analysis --follow")
+    command = commands.add(logs, "digits incubate-2", "digits analysis --follow")
     preset_arguments(command, nargs=None)
     command.add_argument("phase", help="a phase's folder, or a part of it: incubate-2; or analysis")
     command.add_argument("--follow", "-f", action="store_true", help="go on as it grows, until Ctrl-C")
 
-    text = "write the HTML report of what is finished, and print its table"
-    command = commands.add("report", report, text, "digits", "digits --publish")
+    command = commands.add(report, "digits", "digits --publish")
     preset_arguments(command)
-    list_arguments(command, *were_run)
+    list_arguments(command)
     command.add_argument("--publish", action="store_true", help="also write data/results/*.csv and figures/*.png")
 
-    text = "show a run's records in TensorBoard or, offline, in Weights & Biases; they stay what counts"
-    command = commands.add("mirror", mirror, text, "digits", "digits --to wandb --follow")
+    command = commands.add(mirror, "digits", "digits --to wandb --follow")
     preset_arguments(command)
-    list_arguments(command, *were_run)
+    list_arguments(command)
     command.add_argument("--to", choices=["tensorboard", "wandb"], default="tensorboard", help="default: tensorboard")
     command.add_argument("--follow", "-f", action="store_true", help="go on as it grows, until nothing trains any more")

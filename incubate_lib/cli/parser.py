@@ -38,13 +38,14 @@ class Commands:
     def __init__(self, parser: Parser) -> None:
         self._parsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(self, name: str, function: Callable[[argparse.Namespace], int], text: str, *examples: str) -> Parser:
-        """Add a command: what it calls, which returns the exit status; what it does, in a sentence; how it is used."""
+    def add(self, function: Callable[[argparse.Namespace], int], *examples: str) -> Parser:
+        """Add the command that a function is: its docstring says what it does, it returns the exit status."""
+        name = function.__name__.rstrip("_")
         parser = self._parsers.add_parser(
             name,
-            help=text,
-            description=text,
-            epilog="\n  ".join(["for example:", *(f"incubate {name} {example}" for example in examples)]),
+            help=function.__doc__,
+            description=function.__doc__,
+            epilog="\n  ".join(["for example:", *(f"incubate {name} {example}" for example in examples or [""])]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.set_defaults(command=function)
@@ -62,8 +63,8 @@ def set_argument(command: Parser, text: str) -> None:
     command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=text)
 
 
-def list_arguments(command: Parser, strategies: str, seeds: str) -> None:
-    """Add the lists of strategies and seeds; each is said which it has by default."""
+def list_arguments(command: Parser, strategies: str = "those that were run", seeds: str = "those that were run") -> None:
+    """Add the lists of strategies and seeds; the words say what they are by default."""
     command.add_argument("--strategies", nargs="+", metavar="NAME", help=f"default: {strategies}")
     command.add_argument("--seeds", nargs="+", type=int, metavar="N", help=f"default: {seeds}")
 

@@ -7,6 +7,7 @@ from incubate_lib.cli.parser import Commands, preset_arguments
 
 
 def plan(options: argparse.Namespace) -> int:
+    """Say what a preset, or any plain timm ViT, would cost on given devices; trains nothing."""
     from incubate_lib.config import SettingsError
     from incubate_lib.report import forecast, planner
     from incubate_lib.report.tables import published
@@ -41,6 +42,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
+    """Time a training step: ours, a bare loop, the released freezing; FLOPs and memory too."""
     from rich.console import Console
 
     from incubate_lib.config import SettingsError, load_settings
@@ -76,10 +78,10 @@ def bench(options: argparse.Namespace) -> int:
 
 def add(commands: Commands) -> None:
     command = commands.add(
-        "plan", plan, "say what a preset, or any plain timm ViT, would cost on given devices; trains nothing",
+        plan,
         "imagenet-vit-b --machines 4 --devices 8",
         "vit_small_patch16_224 --images 50000 --classes 100 --device A100",
-    )  # fmt: skip
+    )
     preset_arguments(command, ", or a timm model")
     command.add_argument("--strategies", nargs="+", metavar="NAME", help="default: those the preset runs")
     command.add_argument("--bench", metavar="NAME", help="the speed that `incubate bench … --save NAME` measured")
@@ -92,11 +94,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--figure", metavar="FILE", help="also draw the Gantt chart")
     command.add_argument("--against", metavar="RUN", help="set predicted times beside those of a published run")
 
-    command = commands.add(
-        "bench", bench, "time a training step: ours, a bare loop, the released freezing; FLOPs and memory too",
-        "imagenet-vit-b --save h100",
-        "--growth",
-    )  # fmt: skip
+    command = commands.add(bench, "imagenet-vit-b --save h100", "--growth")
     preset_arguments(command, default=None)  # not the digits: --growth must know whether one was given
     command.add_argument("--growth", action="store_true", help="time against FLOPs over depth and image size, no preset")
     command.add_argument("--batch", type=int, metavar="N", help="images of a step (default: the preset's, where it fits)")

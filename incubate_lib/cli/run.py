@@ -11,6 +11,7 @@ SLURM_ONLY = ("site", "partition", "gpus_per_node", "nodes", "time", "cpus_per_t
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the chain of notebooks; finished phases are kept, half-finished ones go on."""
     began = time.monotonic()
     from rich.console import Console
 
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def study(options: argparse.Namespace) -> int:
+    """Run a grid of settings, strategies and seeds, rates chosen for each; or list the studies."""
     from incubate_lib.config.study import load_study, studies
 
     if options.study is None:
@@ -119,22 +121,18 @@ def _cluster(options: argparse.Namespace):
 
 def add(commands: Commands) -> None:
     command = commands.add(
-        "run", run, "run the chain of notebooks; finished phases are kept, half-finished ones go on",
+        run,
         "digits --seeds 0 1 2 --jobs 2",
         "digits --strategies end_to_end recommended --set training.epochs=20",
         "imagenet-vit-b --backend slurm --site site.yaml --seeds 0 1 2",
-    )  # fmt: skip
+    )
     preset_arguments(command)
     list_arguments(command, "those the preset runs", "0")
     backend_arguments(command, "job of each phase")
     command.add_argument("--devices", type=int, metavar="N", help="devices that train each phase together (default: 1)")
     command.add_argument("--dry-run", action="store_true", help="with --backend slurm: print the scripts, submit nothing")
 
-    command = commands.add(
-        "study", study, "run a grid of settings, strategies and seeds, rates chosen for each; or list the studies",
-        "digits-budget --dry-run",
-        "digits-budget --jobs 2 --publish",
-    )  # fmt: skip
+    command = commands.add(study, "digits-budget --dry-run", "digits-budget --jobs 2 --publish")
     command.add_argument("study", help="a study, or a YAML file of yours; without it: list them", nargs="?")
     command.add_argument("--dry-run", action="store_true", help="say what is left to do and what it costs, train nothing")
     set_argument(command, "of the machine: machine.compile=default")
