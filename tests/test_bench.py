@@ -240,6 +240,6 @@ def test_a_folder_without_images_to_judge_by_is_measured_too(tmp_path, monkeypat
 
 
 def test_help_needs_no_torch():
-    code = "import sys, incubate_lib.cli as c; c._parser().parse_args(['bench', '--growth']); print('torch' in sys.modules)"
+    code = "import sys, incubate_lib.cli as c; c.parser().parse_args(['bench', '--growth']); print('torch' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     assert output.stdout.strip() == "False"
