@@ -86,8 +86,8 @@ def study(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from incubate_lib.pipeline import local, study, warm
-    from incubate_lib.report import studies as report
-    from incubate_lib.report import study_plots
+    from incubate_lib.report.tables import studies as report
+    from incubate_lib.report.tables import study_plots
 
     about, console = load_study(options.study, options.set), Console()
     if options.stop:
@@ -204,7 +204,7 @@ def report(options: argparse.Namespace) -> int:
     from incubate_lib.config import SettingsError
     from incubate_lib.report.html import write_report
     from incubate_lib.report.publish import publish
-    from incubate_lib.report.tables import from_plan
+    from incubate_lib.report.tables.records import from_plan
 
     todo = _started(options)
     results = from_plan(todo)
@@ -239,8 +239,8 @@ def mirror(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     from incubate_lib.config import SettingsError
-    from incubate_lib.report import forecast, planner
-    from incubate_lib.report.tables import published
+    from incubate_lib.report.planner import forecast, planner
+    from incubate_lib.report.tables.records import published
 
     if options.bench and (options.device or options.share):
         raise SettingsError("--bench is a measured speed, --device and --share an assumed one; give one of them")
@@ -339,7 +339,7 @@ def bench(options: argparse.Namespace) -> int:
                             "--batch, --rounds and --save have a meaning")  # fmt: skip
     import pandas as pd
 
-    from incubate_lib.report import bench as text
+    from incubate_lib.report.planner import bench as text
     from incubate_lib.report.publish import check_name, publish_bench
     from incubate_lib.training import bench
 
@@ -362,8 +362,9 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def _print_table(todo) -> None:
-    from incubate_lib.report.finetuning import lowered
-    from incubate_lib.report.tables import comparison, from_plan
+    from incubate_lib.report.tables.comparison import comparison
+    from incubate_lib.report.tables.records import from_plan
+    from incubate_lib.report.tables.verdict import lowered
 
     results = from_plan(todo)
     print(comparison(results).to_string())

@@ -15,7 +15,9 @@ from incubate_lib.config import Settings, SettingsError
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.tables import flop_unit, from_plan, label, mixed_text, mixes, seconds_text
+from incubate_lib.report.tables.hardware import mixed_text, mixes
+from incubate_lib.report.tables.records import from_plan
+from incubate_lib.report.words import flop_unit, label, seconds_text
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,15 @@ from matplotlib.figure import Figure
 
 from incubate_lib.pipeline.graph import Plan, closure
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report import mat, plots
-from incubate_lib.report.curves import all_curves
-from incubate_lib.report.finetuning import lowered
-from incubate_lib.report.phase_graph import draw
-from incubate_lib.report.progress import Reader
-from incubate_lib.report.tables import Results, comparison, flop_unit, hardware, label, mixed_text, places
+from incubate_lib.report.live.curves import all_curves
+from incubate_lib.report.live.phase_graph import draw
+from incubate_lib.report.live.progress import Reader
+from incubate_lib.report.tables import mat, plots
+from incubate_lib.report.tables.comparison import comparison, hardware
+from incubate_lib.report.tables.hardware import mixed_text, places
+from incubate_lib.report.tables.records import Results
+from incubate_lib.report.tables.verdict import lowered
+from incubate_lib.report.words import flop_unit, label
 from incubate_lib.training.runs import read_json, write_atomic
 
 _CSS = """
@@ -90,10 +93,10 @@ def _the_run(results: Results, run: Plan) -> list[str]:
 
     Their modules are imported here: they need torch, which takes seconds, and the rest of an analysis does not.
     """
-    from incubate_lib.report.browser import settings_difference
-    from incubate_lib.report.forecast import forecast, speed_of
-    from incubate_lib.report.hybrids import hybrids_figure
-    from incubate_lib.report.planner import gantt, strategies_table
+    from incubate_lib.report.live.hybrids import hybrids_figure
+    from incubate_lib.report.planner.forecast import forecast, speed_of
+    from incubate_lib.report.planner.planner import gantt, strategies_table
+    from incubate_lib.report.tables.phases import settings_difference
 
     names = list(results.strategies["strategy"].unique())
     settings, seed = run.experiment.settings, int(results.strategies["seed"].iloc[0])

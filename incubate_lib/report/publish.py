@@ -6,8 +6,9 @@ import pandas as pd
 
 from incubate_lib import config
 from incubate_lib.config import SettingsError
-from incubate_lib.report import mat, plots
-from incubate_lib.report.tables import Results, published, published_runs, results_folder
+from incubate_lib.report.planner.bench import growth
+from incubate_lib.report.tables import mat, plots
+from incubate_lib.report.tables.records import Results, published, published_runs, results_folder
 
 
 def publish(results: Results) -> list[Path]:
@@ -26,7 +27,7 @@ def publish(results: Results) -> list[Path]:
 
 def redraw() -> list[Path]:
     """Draw every tracked figure again from the tracked tables; return the files."""
-    from incubate_lib.report import studies, study_plots
+    from incubate_lib.report.tables import studies, study_plots
 
     written = []
     for path in sorted(results_folder().glob("bench_*.csv")):
@@ -68,5 +69,5 @@ def publish_bench(table: pd.DataFrame, name: str) -> list[Path]:
 def _draw_growth(table: pd.DataFrame, name: str) -> Path:
     figure = results_folder().parents[1] / "figures" / f"{name}.png"
     figure.parent.mkdir(exist_ok=True)
-    plots.growth(table).savefig(figure, dpi=150)
+    growth(table).savefig(figure, dpi=150)
     return figure

@@ -13,9 +13,6 @@ from typing import Any
 import ipywidgets
 
 from incubate_lib.config import SettingsError
-from incubate_lib.report.curves import all_curves, by_phase, phase_name
-from incubate_lib.report.plots import learning_curves
-from incubate_lib.report.tables import Results, label
 
 
 @dataclass(frozen=True)
@@ -62,32 +59,3 @@ def attempt(make: Callable[[], Any]) -> Any:
         return make()
     except SettingsError as error:
         return Sentence(str(error))
-
-
-# -- finished runs --------------------------------------------------------------------------------------------------------
-
-
-def browse(results: Results) -> Any:
-    """Return a menu of all phases that shows the learning curves of the chosen one; its twin shows those of all."""
-    if results.curves.empty:
-        return Sentence("No phase has a learning curve yet.")
-    return with_twin(lambda: _menu(results), lambda: all_curves(results))
-
-
-def _menu(results: Results) -> ipywidgets.Widget:
-    """The picture is an image, not an output area: for those, clients that execute notebooks write back to the kernel in
-    the middle of a cell, and one run in some dozens hung on it.
-    """
-    groups = {}
-    for (strategy, seed, phase, index), table in by_phase(results, "seed"):
-        groups[f"{label(strategy)} ({strategy}), seed {seed}: {phase_name(phase, index)}"] = table
-    menu = ipywidgets.Dropdown(options=list(groups), description="phase", layout={"width": "36rem"})
-    shown = ipywidgets.Image(format="png")
-
-    def show(_: object = None) -> None:
-        if menu.value is not None:
-            shown.value = learning_curves({menu.value.rpartition(": ")[2]: groups[menu.value]})._repr_png_()
-
-    menu.observe(show, names="value")
-    show()
-    return ipywidgets.VBox([menu, shown])

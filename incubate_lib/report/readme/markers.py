@@ -14,11 +14,11 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from incubate_lib.report import tables as tracked
 from incubate_lib.report.readme.comparisons import comparisons
 from incubate_lib.report.readme.tables import TABLES
 from incubate_lib.report.readme.text import with_minus
 from incubate_lib.report.readme.values import VALUES
+from incubate_lib.report.tables import records as tracked
 
 ALIASES = {"paper": "deep_incubation", "recommended": "deep_incubation_identity", "stack": "deep_incubation_stack"}
 COMPARISONS = "data/results/README.md"

@@ -17,9 +17,9 @@ from incubate_lib.config import PhaseSettings, Settings, SettingsError
 from incubate_lib.method.incubation import Imitation
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.plots import FROZEN, TRAINED, Figure
-from incubate_lib.report.tables import label
+from incubate_lib.report.style import FROZEN, TRAINED, Figure
 from incubate_lib.report.widgets import Sentence, with_twin
+from incubate_lib.report.words import label
 from incubate_lib.training.costs import FlopCounts
 from incubate_lib.training.memory import StepMemory, memory_by_part
 from incubate_lib.training.phases import build_target, model_shape, prepare

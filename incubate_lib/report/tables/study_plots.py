@@ -8,10 +8,12 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.ticker import LogLocator
 
-from incubate_lib.report.plots import STYLE, Figure, style
-from incubate_lib.report.statistics import rounded
-from incubate_lib.report.studies import StudyTable, at_equal_cost, seeds_count, seeds_text
-from incubate_lib.report.tables import MIXED, flop_unit, label, mixes, results_folder
+from incubate_lib.report.style import STYLE, Figure, style
+from incubate_lib.report.tables.hardware import MIXED, mixes
+from incubate_lib.report.tables.records import results_folder
+from incubate_lib.report.tables.statistics import rounded
+from incubate_lib.report.tables.studies import StudyTable, at_equal_cost, seeds_count, seeds_text
+from incubate_lib.report.words import flop_unit, label
 
 COSTS = {
     "flops": "all phases, one machine",

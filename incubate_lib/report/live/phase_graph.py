@@ -3,11 +3,11 @@
 from itertools import groupby
 
 from incubate_lib.pipeline.graph import Node, Plan, closure
-from incubate_lib.report.curves import MARGIN, curve_legend, draw_row, phase_name
-from incubate_lib.report.picture import FAINT, Picture
-from incubate_lib.report.plots import Figure
-from incubate_lib.report.progress import Phase, Reader, duration
-from incubate_lib.report.tables import label
+from incubate_lib.report.live.curves import MARGIN, curve_legend, draw_row
+from incubate_lib.report.live.picture import FAINT, Picture
+from incubate_lib.report.live.progress import Phase, Reader, duration
+from incubate_lib.report.style import Figure
+from incubate_lib.report.words import label, phase_name
 
 MANY = 4  # rows of phases; where there are more, those that are done or wait are told in one line each
 COLORS = {  # Okabe and Ito's; the word stands in the box as well
