@@ -13,12 +13,12 @@ from incubate_lib.cli import main
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline.graph import closure
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.planner import forecast as forecasts
 from incubate_lib.report.planner import planner
 from incubate_lib.report.planner.forecast import Speed, against_measured, forecast, measured_speed, open_plan, stated_speed
 from incubate_lib.report.planner.memory import network_of
 from incubate_lib.report.planner.planner import planner as sliders
 from incubate_lib.report.planner.published import published_costs
+from incubate_lib.report.tables import records
 from incubate_lib.report.tables.records import Results, published
 from incubate_lib.report.widgets import Sentence
 from incubate_lib.training.data import load_data
@@ -238,7 +238,7 @@ def test_sliders_count_anew_and_headless_there_are_none(monkeypatch):
 
 
 def test_measured_speeds_are_those_of_each_kind_of_phase(tmp_path, monkeypatch):
-    monkeypatch.setattr(forecasts, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(records, "results_folder", lambda: tmp_path)
     rows = pd.DataFrame({
         "variant": ["end_to_end", "meta", "incubate-0"], "flops_per_second": [4e9, 1e9, 2e9], "settings": "smoke",
         "device": "a machine", "threads": 1, "precision": "float32", "batch": 16, "date": "2026-01-01", "model": "vit_tiny",

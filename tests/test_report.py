@@ -196,8 +196,7 @@ def test_seconds_of_several_devices_are_told_as_such(data_folder, tmp_path):
 def test_publishing_keeps_every_number_and_draws_from_the_files(data_folder, tmp_path, monkeypatch):
     todo = plan(load_settings("smoke"), ["end_to_end", "deep_incubation"])
     todo.run()
-    for module in (records, publish):
-        monkeypatch.setattr(module, "results_folder", lambda: tmp_path / "data" / "results")
+    monkeypatch.setattr(records, "results_folder", lambda: tmp_path / "data" / "results")
     measured = from_plan(todo)
     files = publish.publish(measured)
     assert [f.name for f in files] == [

@@ -3,6 +3,7 @@
 import io
 
 from matplotlib import figure as mpl_figure
+from matplotlib.patches import Patch
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; #882255 is Tol's, dark where a blue stands by.
 STYLE = {
@@ -31,6 +32,7 @@ ONE_BY_ONE = [  # looks of curves that are no strategies
     "end_to_end", "deep_incubation", "deep_incubation_stack", "deep_incubation_identity", "growing", "stacking", "imitation",
 ]  # fmt: skip
 FROZEN, TRAINED = "#D9D9D9", "#F5B041"
+PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}  # beneath words on what is hatched
 
 
 class Figure(mpl_figure.Figure):
@@ -45,3 +47,13 @@ class Figure(mpl_figure.Figure):
 def style(strategy: str) -> dict[str, str]:
     """Return colour, marker and line style of a strategy, the same in every figure."""
     return STYLE.get(strategy) or SPARE[sum(map(ord, strategy)) % len(SPARE)]
+
+
+def filling(trained: bool) -> dict[str, str]:
+    """Return how a part of a network is filled: by colour and hatch, whether it trains or is frozen."""
+    return {"edgecolor": "black"} | ({"facecolor": TRAINED} if trained else {"facecolor": FROZEN, "hatch": "//"})
+
+
+def trained_and_frozen() -> list[Patch]:
+    """Return what a legend says of `filling`."""
+    return [Patch(label=name, **filling(trained)) for name, trained in (("trained", True), ("frozen, never updated", False))]

@@ -4,6 +4,7 @@ Executed copies have no widgets, and GitHub shows none: there the twin stands in
 """
 
 import base64
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import ipywidgets
 
 from incubate_lib.config import SettingsError
+from incubate_lib.report.style import Figure
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,24 @@ def with_twin(make_widget: Callable[[], ipywidgets.Widget], twin: Callable[[], A
     would have to store it.
     """
     return twin() if os.environ.get("INCUBATE_HEADLESS") else Twinned(make_widget(), twin)
+
+
+def with_picture(menu: ipywidgets.Widget, draw: Callable[[Any], Figure]) -> ipywidgets.Widget:
+    """Return a menu with the picture of what is chosen beneath it, drawn once for each value.
+
+    The picture is an image, not an output area: for those, clients that execute notebooks write back to the kernel in the middle
+    of a cell, and one run in some dozens hung on it.
+    """
+    shown = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
+    drawn = functools.cache(lambda value: draw(value)._repr_png_())
+
+    def show(_: object = None) -> None:
+        if menu.value is not None:
+            shown.value = drawn(menu.value)
+
+    menu.observe(show, names="value")
+    show()
+    return ipywidgets.VBox([menu, shown])
 
 
 def attempt(make: Callable[[], Any]) -> Any:

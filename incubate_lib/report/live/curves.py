@@ -11,7 +11,7 @@ from incubate_lib.report.live.picture import FAINT, LETTER, Picture
 from incubate_lib.report.style import Figure
 from incubate_lib.report.tables.plots import learning_curves
 from incubate_lib.report.tables.records import Results
-from incubate_lib.report.widgets import Sentence, with_twin
+from incubate_lib.report.widgets import Sentence, with_picture, with_twin
 from incubate_lib.report.words import label, phase_name
 
 TOP1, LOSS = "#0072B2", "#D55E00"  # Okabe and Ito's
@@ -133,19 +133,8 @@ def browse(results: Results) -> Any:
 
 
 def _menu(results: Results) -> ipywidgets.Widget:
-    """The picture is an image, not an output area: for those, clients that execute notebooks write back to the kernel in
-    the middle of a cell, and one run in some dozens hung on it.
-    """
     groups = {}
     for (strategy, seed, phase, index), table in by_phase(results, "seed"):
         groups[f"{label(strategy)} ({strategy}), seed {seed}: {phase_name(phase, index)}"] = table
     menu = ipywidgets.Dropdown(options=list(groups), description="phase", layout={"width": "36rem"})
-    shown = ipywidgets.Image(format="png")
-
-    def show(_: object = None) -> None:
-        if menu.value is not None:
-            shown.value = learning_curves({menu.value.rpartition(": ")[2]: groups[menu.value]})._repr_png_()
-
-    menu.observe(show, names="value")
-    show()
-    return ipywidgets.VBox([menu, shown])
+    return with_picture(menu, lambda chosen: learning_curves({chosen.rpartition(": ")[2]: groups[chosen]}))

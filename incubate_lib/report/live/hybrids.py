@@ -17,12 +17,13 @@ from incubate_lib.config import PhaseSettings, Settings, SettingsError
 from incubate_lib.method.incubation import Imitation
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.style import FROZEN, TRAINED, Figure
-from incubate_lib.report.widgets import Sentence, with_twin
+from incubate_lib.report.style import PAPER, Figure, filling, trained_and_frozen
+from incubate_lib.report.widgets import Sentence, with_picture, with_twin
 from incubate_lib.report.words import label
 from incubate_lib.training.costs import FlopCounts
 from incubate_lib.training.memory import StepMemory, memory_by_part
 from incubate_lib.training.phases import build_target, model_shape, prepare
+from incubate_lib.training.schedule import micro_batches
 
 KINDS = {  # of memory → name, colour, hatch
     "weights": ("weights", "#999999", ""),
@@ -122,17 +123,8 @@ def hybrid_viewer(given: Settings | Plan, strategy: str) -> Any:
 def _slider(nodes: Sequence[Node], strategy: str, known: Known) -> ipywidgets.Widget:
     options = [(f"module {i + 1} of {len(nodes)}", i) for i in range(len(nodes))]
     menu = ipywidgets.SelectionSlider(options=options, description="incubate", layout={"width": "32rem"})
-    shown = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
-    whole, pictures = _whole(nodes[0], known), {}
-
-    def show(_: object = None) -> None:
-        if menu.value not in pictures:
-            pictures[menu.value] = _draw([_hybrid(nodes, menu.value, known), whole], strategy)._repr_png_()
-        shown.value = pictures[menu.value]
-
-    menu.observe(show, names="value")
-    show()
-    return ipywidgets.VBox([menu, shown])
+    whole = _whole(nodes[0], known)
+    return with_picture(menu, lambda index: _draw([_hybrid(nodes, index, known), whole], strategy))
 
 
 # -- counting -----------------------------------------------------------------------------------------------------------------
@@ -181,7 +173,7 @@ def _whole(node: Node, known: Known) -> Costs:
 
 def _at_once(s: PhaseSettings, node: Node) -> int:
     """Return the images that one device has at once."""
-    return s.training.micro_batch or s.training.batch_size // node.experiment.settings.machine.team_size
+    return micro_batches(s.training.batch_size, s.training.micro_batch, node.experiment.settings.machine.team_size)[1]
 
 
 # -- drawing ------------------------------------------------------------------------------------------------------------------
@@ -209,16 +201,13 @@ def _flop_bars(axis: Axes, rows: Sequence[Costs]) -> None:
         left = 0.0
         for part in row.parts:
             width = part.flops / factor
-            appearance = {"facecolor": TRAINED} if part.trained else {"facecolor": FROZEN, "hatch": "//"}
-            axis.barh(y, width, 0.62, left, edgecolor="black", linewidth=1, **appearance)
+            axis.barh(y, width, 0.62, left, linewidth=1, **filling(part.trained))
             _annotate(axis, left, width, y, widest, part.name, f"{part.name}, {part.blocks} blocks\n{part.work}")
             left += width
         share = "" if row is rows[-1] else f" ({row.flops / rows[-1].flops:.0%})"
         axis.text(left + 0.01 * widest, y, f"{row.flops / factor:.3g}{share}", va="center", fontsize=10)
     axis.set(xlabel=f"{unit} of one image, forward and backward", xlim=(0, 1.13 * widest))
-    handles = [Patch(facecolor=TRAINED, edgecolor="black", label="trained"),
-               Patch(facecolor=FROZEN, edgecolor="black", hatch="//", label="frozen, never updated")]  # fmt: skip
-    axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
+    axis.legend(handles=trained_and_frozen(), loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
 
 
 def _memory_bars(axis: Axes, rows: Sequence[Costs]) -> None:
@@ -251,9 +240,8 @@ def _annotate(axis: Axes, left: float, width: float, y: float, widest: float, sh
     """Write what fits into a bar: all of it, its number, or nothing."""
     longest = max(map(len, long.splitlines())) * 0.0098 * widest  # of letters of this size in a figure of this width
     text = long if width > longest else short.removeprefix("module ") if width > 0.012 * widest else ""
-    paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
     if text:
-        axis.text(left + width / 2, y, text, ha="center", va="center", fontsize=9, bbox=paper)
+        axis.text(left + width / 2, y, text, ha="center", va="center", fontsize=9, bbox=PAPER)
 
 
 def _flop_unit(flops: float) -> tuple[str, float]:

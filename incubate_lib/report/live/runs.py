@@ -13,7 +13,8 @@ from incubate_lib.config import SettingsError, data_folder
 from incubate_lib.config.study import studies
 from incubate_lib.pipeline.execution import is_running
 from incubate_lib.pipeline.recorded import DAMAGE, read_record, reason
-from incubate_lib.report.tables.records import published_runs, results_folder
+from incubate_lib.report.tables import records
+from incubate_lib.report.tables.records import published_runs
 from incubate_lib.training.lease import holder
 from incubate_lib.training.runs import read_json
 
@@ -138,7 +139,7 @@ def _published_rows() -> list[dict[str, Any]]:
     for name in published_runs():
         row = dict.fromkeys(COLUMNS, "") | {"name": PUBLISHED + name, "state": "published", "settings": name, "seeds": None}
         try:
-            table = pd.read_csv(results_folder() / f"{name}.csv")
+            table = pd.read_csv(records.results_folder() / f"{name}.csv")
             by_strategy = table.groupby("strategy", sort=False)["accuracy"]
             row |= {
                 "date": str(table["date"].max())[:16].replace("T", " "), "seeds": table["seed"].nunique(),

@@ -5,7 +5,6 @@ over a speed: measured by `incubate bench` on the user's own machine, or a state
 images and saving are not in them, nor what devices that train one phase together lose by talking to each other.
 """
 
-import functools
 import json
 import os
 from collections.abc import Sequence
@@ -14,11 +13,12 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 
 from incubate_lib.config import PhaseSettings, Settings, SettingsError, load_settings, nearest, presets
-from incubate_lib.pipeline.graph import Node, Plan, closure
+from incubate_lib.pipeline.graph import Node, Plan, closure, longest, remaining
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.planner.memory import kind_of, step_memory_of
+from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import places
-from incubate_lib.report.tables.records import Results, results_folder
+from incubate_lib.report.tables.records import Results
 from incubate_lib.training.counts import Images, count_images
 from incubate_lib.training.facts import Facts, count
 from incubate_lib.training.schedule import micro_batches, total_steps
@@ -57,7 +57,7 @@ def stated_speed(device: str = DEVICE, share: float = SHARE, precision: str = "b
 
 def measured_speed(name: str) -> Speed:
     """Return what `incubate bench … --save NAME` measured; SettingsError if there is no such table."""
-    folder = results_folder()
+    folder = records.results_folder()
     known = [p.stem.removeprefix("bench_") for p in sorted(folder.glob("bench_*.csv")) if "growth" not in p.stem]
     if name not in known:
         raise SettingsError(
@@ -192,7 +192,7 @@ def forecast(todo: Plan, speed: Speed, *, machines: int = 1, spent: dict[str, in
         rows += own
         table = pd.DataFrame(own)
         totals.append({
-            "strategy": name, "flops": table["flops"].sum(), "critical_flops": float(_longest(final, flops)),
+            "strategy": name, "flops": table["flops"].sum(), "critical_flops": float(longest(nodes, flops)[final.key]),
             "device_hours": table["device_hours"].sum(), "hours": table["end"].max(), "memory": int(table["memory"].max()),
         })  # fmt: skip
     phases = pd.DataFrame(rows).astype({"module": "Int64"})
@@ -217,29 +217,19 @@ def forecast(todo: Plan, speed: Speed, *, machines: int = 1, spent: dict[str, in
 
 def _schedule(nodes: list[Node], hours: dict[str, float], machines: int) -> dict[str, tuple[float, float, int]]:
     """Return begin, end and machine of each phase."""
-    after = {node.key: [n for n in nodes if node.key in {before.key for before in n.inputs.values()}] for node in nodes}
-
-    @functools.cache
-    def rest(key: str) -> float:
-        return hours[key] + max((rest(n.key) for n in after[key]), default=0.0)
-
     places: dict[str, tuple[float, float, int]] = {}
     free = dict.fromkeys(range(1, machines + 1), 0.0)  # machine → when it is free
-    waiting = list(nodes)
+    waiting, rest = list(nodes), remaining(nodes, hours)
     while waiting:
         ready = [node for node in waiting if all(before.key in places for before in node.inputs.values())]
         begins = {node.key: max((places[b.key][1] for b in node.inputs.values()), default=0.0) for node in ready}
         now = max(min(free.values()), min(begins.values()))
-        node = max((n for n in ready if begins[n.key] <= now), key=lambda n: rest(n.key))
+        node = max((n for n in ready if begins[n.key] <= now), key=lambda n: rest[n.key])
         machine = next(machine for machine, time in free.items() if time <= now)
         free[machine] = now + hours[node.key]
         places[node.key] = (now, free[machine], machine)
         waiting.remove(node)
     return places
-
-
-def _longest(node: Node, flops: dict[str, int]) -> int:
-    return flops[node.key] + max((_longest(before, flops) for before in node.inputs.values()), default=0)
 
 
 def _steps(node: Node) -> int:

@@ -4,9 +4,9 @@ import functools
 
 import pandas as pd
 
-from incubate_lib.report.tables import studies
+from incubate_lib.report.tables import records, studies
 from incubate_lib.report.tables.mat import against_others
-from incubate_lib.report.tables.records import Results, published, results_folder
+from incubate_lib.report.tables.records import Results, published
 from incubate_lib.report.tables.studies import StudyTable
 from incubate_lib.report.tables.verdict import differences
 from incubate_lib.report.words import BASELINE
@@ -73,7 +73,7 @@ def verdict(row: pd.Series) -> str:
 
 
 def bench_of(name: str) -> pd.DataFrame:
-    return pd.read_csv(results_folder() / f"bench_{name}.csv").set_index("variant")
+    return pd.read_csv(records.results_folder() / f"bench_{name}.csv").set_index("variant")
 
 
 def forget() -> None:

@@ -5,7 +5,7 @@ import pandas as pd
 from incubate_lib.config.study import BASELINE
 from incubate_lib.report.tables.hardware import mixed_text
 from incubate_lib.report.tables.statistics import compare, family_text, gain_text, paired
-from incubate_lib.report.tables.studies import COSTS, WITHOUT, StudyTable, at_equal_cost, gains, relative_costs
+from incubate_lib.report.tables.studies import COSTS, WITHOUT, StudyTable, at_equal_cost, cells, gains, relative_costs
 from incubate_lib.report.words import label
 
 
@@ -40,15 +40,14 @@ def _against_best(table: StudyTable) -> pd.DataFrame:
     """
     others, budget = _other_axes(table), ["budget"] if "budget" in table.axes else []
     rows, found = [], []
-    for values, group in table.results.groupby(others, sort=False) if others else [((), table.results)]:
-        place = dict(zip(others, values if isinstance(values, tuple) else (values,), strict=True))
-        cells = [cell for _, cell in group.groupby("budget", sort=False)] if budget else [group]
-        base = [cell[cell["strategy"] == BASELINE].dropna(subset="accuracy") for cell in cells]
+    for place, group in cells(table.results, others):
+        parts = [part for _, part in cells(group, budget)]
+        base = [part[part["strategy"] == BASELINE].dropna(subset="accuracy") for part in parts]
         best = max((cell for cell in base if len(cell)), key=lambda cell: cell["accuracy"].mean(), default=None)
         if best is None:
             continue
         for name in (name for name in group["strategy"].unique() if name != BASELINE):
-            for cell in (cell[cell["strategy"] == name] for cell in cells):
+            for cell in (part[part["strategy"] == name] for part in parts):
                 gain = paired(pd.concat([cell, best]), name, BASELINE)
                 if gain.empty:
                     continue

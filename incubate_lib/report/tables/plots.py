@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.patches import FancyBboxPatch, Patch
+from matplotlib.patches import FancyBboxPatch
 
-from incubate_lib.report.style import FROZEN, ONE_BY_ONE, STYLE, TRAINED, Figure, style
+from incubate_lib.report.style import FROZEN, ONE_BY_ONE, PAPER, STYLE, TRAINED, Figure, filling, style, trained_and_frozen
 from incubate_lib.report.tables.records import Results
 from incubate_lib.report.words import BASELINE, flop_unit, label
 
@@ -46,21 +46,16 @@ def _boxes(boxes: Sequence[tuple[str, int, bool]]) -> Figure:
     x = 0.0
     for name, blocks, trained in boxes:
         width = 0.5 + 0.16 * (blocks or 12)
-        appearance = {"facecolor": TRAINED} if trained else {"facecolor": FROZEN, "hatch": "//"}
-        axis.add_patch(
-            FancyBboxPatch((x, 0), width, 1, boxstyle="round,pad=0.04", edgecolor="black", linewidth=1.2, **appearance)
-        )
+        box = FancyBboxPatch((x, 0), width, 1, boxstyle="round,pad=0.04", linewidth=1.2, **filling(trained))
+        axis.add_patch(box)
         text = f"{name}\n{blocks} block{'s' if blocks > 1 else ''}" if blocks else name
-        paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
-        axis.text(x + width / 2, 0.5, text, ha="center", va="center", fontsize=9, bbox=paper)
+        axis.text(x + width / 2, 0.5, text, ha="center", va="center", fontsize=9, bbox=PAPER)
         if x:
             axis.annotate("", (x - 0.05, 0.5), (x - 0.3, 0.5), arrowprops={"arrowstyle": "->"})
         x += width + 0.35
     axis.text(-0.12, 0.5, "image →", ha="right", va="center")
     axis.text(x - 0.25, 0.5, "→ class", ha="left", va="center")
-    handles = [Patch(facecolor=TRAINED, edgecolor="black", label="trained")]
-    if not all(trained for _, _, trained in boxes):
-        handles.append(Patch(facecolor=FROZEN, edgecolor="black", hatch="//", label="frozen, never updated"))
+    handles = trained_and_frozen()[: 1 if all(trained for _, _, trained in boxes) else 2]
     axis.legend(handles=handles, loc="lower center", ncols=2, frameon=False, bbox_to_anchor=(0.5, 0.85))
     axis.set(xlim=(-1, x + 0.5), ylim=(-0.15, 1.25))
     axis.axis("off")

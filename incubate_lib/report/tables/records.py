@@ -7,11 +7,12 @@ CSV files in data/results, so that a tracked figure can be drawn again from a tr
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from incubate_lib.config import SettingsError, load_settings, nearest, presets
-from incubate_lib.pipeline.graph import Node, Plan, closure
+from incubate_lib.pipeline.graph import Node, Plan, closure, longest
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables.hardware import hardware_row, mixed_text
 from incubate_lib.report.tables.verdict import against_baseline, meta_alone, not_from_nothing
@@ -136,6 +137,21 @@ def results_folder() -> Path:
     return Path(__file__).resolve().parents[3] / "data" / "results"
 
 
+def write_table(table: pd.DataFrame, path: Path) -> Path:
+    """Write a table with six digits, as all tracked ones have; return the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False, float_format="%.6g")
+    return path
+
+
+def write_figure(figure: Any, name: str) -> Path:
+    """Write a matplotlib figure that is drawn from tracked tables to the project's figures/; return the file."""
+    path = results_folder().parents[1] / "figures" / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
 def load_results(preset: str, overrides: list[str], strategies: list[str], seeds: list[int]) -> Results:
     """Return what this machine has finished of an experiment; if that is nothing, the preset's published tables.
 
@@ -156,7 +172,7 @@ def _strategy_row(strategy: str, final: Node, summary: dict) -> dict:
         row[column] = next((s["accuracy"] for s in needed.values() if s["phase"] == phase), None)
     for short, name in {"flops": "train_flops", "seconds": "train_seconds"}.items():
         row[short] = _number(sum(s[name] for s in needed.values()))
-        row[f"critical_{short}"] = _number(_longest(final, {key: s[name] for key, s in needed.items()}))
+        row[f"critical_{short}"] = _number(longest(closure([final]), {key: s[name] for key, s in needed.items()})[final.key])
     settings = final.experiment.settings
     if settings.strategies[strategy].match_on == "critical_path" and settings.is_matched(strategy):  # K workers share each batch
         workers = len(final.experiment.facts.target_depths)
@@ -174,7 +190,3 @@ def _strategy_row(strategy: str, final: Node, summary: dict) -> dict:
 def _number(count: float) -> float:
     """Return a count so that sums of it do not overflow: a table's integers end at 9.2e18, and ImageNet takes more FLOPs."""
     return count if count < 2**53 else float(count)
-
-
-def _longest(node: Node, costs: dict[str, float]) -> float:
-    return costs[node.key] + max((_longest(before, costs) for before in node.inputs.values()), default=0)

@@ -1,6 +1,7 @@
 """A study's tables, and what they say in numbers and sentences."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pandas as pd
 from incubate_lib.config import SettingsError, data_folder, nearest
 from incubate_lib.config.study import BASELINE, COLUMNS, DERIVED, load_study, studies
 from incubate_lib.pipeline.study import Cost, Walk
+from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import hardware_of, mixes
-from incubate_lib.report.tables.records import from_plan, results_folder
+from incubate_lib.report.tables.records import from_plan, write_table
 from incubate_lib.report.tables.statistics import COLUMNS as JUDGED
 from incubate_lib.report.tables.statistics import compare, gain_text, paired
 from incubate_lib.report.words import flop_unit, label
@@ -51,26 +53,21 @@ def collect(walk: Walk) -> StudyTable:
 
 def save(table: StudyTable, *, publish: bool) -> list[Path]:
     """Write the tables to data/studies, or if they are to be published to data/results; return the files."""
-    folder = results_folder() if publish else data_folder() / "studies"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = records.results_folder() if publish else data_folder() / "studies"
     prefix = "study_" if publish else ""
-    written = []
-    for part, rows in {"": table.results, "_rates": table.rates}.items():
-        path = folder / f"{prefix}{table.name}{part}.csv"
-        rows.to_csv(path, index=False, float_format="%.6g")
-        written.append(path)
-    return written
+    parts = {"": table.results, "_rates": table.rates}
+    return [write_table(rows, folder / f"{prefix}{table.name}{part}.csv") for part, rows in parts.items()]
 
 
 def published_studies() -> list[str]:
     """Return the names of the studies whose tables are tracked."""
-    names = [path.stem.removeprefix("study_") for path in sorted(results_folder().glob("study_*.csv"))]
+    names = [path.stem.removeprefix("study_") for path in sorted(records.results_folder().glob("study_*.csv"))]
     return [name for name in names if not name.endswith("_rates")]
 
 
 def published(name: str) -> StudyTable:
     """Read the tracked tables of a study; SettingsError with the nearest names if there are none."""
-    path = results_folder() / f"study_{name}.csv"
+    path = records.results_folder() / f"study_{name}.csv"
     if not path.exists():
         raise SettingsError(f"no tracked table of a study {name!r}; {nearest(name, published_studies())}")
     return read_tables(path.parent, f"study_{name}", name)
@@ -105,7 +102,7 @@ def gains(table: StudyTable, baseline: str = BASELINE, only: list[str] | None = 
     critical_flops and seconds relative to the baseline's (seconds NaN where devices differ).
     """
     rows, found = [], []
-    for place, cell in _cells(table):
+    for place, cell in cells(table.results, table.axes):
         groups = dict(iter(cell.groupby("strategy", sort=False)))
         for name in (name for name in groups if name != baseline and baseline in groups and name in (only or groups)):
             gain = paired(cell, name, baseline)
@@ -139,12 +136,10 @@ def seeds_count(table: StudyTable) -> str:
     return (f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}") + " seeds"
 
 
-def _cells(table: StudyTable):
-    if not table.axes:
-        yield {}, table.results
-        return
-    for values, cell in table.results.groupby(table.axes, sort=False):
-        yield dict(zip(table.axes, values if isinstance(values, tuple) else (values,), strict=True)), cell
+def cells(rows: pd.DataFrame, axes: list[str]) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
+    """Yield each cell's place, its values along the axes, and its rows."""
+    for values, cell in rows.groupby(axes, sort=False) if axes else [((), rows)]:
+        yield dict(zip(axes, values, strict=True)), cell
 
 
 def summary(table: StudyTable) -> pd.DataFrame:
@@ -155,7 +150,7 @@ def summary(table: StudyTable) -> pd.DataFrame:
     unit, factor = flop_unit(table.results["flops"].max() if len(table.results) else 1)
     gain = gains(table).set_index([*table.axes, "strategy"]) if len(table.results) else pd.DataFrame()
     rows = []
-    for place, cell in _cells(table):
+    for place, cell in cells(table.results, table.axes):
         for name, group in cell.groupby("strategy", sort=False):
             key = (*place.values(), name)
             found = gain.loc[key if len(key) > 1 else key[0]] if key in gain.index or name in gain.index else None
