@@ -200,7 +200,7 @@ def test_the_parts_of_a_hybrid_add_up_to_what_was_planned(done):
             assert [part.memory.optimizer > 0 for part in found.parts] == [i == index for i in range(3)]
             assert sum(part.memory.activations for part in found.parts[:index]) == 0, "nothing before the target waits"
             assert found.images == 16
-    figure = hybrids.hybrid_figure(made, "deep_incubation", 1)
+    figure = hybrids.hybrids_figure(made, "deep_incubation", 1)
     widths = [patch.get_width() for patch in figure.axes[0].patches]
     flops = [part.flops for part in hybrids.hybrid_costs(made, "deep_incubation", 1).parts] + [facts["target"]]
     assert np.array(widths) / widths[-1] == pytest.approx(np.array(flops) / flops[-1]), "to scale"
@@ -218,7 +218,7 @@ def test_the_viewer_switches_its_picture_and_has_a_twin(done, monkeypatch):
     output = hybrids.hybrid_viewer(done, "end_to_end")
     assert isinstance(output, Sentence) and "has no hybrids" in output.words
     with pytest.raises(SettingsError, match="index is 3"):
-        hybrids.hybrid_figure(load_settings("smoke", CHANGES), "deep_incubation", 3)
+        hybrids.hybrids_figure(load_settings("smoke", CHANGES), "deep_incubation", 3)
 
 
 # -- the browser --------------------------------------------------------------------------------------------------------------

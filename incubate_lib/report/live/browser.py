@@ -147,6 +147,10 @@ def _browser() -> ipywidgets.Widget:
     def say(text: str) -> None:
         said.value = f"<p>{html.escape(text)}</p>"
 
+    def say_only(text: str) -> None:
+        picture.layout.display, tables.value = "none", ""
+        say(text)
+
     def list_runs(_: object = None) -> None:
         table = runs_table(cells.value)
         runs.value = _html(table, "the runs")
@@ -158,14 +162,12 @@ def _browser() -> ipywidgets.Widget:
         opened.clear()
         strategies.options, seeds.options = (), ()
         if run.value is None:
-            picture.layout.display, tables.value = "none", ""
-            say("There is no run yet; `incubate run smoke` makes one in a minute.")
+            say_only("There is no run yet; `incubate run smoke` makes one in a minute.")
             return
         try:
             results, made = open_run(run.value)
         except SettingsError as error:
-            picture.layout.display, tables.value = "none", ""
-            say(str(error))
+            say_only(str(error))
             return
         names, numbers = (list(results.curves[column].unique()) for column in ("strategy", "seed"))
         strategies.options, seeds.options = [(label(name), name) for name in names], [int(number) for number in numbers]
@@ -188,8 +190,7 @@ def _browser() -> ipywidgets.Widget:
                 ended = [name for name in chosen if any(name == final for final, _ in made.finals)]
                 parts.append(_html(settings_difference(made, ended), "What differs in the settings"))
         except (SettingsError, *DAMAGE) as error:
-            picture.layout.display, tables.value = "none", ""
-            say(str(error) if isinstance(error, SettingsError) else f"{results.name} cannot be shown: {reason(error)}")
+            say_only(str(error) if isinstance(error, SettingsError) else f"{results.name} cannot be shown: {reason(error)}")
             return
         picture.value, picture.layout.display = drawn, None
         tables.value = "".join(parts)

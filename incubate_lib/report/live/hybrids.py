@@ -87,28 +87,20 @@ def hybrid_costs(given: Settings | Plan, strategy: str, index: int) -> Costs:
     return _hybrid(nodes, index, Known(nodes[0]))
 
 
-def hybrid_figure(given: Settings | Plan, strategy: str, index: int) -> Figure:
-    """Draw the hybrid of module `index` (0-based) over the network as end-to-end training has it, to scale: FLOPs, bytes.
-
-    SettingsError if the strategy incubates no such module.
+def hybrids_figure(given: Settings | Plan, strategy: str, index: int | None = None) -> Figure:
+    """Draw the hybrid of module `index` (0-based), or those of all modules, over the network as end-to-end training has it, to
+    scale: FLOPs, bytes. SettingsError if the strategy incubates no such module.
     """
     nodes = _modules(given, strategy)
-    known = Known(nodes[0])
-    return _draw([_hybrid(nodes, index, known), _whole(nodes[0], known)], strategy)
+    return _figure(nodes, range(len(nodes)) if index is None else [index], strategy, Known(nodes[0]))
 
 
-def hybrids_figure(given: Settings | Plan, strategy: str) -> Figure:
-    """Draw the hybrids of all modules, and the whole network: what `hybrid_viewer` shows one by one."""
-    nodes = _modules(given, strategy)
-    return _all(nodes, strategy, Known(nodes[0]))
-
-
-def _all(nodes: Sequence[Node], strategy: str, known: Known) -> Figure:
-    return _draw([*(_hybrid(nodes, i, known) for i in range(len(nodes))), _whole(nodes[0], known)], strategy)
+def _figure(nodes: Sequence[Node], indices: Sequence[int], strategy: str, known: Known) -> Figure:
+    return _draw([*(_hybrid(nodes, i, known) for i in indices), _whole(nodes[0], known)], strategy)
 
 
 def hybrid_viewer(given: Settings | Plan, strategy: str) -> Any:
-    """Return a slider over the modules that switches the picture of `hybrid_figure`; its twin is `hybrids_figure`.
+    """Return a slider over the modules that switches the picture of one hybrid; its twin shows all.
 
     What cannot be shown becomes a sentence in its place.
     """
@@ -117,14 +109,13 @@ def hybrid_viewer(given: Settings | Plan, strategy: str) -> Any:
     except SettingsError as error:
         return Sentence(str(error))
     known = Known(nodes[0])
-    return with_twin(lambda: _slider(nodes, strategy, known), lambda: _all(nodes, strategy, known))
+    return with_twin(lambda: _slider(nodes, strategy, known), lambda: _figure(nodes, range(len(nodes)), strategy, known))
 
 
 def _slider(nodes: Sequence[Node], strategy: str, known: Known) -> ipywidgets.Widget:
     options = [(f"module {i + 1} of {len(nodes)}", i) for i in range(len(nodes))]
     menu = ipywidgets.SelectionSlider(options=options, description="incubate", layout={"width": "32rem"})
-    whole = _whole(nodes[0], known)
-    return with_picture(menu, lambda index: _draw([_hybrid(nodes, index, known), whole], strategy))
+    return with_picture(menu, lambda index: _figure(nodes, [index], strategy, known))
 
 
 # -- counting -----------------------------------------------------------------------------------------------------------------
