@@ -73,9 +73,19 @@ def with_picture(menu: ipywidgets.Widget, draw: Callable[[Any], Figure]) -> ipyw
     return ipywidgets.VBox([menu, shown])
 
 
+def or_sentence(show: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a function return the reason as a Sentence where what it shows cannot be shown."""
+
+    @functools.wraps(show)
+    def shown(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return show(*args, **kwargs)
+        except SettingsError as error:
+            return Sentence(str(error))
+
+    return shown
+
+
 def attempt(make: Callable[[], Any]) -> Any:
     """Return what a function makes; where that is not possible, the reason as a Sentence, as often as it is asked for."""
-    try:
-        return make()
-    except SettingsError as error:
-        return Sentence(str(error))
+    return or_sentence(make)()

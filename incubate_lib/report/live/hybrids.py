@@ -18,7 +18,7 @@ from incubate_lib.method.incubation import Imitation
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.style import PAPER, Figure, filling, trained_and_frozen
-from incubate_lib.report.widgets import Sentence, with_picture, with_twin
+from incubate_lib.report.widgets import or_sentence, with_picture, with_twin
 from incubate_lib.report.words import label
 from incubate_lib.training.costs import FlopCounts
 from incubate_lib.training.memory import StepMemory, memory_by_part
@@ -99,15 +99,13 @@ def _figure(nodes: Sequence[Node], indices: Sequence[int], strategy: str, known:
     return _draw([*(_hybrid(nodes, i, known) for i in indices), _whole(nodes[0], known)], strategy)
 
 
+@or_sentence
 def hybrid_viewer(given: Settings | Plan, strategy: str) -> Any:
     """Return a slider over the modules that switches the picture of one hybrid; its twin shows all.
 
     What cannot be shown becomes a sentence in its place.
     """
-    try:
-        nodes = _modules(given, strategy)
-    except SettingsError as error:
-        return Sentence(str(error))
+    nodes = _modules(given, strategy)
     known = Known(nodes[0])
     return with_twin(lambda: _slider(nodes, strategy, known), lambda: _figure(nodes, range(len(nodes)), strategy, known))
 
