@@ -1,4 +1,4 @@
-"""Finished runs: which there are, how they went, what differed. What cannot be read becomes a sentence or a note."""
+"""Finished runs: how they went, what differed, and a widget to choose among them. What cannot be read becomes a sentence."""
 
 import html
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Which runs there are. What cannot be read becomes a note."""
+"""Which runs there are, a row each. What cannot be read becomes a note."""
 
 import os
 import re

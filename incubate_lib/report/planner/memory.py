@@ -9,7 +9,7 @@ from incubate_lib.pipeline.graph import Node
 from incubate_lib.training.memory import StepMemory, memory_by_part
 from incubate_lib.training.phases import build_parts, build_target, model_shape
 
-_PARTS: dict = {}  # and the memory of parts that were gone through
+_PARTS: dict = {}  # memory of parts that were gone through; sliders ask often
 
 
 def kind_of(phase: str, module_index: int | None) -> str:
