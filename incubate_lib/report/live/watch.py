@@ -102,7 +102,7 @@ class Live(ipywidgets.VBox):
             return False
 
     def _refresh(self, reader: Reader) -> bool | None:
-        plan, phases = reader.plan, reader.refresh()
+        plan, phases = reader.plan, reader.phases()
         busy = at_work(plan, phases)
         self.headline.value = f'<p style="{FONT}; font-weight: bold">{escape(headline(plan, phases, reader.on_slurm))}</p>'
         self.stop.disabled = not busy
