@@ -70,7 +70,7 @@ def report(options: argparse.Namespace) -> int:
     from incubate_lib.config import SettingsError
     from incubate_lib.report.html import write_report
     from incubate_lib.report.publish import publish
-    from incubate_lib.report.tables import from_plan
+    from incubate_lib.report.tables.records import from_plan
 
     todo = _started(options)
     results = from_plan(todo)
@@ -122,8 +122,9 @@ def _started(options: argparse.Namespace):
 
 
 def print_table(todo) -> None:
-    from incubate_lib.report.finetuning import lowered
-    from incubate_lib.report.tables import comparison, from_plan
+    from incubate_lib.report.tables.comparison import comparison
+    from incubate_lib.report.tables.records import from_plan
+    from incubate_lib.report.tables.verdict import lowered
 
     results = from_plan(todo)
     print(comparison(results).to_string())

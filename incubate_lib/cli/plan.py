@@ -9,8 +9,8 @@ from incubate_lib.cli.parser import Commands, preset_arguments
 def plan(options: argparse.Namespace) -> int:
     """Say what a preset, or any plain timm ViT, would cost on given devices; trains nothing."""
     from incubate_lib.config import SettingsError
-    from incubate_lib.report import forecast, planner
-    from incubate_lib.report.tables import published
+    from incubate_lib.report.planner import forecast, planner
+    from incubate_lib.report.tables.records import published
 
     if options.bench and (options.device or options.share):
         raise SettingsError("--bench is a measured speed, --device and --share an assumed one; give one of them")
@@ -54,7 +54,7 @@ def bench(options: argparse.Namespace) -> int:
                             "--batch, --rounds and --save have a meaning")  # fmt: skip
     import pandas as pd
 
-    from incubate_lib.report import bench as text
+    from incubate_lib.report.planner import bench as text
     from incubate_lib.report.publish import check_name, publish_bench
     from incubate_lib.training import bench
 
@@ -62,7 +62,7 @@ def bench(options: argparse.Namespace) -> int:
         check_name(options.save)
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     rounds = {"rounds": options.rounds} if options.rounds is not None else {}
-    how = {"batch": options.batch, "tell": console.print, **rounds}
+    how = {"batch": options.batch, "log": console.print, **rounds}
     if options.growth:
         table = pd.DataFrame(bench.growth(settings.precision, settings.machine, **how))
         shown, words = text.growth_table(table), text.growth_in_words(table)

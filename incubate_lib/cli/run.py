@@ -72,8 +72,8 @@ def study(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from incubate_lib.pipeline import local, study, warm
-    from incubate_lib.report import studies as report
-    from incubate_lib.report import study_plots
+    from incubate_lib.report.tables import studies as report
+    from incubate_lib.report.tables import study_plots
 
     about, console = load_study(options.study, options.set), Console()
     if options.stop:

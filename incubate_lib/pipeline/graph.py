@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -187,3 +187,20 @@ def closure(nodes: Iterable[Node]) -> list[Node]:
     for node in nodes:
         visit(node)
     return list(seen.values())
+
+
+def longest(nodes: Iterable[Node], costs: Mapping[str, float]) -> dict[str, float]:
+    """Return by key what the longest way to each node's end costs, its own cost included; `nodes` have inputs first."""
+    ways: dict[str, float] = {}
+    for node in nodes:
+        ways[node.key] = costs[node.key] + max((ways[before.key] for before in node.inputs.values()), default=0)
+    return ways
+
+
+def remaining(nodes: Sequence[Node], costs: Mapping[str, float]) -> dict[str, float]:
+    """Return by key what the longest way from each node's beginning to an end costs; `nodes` have inputs first."""
+    ways = {node.key: costs[node.key] for node in nodes}
+    for node in reversed(nodes):
+        for before in node.inputs.values():
+            ways[before.key] = max(ways[before.key], costs[before.key] + ways[node.key])
+    return ways

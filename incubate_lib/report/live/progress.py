@@ -13,7 +13,7 @@ import pandas as pd
 
 from incubate_lib.pipeline import slurm
 from incubate_lib.pipeline.execution import is_running
-from incubate_lib.pipeline.graph import Node, Plan
+from incubate_lib.pipeline.graph import Node, Plan, longest
 from incubate_lib.pipeline.local import check_jobs
 from incubate_lib.pipeline.view import Line, node_line
 from incubate_lib.training.lease import holder
@@ -117,18 +117,16 @@ def seconds_left(plan: Plan, phases: list[Phase], on_slurm: bool) -> float | Non
         p.node.key: 0.0 if p.line.state == "done" else p.seconds or plan.flops[p.node.key] * (1 - p.share) * seconds / flops
         for p in phases
     }
-    longest: dict[str, float] = {}
-    for node in plan.nodes:  # inputs first
-        longest[node.key] = left[node.key] + max((longest[before.key] for before in node.inputs.values()), default=0.0)
+    way = max(longest(plan.nodes, left).values())
     if on_slurm:
-        return max(longest.values())
+        return way
     states = {phase.node.key: phase.line.state for phase in phases}
     running = sum(state == "running" for state in states.values())
     waits = any(p.line.state != "done" and p.line.state != "running" and
                 all(states[before.key] == "done" for before in p.node.inputs.values()) for p in phases)  # fmt: skip
     if not waits:  # else there are no more places than are taken
         running = max(running, check_jobs(None, plan.experiment.settings.machine.devices))
-    return max(sum(left.values()) / max(1, running), *longest.values())
+    return max(sum(left.values()) / max(1, running), way)
 
 
 def duration(seconds: float) -> str:
