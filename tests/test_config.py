@@ -188,8 +188,12 @@ def test_bad_input(arguments, message, data_folder, capsys):
     assert not data_folder.exists()
 
 
+# Each name stands for eight times as much as the one before it.
 BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{inner}'] * 8)}]\n" for inner, name in itertools.pairwise("abcdefgh")
+)
+MERGED = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{inner}'] * 8)}]}}\n" for inner, name in itertools.pairwise("abcdefghijkl")
 )
 
 
@@ -228,6 +232,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
         ("training:\n  lr: 1e-3\n  lr: 2e-3", "line 3, column 3: 'lr' stands there twice"),
         ("model: &a [*a]", "an alias stands within what it stands for"),
         (BOMB, "it has more than 10000 values"),
+        (f"{BOMB}? *h\n: 1", "it has more than 10000 values"),
+        (MERGED, "it has more than 10000 values"),
         ("#" * 100_001, "it has more than 100000 characters"),
         (f"a: {'[' * 40}{']' * 40}", "maximum depth of data structure exceeded"),
         ("[" * 2000, "maximum depth of data structure exceeded"),
@@ -422,6 +428,7 @@ def test_a_script_for_zsh_names_the_presets(capsys):
         ("on", "on"), ("off", "off"), ("yes", "yes"), ("no", "no"), ("y", "y"), ("true", True), ("False", False),
         ("1:30:00", "1:30:00"), ("12:30", "12:30"), ("", None), ("~", None), ("null", None), ("~x/y", "~x/y"), ("a b", "a b"),
         ("[1, {a: off}]", [1, {"a": "off"}]), ("{a: &x [1], b: *x}", {"a": [1], "b": [1]}), ("'1'", "1"),
+        ("{<<: {a: 1}, b: 2}", {"a": 1, "b": 2}),
     ],
 )  # fmt: skip
 def test_values_are_yaml_1_2_on_the_command_line_as_in_a_file(text, value, tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from incubate_lib.config.models import STRATEGIES, UNCUT, Settings, error_message
 from incubate_lib.config.sections import SettingsError, nearest, shortened
@@ -96,20 +97,22 @@ def _parsed(text: str) -> Any:
     yaml.max_depth = DEEPEST
     yaml.composer.warn_double_anchors = False  # they are allowed
     try:
-        value = yaml.load(text)
-        _count(value, itertools.count(1))
+        if (node := yaml.compose(text)) is None:
+            return None
+        _count(node, itertools.count(1))
+        return yaml.constructor.construct_document(node)
     except LookupError:  # `!!bool x`, `!!int ""`
         raise ValueError("a value is not what its tag says") from None
     except RecursionError:
         raise ValueError("an alias stands within what it stands for") from None
-    return value
 
 
-def _count(value: Any, counter: Iterator[int]) -> None:
+def _count(node: Node, counter: Iterator[int]) -> None:
     """Count values where they are used, as an alias can stand for very many; ValueError if they are too many."""
     if next(counter) > MOST_VALUES:
         raise ValueError(f"it has more than {MOST_VALUES} values")
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    pairs = node.value if isinstance(node, MappingNode) else [node.value] if isinstance(node, SequenceNode) else ()
+    for inner in itertools.chain.from_iterable(pairs):
         _count(inner, counter)
 
 
