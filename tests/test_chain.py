@@ -18,8 +18,9 @@ import pytest
 from patience import HANG, Hooks, wait_for
 from rich.console import Console
 
+from incubate_lib.backends.local import pool as local
 from incubate_lib.config import SettingsError, load_settings
-from incubate_lib.pipeline import execution, local, notebook
+from incubate_lib.pipeline import execution, notebook
 from incubate_lib.pipeline.execution import is_complete
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.notebook import ROOT

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from incubate_lib.backends.slurm.sbatch import scripts
+from incubate_lib.backends.slurm.settings import load_slurm
 from incubate_lib.config import SettingsError, load_settings
-from incubate_lib.config.cluster import load_slurm
-from incubate_lib.pipeline.sbatch import scripts
 from incubate_lib.pipeline.strategies import plan
 
 

@@ -472,7 +472,8 @@ def test_a_data_folder_that_is_not_ours(mode, used):
 
 
 def _as_nobody(data: Path, output: Path) -> None:
-    from incubate_lib.pipeline import local, warm  # noqa: F401  (now: an ordinary user may not see root's python)
+    from incubate_lib.backends.local import pool  # noqa: F401
+    from incubate_lib.pipeline import warm  # noqa: F401  (now: an ordinary user may not see root's python)
 
     if os.geteuid() == 0:
         os.seteuid(65534)

@@ -15,9 +15,9 @@ from layouts import HERE, open_folder, picture, settings_file, write_folder, wri
 from PIL import EpsImagePlugin, Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 
+from incubate_lib.backends.local import pool as local
 from incubate_lib.cli import main
 from incubate_lib.config import DataSettings, SettingsError
-from incubate_lib.pipeline import local
 from incubate_lib.training.data import load_data
 from incubate_lib.training.sources import open_source
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from incubate_lib.backends.slurm import job
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError
-from incubate_lib.pipeline import job
 from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.runs import read_json, write_json

@@ -17,11 +17,14 @@ import torch
 from patience import join, wait_for
 from rich.console import Console
 
+from incubate_lib import backends
+from incubate_lib.backends.local import pool as local
+from incubate_lib.backends.local.pool import Pool
+from incubate_lib.backends.slurm import queue as slurm
+from incubate_lib.backends.slurm.settings import SlurmSettings
 from incubate_lib.config import SettingsError, load_settings
-from incubate_lib.config.cluster import SlurmSettings
 from incubate_lib.config.study import load_study
-from incubate_lib.pipeline import execution, local, slurm, study
-from incubate_lib.pipeline.local import Pool
+from incubate_lib.pipeline import execution, study
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.pipeline.view import node_line
 from incubate_lib.training import loop, phases
@@ -407,7 +410,7 @@ def test_a_study_makes_again_what_starts_from_a_phase_trained_again(data_folder,
     file.write_text(json.dumps({"preset": "smoke", "strategies": ["deep_incubation"], "seeds": [0], "set": SHORT}))
     (trial,) = study.walk(load_study(str(file))).last()
     lose_meta(trial.plan, as_elsewhere=True)
-    _, status = study.run(load_study(str(file)), jobs=2, console=Console(file=io.StringIO()))
+    _, status = study.run(load_study(str(file)), backends.get(), local.LocalSettings(jobs=2), Console(file=io.StringIO()))
     assert status == 0 and all(node.finished() for node in trial.plan.nodes)
     assert {number for _, number in attempts(trial.plan)} == {2}
 

@@ -10,13 +10,14 @@ def status(options: argparse.Namespace) -> int:
     """Show the state of every phase."""
     from rich.console import Console
 
-    from incubate_lib.pipeline import slurm
+    from incubate_lib import backends
     from incubate_lib.pipeline.view import node_line, render
 
     todo = _started(options)
     lines = [node_line(node) for node in todo.nodes]
-    messages = slurm.annotate(lines, todo)
-    Console().print(render(lines))
+    backend = backends.of(todo.experiment)
+    messages = backend.states(todo, lines)
+    Console().print(render(lines, place=backend.title))
     for line in lines:
         if line.state in ("failed", "lost"):
             print(f"log of {line.key}: {todo.experiment.path / line.key / 'log.txt'}")
@@ -106,18 +107,17 @@ def mirror(options: argparse.Namespace) -> int:
 
 def _started(options: argparse.Namespace):
     """Return the plan of what was run with these settings."""
+    from incubate_lib import backends
     from incubate_lib.config import SettingsError, load_settings
-    from incubate_lib.pipeline import slurm
     from incubate_lib.pipeline.experiment import Experiment
     from incubate_lib.pipeline.strategies import plan
 
     settings = load_settings(options.preset, options.set)
     experiment = Experiment.of(settings)
-    strategies, seeds = experiment.started()
+    _, seeds = experiment.started()
     if not seeds:
         raise SettingsError(f"there is no run of these settings in {experiment.path}; start one with `incubate run`")
-    if not slurm.was_submitted(experiment):  # then every phase has its folder from the beginning
-        strategies = list(dict.fromkeys([*settings.run, *strategies]))
+    strategies = backends.of(experiment).strategies(experiment)
     return plan(settings, options.strategies or strategies, seeds if options.seeds is None else options.seeds)
 
 

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+from incubate_lib import backends
+
 COMPLETED = "_incubate_preset"  # the shell's function that completes a preset, see cli/files.py
 
 
@@ -71,13 +73,6 @@ def list_arguments(command: Parser, strategies: str = "those that were run", see
 
 def backend_arguments(command: Parser, what: str) -> None:
     """Add the options of the machine or cluster that trains."""
-    command.add_argument("--jobs", type=int, metavar="N", help="phases side by side (default: one a core, at most 4)")
-    command.add_argument("--backend", choices=["local", "slurm"], default="local", help="default: local")
-    slurm = command.add_argument_group(f"with --backend slurm, for the {what}")
-    slurm.add_argument("--site", metavar="FILE", help="YAML file with these and more, which the options override")
-    slurm.add_argument("--partition", metavar="NAME", help="default: the cluster's")
-    slurm.add_argument("--gpus-per-node", type=int, metavar="N", help="that train the phase together (default: 1)")
-    slurm.add_argument("--nodes", type=int, metavar="N", help="that train the phase together (default: 1)")
-    slurm.add_argument("--time", metavar="TIME", help="limit of one attempt; a phase may take several")
-    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores a node (default: its GPUs' share)")
-    slurm.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="any further option of sbatch")
+    command.add_argument("--backend", choices=backends.names(), default=backends.DEFAULT, help="default: local")
+    for name in backends.names():
+        backends.get(name).add_options(command, what)

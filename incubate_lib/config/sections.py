@@ -299,7 +299,7 @@ class MachineSettings(Frozen):
     """How phases are computed: none of this belongs to a phase's identity."""
 
     devices: Positive = 1  # of a machine, that train one phase together, data-parallel; --devices sets it
-    nodes: Positive = 1  # machines that train one phase together, inside a Slurm job of so many; --nodes sets it
+    nodes: Positive = 1  # machines that train one phase together, inside a job of so many; --nodes sets it
     deterministic: bool = True  # a GPU gives the same bits again; false: a little faster, and no promise
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"  # mode of torch.compile
     workers: Annotated[int, Field(ge=0)] | None = None  # processes a device that read streamed images; none: its cores

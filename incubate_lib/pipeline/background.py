@@ -5,15 +5,15 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from incubate_lib import backends
 from incubate_lib.config import SettingsError, load_settings, presets
-from incubate_lib.pipeline import slurm
 from incubate_lib.pipeline.execution import is_running
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
-from incubate_lib.pipeline.local import check_jobs, check_machine
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.lease import holder
 
@@ -58,8 +58,9 @@ def start_run(
     """
     check_lists(overrides, strategies, seeds)
     settings = load_settings(preset, list(overrides))
-    check_jobs(jobs, settings.machine.devices)
-    check_machine([settings.machine])
+    local = backends.get()
+    local.check([settings.machine], local.settings(Namespace(jobs=jobs)))
+    backends.check_nodes([settings.machine])
     experiment = Experiment.of(settings)
     _check_free(experiment)
     experiment = plan(settings, strategies, seeds).experiment
@@ -88,8 +89,7 @@ def _check_free(experiment: Experiment) -> None:
             f"a run (process {other.get('pid')} on {other.get('host')}) is at work in {experiment.path} already; "
             "watch it, or stop it first"
         )
-    if active := slurm.still_active(experiment):
-        raise SettingsError(f"{active} job(s) of {experiment.path.name} are in Slurm's queue; stop them first")
+    backends.check_free(experiment, "stop them first")
 
 
 def _await_start(experiment: Experiment, process: subprocess.Popen, log: Path, began: int) -> None:
@@ -126,9 +126,7 @@ def stop_run(experiment: Experiment) -> str:
     if not experiment.is_known():
         raise SettingsError(f"nothing to stop: there is no run in {experiment.path}")
     (experiment.path / STOP_FILE).touch()
-    name = experiment.path.name
-    if slurm.was_submitted(experiment) and (count := slurm.stop(experiment)):
-        return f"{count} job(s) of {name}: those that wait are cancelled, those that run save a checkpoint first"
-    if is_running(experiment.path):
-        return f"asked {name} to stop; its phases save a checkpoint first"
+    for backend in (backends.of(experiment), backends.get()):
+        if words := backend.stop(experiment):
+            return words
     return f"no `incubate run` is at work in {experiment.path}; phases that notebooks train there are asked to stop"

@@ -25,7 +25,7 @@ from incubate_lib.config import (
     load_settings,
 )
 from incubate_lib.pipeline.experiment import Experiment
-from incubate_lib.pipeline.graph import Node, Plan, closure
+from incubate_lib.pipeline.graph import Node, Plan, closure, longest
 from incubate_lib.training.facts import Facts
 from incubate_lib.training.schedule import steps_per_epoch, total_steps
 
@@ -128,12 +128,11 @@ class _Strategies:
         do in that one's time."""
         strategy = self.settings.strategy(name)
         final = self.strategy(strategy.match, seed)
+        nodes = closure([final])
+        flops = {node.key: self.flops(node.settings) for node in nodes}
         if strategy.match_on == "critical_path":
-            return strategy.budget * len(self.facts.target_depths) * self._longest(final)
-        return strategy.budget * sum(self.flops(node.settings) for node in closure([final]))
-
-    def _longest(self, node: Node) -> int:
-        return self.flops(node.settings) + max((self._longest(before) for before in node.inputs.values()), default=0)
+            return strategy.budget * len(self.facts.target_depths) * longest(nodes, flops)[final.key]
+        return strategy.budget * sum(flops.values())
 
     def _lasting(self, name: str, phase: str, flops: float, per_image: int) -> TrainingSettings:
         """Return the settings of a phase that lasts as long as costs so many FLOPs."""

@@ -16,10 +16,10 @@ from typing import Any
 
 from rich.console import Console
 
+from incubate_lib import backends
+from incubate_lib.backends import Backend
 from incubate_lib.config import SettingsError, data_folder, presets
-from incubate_lib.config.cluster import SlurmSettings
 from incubate_lib.config.study import Cell, Study
-from incubate_lib.pipeline import local, slurm
 from incubate_lib.pipeline.execution import is_running, only_run
 from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.graph import Node, Plan, finished_phases, to_do
@@ -225,10 +225,10 @@ def measured_speed(study: Study) -> float | None:
     return None
 
 
-def run(study: Study, *, jobs: int, console: Console, cluster: SlurmSettings | None = None) -> tuple[Walk, int]:
-    """Go through a study here, `jobs` phases side by side, or hand each stage to Slurm; return the walk and an exit status.
+def run(study: Study, backend: Backend, settings: Any, console: Console) -> tuple[Walk, int]:
+    """Go through a study, each stage on a backend with these settings of it; return the walk and an exit status.
 
-    0: all is done; 1: something failed; 130: stopped; with Slurm 3: jobs are under way, call again when they have ended.
+    0: all is done; 1: something failed; 130: stopped; 3: jobs are under way, call again when they have ended.
     """
     steps = walk(study)
     home = data_folder() / "studies" / study.name
@@ -242,18 +242,14 @@ def run(study: Study, *, jobs: int, console: Console, cluster: SlurmSettings | N
             console.print(f"{title}: {len(missing)} of {len(trials)} runs are not finished", highlight=False)
             for trial in missing:
                 trial.plan.experiment.create()
-                if cluster is None and (active := slurm.still_active(trial.plan.experiment)):
-                    raise SettingsError(
-                        f"{active} job(s) of {trial.plan.experiment.path.name} are in Slurm's queue; --stop ends them"
-                    )
+                backends.check_free(trial.plan.experiment, "--stop ends them", but=backend)
             _copy_finished(missing)
             parts = [dataclasses.replace(trial.plan, nodes=to_do(trial.plan.nodes, over)) for trial in missing]
             runs = [(part, steps.source(trial)) for part, trial in zip(parts, missing, strict=True)]
-            if cluster is not None:
-                _submit(runs, cluster, console)
+            status = backend.submit(runs, settings, console, notebooks=False).status
+            if status is None:
                 console.print("The next stage begins when these have ended: the same command again goes on.")
                 return steps, UNDER_WAY
-            status = local.finish(local.Pool(runs, jobs, console, notebooks=False))
             if status == 1 and all(over(node) for trial in trials for node in trial.plan.nodes):
                 console.print("A rate that is too high is an answer, too; the study goes on.")
             elif status:
@@ -261,32 +257,17 @@ def run(study: Study, *, jobs: int, console: Console, cluster: SlurmSettings | N
     return steps, 0
 
 
-def _submit(runs: list[tuple[Plan, dict[str, Any]]], cluster: SlurmSettings, console: Console) -> None:
-    """Hand to Slurm what is missing of some runs, each phase once: runs that share it copy it when they are submitted next."""
-    seen: set[str] = set()
-    for whole, source in runs:
-        nodes: list[Node] = []
-        for node in whole.nodes:
-            others = [before for before in node.inputs.values() if before not in nodes]
-            elsewhere = [before for before in others if before in whole.nodes or before.finished() is None]
-            if node.digest not in seen and not elsewhere:
-                nodes.append(node)
-                seen.add(node.digest)
-        if nodes:
-            slurm.submit(dataclasses.replace(whole, nodes=nodes, finals={}), source, cluster, console)  # without an analysis
-
-
 def stop(study: Study) -> int:
-    """Ask all that is under way to save and stop; cancel what waits in Slurm's queue. Return the number of runs asked."""
+    """Ask all that is under way to save and stop; cancel what waits in a queue. Return the number of runs asked."""
     here = is_running(data_folder() / "studies" / study.name)
     steps, asked = walk(study), set()
     for _, trials in steps.stages():
         for experiment in (trial.plan.experiment for trial in trials if not all(is_over(n) for n in trial.plan.nodes)):
-            if experiment.is_known() and experiment.path not in asked and (here or slurm.still_active(experiment)):
+            backend = backends.of(experiment)
+            if experiment.is_known() and experiment.path not in asked and (here or backend.still_active(experiment)):
                 asked.add(experiment.path)
                 (experiment.path / STOP_FILE).touch()
-                if slurm.was_submitted(experiment):
-                    slurm.stop(experiment)
+                backend.stop(experiment)
     return len(asked)
 
 

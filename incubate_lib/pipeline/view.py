@@ -54,15 +54,18 @@ def node_line(node: Node) -> Line:
     return line
 
 
-def render(lines: list[Line], height: int | None = None) -> Table:
-    """Return a table for the terminal; what is done or waits is only counted where `height` lines cannot show all."""
+def render(lines: list[Line], height: int | None = None, place: str = "where") -> Table:
+    """Return a table for the terminal, with the heading `place` over what says where a phase is.
+
+    What is done or waits is only counted where `height` lines cannot show all.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("phase", max_width=max(22, shutil.get_terminal_size().columns - 54))
     table.add_column("state", no_wrap=True, min_width=11)
     for name, width in {"epoch": 10, "loss": 6, "top-1": 6, "ETA": 6}.items():
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
     if placed := any(line.where for line in lines):
-        table.add_column("Slurm", overflow="fold")
+        table.add_column(place, overflow="fold")
     folded = Counter(line.state for line in lines if line.state in ("done", "waiting"))
     fits = height is None or len(lines) + 2 <= height
     for line in lines:

@@ -84,7 +84,7 @@ def _settle(log: str, env: dict[str, str]) -> None:
     """Be a process of its own group, environment and log."""
     os.setsid()  # out of the terminal's group
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not env.get("INCUBATE_STOP"):  # Slurm signals every process of a job; there this file tells what to do
+    if not env.get("INCUBATE_STOP"):  # a cluster signals every process of a job; there this file tells what to do
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)

@@ -16,8 +16,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from incubate_lib import backends
 from incubate_lib.config import SettingsError
-from incubate_lib.pipeline import execution, slurm
+from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.training.lease import Lease
 
@@ -80,7 +81,10 @@ def is_at_work(plan: Plan) -> bool:
     """Whether anything trains this run, here or on a cluster, so that there may soon be more to mirror."""
     if execution.is_running(plan.experiment.path):
         return True
-    return any(n.folder.status()["state"] == "running" for n in plan.nodes) or slurm.still_active(plan.experiment) > 0
+    return (
+        any(n.folder.status()["state"] == "running" for n in plan.nodes)
+        or backends.of(plan.experiment).still_active(plan.experiment) > 0
+    )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 """One phase on several devices: `python -m torch.distributed.run` as a subprocess over the phase's job file; on several
-machines one on each, started by srun, with the first machine as the meeting point.
+machines one on each, started by the job they are in, with the first machine as the meeting point.
 
 The caller, a notebook's kernel as well as a command line, only waits: it starts no CUDA, survives whatever happens to
 the ranks, and gets a failed rank's traceback. Ranks end when their caller does, because their standard input closes.
@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from incubate_lib import backends
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError
 from incubate_lib.training.runs import PhaseFolder, Stopped, read_json, write_json
 
@@ -49,7 +50,7 @@ def train_on_devices(job: dict[str, Any], folder: PhaseFolder, machine: MachineS
     if machine.nodes == 1:
         command = [*TORCHRUN, "--standalone", f"--nproc-per-node={machine.devices}", "--local-addr=127.0.0.1", *RANK, str(file)]
     else:
-        command = [*_srun(machine.nodes), sys.executable, *RANK, "--node", *_meeting_point(), str(file)]
+        command = [*_on_each_node(machine.nodes), sys.executable, *RANK, "--node", *_meeting_point(), str(file)]
     cores = int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))
     threads = str(max(1, cores // machine.devices))
     in_job = {"PET_SIGNALS_TO_HANDLE": "SIGINT"} if "INCUBATE_STOP" in os.environ else {}  # not TERM: the ranks act on it
@@ -76,15 +77,13 @@ def train_on_devices(job: dict[str, Any], folder: PhaseFolder, machine: MachineS
     raise _failure(folder, machine.team_size, title, "".join(output[-200:]))
 
 
-def _srun(nodes: int) -> list[str]:
-    """Return how to start one process on each node of this Slurm job, beside the one that asks."""
-    given = int(os.environ.get("SLURM_JOB_NUM_NODES", 0))
-    if given != nodes:
-        what = f"a Slurm job of {given}" if given else "no Slurm job"
-        raise SettingsError(f"machine.nodes is {nodes}, but this is {what}; use `incubate run … --backend slurm --nodes {nodes}`")
-    cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")
-    return ["srun", "--overlap", "--export=ALL", "--cpu-bind=none", "--kill-on-bad-exit=1", f"--nodes={nodes}",
-            f"--ntasks={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={cores}"]  # fmt: skip
+def _on_each_node(nodes: int) -> list[str]:
+    """Return how to start one process on each node of this job, beside the one that asks."""
+    here = backends.attempt()
+    if here.nodes != nodes:
+        way = f"use `incubate run … {backends.with_nodes()} --nodes {nodes}`"
+        raise SettingsError(f"machine.nodes is {nodes}, but this is {here}; {way}")
+    return here.on_each_node()
 
 
 def _meeting_point() -> tuple[str, str]:
@@ -95,9 +94,9 @@ def _meeting_point() -> tuple[str, str]:
 
 def _node(host: str, port: str, file: str) -> None:
     """Be torch.distributed.run on one of several machines."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's warning: the ranks act on it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the job's warning: the ranks act on it
     machine = MachineSettings.model_validate_json(json.dumps(json.loads(Path(file).read_text())["machine"]))
-    where = [f"--nnodes={machine.nodes}", f"--node-rank={os.environ['SLURM_NODEID']}", f"--master-addr={host}"]
+    where = [f"--nnodes={machine.nodes}", f"--node-rank={backends.attempt().node_rank}", f"--master-addr={host}"]
     command = [*TORCHRUN, *where, f"--master-port={port}", f"--nproc-per-node={machine.devices}", *RANK, file]
     os.execv(command[0], command)
 
@@ -125,7 +124,7 @@ def _failure(folder: PhaseFolder, devices: int, title: str, output: str) -> Exce
 def _rank(path: Path) -> int:
     """Be one rank of a job; whatever goes wrong is left in `rank-<n>.json` beside the job file."""
     threading.Thread(target=_end_with_caller, daemon=True).start()
-    if stop := os.environ.get("INCUBATE_STOP"):  # Slurm warns every process of a job
+    if stop := os.environ.get("INCUBATE_STOP"):  # a cluster warns every process of a job
         signal.signal(signal.SIGTERM, lambda *_: Path(stop).touch())
     rank = int(os.environ["RANK"])
     try:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from incubate_lib import backends
+
 BEAT_SECONDS = 10.0  # between signs of life
 LOST_SECONDS = 120.0  # a holder on another host that gave no sign of life for so long is taken for dead
 UNWRITTEN = {"host": "(unknown)", "pid": "(unknown)"}
@@ -45,9 +47,10 @@ class Lease:
         if holder(folder):
             return None
         lease = cls(folder, newest + 1)
+        here = backends.attempt()
         about = {
             "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "ended": False,
-            "job": os.environ.get("SLURM_JOB_ID"), "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+            "job": here.job, "restart": str(here.restart),
         }  # fmt: skip
         try:
             with open(lease.path, "x") as file:
@@ -88,7 +91,7 @@ class Lease:
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
-    """Return host, pid and Slurm job of the process that holds a folder; None if nobody alive does."""
+    """Return host, pid and job of the process that holds a folder; None if nobody alive does."""
     numbers = _numbers(folder)
     if not numbers:
         return None
@@ -105,9 +108,9 @@ def holder(folder: Path) -> dict[str, Any] | None:
 def _is_alive(record: dict[str, Any], path: Path) -> bool:
     if record.get("ended"):
         return False
-    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != record.get("restart")
-    if record.get("job") and record["job"] == os.environ.get("SLURM_JOB_ID") and restarted:
-        return False  # an earlier attempt of this very job: Slurm ended it before it started this one
+    here = backends.attempt()
+    if record.get("job") and record["job"] == here.job and record.get("restart") != str(here.restart):
+        return False  # an earlier attempt of this very job, which was ended before it started this one
     if record.get("host") == socket.gethostname():
         born = _born(record["pid"])
         if born == record["born"] or born != "alive":

@@ -306,7 +306,7 @@ def _end_with_reader(worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    if os.environ.get("INCUBATE_STOP"):  # Slurm warns every process of a job, and torch has workers end at that
+    if os.environ.get("INCUBATE_STOP"):  # a cluster warns every process of a job, and torch has workers end at that
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

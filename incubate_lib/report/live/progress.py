@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from incubate_lib.pipeline import slurm
+from incubate_lib import backends
+from incubate_lib.backends import Backend
 from incubate_lib.pipeline.execution import is_running
 from incubate_lib.pipeline.graph import Node, Plan, longest
-from incubate_lib.pipeline.local import check_jobs
 from incubate_lib.pipeline.view import Line, node_line
 from incubate_lib.training.lease import holder
 from incubate_lib.training.runs import METRICS
@@ -39,21 +39,21 @@ class Reader:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.seen = plan, {}
-        self.on_slurm = False
-        self.messages: list[str] = []  # by Slurm, for people
+        self.backend = backends.of(plan.experiment)
+        self.messages: list[str] = []  # by the backend, for people
 
     def phases(self) -> list[Phase]:
-        """Return all phases; with jobs in Slurm's queue this asks Slurm."""
+        """Return all phases; of a run that was handed to a cluster this asks the cluster."""
         phases = []
         for node in self.plan.nodes:
             stamp = _stamp(node)
             if self.seen.get(node.key, (None,))[0] != stamp:
                 self.seen[node.key] = (stamp, _read(node, self.plan.flops[node.key]))
             phases.append(self.seen[node.key][1])
-        self.on_slurm = slurm.was_submitted(self.plan.experiment)
-        if self.on_slurm:
-            phases = [Phase(**vars(p) | {"line": Line(**vars(p.line))}) for p in phases]  # for Slurm adds to lines
-            self.messages = slurm.annotate([p.line for p in phases], self.plan)
+        self.backend = backends.of(self.plan.experiment)
+        if self.backend.knows(self.plan.experiment):
+            phases = [Phase(**vars(p) | {"line": Line(**vars(p.line))}) for p in phases]  # for it adds to lines
+            self.messages = self.backend.states(self.plan, [p.line for p in phases])
         return phases
 
 
@@ -105,10 +105,11 @@ def at_work(plan: Plan, phases: list[Phase]) -> bool:
     return is_running(plan.experiment.path) or any(phase.line.state in AT_WORK for phase in phases)
 
 
-def seconds_left(plan: Plan, phases: list[Phase], on_slurm: bool) -> float | None:
+def seconds_left(plan: Plan, phases: list[Phase], places: int | None) -> float | None:
     """Return about how long the run takes yet: what the machine has to do, or its longest way, whichever is longer.
 
-    The speed is that of the phases so far, so nothing is told before there are any.
+    `places`: phases that go on side by side; none: as many as there are. The speed is that of the phases so far, so nothing is
+    told before there are any.
     """
     seconds, flops = (sum(part) for part in zip(*(phase.pace for phase in phases), strict=True))
     if not flops:
@@ -118,14 +119,14 @@ def seconds_left(plan: Plan, phases: list[Phase], on_slurm: bool) -> float | Non
         for p in phases
     }
     way = max(longest(plan.nodes, left).values())
-    if on_slurm:
+    if places is None:
         return way
     states = {phase.node.key: phase.line.state for phase in phases}
     running = sum(state == "running" for state in states.values())
     waits = any(p.line.state != "done" and p.line.state != "running" and
                 all(states[before.key] == "done" for before in p.node.inputs.values()) for p in phases)  # fmt: skip
     if not waits:  # else there are no more places than are taken
-        running = max(running, check_jobs(None, plan.experiment.settings.machine.devices))
+        running = max(running, places)
     return max(sum(left.values()) / max(1, running), way)
 
 
@@ -136,13 +137,13 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def headline(plan: Plan, phases: list[Phase], on_slurm: bool) -> str:
+def headline(plan: Plan, phases: list[Phase], backend: Backend) -> str:
     """Say in a sentence how far a run is."""
     count = Counter(phase.line.state for phase in phases)
     lines = [f"{plan.experiment.path.name}: {count['done']} of {len(phases)} phases done"]
     lines += [f"{number} {state}" for state, number in count.items() if state not in ("done", "waiting")]
     if at_work(plan, phases):
-        left = seconds_left(plan, phases, on_slurm)
+        left = seconds_left(plan, phases, backend.places(plan.experiment.settings.machine.devices))
         if count["done"] == len(phases):
             lines.append("the analysis is under way")
         elif not any(count[state] for state in AT_WORK):
@@ -155,16 +156,16 @@ def headline(plan: Plan, phases: list[Phase], on_slurm: bool) -> str:
 
 
 def table(plan: Plan) -> pd.DataFrame:
-    """Return a row for each phase: state, epoch, loss, top-1, ETA; and what Slurm says, and what went wrong, if anything."""
-    return table_of(Reader(plan).phases())
+    """Return a row for each phase: state, epoch, loss, top-1, ETA; and what a cluster says, and what went wrong, if anything."""
+    reader = Reader(plan)
+    return table_of(reader.phases(), reader.backend.title)
 
 
-def table_of(phases: list[Phase]) -> pd.DataFrame:
+def table_of(phases: list[Phase], place: str) -> pd.DataFrame:
+    """Return the table; `place` heads the column that says where a phase is, or why it waits."""
     lines = [phase.line for phase in phases]
     titles = Counter(line.title for line in lines)  # meta models of several strategies have the same
     names = [p.line.title + (f", {p.node.strategy}" if titles[p.line.title] > 1 else "") for p in phases]
     columns = {"state": "state", "epoch": "epoch", "loss": "loss", "top-1": "accuracy", "ETA": "eta"}
-    columns |= {
-        name: key for name, key in {"Slurm": "where", "note": "note"}.items() if any(getattr(line, key) for line in lines)
-    }
+    columns |= {name: key for name, key in {place: "where", "note": "note"}.items() if any(getattr(line, key) for line in lines)}
     return pd.DataFrame({"phase": names} | {name: [getattr(line, key) for line in lines] for name, key in columns.items()})

@@ -12,8 +12,8 @@ from typing import Any
 
 import ipywidgets
 
+from incubate_lib import backends
 from incubate_lib.config import Settings, SettingsError, data_folder, load_settings
-from incubate_lib.pipeline import slurm
 from incubate_lib.pipeline.background import check_lists, stop_run
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Plan
@@ -25,7 +25,6 @@ from incubate_lib.report.style import Figure
 from incubate_lib.report.widgets import Sentence, or_sentence, with_twin
 
 LINGER_SECONDS = 60.0  # that a widget goes on looking while nothing is at work: between phases, or before somebody goes on
-SLURM_SECONDS = 15.0  # between two questions to Slurm, at least
 
 
 def find(preset: str, overrides: Sequence[str], strategies: Sequence[str] | None, seeds: Sequence[int]) -> Plan:
@@ -40,8 +39,7 @@ def find(preset: str, overrides: Sequence[str], strategies: Sequence[str] | None
         if not experiment.is_known():
             raise SettingsError(_not_there(settings, experiment, preset))
         if not strategies:
-            started = experiment.started()[0]
-            strategies = started if slurm.was_submitted(experiment) else list(dict.fromkeys([*settings.run, *started]))
+            strategies = backends.of(experiment).strategies(experiment)
         return plan(settings, strategies, seeds)
     except SettingsError:
         raise
@@ -104,19 +102,19 @@ class Live(ipywidgets.VBox):
     def _refresh(self, reader: Reader) -> bool | None:
         plan, phases = reader.plan, reader.phases()
         busy = at_work(plan, phases)
-        self.headline.value = f'<p style="{FONT}; font-weight: bold">{escape(headline(plan, phases, reader.on_slurm))}</p>'
+        self.headline.value = f'<p style="{FONT}; font-weight: bold">{escape(headline(plan, phases, reader.backend))}</p>'
         self.stop.disabled = not busy
         if (phases, reader.messages) != self.shown:
             graph, curves = draw(plan, phases)
             self.graph.value, self.curves.value = (f'<div style="overflow-x: auto">{p.svg()}</div>' for p in (graph, curves))
-            self.table.value = _table_html(phases, reader.messages)
+            self.table.value = _table_html(phases, reader)
             self.shown = phases, reader.messages
         return None if not busy and all(phase.line.state == "done" for phase in phases) else busy
 
     def _go_on(self, busy: bool | None) -> None:
         last = time.monotonic()  # that something was at work
         while busy is not None and time.monotonic() - last < LINGER_SECONDS:
-            if self.over.wait(max(self.every, SLURM_SECONDS) if self.reader and self.reader.on_slurm else self.every):
+            if self.over.wait(max(self.every, self.reader.backend.pause) if self.reader else self.every):
                 return
             busy = self.refresh()
             if busy:
@@ -159,10 +157,10 @@ _shown: dict[tuple[str, ...], Live] = {}  # the widget that shows a run, in this
 FONT = "font-size: 14px; line-height: 1.4; margin: 4px 0"
 
 
-def _table_html(phases: list[Phase], message: list[str]) -> str:
-    shown = table_of(phases)
+def _table_html(phases: list[Phase], reader: Reader) -> str:
+    shown = table_of(phases, reader.backend.title)
     cell = "padding: 2px 10px; text-align: {}; white-space: {}; border-bottom: 1px solid " + FAINT
-    words = {"phase", "state", "Slurm", "note"}
+    words = {"phase", "state", reader.backend.title, "note"}
     styles = [cell.format("left" if name in words else "right", "normal" if name == "note" else "nowrap") for name in shown]
     head = "".join(f'<th style="{style}">{escape(name)}</th>' for name, style in zip(shown, styles, strict=True))
     rows = "".join(
@@ -170,7 +168,7 @@ def _table_html(phases: list[Phase], message: list[str]) -> str:
         for row in shown.itertuples(index=False)
     )
     inside = f'<table style="border-collapse: collapse"><tr>{head}{rows}</table>' + "".join(
-        f"<p>{escape(w)}</p>" for w in message
+        f"<p>{escape(w)}</p>" for w in reader.messages
     )
     return f'<div style="{FONT}; overflow-x: auto">{inside}</div>'
 

@@ -1,7 +1,7 @@
 """What a Slurm job does: one attempt at a phase's notebook, and what is to follow from how it ended.
 
-    python -m incubate_lib.pipeline.job attempt ABOUT        as a job step; exit status 0: the phase is finished
-    python -m incubate_lib.pipeline.job verdict ABOUT CODE   after an attempt that was not; 75: the job is to be requeued
+    python -m incubate_lib.backends.slurm.job attempt ABOUT        as a job step; exit status 0: the phase is finished
+    python -m incubate_lib.backends.slurm.job verdict ABOUT CODE   after an attempt that was not; 75: the job is to be requeued
 
 A warning (time limit, preemption, cancellation) becomes a file, $INCUBATE_STOP: the training loop saves and ends.
 Attempts are noted in `attempts.json`; a phase that fails again and again in the same way, without a step more, is given
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from incubate_lib.backends.slurm import SlurmAttempt
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.experiment import STOP_FILE
@@ -32,7 +33,8 @@ NO_WORD = "ended without a word (killed, out of memory, or its node went down)"
 
 def attempt(about: dict[str, Any]) -> int:
     """Run the notebook, unless there is nothing to do; return an exit status."""
-    print(f"-- job {_job()}, start {_restart() + 1}, on {_place()}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+    here = SlurmAttempt.here()
+    print(f"-- job {here.job}, start {here.restart + 1}, on {here.place}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
     if "phase" not in about:
         return _analysis(about)
     node = _node(about)
@@ -44,10 +46,10 @@ def attempt(about: dict[str, Any]) -> int:
     if execution.is_complete(node):
         return 0
     _close(node, NO_WORD)  # an earlier attempt that could not say so itself
-    if stuck(_attempts(node), _job(), about["attempts"]):
+    if stuck(_attempts(node), here.job, about["attempts"]):
         return _give_up(node, about["attempts"])
     _begin(node)
-    how = {"notebook": node.notebook, "output": "notebook.ipynb", "threads": _cores()}
+    how = {"notebook": node.notebook, "output": "notebook.ipynb", "threads": here.cores}
     process = execution.start(node.folder.path, _parameters(about), **how).process
     process.join()
     if execution.is_complete(node):
@@ -61,15 +63,15 @@ def verdict(about: dict[str, Any], code: int) -> int:
     """Note how the attempt ended; return AGAIN if another one makes sense, else the job's exit status."""
     if "phase" not in about or code == GIVEN_UP:
         return code
-    node = _node(about)
+    here, node = SlurmAttempt.here(), _node(about)
     if execution.is_complete(node):
         return 0
     own = Path(os.environ["INCUBATE_STOP"])
     newest = (_attempts(node) or [{"job": "0", "restart": 0}])[-1]
-    if (int(newest["job"]), newest["restart"]) > (int(_job()), _restart()):
+    if (int(newest["job"]), newest["restart"]) > (int(here.job), here.restart):
         print("a later attempt took over: its node was taken for dead")
         return 1
-    if newest["job"] != _job() or newest["restart"] != _restart():
+    if newest["job"] != here.job or newest["restart"] != here.restart:
         _begin(node)  # it could not even begin
     if (node.experiment.path / STOP_FILE).exists():
         print("stopped; `incubate run` goes on from the last checkpoint")
@@ -80,7 +82,7 @@ def verdict(about: dict[str, Any], code: int) -> int:
     _close(node, WARNED if own.exists() else error or (NO_WORD if code > 128 else f"ended with exit status {code}"))
     own.unlink(missing_ok=True)
     mine = _attempts(node)[-1]
-    if stuck(_attempts(node), _job(), about["attempts"]):
+    if stuck(_attempts(node), here.job, about["attempts"]):
         return _give_up(node, about["attempts"])
     if mine["ended"].startswith(FINAL):
         return _fail(node, mine["ended"])
@@ -124,7 +126,7 @@ def _analysis(about: dict[str, Any]) -> int:
 
     source = {name: about[name] for name in ("preset", "overrides")}
     todo = plan(load_settings(**source), about["strategies"], about["seeds"])
-    return 0 if execution.analysed(todo) else execution.analyse(todo, source, Console(width=150), _cores())
+    return 0 if execution.analysed(todo) else execution.analyse(todo, source, Console(width=150), SlurmAttempt.here().cores)
 
 
 def _node(about: dict[str, Any]) -> Node:
@@ -145,7 +147,8 @@ def _attempts(node: Node) -> list[dict[str, Any]]:
 def _begin(node: Node) -> None:
     _close(node, NO_WORD)  # an earlier attempt that could not say so itself
     log = node.folder.path / "log.txt"
-    mine = {"job": _job(), "restart": _restart(), "node": _place(), "began": time.time(), "from_step": _saved_step(node)}
+    here = SlurmAttempt.here()
+    mine = {"job": here.job, "restart": here.restart, "node": here.place, "began": time.time(), "from_step": _saved_step(node)}
     mine["log_from"] = log.stat().st_size if log.exists() else 0
     write_json(node.folder.path / "attempts.json", [*_attempts(node), mine])
 
@@ -160,22 +163,6 @@ def _close(node: Node, how: str) -> None:
 
 def _saved_step(node: Node) -> int:
     return node.folder.status().get("saved_step", 0)
-
-
-def _job() -> str:
-    return os.environ.get("SLURM_JOB_ID", "")
-
-
-def _restart() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
-
-
-def _place() -> str:
-    return os.environ.get("SLURM_JOB_NODELIST", os.uname().nodename)
-
-
-def _cores() -> int:
-    return int(os.environ.get("SLURM_CPUS_PER_TASK", len(os.sched_getaffinity(0))))
 
 
 def main(arguments: list[str]) -> int:

@@ -6,8 +6,8 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
+from incubate_lib.backends.slurm.settings import JobSettings, minutes
 from incubate_lib.config import SettingsError, nearest
-from incubate_lib.config.cluster import JobSettings, minutes
 
 PATIENCE = 30.0  # seconds; Slurm's commands hang while its controller is away
 

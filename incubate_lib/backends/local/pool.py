@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from incubate_lib.config import MachineSettings, SettingsError
+from incubate_lib.config import Frozen, SettingsError
 from incubate_lib.pipeline.execution import (
     Execution,
     analyse,
@@ -25,12 +25,16 @@ from incubate_lib.pipeline.execution import (
     start,
 )
 from incubate_lib.pipeline.experiment import STOP_FILE
-from incubate_lib.pipeline.graph import Node, Plan, to_do
+from incubate_lib.pipeline.graph import Node, Plan, remaining, to_do
 from incubate_lib.pipeline.view import Line, node_line, render
 from incubate_lib.training.runs import GONE
 
 POLL_SECONDS = 0.3
 SUMMARY_SECONDS = 15.0  # between lines when the output is not a terminal
+
+
+class LocalSettings(Frozen):
+    jobs: int | None = None  # phases side by side; none: as many as `check_jobs` finds
 
 
 @dataclass(repr=False)  # of all phases: setting a signal's handler would make one each time, and take seconds
@@ -76,7 +80,8 @@ class Pool:
             if node.summary() and not node.finished():
                 message = f"{node.title}: {GONE}; what starts from it, only if it ends in other weights than before"
                 self.console.print(message, soft_wrap=True, highlight=False, markup=False)
-        order = {path: flops for plan, _ in self.plans for path, flops in _remaining_path(plan).items()}
+        ways = [(plan, remaining(plan.nodes, plan.flops)) for plan, _ in self.plans]
+        order = {node.folder.path: way[node.key] for plan, way in ways for node in plan.nodes}
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             with _View(self) as show:
@@ -256,27 +261,12 @@ def _name(pool: Pool, path: Path) -> str:
     return node.key if len(pool.plans) == 1 else f"{node.experiment.path.name}/{node.key}"
 
 
-def _remaining_path(plan: Plan) -> dict[Path, int]:
-    """Return for each phase's folder the FLOPs of the longest way from it to an end: those are started first."""
-    longest = dict(plan.flops)
-    for node in reversed(plan.nodes):
-        for before in node.inputs.values():
-            longest[before.key] = max(longest[before.key], plan.flops[before.key] + longest[node.key])
-    return {node.folder.path: longest[node.key] for node in plan.nodes}
-
-
 def gpus() -> list[str]:
     """Return this machine's GPUs, as CUDA_VISIBLE_DEVICES names them, without starting CUDA."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
     return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
-
-
-def check_machine(machines: list[MachineSettings]) -> None:
-    """Raise SettingsError for what this machine alone cannot be, and --nodes sets where it can."""
-    if any(machine.nodes > 1 for machine in machines):
-        raise SettingsError("machine.nodes: several nodes need --backend slurm, and its --nodes")
 
 
 def check_jobs(jobs: int | None, devices: int = 1) -> int:

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from incubate_lib.backends.slurm.job import AGAIN
+from incubate_lib.backends.slurm.limits import flag
+from incubate_lib.backends.slurm.settings import JobSettings, SlurmSettings, one_line
 from incubate_lib.config import SettingsError, data_folder
-from incubate_lib.config.cluster import JobSettings, SlurmSettings, one_line
 from incubate_lib.pipeline.execution import ANALYSIS
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan
-from incubate_lib.pipeline.job import AGAIN
-from incubate_lib.pipeline.limits import flag
 
 
 @dataclass
@@ -121,7 +121,7 @@ trap 'touch "$INCUBATE_STOP"; (sleep {patience}; again) &' USR2
 trap 'touch "$INCUBATE_STOP"; out_of_time' TERM
 {prologue}
 about={about}
-job=({python} -m incubate_lib.pipeline.job)
+job=({python} -m incubate_lib.backends.slurm.job)
 {srun}"${{job[@]}}" attempt "$about" &
 step=$!
 while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done   # a signal ends `wait`, not the step

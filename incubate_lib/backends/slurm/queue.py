@@ -6,6 +6,7 @@ what it alone knows: what waits, why, and where it runs.
 """
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -16,14 +17,14 @@ from typing import Any
 
 from rich.console import Console
 
+from incubate_lib.backends.slurm.job import has_ended
+from incubate_lib.backends.slurm.limits import call, check
+from incubate_lib.backends.slurm.sbatch import job_name, scripts, shapes, team
+from incubate_lib.backends.slurm.settings import SlurmSettings
 from incubate_lib.config import SettingsError, load_settings, presets
-from incubate_lib.config.cluster import SlurmSettings
 from incubate_lib.pipeline.execution import ANALYSIS, analysed, is_complete, only_run
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
 from incubate_lib.pipeline.graph import Node, Plan, to_do
-from incubate_lib.pipeline.job import has_ended
-from incubate_lib.pipeline.limits import call, check
-from incubate_lib.pipeline.sbatch import job_name, scripts, shapes, team
 from incubate_lib.pipeline.view import Line
 from incubate_lib.training.runs import read_json, write_atomic, write_json
 
@@ -159,8 +160,8 @@ def _submitted(experiment: Experiment) -> dict[str, str]:
 # -- submitting -----------------------------------------------------------------------------------------------------------
 
 
-def submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: Console, *, dry_run: bool = False) -> int:
-    """Submit what is missing and not in the queue yet; return the number of jobs submitted.
+def submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: Console, *, dry_run: bool = False) -> list[str]:
+    """Submit what is missing and not in the queue yet; return the ids of the jobs submitted.
 
     SettingsError before anything is submitted when the cluster cannot do it, as far as that can be known.
     """
@@ -170,7 +171,7 @@ def submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: Co
     if dry_run:
         for script, after in scripts(plan, missing, source, slurm, shares):
             print(script.text(script.arguments([f"<job of {key}>" for key in after])) + "\n")
-        return 0
+        return []
     list(scripts(plan, missing, source, slurm, shares))  # what cannot be written into one is told before anything is written
     for devices in {team(node, slurm) for node in missing}:
         load_settings(source["preset"], [*source["overrides"], *devices])  # batches can be shared out among them
@@ -182,7 +183,7 @@ def submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: Co
         source = source | {"preset": _frozen(experiment, source["preset"])}
         wanted = _not_in_queue(plan, missing, active)
         running = {key: job.id for key, job in active.items()}  # and what is submitted now: all that may be waited for
-        count = 0
+        new: list[str] = []
         for script, after in scripts(plan, wanted, source, slurm, shares):
             if script.key == ANALYSIS and (ANALYSIS in active or (not missing and analysed(plan))):
                 continue
@@ -195,18 +196,35 @@ def submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: Co
                 output = call("sbatch", "--parsable", *arguments, stdin=text)
                 number = re.search(r"^(\d+)(;.*)?$", output, re.M)[1]  # a site's wrapper may say more
             except SettingsError as error:
-                message = f"{error}. {count} jobs were submitted; `incubate run` again submits the rest"
-                raise SettingsError(message if count else str(error)) from None
+                message = f"{error}. {len(new)} jobs were submitted; `incubate run` again submits the rest"
+                raise SettingsError(message if new else str(error)) from None
             ids[script.key] = running[script.key] = number
             write_json(experiment.path / "slurm.json", ids)
-            count += 1
+            new.append(number)
     done = len(plan.nodes) - len(missing)
     waiting = len(missing) - len(wanted)
     console.print(
         f"{experiment.path.name}: {done} of {len(plan.nodes)} phases are done already, {waiting} are in Slurm's queue, "
-        f"{count} job(s) submitted", highlight=False,
+        f"{len(new)} job(s) submitted", highlight=False,
     )  # fmt: skip
-    return count
+    return new
+
+
+def each_once(runs: list[tuple[Plan, dict[str, Any]]]) -> list[tuple[Plan, dict[str, Any]]]:
+    """Return runs without their analyses, each phase once: runs that share it copy it when they are submitted next."""
+    seen: set[str] = set()
+    parts = []
+    for whole, source in runs:
+        nodes: list[Node] = []
+        for node in whole.nodes:
+            others = [before for before in node.inputs.values() if before not in nodes]
+            elsewhere = [before for before in others if before in whole.nodes or before.finished() is None]
+            if node.digest not in seen and not elsewhere:
+                nodes.append(node)
+                seen.add(node.digest)
+        if nodes:
+            parts.append((dataclasses.replace(whole, nodes=nodes, finals={}), source))
+    return parts
 
 
 def _not_in_queue(plan: Plan, missing: list[Node], active: dict[str, Job]) -> list[Node]:

@@ -1,0 +1,114 @@
+"""Where phases run: what a backend can do, and what a process inside one of its jobs is told.
+
+Members are folders beside this file, each with an object `BACKEND` in its `__init__`, found by name. That file is read
+whenever `incubate` starts or a folder is held: what takes time to import is imported inside its methods.
+"""
+
+import argparse
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+Run = tuple[Any, dict[str, Any]]  # a plan (pipeline.graph.Plan), and its source: preset and overrides, as notebooks take them
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What became of runs that were handed over."""
+
+    ids: list[str] = field(default_factory=list)  # of the jobs that are new
+    status: int | None = None  # exit status, where all has ended: 0 done, 1 something failed, 130 stopped; none: jobs go on
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What a process inside a job is: which start of which job, where, and how it reaches the job's other nodes.
+
+    It is warned by a file: a backend that may end a job early names it in $INCUBATE_STOP, and makes it some time before.
+    Signals that reach the job's processes then mean nothing else.
+    """
+
+    job: str | None = None  # none: no job, a process of this machine
+    restart: int = 0  # of this job, counted from 0
+    nodes: int = 1
+    node_rank: int = 0
+    place: str = field(default_factory=lambda: os.uname().nodename)
+    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))  # that each node may use
+
+    def on_each_node(self) -> list[str]:
+        """Return the beginning of a command that starts one process on each node, this one first."""
+        return []
+
+    def __str__(self) -> str:
+        return "no job of a cluster"
+
+
+class Backend:
+    """A place where phases run. The truth about a phase is in its folder; a backend adds what it alone knows."""
+
+    name = ""  # after --backend
+    title = ""  # for people, who read "Slurm's queue"
+    options: tuple[str, ...] = ()  # of the command line, that are for this backend alone
+    has_nodes = False  # whether several nodes can train one phase
+    has_preview = False  # whether what it would be given can be shown
+    pause = 0.0  # seconds between two questions to it, at least
+
+    # -- on the command line
+
+    def add_options(self, command: argparse.ArgumentParser, what: str) -> None:
+        """Add `options` to a command; `what` says which jobs they are for."""
+
+    def settings(self, options: argparse.Namespace) -> Any:
+        """Return this backend's own settings, from its options; SettingsError if anything is off."""
+
+    def check(self, machines: list[Any], settings: Any) -> None:
+        """Raise SettingsError for a machine (config.MachineSettings) that these settings cannot give."""
+
+    def prepare(self) -> None:
+        """Begin what takes time, in the background, while runs are planned."""
+
+    def places(self, devices: int, settings: Any = None) -> int | None:
+        """Return how many phases of so many devices go on side by side; none: as many as there are."""
+
+    # -- runs
+
+    def submit(
+        self, runs: list[Run], settings: Any, console: Any, *, notebooks: bool = True, began: float | None = None
+    ) -> Submitted:
+        """Hand over what is missing of some runs, and their analyses.
+
+        Without `notebooks` phases alone will do, each once, though several runs share it. `began` is the time.monotonic()
+        from which seconds that are told are counted. SettingsError before anything begins if it cannot be done.
+        """
+        raise NotImplementedError
+
+    def preview(self, runs: list[Run], settings: Any, console: Any) -> None:
+        """Show what `submit` would hand over."""
+        raise NotImplementedError
+
+    def knows(self, experiment: Any) -> bool:
+        """Whether a run (pipeline.experiment.Experiment) was handed to this backend."""
+        return False
+
+    def strategies(self, experiment: Any) -> list[str]:
+        """Return the strategies that a run there is known to be of."""
+        return list(dict.fromkeys([*experiment.settings.run, *experiment.started()[0]]))
+
+    def still_active(self, experiment: Any) -> int:
+        """Return how many jobs of a run wait or run without the process that handed them over, as far as is known here."""
+        return 0
+
+    def states(self, plan: Any, lines: list[Any]) -> list[str]:
+        """Add what this backend knows to the lines (pipeline.view.Line) of a status; return sentences to stand below."""
+        return []
+
+    def explain(self, reason: str) -> str | None:
+        """Say in plain words why a job waits, where its backend's own word does not say what to do."""
+
+    def stop(self, experiment: Any) -> str | None:
+        """Have a run save and stop, whose stop file is there already; say in words who was asked, none if nobody was."""
+
+    # -- inside a job
+
+    def attempt(self) -> Attempt | None:
+        """Return what this process is told, if it is in a job of this backend."""
