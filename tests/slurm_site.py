@@ -15,7 +15,7 @@ from slurm_cluster import Cluster
 
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline.experiment import Experiment
-from incubate_lib.report.watch import Live
+from incubate_lib.report.live.watch import Live
 from incubate_lib.training.runs import PhaseFolder, read_json
 
 INCUBATE = str(Path(sys.executable).parent / "incubate")

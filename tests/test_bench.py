@@ -12,8 +12,9 @@ from torch import nn
 
 from incubate_lib import cli
 from incubate_lib.config import SettingsError, load_settings
-from incubate_lib.report import bench as text
 from incubate_lib.report import publish
+from incubate_lib.report.planner import bench as text
+from incubate_lib.report.tables import records
 from incubate_lib.training import bench, stopwatch
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.stopwatch import LiveBytes, peak_flops, step_memory
@@ -144,7 +145,7 @@ def test_peaks_are_found_by_name(name, expected):
 
 
 def test_the_command_measures_every_variant(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(publish, "results_folder", lambda: tmp_path / "data" / "results")
+    monkeypatch.setattr(records, "results_folder", lambda: tmp_path / "data" / "results")
     assert cli.main(["bench", tiny, "--set", "partition.num_modules=2", "--rounds", "2", "--save", "t"]) == 0
     output = capsys.readouterr().out
     rows = ["end to end", "meta model", *(f"hybrid, module {i}" for i in (1, 2))]
@@ -163,7 +164,7 @@ def test_the_command_measures_every_variant(tiny, tmp_path, monkeypatch, capsys)
 
 
 def test_growth_has_every_size_and_a_finite_exponent(tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "results_folder", lambda: tmp_path / "data" / "results")
+    monkeypatch.setattr(records, "results_folder", lambda: tmp_path / "data" / "results")
     table = pd.DataFrame(bench.growth(batch=1, rounds=1, depths=(4, 8), sizes=(16, 32)))
     for series, sizes in {"depth": [4, 4, 8, 8], "image_size": [16, 16, 32, 32]}.items():
         assert table.loc[table["series"] == series, "size"].tolist() == sizes
@@ -240,6 +241,6 @@ def test_a_folder_without_images_to_judge_by_is_measured_too(tmp_path, monkeypat
 
 
 def test_help_needs_no_torch():
-    code = "import sys, incubate_lib.cli as c; c._parser().parse_args(['bench', '--growth']); print('torch' in sys.modules)"
+    code = "import sys, incubate_lib.cli as c; c.parser().parse_args(['bench', '--growth']); print('torch' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     assert output.stdout.strip() == "False"

@@ -1,9 +1,13 @@
 """Settings, and what bad input gets: a line or two, exit status 2, nothing written."""
 
 import inspect
+import itertools
 import multiprocessing
 import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +19,7 @@ import yaml
 from pydantic import ValidationError
 from timm.models import build_model_with_cfg
 
-from incubate_lib.cli import main
+from incubate_lib.cli import main, parser
 from incubate_lib.config import (
     DataSettings,
     MATSettings,
@@ -27,6 +31,7 @@ from incubate_lib.config import (
     load_settings,
     presets,
 )
+from incubate_lib.config.files import read_yaml, yaml_value
 from incubate_lib.config.study import load_study
 from incubate_lib.training.facts import count
 from incubate_lib.training.phases import build_model
@@ -183,6 +188,15 @@ def test_bad_input(arguments, message, data_folder, capsys):
     assert not data_folder.exists()
 
 
+# Each name stands for eight times as much as the one before it.
+BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{inner}'] * 8)}]\n" for inner, name in itertools.pairwise("abcdefgh")
+)
+MERGED = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{inner}'] * 8)}]}}\n" for inner, name in itertools.pairwise("abcdefghijkl")
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -214,14 +228,27 @@ def test_bad_input(arguments, message, data_folder, capsys):
         ),
         ("strategies: {a: {kind: end_to_end, match: b}}\nrun: [a]", "strategies.a.match is 'b'"),
         ("data: {source: folder, pad: 2}\npartition: {num_modules: 4}", "pad has no meaning for streamed images"),
-        ("training: {epochs: 2}\ntraining: {lr: 1e-3}", "'training' stands there twice"),
+        ("training: {epochs: 2}\ntraining: {lr: 1e-3}", "not plain YAML: line 2, column 1: 'training' stands there twice"),
+        ("training:\n  lr: 1e-3\n  lr: 2e-3", "line 3, column 3: 'lr' stands there twice"),
+        ("model: &a [*a]", "an alias stands within what it stands for"),
+        (BOMB, "it has more than 10000 values"),
+        (f"{BOMB}? *h\n: 1", "it has more than 10000 values"),
+        (MERGED, "it has more than 10000 values"),
+        ("#" * 100_001, "it has more than 100000 characters"),
+        (f"a: {'[' * 40}{']' * 40}", "maximum depth of data structure exceeded"),
+        ("[" * 2000, "maximum depth of data structure exceeded"),
+        ("a: *nothing", "line 1, column 4: found undefined alias 'nothing'"),
+        ("a: !!bool x", "a value is not what its tag says"),
+        ("--- {}\n--- {}", "not plain YAML: line 2, column 1: but found another document"),
         ("strategies: {end_to_end: deep_incubation}", "strategies.end_to_end is 'deep_incubation'"),
     ],
+    ids=lambda value: value[:60],
 )
 def test_bad_files(text, message, tmp_path, data_folder, capsys):
     (tmp_path / "mine.yaml").write_text(text)
     assert main(["run", str(tmp_path / "mine.yaml")]) == 2
-    assert message in capsys.readouterr().err
+    output = capsys.readouterr().err
+    assert message in output and output.startswith("incubate: ") and output.count("\n") <= 2
     assert not data_folder.exists()
 
 
@@ -329,10 +356,85 @@ def test_a_name_that_only_an_unused_strategy_has_in_other_letters():
         load_settings("digits", ["strategies.Growing={kind: end_to_end}", "run=[Growing, growing]"])
 
 
-def test_seeds_that_are_no_numbers(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run --seeds one", "argument --seeds: invalid int value: 'one'"),
+        ("run --set", "argument --set: expected one argument"),
+        ("rnu digits", "argument COMMAND: unknown choice 'rnu'; did you mean run?"),
+        ("run digits --strategeis end_to_end", "unknown option --strategeis; did you mean --strategies"),
+        ("run --sed=1", "unknown option --sed; did you mean --seeds"),
+        ("mirror digits --to tensorbord", "argument --to: unknown choice 'tensorbord'; did you mean tensorboard?"),
+        ("presets digits", "unrecognized arguments: digits"),
+        ("logs digits", "the following arguments are required: phase"),
+        ("", "the following arguments are required: COMMAND"),
+    ],
+)
+def test_a_command_line_that_is_none(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["run", "--seeds", "one"])
-    assert caught.value.code == 2 and "invalid int value: 'one'" in capsys.readouterr().err
+        main(arguments.split())
+    output = capsys.readouterr().err
+    assert caught.value.code == 2 and output.startswith(f"incubate: {message}") and output.count("\n") == 1
+
+
+def test_lists_and_repeated_options():
+    options = parser().parse_args(shlex.split("run mine.yaml --set a.b=1 --seeds 0 1 --set 'c=[1, 2]' --strat end_to_end mat"))
+    assert options.preset == "mine.yaml" and options.set == ["a.b=1", "c=[1, 2]"]
+    assert options.seeds == [0, 1] and options.strategies == ["end_to_end", "mat"]
+
+
+def test_every_commands_help_has_examples_that_can_be_given(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^    (\w+)(?:  |$)", capsys.readouterr().out.partition("COMMAND\n")[2], re.M)
+    assert len(commands) >= 14
+    for command in commands:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        examples = re.findall(r"^  incubate (.*)", capsys.readouterr().out.partition("for example:")[2], re.M)
+        assert examples and all(example.split()[0] == command for example in examples)
+        for example in examples:
+            parser().parse_args(shlex.split(example.partition(" >")[0]))
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["sta"], "status"),
+        (["run", "--strat"], "--strategies"),
+        (["run", "imagenet-vit-"], "imagenet-vit-b imagenet-vit-h imagenet-vit-l"),
+        (["run", "digits", "--backend", ""], "local slurm"),
+    ],
+)
+def test_a_shell_completes(words, completed, capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    script += (
+        f"\nCOMP_WORDS=({shlex.join(['incubate', *words])}); COMP_CWORD={len(words)}; _shtab_incubate; echo ${{COMPREPLY[*]}}"
+    )
+    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.strip() == completed
+
+
+def test_a_script_for_zsh_names_the_presets(capsys):
+    assert main(["completion", "zsh"]) == 0
+    assert "mat-fashion-vgg11" in (script := capsys.readouterr().out) and "#compdef incubate" in script
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3), ("1e3", 1000.0), ("-2.5E+2", -250.0), (".inf", float("inf")), ("0x1f", 31), ("0o17", 15), ("+7", 7),
+        ("on", "on"), ("off", "off"), ("yes", "yes"), ("no", "no"), ("y", "y"), ("true", True), ("False", False),
+        ("1:30:00", "1:30:00"), ("12:30", "12:30"), ("", None), ("~", None), ("null", None), ("~x/y", "~x/y"), ("a b", "a b"),
+        ("[1, {a: off}]", [1, {"a": "off"}]), ("{a: &x [1], b: *x}", {"a": [1], "b": [1]}), ("'1'", "1"),
+        ("{<<: {a: 1}, b: 2}", {"a": 1, "b": 2}),
+    ],
+)  # fmt: skip
+def test_values_are_yaml_1_2_on_the_command_line_as_in_a_file(text, value, tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"value: {text}")
+    for read in (yaml_value(f"value={text}", text), read_yaml(tmp_path / "mine.yaml")["value"]):
+        assert read == value and type(read) is type(value)
 
 
 @pytest.mark.parametrize("place", ["a_file", "/proc/nothing"])

@@ -5,7 +5,7 @@ import pytest
 from incubate_lib.cli import main
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.finetuning import is_lower, lowered
+from incubate_lib.report.tables.verdict import is_lower, lowered
 
 
 @pytest.mark.parametrize(

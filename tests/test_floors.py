@@ -15,7 +15,7 @@ from incubate_lib.pipeline.notebook import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LINES = [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
-FLOORS = dict(re.match(r"([\w-]+)(?:>=([\d.]+))?", line).groups() for line in LINES)
+FLOORS = dict(re.match(r"([\w.-]+)(?:>=([\d.]+))?", line).groups() for line in LINES)
 
 
 @pytest.mark.parametrize("name", FLOORS)
@@ -30,7 +30,7 @@ def test_every_package_has_a_lowest_version_and_it_is_the_one_that_is_tested(nam
 
 def test_what_the_extras_share_has_one_floor():
     lines = [line for extra in EXTRAS.values() for line in extra]
-    names = [re.match(r"[\w-]+", line)[0] for line in lines]
+    names = [re.match(r"[\w.-]+", line)[0] for line in lines]
     assert all(lines[names.index(name)] == line for name, line in zip(names, lines, strict=True))
 
 

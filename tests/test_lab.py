@@ -191,7 +191,7 @@ def test_training_in_this_kernel_is_watched_and_stopped(jupyter, data, hooks, mo
     folder = phase.folder
     hooks.hold(phase.experiment.path.name, EPOCH + 1)
     cells = [
-        "from incubate_lib.pipeline.strategies import open_phase\nfrom incubate_lib.report.watch import watch",
+        "from incubate_lib.pipeline.strategies import open_phase\nfrom incubate_lib.report.live.watch import watch",
         f"phase = open_phase('end_to_end', 'smoke', {longer})",
         f"watch('smoke', {longer}, strategies=['end_to_end'], every=1.0)",
         "phase.run()",

@@ -13,10 +13,11 @@ from layouts import write_folder
 from incubate_lib.config import SettingsError, data_folder, load_settings
 from incubate_lib.pipeline.recorded import recorded_plan
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report import browser, hybrids, representations
-from incubate_lib.report.plots import Figure
-from incubate_lib.report.representations import CASES, disagreements, linear_cka, similarity
-from incubate_lib.report.tables import from_plan
+from incubate_lib.report.live import browser, hybrids, representations, runs
+from incubate_lib.report.live.representations import CASES, disagreements, linear_cka, similarity
+from incubate_lib.report.style import Figure
+from incubate_lib.report.tables.phases import settings_difference
+from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.widgets import Sentence
 
 pytestmark = pytest.mark.xdist_group("look")  # one process, so that the run of the fixture is made once
@@ -199,7 +200,7 @@ def test_the_parts_of_a_hybrid_add_up_to_what_was_planned(done):
             assert [part.memory.optimizer > 0 for part in found.parts] == [i == index for i in range(3)]
             assert sum(part.memory.activations for part in found.parts[:index]) == 0, "nothing before the target waits"
             assert found.images == 16
-    figure = hybrids.hybrid_figure(made, "deep_incubation", 1)
+    figure = hybrids.hybrids_figure(made, "deep_incubation", 1)
     widths = [patch.get_width() for patch in figure.axes[0].patches]
     flops = [part.flops for part in hybrids.hybrid_costs(made, "deep_incubation", 1).parts] + [facts["target"]]
     assert np.array(widths) / widths[-1] == pytest.approx(np.array(flops) / flops[-1]), "to scale"
@@ -217,7 +218,7 @@ def test_the_viewer_switches_its_picture_and_has_a_twin(done, monkeypatch):
     output = hybrids.hybrid_viewer(done, "end_to_end")
     assert isinstance(output, Sentence) and "has no hybrids" in output.words
     with pytest.raises(SettingsError, match="index is 3"):
-        hybrids.hybrid_figure(load_settings("smoke", CHANGES), "deep_incubation", 3)
+        hybrids.hybrids_figure(load_settings("smoke", CHANGES), "deep_incubation", 3)
 
 
 # -- the browser --------------------------------------------------------------------------------------------------------------
@@ -236,18 +237,18 @@ def test_a_run_is_opened_from_its_folders_alone(done, recorded):
 
 
 def test_the_difference_names_exactly_what_was_set(done, recorded):
-    table = browser.settings_difference(recorded, STRATEGIES[1:])
+    table = settings_difference(recorded, STRATEGIES[1:])
     assert set(table.index) == {
         ("incubate", "start"), ("incubate", "inherit_stem"), ("incubate", "inherit_head"), ("incubate", "training.epochs"),
         ("incubate", "training.warmup_epochs"), ("finetune", "training.lr"),
     }  # fmt: skip
     assert table.loc[("finetune", "training.lr")].to_dict() == {STRATEGIES[1]: "0.002", STRATEGIES[2]: "0.0005"}
-    assert browser.settings_difference(recorded, STRATEGIES[1:2]).empty
-    pd.testing.assert_frame_equal(browser.settings_difference(recorded), browser.settings_difference(done))
-    others = browser.settings_difference(recorded, ["end_to_end", "deep_incubation"])
+    assert settings_difference(recorded, STRATEGIES[1:2]).empty
+    pd.testing.assert_frame_equal(settings_difference(recorded), settings_difference(done))
+    others = settings_difference(recorded, ["end_to_end", "deep_incubation"])
     assert set(others.index.get_level_values("setting")) == {"the whole phase"} and len(others) == 5
     with pytest.raises(SettingsError, match="growing is not part of this run"):
-        browser.settings_difference(recorded, ["growing"])
+        settings_difference(recorded, ["growing"])
 
 
 @pytest.mark.parametrize("x", browser.AXES)
@@ -255,7 +256,7 @@ def test_curves_end_where_the_costs_do(recorded, x):
     results = from_plan(recorded)
     ends = results.strategies.set_index("strategy")
     for name in STRATEGIES:
-        lines = list(browser._lines(*(t[t["strategy"] == name] for t in (results.curves, results.phases)), x))
+        lines = list(browser.curve_lines(*(t[t["strategy"] == name] for t in (results.curves, results.phases)), x))
         end = max(line["x"].max() for _, line in lines)
         parts = results.phases[results.phases["strategy"] == name]
         assert end == pytest.approx(ends.loc[name, x] if x in ends else parts["epochs"].sum(), rel=1e-3)
@@ -315,8 +316,8 @@ def test_what_is_damaged_becomes_a_sentence(damaged):
 
 
 def test_the_table_of_runs_tells_what_is_there(damaged):
-    table = browser.runs_table().set_index("name")
-    assert list(table.columns) == browser.COLUMNS[1:] and "a file" not in table.index
+    table = runs.runs_table().set_index("name")
+    assert list(table.columns) == runs.COLUMNS[1:] and "a file" not in table.index
     sound = table.loc["sound"]
     assert (sound["state"], sound["seeds"]) == ("done", 1) and all(name in sound["strategies"] for name in STRATEGIES)
     best = browser.open_run("sound")[0].strategies["accuracy"].max()
@@ -326,7 +327,7 @@ def test_the_table_of_runs_tells_what_is_there(damaged):
     for name in ("half", "a-list", "foreign", "no-accuracy"):
         assert table.loc[name, "state"] == "damaged" and damaged[name] in table.loc[name, "note"]
     assert table.loc["digits-budget", "note"].startswith("a study: 1 runs") and "digits-budget-0123ab" not in table.index
-    assert "digits-budget-0123ab" in set(browser.runs_table(cells=True)["name"])
+    assert "digits-budget-0123ab" in set(runs.runs_table(cells=True)["name"])
     assert table.loc["published: digits", "state"] == "published" and table.loc["published: digits", "seeds"] == 5
 
 
@@ -364,5 +365,5 @@ def test_the_widget_follows_and_never_breaks(damaged, monkeypatch):
 def test_an_empty_data_folder_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "nowhere"))
     monkeypatch.delenv("INCUBATE_HEADLESS", raising=False)
-    assert set(browser.runs_table()["state"]) == {"published"}
+    assert set(runs.runs_table()["state"]) == {"published"}
     assert browser.browse_runs().widget is not None and not data_folder().exists()

@@ -11,20 +11,15 @@ from torch.nn import functional
 
 from incubate_lib.cli import main
 from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.pipeline.graph import closure
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report import forecast as forecasts
-from incubate_lib.report import planner
-from incubate_lib.report.forecast import (
-    Speed,
-    against_measured,
-    forecast,
-    measured_speed,
-    open_plan,
-    published_costs,
-    stated_speed,
-)
-from incubate_lib.report.planner import planner as sliders
-from incubate_lib.report.tables import Results, published
+from incubate_lib.report.planner import planner
+from incubate_lib.report.planner.forecast import Speed, against_measured, forecast, measured_speed, open_plan, stated_speed
+from incubate_lib.report.planner.memory import network_of
+from incubate_lib.report.planner.planner import planner as sliders
+from incubate_lib.report.planner.published import published_costs
+from incubate_lib.report.tables import records
+from incubate_lib.report.tables.records import Results, published
 from incubate_lib.report.widgets import Sentence
 from incubate_lib.training.data import load_data
 from incubate_lib.training.memory import memory_by_part, step_memory
@@ -59,7 +54,7 @@ def test_a_forecast_is_flops_over_speed_and_a_schedule_that_can_be():
                 meta, modules, last = (own[own["phase"] == p] for p in ("meta", "incubate", "finetune"))
                 assert modules["begin"].min() >= meta["end"].max() and last["begin"].min() >= modules["end"].max()
             row = costs.strategies.set_index("strategy").loc[name]
-            assert row["flops"] == own["flops"].sum() == sum(todo.flops[n.key] for n in forecasts.closure([final]))
+            assert row["flops"] == own["flops"].sum() == sum(todo.flops[n.key] for n in closure([final]))
             if machines == 1:
                 assert row["hours"] == pytest.approx(row["device_hours"])
             if machines >= 3:  # as many as modules
@@ -177,7 +172,7 @@ def test_memory_of_a_hybrid_is_that_of_its_parts():
     todo = open_plan("smoke")
     node = next(n for n in todo.nodes if n.settings.phase == "incubate" and n.settings.module_index == 1)
     with torch.device("meta"):
-        hybrid = forecasts._network(node.settings, 4, {})
+        hybrid = network_of(node.settings, 4, {})
     parts = memory_by_part(hybrid, (1, 8, 8))
     first, target, last = parts.values()
     assert first.activations == first.gradients == 0, "nothing waits for the backward pass before the target"
@@ -243,7 +238,7 @@ def test_sliders_count_anew_and_headless_there_are_none(monkeypatch):
 
 
 def test_measured_speeds_are_those_of_each_kind_of_phase(tmp_path, monkeypatch):
-    monkeypatch.setattr(forecasts, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(records, "results_folder", lambda: tmp_path)
     rows = pd.DataFrame({
         "variant": ["end_to_end", "meta", "incubate-0"], "flops_per_second": [4e9, 1e9, 2e9], "settings": "smoke",
         "device": "a machine", "threads": 1, "precision": "float32", "batch": 16, "date": "2026-01-01", "model": "vit_tiny",

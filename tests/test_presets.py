@@ -12,7 +12,7 @@ import torch
 import yaml
 from timm.models.vision_transformer import VisionTransformer
 
-from incubate_lib.cli import _parser
+from incubate_lib.cli import parser
 from incubate_lib.config import load_settings, presets
 from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
 from incubate_lib.method.partition import split
@@ -196,7 +196,7 @@ def test_every_command_in_the_comment_is_good(preset):
     commands = re.findall(r"(incubate run .*?)(?=  |$)", comment(preset), re.M)
     assert commands and f"incubate run {preset}" in commands[0]
     for command in commands:
-        options = _parser().parse_args(shlex.split(command)[1:])
+        options = parser().parse_args(shlex.split(command)[1:])
         assert options.preset == preset
         todo, phases = planned(preset, tuple(options.set))
         assert set(options.strategies or load_settings(preset).run) <= set(phases) and sum(todo.flops.values())
@@ -205,7 +205,7 @@ def test_every_command_in_the_comment_is_good(preset):
 def test_the_cost_of_the_subset_for_a_cpu():
     head = comment("fashion-deit-t-32")
     command = next(c for c in re.findall(r"incubate run .*", head) if "train_share" in c)
-    options = _parser().parse_args(shlex.split(command)[1:])
+    options = parser().parse_args(shlex.split(command)[1:])
     output = re.search(r"(\d+) TFLOP for each strategy, about (\d+) minutes each on two cores that do (\d+) GFLOP/s", head)
     for strategy in load_settings("fashion-deit-t-32").run:
         flops = total("fashion-deit-t-32", strategy, tuple(options.set))

@@ -9,13 +9,15 @@ from PIL import Image
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report import readme, studies, tables
-from incubate_lib.report.forecast import open_plan
+from incubate_lib.report import readme
+from incubate_lib.report.planner.forecast import open_plan
 from incubate_lib.report.readme.comparisons import comparisons
 from incubate_lib.report.readme.markers import COMPARISONS
 from incubate_lib.report.readme.sources import forget
-from incubate_lib.report.statistics import rounded
-from incubate_lib.report.tables import comparison, from_plan
+from incubate_lib.report.tables import records
+from incubate_lib.report.tables.comparison import comparison
+from incubate_lib.report.tables.records import from_plan
+from incubate_lib.report.tables.statistics import rounded
 
 README = (ROOT / "README.md").read_text()
 SETTINGS = [block for block in re.findall(r"```yaml\n(.*?)```", README, re.S) if re.search(r"^model:", block, re.M)]
@@ -94,8 +96,7 @@ def test_other_tables_make_other_numbers(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "data" / "results", tmp_path / "data" / "results")
     path = tmp_path / "data" / "results" / "study_fashion-budget.csv"
     path.write_text(path.read_text().replace("1/8,end_to_end,0,0.641,", "1/8,end_to_end,0,0.941,"))
-    for module in (tables, studies):
-        monkeypatch.setattr(module, "results_folder", lambda: tmp_path / "data" / "results")
+    monkeypatch.setattr(records, "results_folder", lambda: tmp_path / "data" / "results")
     marked = "at <!--=mean fashion-budget:1/8 end_to_end-->60.4<!---->"
     assert readme.render(marked) == marked, "kept from the test before"
     forget()

@@ -12,11 +12,17 @@ from scipy.stats import t, ttest_1samp
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report import mat, plots, publish, statistics, tables
-from incubate_lib.report.forecast import against_measured, speed_of
+from incubate_lib.report import publish
 from incubate_lib.report.html import write_report
-from incubate_lib.report.planner import against_in_words
-from incubate_lib.report.tables import Results, comparison, flop_unit, from_plan, load_results, published, spread
+from incubate_lib.report.planner.forecast import against_measured, speed_of
+from incubate_lib.report.planner.planner import against_in_words
+from incubate_lib.report.tables import mat, plots, records, statistics
+from incubate_lib.report.tables.comparison import comparison, hardware
+from incubate_lib.report.tables.hardware import places
+from incubate_lib.report.tables.phases import settings_table
+from incubate_lib.report.tables.records import Results, from_plan, load_results, published
+from incubate_lib.report.tables.statistics import spread
+from incubate_lib.report.words import flop_unit
 
 PUBLISHED = sorted(
     p.stem
@@ -158,8 +164,8 @@ def test_seconds_of_several_devices_are_told_as_such(data_folder, tmp_path):
     todo = plan(load_settings("smoke"), ["end_to_end", "deep_incubation"])
     todo.run()
     one = from_plan(todo)
-    assert "†" not in comparison(one).to_string() + one.verdict() and len(tables.places(one.strategies)) == 1
-    (here, threads), *_ = tables.places(one.strategies)
+    assert "†" not in comparison(one).to_string() + one.verdict() and len(places(one.strategies)) == 1
+    (here, threads), *_ = places(one.strategies)
     path = todo.experiment.path / "seed-0" / "meta" / "summary.json"
     summary = json.loads(path.read_text())
     summary["provenance"] |= {"device": "Another GPU", "threads": 7}
@@ -175,7 +181,7 @@ def test_seconds_of_several_devices_are_told_as_such(data_folder, tmp_path):
     seconds = table.index[table.index.str.endswith(" s")]
     assert len(seconds) == 2 and table.loc[seconds].map(lambda cell: "†" in cell).to_numpy().tolist() == [[False, True]] * 2
     sentence = f"Seconds of 2 devices: {here}, {threads} thread(s); Another GPU, 7 thread(s)."
-    assert sentence in mixed.verdict() and "2 devices (" in tables.hardware(mixed)
+    assert sentence in mixed.verdict() and "2 devices (" in hardware(mixed)
     page = write_report(mixed, tmp_path / "report.html", todo).read_text()
     assert sentence in page and "<td>Another GPU</td>" in page
     speed = speed_of(one)
@@ -190,8 +196,7 @@ def test_seconds_of_several_devices_are_told_as_such(data_folder, tmp_path):
 def test_publishing_keeps_every_number_and_draws_from_the_files(data_folder, tmp_path, monkeypatch):
     todo = plan(load_settings("smoke"), ["end_to_end", "deep_incubation"])
     todo.run()
-    for module in (tables, publish):
-        monkeypatch.setattr(module, "results_folder", lambda: tmp_path / "data" / "results")
+    monkeypatch.setattr(records, "results_folder", lambda: tmp_path / "data" / "results")
     measured = from_plan(todo)
     files = publish.publish(measured)
     assert [f.name for f in files] == [
@@ -241,7 +246,7 @@ def test_digits_are_published_with_five_seeds_and_equal_flops():
 def test_the_settings_table_shows_only_what_has_a_meaning(data_folder):
     from incubate_lib.pipeline.strategies import open_phase
 
-    digits, generated = (tables.settings_table(open_phase("meta", preset)).index for preset in ("digits", "smoke"))
+    digits, generated = (settings_table(open_phase("meta", preset)).index for preset in ("digits", "smoke"))
     assert "data.source" in digits and "training.lr" in digits
     assert not {"data.num_images", "data.num_classes", "data.crop_pct", "data.train_split"} & set(digits)
     assert "data.num_images" in generated and "data.folder" not in generated

@@ -18,9 +18,10 @@ from incubate_lib.config import SettingsError
 from incubate_lib.config.study import COLUMNS, load_study, studies
 from incubate_lib.pipeline import study as walks
 from incubate_lib.pipeline.graph import finished_phases
-from incubate_lib.report import studies as report
-from incubate_lib.report.studies import StudyTable, answer, gains, published, reached, summary
-from incubate_lib.report.study_plots import fronts, gain_map, ranking
+from incubate_lib.report.tables import studies as report
+from incubate_lib.report.tables.answers import answer, reached
+from incubate_lib.report.tables.studies import StudyTable, gains, published, summary
+from incubate_lib.report.tables.study_plots import fronts, gain_map, ranking
 
 pytestmark = pytest.mark.xdist_group("study")  # one process, so that the study is trained once
 STUDY = """
@@ -329,14 +330,13 @@ def test_tracked_tables_are_those_of_the_study(name):
 
 def test_every_tracked_figure_is_drawn_again_from_a_tracked_table(tmp_path, monkeypatch):
     """What `incubate figures` writes is what is tracked, no more and no less, and each only once."""
-    from incubate_lib.report import mat, plots, publish, study_plots
+    from incubate_lib.report import publish
+    from incubate_lib.report.tables import mat, plots
 
     root = Path(__file__).parents[1]
     (tmp_path / "data").mkdir()
     shutil.copytree(root / "data" / "results", tmp_path / "data" / "results")
-    for module in (publish, report, study_plots):
-        monkeypatch.setattr(module, "results_folder", lambda: tmp_path / "data" / "results")
-    monkeypatch.setattr("incubate_lib.report.tables.results_folder", lambda: tmp_path / "data" / "results")
+    monkeypatch.setattr("incubate_lib.report.tables.records.results_folder", lambda: tmp_path / "data" / "results")
     blank = plots.Figure(figsize=(1, 1))  # how they look is seen elsewhere
     for module in (plots, mat):
         monkeypatch.setattr(module, "PUBLISHED", {name: lambda _: blank for name in module.PUBLISHED})

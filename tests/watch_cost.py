@@ -33,7 +33,7 @@ open_phase("end_to_end", "digits", {OVERRIDES}).run()
 """
 WATCH = f"""
 import time
-from incubate_lib.report.watch import Live
+from incubate_lib.report.live.watch import Live
 live = Live("digits", {OVERRIDES}, ["end_to_end"], [0], 2.0)
 while True:
     time.sleep(3600)

@@ -1,19 +1,24 @@
 """Settings files: presets and users' own, read, overridden by `--set a.b=c`, checked; and where data lies."""
 
 import copy
+import itertools
 import os
 import re
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from incubate_lib.config.models import STRATEGIES, UNCUT, Settings, error_message
 from incubate_lib.config.sections import SettingsError, nearest, shortened
 
 LONGEST_FOLDER = 3000  # bytes; Linux opens paths of 4,095, and runs' names, strategies' and files' stand below the data folder
+LONGEST_TEXT, MOST_VALUES, DEEPEST = 100_000, 10_000, 30  # characters, values and levels of a settings file
 
 
 def presets() -> dict[str, Path]:
@@ -71,37 +76,54 @@ def _refuse_unused(settings: Settings, where: str) -> None:
         raise SettingsError(f"{where} has no effect: every phase sets its own {field}; use phases.<phase>.{field}")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without python objects or doubled keys, with 1e-3 read as a number (YAML 1.1 wants a dot) and `off` as a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if doubled := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{doubled[0]!r} stands there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-for _first in "yYnNtTfFoO":
-    _Loader.yaml_implicit_resolvers[_first] = [r for r in _Loader.yaml_implicit_resolvers[_first] if not r[0].endswith(":bool")]
-for _first in "-+0123456789":  # without base 60: 1:30:00 is a time, not 5400
-    _Loader.yaml_implicit_resolvers[_first] = [r for r in _Loader.yaml_implicit_resolvers[_first] if not r[0].endswith(":int")]
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.I), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; SettingsError if it cannot be read or is something else."""
     try:
-        raw = yaml.load(path.read_text(), _Loader)
+        raw = _parsed(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot read settings file {path}: {getattr(error, 'strerror', None) or error}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise SettingsError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
+    except (YAMLError, ValueError) as error:
+        raise SettingsError(f"{path} is not plain YAML: {_what_is_wrong(error)}") from None
     if not isinstance(raw, dict):
         raise SettingsError(f"{path} must be a mapping of settings, not a {type(raw).__name__}")
     return raw
+
+
+def _parsed(text: str) -> Any:
+    """Return what YAML 1.2 says, without python objects or doubled keys; YAMLError or ValueError if it is wrong or too much."""
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"it has more than {LONGEST_TEXT} characters")
+    yaml = YAML(typ="safe", pure=True)
+    yaml.max_depth = DEEPEST
+    yaml.composer.warn_double_anchors = False  # they are allowed
+    try:
+        if (node := yaml.compose(text)) is None:
+            return None
+        _count(node, itertools.count(1))
+        return yaml.constructor.construct_document(node)
+    except LookupError:  # `!!bool x`, `!!int ""`
+        raise ValueError("a value is not what its tag says") from None
+    except RecursionError:
+        raise ValueError("an alias stands within what it stands for") from None
+
+
+def _count(node: Node, counter: Iterator[int]) -> None:
+    """Count values where they are used, as an alias can stand for very many; ValueError if they are too many."""
+    if next(counter) > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES} values")
+    pairs = node.value if isinstance(node, MappingNode) else [node.value] if isinstance(node, SequenceNode) else ()
+    for inner in itertools.chain.from_iterable(pairs):
+        _count(inner, counter)
+
+
+def _what_is_wrong(error: YAMLError | ValueError) -> str:
+    """Return the line and what is wrong there, in one line."""
+    problem = getattr(error, "problem", None) or str(error)
+    problem = re.sub(r'found duplicate key "(.*?)" with .*', r"'\1' stands there twice", problem, flags=re.DOTALL)
+    problem = problem.partition(", if necessary")[0]  # advice for programmers
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return where + shortened(" ".join(problem.split()))
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -122,8 +144,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
 def yaml_value(override: str, text: str) -> Any:
     """Return the value of an override; SettingsError unless it is plain YAML."""
     try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError):
+        return _parsed(text)
+    except (YAMLError, ValueError):
         raise SettingsError(f"--set {override!r}: {text!r} is not a plain value") from None
 
 

@@ -2,8 +2,7 @@
 
 import contextlib
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -176,24 +175,6 @@ def to_do(nodes: Iterable[Node], is_done: Callable[[Node], Any]) -> list[Node]:
     return list(found.values())
 
 
-def longest_ways(nodes: Iterable[Node], costs: dict[str, float], *, to_end: bool = False) -> dict[str, float]:
-    """Return for each node's key the cost of the longest way that ends with it, or (`to_end`) begins with it, itself included.
-
-    Nodes must have inputs first, and those that end there all of them; what follows on nodes that are not given does not count.
-    """
-    nodes, longest = list(nodes), {}
-    if not to_end:
-        for node in nodes:
-            longest[node.key] = costs[node.key] + max((longest[before.key] for before in node.inputs.values()), default=0)
-        return longest
-    rest: dict[str, float] = defaultdict(int)  # of what follows
-    for node in reversed(nodes):
-        longest[node.key] = costs[node.key] + rest[node.key]
-        for before in node.inputs.values():
-            rest[before.key] = max(rest[before.key], longest[node.key])
-    return longest
-
-
 def closure(nodes: Iterable[Node]) -> list[Node]:
     """Return the nodes and all they start from, each once, inputs first."""
     seen: dict[str, Node] = {}
@@ -206,3 +187,20 @@ def closure(nodes: Iterable[Node]) -> list[Node]:
     for node in nodes:
         visit(node)
     return list(seen.values())
+
+
+def longest(nodes: Iterable[Node], costs: Mapping[str, float]) -> dict[str, float]:
+    """Return by key what the longest way to each node's end costs, its own cost included; `nodes` have inputs first."""
+    ways: dict[str, float] = {}
+    for node in nodes:
+        ways[node.key] = costs[node.key] + max((ways[before.key] for before in node.inputs.values()), default=0)
+    return ways
+
+
+def remaining(nodes: Sequence[Node], costs: Mapping[str, float]) -> dict[str, float]:
+    """Return by key what the longest way from each node's beginning to an end costs; `nodes` have inputs first."""
+    ways = {node.key: costs[node.key] for node in nodes}
+    for node in reversed(nodes):
+        for before in node.inputs.values():
+            ways[before.key] = max(ways[before.key], costs[before.key] + ways[node.key])
+    return ways

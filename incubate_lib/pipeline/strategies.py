@@ -25,7 +25,7 @@ from incubate_lib.config import (
     load_settings,
 )
 from incubate_lib.pipeline.experiment import Experiment
-from incubate_lib.pipeline.graph import Node, Plan, closure, longest_ways
+from incubate_lib.pipeline.graph import Node, Plan, closure, longest
 from incubate_lib.training.facts import Facts
 from incubate_lib.training.schedule import steps_per_epoch, total_steps
 
@@ -131,7 +131,7 @@ class _Strategies:
         nodes = closure([final])
         flops = {node.key: self.flops(node.settings) for node in nodes}
         if strategy.match_on == "critical_path":
-            return strategy.budget * len(self.facts.target_depths) * longest_ways(nodes, flops)[final.key]
+            return strategy.budget * len(self.facts.target_depths) * longest(nodes, flops)[final.key]
         return strategy.budget * sum(flops.values())
 
     def _lasting(self, name: str, phase: str, flops: float, per_image: int) -> TrainingSettings:

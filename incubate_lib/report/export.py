@@ -15,7 +15,11 @@ from incubate_lib.config import Settings, SettingsError
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.tables import flop_unit, from_plan, label, mixed_text, mixes, seconds_text
+from incubate_lib.report.tables.hardware import mixed_text, mixes
+from incubate_lib.report.tables.records import from_plan
+from incubate_lib.report.words import flop_unit, label, seconds_text
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def export(
 ) -> str:
     """Write a finished network as a folder, and return the strategy's name.
 
-    `tell` is given a line for each finished strategy and seed with its top-1, and one that says which is taken and why:
+    `log` is given a line for each finished strategy and seed with its top-1, and one that says which is taken and why:
     `strategy`, or else the first finished one of Deep Incubation in the order of `run`, or the only finished one. Raises
     SettingsError when nothing fits that description, with what is finished, and when the folder is not free.
     """
@@ -119,98 +123,45 @@ def choose(settings: Settings, ready: list[Finished], strategy: str | None, seed
 
 def _card(settings: Settings, done: Plan, mean: list[float], std: list[float], classes: list[str], ready: list[Finished]) -> str:
     """Return the model card: YAML front matter and Markdown; no paths of this machine."""
-    results = from_plan(done)
-    row, phases = results.strategies.iloc[0], []
+    from huggingface_hub import ModelCard, ModelCardData
+
+    results, data = from_plan(done), settings.data
     ((name, seed), final), *_ = done.finals.items()
-    summary, model, data, facts = final.summary(), settings.model, settings.data, final.experiment.facts
-    blocks = f"{sum(facts.target_depths)} blocks and " if facts.target_depths else ""
-    unit, size = flop_unit(row["flops"])
-    for node in done.nodes:
-        s, phase = node.settings, node.summary()
-        what = f"incubate, module {s.module_index + 1} of {len(s.target_depths)}" if s.phase == "incubate" else s.phase
-        phases.append(f"| {what} | {phase['epochs']:g} | {phase['images_seen']:,} | {phase['train_flops'] / size:.3g} "
-                      f"| {seconds_text(phase['train_seconds'])} | {100 * phase['accuracy']:.1f} % |")  # fmt: skip
-    files = [node.settings.inputs["weights"][:12] for node in done.nodes if "weights" in node.settings.inputs]
-    uncounted = "".join(
-        f"\nIt starts from weights of a file (SHA-256 {f}…), **whose training is not counted here**." for f in files
-    )
-    splits = {"val": "validation images, cut from the training images, perhaps to choose settings by", "test": "test images"}
-    trained = {n.settings.phase: n.settings.training.model_dump(mode="json", exclude_none=True)
-               for n in done.nodes if n.settings.training}  # fmt: skip
+    unit, size = flop_unit(results.strategies["flops"].iloc[0])
     recipe = settings.model_dump(mode="json", include={"model", "partition"}, exclude_unset=True)
-    recipe["data"] = data.model_dump(mode="json", exclude={"folder"}, exclude_unset=True) | {"source": data.source}
     recipe |= {
+        "data": data.model_dump(mode="json", exclude={"folder"}, exclude_unset=True) | {"source": data.source},
         "precision": settings.precision,
         "strategy": settings.strategies[name].model_dump(mode="json", exclude={"weights", "phases"}, exclude_none=True),
-    }
-    versions = ", ".join(f"{package} {version}" for package, version in summary["provenance"]["versions"].items())
-    lines, mark = "\n".join(phases), mixes(results.strategies)
-    this = {(name, seed): " (this one)"}
-    others = "\n".join(f"| {one.strategy}{this.get((one.strategy, one.seed), '')} | {one.seed} | {one.top1} |" for one in ready)
-    return f"""---
-tags:
-- image-classification
-- timm
-library_name: timm
-# license: fill it in before you publish this; what the images and any weights it started from allow counts too
----
-# {model.name}, {label(name)}
-
-An image classifier: timm's `{model.name}` with {blocks}{summary["parameters"]:,} parameters,
-trained by the strategy `{name}` of the Deep Incubation workbook ([the method](https://arxiv.org/abs/2212.04129)).
-
-| | |
-|---|---|
-| top-1 | {100 * row["accuracy"]:.2f} % on {summary["judge_images"]:,} {splits[data.eval_split]} ({data.eval_split} split) |
-| seed | {seed} |
-| trained on | {data.source}: {summary["train_images"]:,} images in {facts.num_classes} classes (`split_seed` {data.split_seed}) |
-| training FLOPs, all phases | {row["flops"] / size:.4g} {unit}; critical path {row["critical_flops"] / size:.4g} {unit} |
-| training time, all phases | {seconds_text(row["seconds"])} s; critical path {seconds_text(row["critical_seconds"])} s{mark} |
-| measured on | {row["device"]}, {row["threads"]} thread(s); {versions} |
-| code | commit {row["commit"].replace("+", " with uncommitted changes") or "unknown"}; {row["date"]} |
-
-FLOPs are counted exactly (a multiply-add is two); seconds are of update steps only, on one machine or, for the critical
-path, with modules side by side. {mixed_text(results.strategies)}{uncounted}
-
-## Use
-
-```python
-import timm
-
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # timm >= 1.0.26; on the hub: "hf-hub:USER/NAME"
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-```
-
-Pixels in 0 … 1 are normalised by mean {_numbers(mean)} and standard deviation {_numbers(std)}.
-
-It gives a logit for each of {len(classes)} classes, in this order (`label_names` in config.json):
-
-```yaml
-{_yaml({"classes": classes})}```
-
-## Training
-
-| phase | epochs | images seen | {unit} | s | top-1 at its end |
-|---|---|---|---|---|---|
-{lines}
-
-```yaml
-{_yaml(recipe | {"training": trained})}```
-
-All networks of this run that are finished, on the same images:
-
-| strategy | seed | top-1 |
-|---|---|---|
-{others}
-
-## Limits
-
-- One seed: another one gives another accuracy, and nothing here says by how much.
-- It was trained on the {data.source} images named above{" and on what its starting weights had seen" * bool(files)}, and
-  gives one of their {facts.num_classes} classes for any image. How it does on other images, cameras or groups of people
-  was not evaluated: do so before any other use.
-- It was made for a comparison of training methods, not for the best accuracy.
-"""
+        "training": {n.settings.phase: n.settings.training.model_dump(mode="json", exclude_none=True)
+                     for n in done.nodes if n.settings.training},
+    }  # fmt: skip
+    card = ModelCard.from_template(
+        ModelCardData(library_name="timm", tags=["image-classification", "timm"]),
+        template_path=str(TEMPLATES / "card.md"),
+        model=settings.model,
+        data=data,
+        facts=final.experiment.facts,
+        strategy=name,
+        label=label(name),
+        row=results.strategies.iloc[0].to_dict(),
+        summary=final.summary(),
+        phases=results.phases.to_dict("records"),
+        unit=unit,
+        size=size,
+        mark=mixes(results.strategies),
+        mixed=mixed_text(results.strategies),
+        files=[node.settings.inputs["weights"][:12] for node in done.nodes if "weights" in node.settings.inputs],
+        mean=_numbers(mean),
+        std=_numbers(std),
+        classes=classes,
+        recipe=recipe,
+        ready=ready,
+        taken=next(one for one in ready if (one.strategy, one.seed) == (name, seed)),
+        seconds=seconds_text,
+        yaml=_yaml,
+    )
+    return f"{card}\n"
 
 
 def _yaml(values: dict[str, Any]) -> str:

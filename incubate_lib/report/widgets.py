@@ -4,6 +4,7 @@ Executed copies have no widgets, and GitHub shows none: there the twin stands in
 """
 
 import base64
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +14,7 @@ from typing import Any
 import ipywidgets
 
 from incubate_lib.config import SettingsError
-from incubate_lib.report.curves import all_curves, by_phase, phase_name
-from incubate_lib.report.plots import learning_curves
-from incubate_lib.report.tables import Results, label
+from incubate_lib.report.style import Figure
 
 
 @dataclass(frozen=True)
@@ -56,38 +55,37 @@ def with_twin(make_widget: Callable[[], ipywidgets.Widget], twin: Callable[[], A
     return twin() if os.environ.get("INCUBATE_HEADLESS") else Twinned(make_widget(), twin)
 
 
-def attempt(make: Callable[[], Any]) -> Any:
-    """Return what a function makes; where that is not possible, the reason as a Sentence, as often as it is asked for."""
-    try:
-        return make()
-    except SettingsError as error:
-        return Sentence(str(error))
+def with_picture(menu: ipywidgets.Widget, draw: Callable[[Any], Figure]) -> ipywidgets.Widget:
+    """Return a menu with the picture of what is chosen beneath it, drawn once for each value.
 
-
-# -- finished runs --------------------------------------------------------------------------------------------------------
-
-
-def browse(results: Results) -> Any:
-    """Return a menu of all phases that shows the learning curves of the chosen one; its twin shows those of all."""
-    if results.curves.empty:
-        return Sentence("No phase has a learning curve yet.")
-    return with_twin(lambda: _menu(results), lambda: all_curves(results))
-
-
-def _menu(results: Results) -> ipywidgets.Widget:
-    """The picture is an image, not an output area: for those, clients that execute notebooks write back to the kernel in
-    the middle of a cell, and one run in some dozens hung on it.
+    The picture is an image, not an output area: for those, clients that execute notebooks write back to the kernel in the middle
+    of a cell, and one run in some dozens hung on it.
     """
-    groups = {}
-    for (strategy, seed, phase, index), table in by_phase(results, "seed"):
-        groups[f"{label(strategy)} ({strategy}), seed {seed}: {phase_name(phase, index)}"] = table
-    menu = ipywidgets.Dropdown(options=list(groups), description="phase", layout={"width": "36rem"})
-    shown = ipywidgets.Image(format="png")
+    shown = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
+    drawn = functools.cache(lambda value: draw(value)._repr_png_())
 
     def show(_: object = None) -> None:
         if menu.value is not None:
-            shown.value = learning_curves({menu.value.rpartition(": ")[2]: groups[menu.value]})._repr_png_()
+            shown.value = drawn(menu.value)
 
     menu.observe(show, names="value")
     show()
     return ipywidgets.VBox([menu, shown])
+
+
+def or_sentence(show: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a function return the reason as a Sentence where what it shows cannot be shown."""
+
+    @functools.wraps(show)
+    def shown(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return show(*args, **kwargs)
+        except SettingsError as error:
+            return Sentence(str(error))
+
+    return shown
+
+
+def attempt(make: Callable[[], Any]) -> Any:
+    """Return what a function makes; where that is not possible, the reason as a Sentence, as often as it is asked for."""
+    return or_sentence(make)()

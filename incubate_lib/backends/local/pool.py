@@ -25,7 +25,7 @@ from incubate_lib.pipeline.execution import (
     start,
 )
 from incubate_lib.pipeline.experiment import STOP_FILE
-from incubate_lib.pipeline.graph import Node, Plan, longest_ways, to_do
+from incubate_lib.pipeline.graph import Node, Plan, remaining, to_do
 from incubate_lib.pipeline.view import Line, node_line, render
 from incubate_lib.training.runs import GONE
 
@@ -80,7 +80,7 @@ class Pool:
             if node.summary() and not node.finished():
                 message = f"{node.title}: {GONE}; what starts from it, only if it ends in other weights than before"
                 self.console.print(message, soft_wrap=True, highlight=False, markup=False)
-        ways = [(plan, longest_ways(plan.nodes, plan.flops, to_end=True)) for plan, _ in self.plans]
+        ways = [(plan, remaining(plan.nodes, plan.flops)) for plan, _ in self.plans]
         order = {node.folder.path: way[node.key] for plan, way in ways for node in plan.nodes}
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

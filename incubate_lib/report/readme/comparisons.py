@@ -4,12 +4,14 @@ import itertools
 
 import pandas as pd
 
-from incubate_lib.report import studies, tables
-from incubate_lib.report.mat import against_others
 from incubate_lib.report.readme.sources import compared_with, run_of, study_of
 from incubate_lib.report.readme.text import markdown, with_minus
-from incubate_lib.report.statistics import interval_text, paired, rounded
-from incubate_lib.report.tables import BASELINE, differences, label
+from incubate_lib.report.tables import studies
+from incubate_lib.report.tables.mat import against_others
+from incubate_lib.report.tables.records import published_runs
+from incubate_lib.report.tables.statistics import interval_text, paired, rounded
+from incubate_lib.report.tables.verdict import differences
+from incubate_lib.report.words import BASELINE, label
 
 
 def comparisons() -> str:
@@ -35,7 +37,7 @@ def comparisons() -> str:
             pairs = [("deep_incubation_identity", "end_to_end_longer")]
             pairs += [("random_start_inherited_stem_and_head", "random_start_half_for_meta")]
             parts += [_comparison_table(differences(table.results, [pair]), []) for pair in pairs]
-    for name in tables.published_runs():
+    for name in published_runs():
         rows = run_of(name).strategies
         parts.append(f"## {name}\n")
         parts.append(_comparison_table(compared_with(name, BASELINE, None), []))

@@ -14,11 +14,11 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from incubate_lib.report import tables as tracked
 from incubate_lib.report.readme.comparisons import comparisons
 from incubate_lib.report.readme.tables import TABLES
 from incubate_lib.report.readme.text import with_minus
 from incubate_lib.report.readme.values import VALUES
+from incubate_lib.report.tables import records
 
 ALIASES = {"paper": "deep_incubation", "recommended": "deep_incubation_identity", "stack": "deep_incubation_stack"}
 COMPARISONS = "data/results/README.md"
@@ -39,7 +39,7 @@ def render(text: str) -> str:
 
 def write() -> list[Path]:
     """Write README.md and the list of all comparisons; return the files."""
-    root = tracked.results_folder().parents[1]
+    root = records.results_folder().parents[1]
     written = {root / "README.md": render((root / "README.md").read_text()), root / COMPARISONS: comparisons()}
     for path, text in written.items():
         path.write_text(text)

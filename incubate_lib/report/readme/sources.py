@@ -4,15 +4,17 @@ import functools
 
 import pandas as pd
 
-from incubate_lib.report import studies, tables
-from incubate_lib.report.mat import against_others
-from incubate_lib.report.studies import StudyTable
-from incubate_lib.report.tables import BASELINE, Results, differences
+from incubate_lib.report.tables import records, studies
+from incubate_lib.report.tables.mat import against_others
+from incubate_lib.report.tables.records import Results, published
+from incubate_lib.report.tables.studies import StudyTable
+from incubate_lib.report.tables.verdict import differences
+from incubate_lib.report.words import BASELINE
 
 
 @functools.cache
 def run_of(name: str) -> Results:
-    return tables.published(name)
+    return published(name)
 
 
 @functools.cache
@@ -71,7 +73,7 @@ def verdict(row: pd.Series) -> str:
 
 
 def bench_of(name: str) -> pd.DataFrame:
-    return pd.read_csv(tables.results_folder() / f"bench_{name}.csv").set_index("variant")
+    return pd.read_csv(records.results_folder() / f"bench_{name}.csv").set_index("variant")
 
 
 def forget() -> None:

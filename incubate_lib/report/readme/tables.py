@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from incubate_lib.report.bench import OURS, TWIN
+from incubate_lib.report.planner.bench import OURS, TWIN
 from incubate_lib.report.readme.sources import bench_of, comparison, rows_of, run_of, study_of
 from incubate_lib.report.readme.text import markdown
 from incubate_lib.report.readme.values import NUMBERS, gain
-from incubate_lib.report.statistics import rounded
-from incubate_lib.report.tables import BASELINE, label, mixes, seconds_text, spread
+from incubate_lib.report.tables.hardware import mixes
+from incubate_lib.report.tables.statistics import rounded, spread
+from incubate_lib.report.words import BASELINE, label, seconds_text
 
 
 def budget(study: str) -> str:

@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable
 
 from incubate_lib.config import presets
-from incubate_lib.report import tables
-from incubate_lib.report.bench import OURS
+from incubate_lib.report.planner.bench import OURS
 from incubate_lib.report.readme.sources import (
     bench_of,
     compared_with,
@@ -18,8 +17,10 @@ from incubate_lib.report.readme.sources import (
     study_of,
     verdict,
 )
-from incubate_lib.report.statistics import interval_text, paired, rounded
-from incubate_lib.report.tables import BASELINE, differences, mixes, spread
+from incubate_lib.report.tables.hardware import mixes, places
+from incubate_lib.report.tables.statistics import interval_text, paired, rounded, spread
+from incubate_lib.report.tables.verdict import differences
+from incubate_lib.report.words import BASELINE
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
@@ -111,7 +112,7 @@ def images(source: str) -> str:
 def hardware(source: str) -> str:
     """Where and when it was measured."""
     rows = rows_of(source)
-    where = "; ".join(f"{threads} thread(s) of an {device}" for device, threads in tables.places(rows))
+    where = "; ".join(f"{threads} thread(s) of an {device}" for device, threads in places(rows))
     days = dict.fromkeys((min(rows["date"])[:10], max(rows["date"])[:10]))
     return f"{' to '.join(days)}, {where} a phase, torch {', '.join(sorted(set(rows['torch'])))}"
 
@@ -205,7 +206,7 @@ def planned(preset: str, strategy: str, row: str = "in all") -> str:
 
 def peak_share(preset: str, strategy: str) -> str:
     """The share of an A100's bf16 peak, in percent, that the authors' hours and the planned FLOPs imply."""
-    from incubate_lib.report.forecast import PUBLISHED_HOURS
+    from incubate_lib.report.planner.published import PUBLISHED_HOURS
 
     whole, pieces = PUBLISHED_HOURS[preset]
     hours = whole if strategy.startswith(BASELINE) else pieces
@@ -214,15 +215,15 @@ def peak_share(preset: str, strategy: str) -> str:
 
 def hours(preset: str) -> str:
     """The authors' A100-hours, end to end and in pieces."""
-    from incubate_lib.report.forecast import PUBLISHED_HOURS
+    from incubate_lib.report.planner.published import PUBLISHED_HOURS
 
     return " → ".join(map(str, PUBLISHED_HOURS[preset]))
 
 
 def predicted(run: str, bench: str) -> str:
     """How far off the predicted times of a run are, in a sentence."""
-    from incubate_lib.report.forecast import against_measured, measured_speed
-    from incubate_lib.report.planner import against_in_words
+    from incubate_lib.report.planner.forecast import against_measured, measured_speed
+    from incubate_lib.report.planner.planner import against_in_words
 
     return against_in_words(against_measured(run_of(run), measured_speed(bench))).rstrip(".")
 

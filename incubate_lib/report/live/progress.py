@@ -14,7 +14,7 @@ import pandas as pd
 from incubate_lib import backends
 from incubate_lib.backends import Backend
 from incubate_lib.pipeline.execution import is_running
-from incubate_lib.pipeline.graph import Node, Plan, longest_ways
+from incubate_lib.pipeline.graph import Node, Plan, longest
 from incubate_lib.pipeline.view import Line, node_line
 from incubate_lib.training.lease import holder
 from incubate_lib.training.runs import METRICS
@@ -118,16 +118,16 @@ def seconds_left(plan: Plan, phases: list[Phase], places: int | None) -> float |
         p.node.key: 0.0 if p.line.state == "done" else p.seconds or plan.flops[p.node.key] * (1 - p.share) * seconds / flops
         for p in phases
     }
-    longest = longest_ways(plan.nodes, left)
+    way = max(longest(plan.nodes, left).values())
     if places is None:
-        return max(longest.values())
+        return way
     states = {phase.node.key: phase.line.state for phase in phases}
     running = sum(state == "running" for state in states.values())
     waits = any(p.line.state != "done" and p.line.state != "running" and
                 all(states[before.key] == "done" for before in p.node.inputs.values()) for p in phases)  # fmt: skip
     if not waits:  # else there are no more places than are taken
         running = max(running, places)
-    return max(sum(left.values()) / max(1, running), *longest.values())
+    return max(sum(left.values()) / max(1, running), way)
 
 
 def duration(seconds: float) -> str:

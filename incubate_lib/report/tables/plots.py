@@ -1,57 +1,14 @@
 """Figures. Each takes tables and returns a matplotlib Figure; markers and line styles tell what colours tell too."""
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib import figure as mpl_figure
-from matplotlib.patches import FancyBboxPatch, Patch
+from matplotlib.patches import FancyBboxPatch
 
-from incubate_lib.report import bench
-from incubate_lib.report.tables import BASELINE, Results, flop_unit, label
-
-# Okabe and Ito's colours, which people with any colour vision can tell apart; #882255 is Tol's, dark where a blue stands by.
-STYLE = {
-    "end_to_end": {"color": "#000000", "marker": "o", "linestyle": "-"},
-    "deep_incubation": {"color": "#0072B2", "marker": "s", "linestyle": "--"},
-    "deep_incubation_stack": {"color": "#D55E00", "marker": "^", "linestyle": "-."},
-    "deep_incubation_identity": {"color": "#009E73", "marker": "D", "linestyle": ":"},
-    "recommended": {"color": "#009E73", "marker": "h", "linestyle": "-"},
-    "deep_incubation_mat": {"color": "#56B4E9", "marker": ">", "linestyle": "-."},
-    "end_to_end_short": {"color": "#555555", "marker": ".", "linestyle": ":"},
-    "stacking": {"color": "#E69F00", "marker": "P", "linestyle": "-."},
-    "growing": {"color": "#CC79A7", "marker": "v", "linestyle": "-"},
-    "random_modules": {"color": "#555555", "marker": "X", "linestyle": ":"},
-    "imitation": {"color": "#56B4E9", "marker": "<", "linestyle": "--"},
-    "end_to_end_longer": {"color": "#000000", "marker": "*", "linestyle": "--"},
-    "end_to_end_low_resolution": {"color": "#555555", "marker": "d", "linestyle": "-"},
-    "mat": {"color": "#D55E00", "marker": "^", "linestyle": "-"},
-    "mat_random": {"color": "#882255", "marker": "v", "linestyle": "--"},
-    "mat_gradient_norm": {"color": "#009E73", "marker": "D", "linestyle": "-."},
-    "mat_inverted": {"color": "#CC79A7", "marker": "X", "linestyle": ":"},
-    "mat_multirate": {"color": "#E69F00", "marker": "P", "linestyle": "--"},
-    "mat_exact": {"color": "#56B4E9", "marker": "H", "linestyle": "-"},
-}
-SPARE = [{"color": c, "marker": m, "linestyle": "-"} for c, m in zip(("#CC79A7", "#E69F00", "#56B4E9"), "vPX", strict=True)]
-ONE_BY_ONE = [  # looks of curves that are no strategies
-    "end_to_end", "deep_incubation", "deep_incubation_stack", "deep_incubation_identity", "growing", "stacking", "imitation",
-]  # fmt: skip
-FROZEN, TRAINED = "#D9D9D9", "#F5B041"
-
-
-class Figure(mpl_figure.Figure):
-    """A figure that shows itself in a notebook, without pyplot and its global state."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=110)
-        return buffer.getvalue()
-
-
-def style(strategy: str) -> dict[str, str]:
-    """Return colour, marker and line style of a strategy, the same in every figure."""
-    return STYLE.get(strategy) or SPARE[sum(map(ord, strategy)) % len(SPARE)]
+from incubate_lib.report.style import FROZEN, ONE_BY_ONE, PAPER, STYLE, TRAINED, Figure, filling, style, trained_and_frozen
+from incubate_lib.report.tables.records import Results
+from incubate_lib.report.words import BASELINE, flop_unit, label
 
 
 def image_rows(rows: dict[str, np.ndarray], num: int = 10) -> Figure:
@@ -89,21 +46,16 @@ def _boxes(boxes: Sequence[tuple[str, int, bool]]) -> Figure:
     x = 0.0
     for name, blocks, trained in boxes:
         width = 0.5 + 0.16 * (blocks or 12)
-        appearance = {"facecolor": TRAINED} if trained else {"facecolor": FROZEN, "hatch": "//"}
-        axis.add_patch(
-            FancyBboxPatch((x, 0), width, 1, boxstyle="round,pad=0.04", edgecolor="black", linewidth=1.2, **appearance)
-        )
+        box = FancyBboxPatch((x, 0), width, 1, boxstyle="round,pad=0.04", linewidth=1.2, **filling(trained))
+        axis.add_patch(box)
         text = f"{name}\n{blocks} block{'s' if blocks > 1 else ''}" if blocks else name
-        paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
-        axis.text(x + width / 2, 0.5, text, ha="center", va="center", fontsize=9, bbox=paper)
+        axis.text(x + width / 2, 0.5, text, ha="center", va="center", fontsize=9, bbox=PAPER)
         if x:
             axis.annotate("", (x - 0.05, 0.5), (x - 0.3, 0.5), arrowprops={"arrowstyle": "->"})
         x += width + 0.35
     axis.text(-0.12, 0.5, "image →", ha="right", va="center")
     axis.text(x - 0.25, 0.5, "→ class", ha="left", va="center")
-    handles = [Patch(facecolor=TRAINED, edgecolor="black", label="trained")]
-    if not all(trained for _, _, trained in boxes):
-        handles.append(Patch(facecolor=FROZEN, edgecolor="black", hatch="//", label="frozen, never updated"))
+    handles = trained_and_frozen()[: 1 if all(trained for _, _, trained in boxes) else 2]
     axis.legend(handles=handles, loc="lower center", ncols=2, frameon=False, bbox_to_anchor=(0.5, 0.85))
     axis.set(xlim=(-1, x + 0.5), ylim=(-0.15, 1.25))
     axis.axis("off")
@@ -275,36 +227,3 @@ def _line(axis, curves: pd.DataFrame, offset: float, factor: float, appearance: 
 
 
 PUBLISHED = {"accuracy_vs_cost": accuracy_vs_cost, "convergence": convergence}
-
-
-def growth(table: pd.DataFrame) -> Figure:
-    """Draw the measured time of a step against its counted FLOPs, over depth and over image size, both axes logarithmic.
-
-    `table` has the rows of `training.bench.growth`. Bars span the rounds; the grey line has slope 1.
-    """
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    series = table["series"].unique()
-    axes = figure.subplots(1, len(series), squeeze=False)[0]
-    for axis, name in zip(axes, series, strict=True):
-        part = table[table["series"] == name]
-        for variant, points in part.groupby("variant", sort=False):
-            appearance = style("end_to_end" if variant == "end_to_end" else "deep_incubation")
-            time, cost = points["step_seconds"], points["step_flops"] / 1e9
-            spread = [time - points["step_seconds_min"], points["step_seconds_max"] - time]
-            appearance = {"color": appearance["color"], "marker": appearance["marker"], "linestyle": "none"}
-            legend = f"{bench.label(variant)}: time ∝ FLOPs^{bench.exponent(points):.2f}"
-            axis.errorbar(cost, time, yerr=spread, capsize=3, label=legend, **appearance)
-        for size, points in part.groupby("size"):
-            top = points.sort_values("step_flops").iloc[-1]
-            place = (top["step_flops"] / 1e9, top["step_seconds"])
-            axis.annotate(f"{size}", place, (-4, 6), textcoords="offset points", ha="right", fontsize=9)
-        ends = np.array([part["step_flops"].min(), part["step_flops"].max()])
-        slope_one = ends * (part["step_seconds"] / part["step_flops"]).median()
-        axis.plot(ends / 1e9, slope_one, color="#777777", linewidth=1, zorder=0, label="as FLOPs (slope 1), through the median")
-        title = f"{name.replace('_', ' ')} (numbers at the points: {bench.SERIES[name]})"
-        axis.set(xscale="log", yscale="log", xlabel="counted cost of a step (GFLOP)", title=title)
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=9)
-    axes[0].set_ylabel("measured time of a step (s)")
-    figure.suptitle(bench.machine_line(table).replace("; ", "\n", 1), fontsize=9)
-    return figure

@@ -11,27 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
-import torch
 
 from incubate_lib.config import PhaseSettings, Settings, SettingsError, load_settings, nearest, presets
-from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation
-from incubate_lib.method.partition import ViTModule
-from incubate_lib.pipeline.graph import Node, Plan, closure, longest_ways
+from incubate_lib.pipeline.graph import Node, Plan, closure, longest, remaining
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.tables import Results, places, results_folder
-from incubate_lib.training.counts import IMAGENET, Images, count_images
+from incubate_lib.report.planner.memory import kind_of, step_memory_of
+from incubate_lib.report.tables import records
+from incubate_lib.report.tables.hardware import places
+from incubate_lib.report.tables.records import Results
+from incubate_lib.training.counts import Images, count_images
 from incubate_lib.training.facts import Facts, count
-from incubate_lib.training.memory import StepMemory, memory_by_part
-from incubate_lib.training.phases import build_parts, build_target, model_shape
 from incubate_lib.training.schedule import micro_batches, total_steps
 from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
 DEVICE, SHARE = "H100", 0.4  # assumed where nothing is said; a realistic ceiling for a ViT-B is 0.7, many runs reach 0.1
-PUBLISHED_HOURS = {  # A100-hours: end to end for 300 epochs, Deep Incubation (arXiv 2212.04129)
-    "imagenet-vit-b": (290, 390), "imagenet-vit-l": (1090, 890), "imagenet-vit-h": (4790, 2720),
-}  # fmt: skip
 _COUNTED: dict[str, Facts] = {}  # sliders ask often
-_PARTS: dict = {}  # and the memory of parts that were gone through
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class Speed:
 
     def seconds(self, phase: str, module_index: int | None, flops: float) -> float:
         """Return how long one device takes for so many FLOPs of a phase."""
-        return flops / self.measured.get(_kind(phase, module_index), self.flops_per_second)
+        return flops / self.measured.get(kind_of(phase, module_index), self.flops_per_second)
 
 
 def stated_speed(device: str = DEVICE, share: float = SHARE, precision: str = "bfloat16") -> Speed:
@@ -63,7 +57,7 @@ def stated_speed(device: str = DEVICE, share: float = SHARE, precision: str = "b
 
 def measured_speed(name: str) -> Speed:
     """Return what `incubate bench … --save NAME` measured; SettingsError if there is no such table."""
-    folder = results_folder()
+    folder = records.results_folder()
     known = [p.stem.removeprefix("bench_") for p in sorted(folder.glob("bench_*.csv")) if "growth" not in p.stem]
     if name not in known:
         raise SettingsError(
@@ -81,7 +75,7 @@ def measured_speed(name: str) -> Speed:
 def speed_of(results: Results) -> Speed:
     """Return the speed at which a run trained, for each kind of phase."""
     trained = results.phases[results.phases["flops"] > 0]
-    kinds = [_kind(phase.phase, phase.module_index) for phase in trained.itertuples()]
+    kinds = [kind_of(phase.phase, phase.module_index) for phase in trained.itertuples()]
     sums = trained.groupby(kinds)[["flops", "seconds"]].sum()
     rates = sums["flops"] / sums["seconds"]
     whole = trained["flops"].sum() / trained["seconds"].sum()
@@ -93,13 +87,6 @@ def speed_of(results: Results) -> Speed:
 def _where(rows: pd.DataFrame) -> str:
     """Return the hardware that seconds are of, in words; empty if it is not known."""
     return "; ".join(f"{device}, {threads} thread(s)" for device, threads in places(rows))
-
-
-def _kind(phase: str, module_index: int | None) -> str:
-    """Return the name under which a phase's speed is measured; only those that incubate need an index."""
-    if phase == "incubate":
-        return f"incubate-{module_index}"
-    return "meta" if phase == "meta" else "end_to_end"
 
 
 # -- what is planned ----------------------------------------------------------------------------------------------------
@@ -200,12 +187,12 @@ def forecast(todo: Plan, speed: Speed, *, machines: int = 1, spent: dict[str, in
                 "epochs": node.settings.training.epochs if node.settings.training else 0.0,
                 "steps": _steps(node), "flops": float(flops[node.key]), "device_hours": hours[node.key],
                 "begin": begin, "end": end, "machine": machine, "images": images,
-                "memory": _memory(node, known).peak(images) if images else 0,
+                "memory": step_memory_of(node, known).peak(images) if images else 0,
             })  # fmt: skip
         rows += own
         table = pd.DataFrame(own)
         totals.append({
-            "strategy": name, "flops": table["flops"].sum(), "critical_flops": float(longest_ways(nodes, flops)[final.key]),
+            "strategy": name, "flops": table["flops"].sum(), "critical_flops": float(longest(nodes, flops)[final.key]),
             "device_hours": table["device_hours"].sum(), "hours": table["end"].max(), "memory": int(table["memory"].max()),
         })  # fmt: skip
     phases = pd.DataFrame(rows).astype({"module": "Int64"})
@@ -230,10 +217,9 @@ def forecast(todo: Plan, speed: Speed, *, machines: int = 1, spent: dict[str, in
 
 def _schedule(nodes: list[Node], hours: dict[str, float], machines: int) -> dict[str, tuple[float, float, int]]:
     """Return begin, end and machine of each phase."""
-    rest = longest_ways(nodes, hours, to_end=True)
     places: dict[str, tuple[float, float, int]] = {}
     free = dict.fromkeys(range(1, machines + 1), 0.0)  # machine → when it is free
-    waiting = list(nodes)
+    waiting, rest = list(nodes), remaining(nodes, hours)
     while waiting:
         ready = [node for node in waiting if all(before.key in places for before in node.inputs.values())]
         begins = {node.key: max((places[b.key][1] for b in node.inputs.values()), default=0.0) for node in ready}
@@ -255,44 +241,6 @@ def _at_once(phase: PhaseSettings, devices: int) -> int:
     """Return the images that one device takes at once; 0 where nothing is trained."""
     training = phase.training
     return micro_batches(training.batch_size, training.micro_batch, devices)[1] if training else 0
-
-
-def _memory(node: Node, known: dict) -> StepMemory:
-    """Return the memory of a phase's step; `known` keeps what its network's parts take."""
-    phase = node.settings
-    key = (_kind(phase.phase, phase.module_index), phase.imitate, phase.model.img_size, bool(phase.training.ema))
-    if key not in known:
-        classes, shape = node.experiment.facts.num_classes, model_shape(phase.model)
-        with torch.device("meta"):
-            model = _network(phase, classes, known)
-        parts = memory_by_part(model, shape, precision=phase.precision, known=_PARTS)
-        memory = sum(parts.values(), StepMemory())
-        average = memory.weights if phase.training.ema else 0  # of the weights, kept beside them
-        known[key] = memory + StepMemory(weights=average)
-    return known[key]
-
-
-def _network(phase: PhaseSettings, classes: int, built: dict) -> torch.nn.Module:
-    """Return what a phase trains; `built` keeps the modules, which several phases share.
-
-    Without drop-path: it keeps nothing, but makes blocks differ that can be counted as one.
-    """
-    phase = phase.model_copy(update={"training": phase.training.model_copy(update={"drop_path": 0.0})})
-
-    def parts(which: str, depths: list[int]) -> list[ViTModule]:
-        key = (which, tuple(depths), phase.model.img_size)
-        if key not in built:
-            built[key] = build_parts(phase, which, classes)
-        return built[key]
-
-    if phase.phase == "incubate":
-        i, targets = phase.module_index, parts("target", phase.target_depths)
-        return (make_imitation if phase.imitate else make_hybrid)(parts("meta", phase.meta_depths), targets[i], i)
-    if phase.phase == "meta":
-        return assemble(parts("meta", phase.meta_depths)).requires_grad_(True)
-    if phase.target_depths:
-        return assemble(parts("target", phase.target_depths)).requires_grad_(True)
-    return build_target(phase, classes)
 
 
 # -- against what was measured ------------------------------------------------------------------------------------------
@@ -325,23 +273,3 @@ def against_measured(results: Results, speed: Speed) -> pd.DataFrame:
     table = pd.DataFrame(rows).astype({"module": "Int64"})
     elsewhere = (table["where"] != speed.device) & (table["where"] != "") & bool(speed.device)
     return table.assign(ratio=table["predicted"] / table["measured"], elsewhere=elsewhere)
-
-
-def published_costs(peak: float = 312e12) -> pd.DataFrame:
-    """Return the authors' FLOPs and hours on A100s, and the share of the peak (FLOP/s) that both together imply.
-
-    FLOPs are counted here, relative to 300 epochs end to end at 100+100, 50+50 and 25+25 epochs; hours are theirs.
-    """
-    rows = []
-    for preset, (whole_hours, pieces_hours) in PUBLISHED_HOURS.items():
-        names = ["end_to_end_300", "deep_incubation", "deep_incubation_50", "deep_incubation_25"]
-        todo = open_plan(preset, strategies=names, images=IMAGENET[0], classes=IMAGENET[-1])
-        flops = [sum(todo.flops[n.key] for n in closure([todo.finals[name, 0]])) for name in names]
-        budgets = [f"{epochs} / end to end" for epochs in ("100+100", "50+50", "25+25")]
-        rows.append({
-            "network": preset.removeprefix("imagenet-"),
-            **{budget: f / flops[0] for budget, f in zip(budgets, flops[1:], strict=True)},
-            "end to end, hours": whole_hours, "… share of peak": flops[0] / (whole_hours * 3600 * peak),
-            "in pieces, hours": pieces_hours, "… share of peak ": flops[1] / (pieces_hours * 3600 * peak),
-        })  # fmt: skip
-    return pd.DataFrame(rows).set_index("network")

@@ -4,23 +4,19 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import ipywidgets
 import pandas as pd
 
-from incubate_lib.report.picture import FAINT, LETTER, Picture
-from incubate_lib.report.plots import Figure
-from incubate_lib.report.tables import Results, label
+from incubate_lib.report.live.picture import FAINT, LETTER, Picture
+from incubate_lib.report.style import Figure
+from incubate_lib.report.tables.plots import learning_curves
+from incubate_lib.report.tables.records import Results
+from incubate_lib.report.widgets import Sentence, with_picture, with_twin
+from incubate_lib.report.words import label, phase_name
 
 TOP1, LOSS = "#0072B2", "#D55E00"  # Okabe and Ito's
 MARGIN, TOP1_HEIGHT, LOSS_HEIGHT = 46, 54, 42  # of the panels, in pixels
 PANEL_HEIGHT = 20 + TOP1_HEIGHT + 8 + LOSS_HEIGHT + 22
-PHASES = {"meta": "meta model", "assemble": "assembly", "finetune": "fine-tuning", "end_to_end": "end to end"}
-
-
-def phase_name(phase: str, module_index: Any, num_modules: int = 0) -> str:
-    """Return a phase's name for people, modules counted from one."""
-    if phase != "incubate":
-        return PHASES[phase]
-    return f"module {int(module_index) + 1}" + (f" of {num_modules}" if num_modules else "")
 
 
 def all_curves(results: Results) -> Figure:
@@ -127,3 +123,18 @@ def _points(rows: Iterable[dict[str, Any]], name: str) -> Iterable[tuple[float, 
         at, value = row.get("epoch"), row.get(name)
         if all(isinstance(number, (int, float)) and math.isfinite(number) for number in (at, value)):
             yield at, max(0.0, value)
+
+
+def browse(results: Results) -> Any:
+    """Return a menu of all phases that shows the learning curves of the chosen one; its twin shows those of all."""
+    if results.curves.empty:
+        return Sentence("No phase has a learning curve yet.")
+    return with_twin(lambda: _menu(results), lambda: all_curves(results))
+
+
+def _menu(results: Results) -> ipywidgets.Widget:
+    groups = {}
+    for (strategy, seed, phase, index), table in by_phase(results, "seed"):
+        groups[f"{label(strategy)} ({strategy}), seed {seed}: {phase_name(phase, index)}"] = table
+    menu = ipywidgets.Dropdown(options=list(groups), description="phase", layout={"width": "36rem"})
+    return with_picture(menu, lambda chosen: learning_curves({chosen.rpartition(": ")[2]: groups[chosen]}))

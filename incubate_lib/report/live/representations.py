@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from incubate_lib.config import SettingsError
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.pipeline.graph import Node, Plan
-from incubate_lib.report.plots import Figure
-from incubate_lib.report.tables import BASELINE, label
+from incubate_lib.report.style import Figure
+from incubate_lib.report.words import BASELINE, label
 from incubate_lib.training.classes import class_names
 from incubate_lib.training.data import ImageSet
 from incubate_lib.training.phases import load_trained, pick_device, prepare
@@ -98,7 +98,7 @@ def similarity(plan: Plan, strategy: str, seed: int = 0, images: int = 256) -> p
     are sorted by class. Computed in float32. SettingsError for a strategy without a meta model, and for one that is not finished.
     """
     final, meta, joined = _phases(plan, strategy, seed)
-    eval_set = _eval_set(final)
+    eval_set = final.data()[1]
     if images < SMALLEST:
         raise SettingsError(f"images is {images}; it takes at least {SMALLEST}")
     count = min(images, len(eval_set))
@@ -197,10 +197,6 @@ def _baseline(plan: Plan, final: Node) -> Node | None:
     return node if same and node.finished() is not None else None
 
 
-def _eval_set(node: Node) -> ImageSet | StreamedSet:
-    return node.data()[1]
-
-
 def _trained(node: Node, classes: int) -> VisionTransformer:
     return load_trained(node.settings, node.folder, classes)
 
@@ -254,7 +250,7 @@ def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
     In the precision of the run, so that the numbers are those of its records. SettingsError as `similarity`.
     """
     final, meta, joined = _phases(plan, strategy, seed)
-    eval_set, device = _eval_set(final), pick_device()
+    eval_set, device = final.data()[1], pick_device()
     nodes = {"meta": meta, "assembled": joined, "finetuned": final}
     networks = {name: _trained(node, eval_set.num_classes).to(device) for name, node in nodes.items()}
     found: dict[str, list[Tensor]] = {name: [] for name in ("label", *networks)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.patches import FancyBboxPatch
 
-from incubate_lib.report.plots import Figure
+from incubate_lib.report.style import Figure
 
 INK, FAINT = "#222222", "#BBBBBB"
 LETTER = 0.6  # width of an average letter, of its size; that of the widest common font, so that words fit in any

@@ -9,11 +9,11 @@ import pandas as pd
 
 from incubate_lib.config import SettingsError
 from incubate_lib.pipeline.graph import Plan
-from incubate_lib.report.curves import phase_name
-from incubate_lib.report.forecast import DEVICE, SHARE, Forecast, forecast, open_plan, open_settings, stated_speed
-from incubate_lib.report.plots import Figure
-from incubate_lib.report.tables import MIXED, flop_unit, label
-from incubate_lib.report.widgets import Sentence, with_twin
+from incubate_lib.report.planner.forecast import DEVICE, SHARE, Forecast, forecast, open_plan, open_settings, stated_speed
+from incubate_lib.report.style import Figure
+from incubate_lib.report.tables.hardware import MIXED
+from incubate_lib.report.widgets import or_sentence, with_twin
+from incubate_lib.report.words import flop_unit, label, phase_name
 from incubate_lib.training.counts import Images, count_images
 from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
@@ -162,6 +162,7 @@ def gantt(costs: Forecast) -> Figure:
 # -- with sliders -------------------------------------------------------------------------------------------------------
 
 
+@or_sentence
 def planner(
     preset: str = "imagenet-vit-b",
     overrides: Sequence[str] = (),
@@ -171,17 +172,16 @@ def planner(
     images: int | None = None,
     classes: int | None = None,
 ) -> Any:
-    """Return sliders for what a plan depends on, with its table and its Gantt chart; headless, the chart alone."""
-    try:
-        settings = open_settings(preset, overrides)
-        counted = count_images(settings.data, settings.machine, images=images, classes=classes)
-        todo = open_plan(preset, overrides, strategies=strategies, counted=counted)
-        if todo.experiment.settings.partition is None:
-            raise SettingsError(f"{preset} has no partition: a network in one piece has nothing to slide; forecast() plans it")
-        speed = stated_speed(precision=todo.experiment.settings.precision)
-        costs = forecast(todo, speed, machines=machines)
-    except SettingsError as error:
-        return Sentence(str(error))
+    """Return sliders for what a plan depends on, with its table and its Gantt chart; headless, the chart alone.
+
+    What cannot be planned becomes a sentence in its place.
+    """
+    settings = open_settings(preset, overrides)
+    counted = count_images(settings.data, settings.machine, images=images, classes=classes)
+    todo = open_plan(preset, overrides, strategies=strategies, counted=counted)
+    if todo.experiment.settings.partition is None:
+        raise SettingsError(f"{preset} has no partition: a network in one piece has nothing to slide; forecast() plans it")
+    costs = forecast(todo, stated_speed(precision=settings.precision), machines=machines)
     return with_twin(lambda: _sliders(preset, list(overrides), strategies, todo, machines, counted), lambda: gantt(costs))
 
 

@@ -1,6 +1,7 @@
 """A study's tables, and what they say in numbers and sentences."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pandas as pd
 from incubate_lib.config import SettingsError, data_folder, nearest
 from incubate_lib.config.study import BASELINE, COLUMNS, DERIVED, load_study, studies
 from incubate_lib.pipeline.study import Cost, Walk
-from incubate_lib.report.statistics import COLUMNS as JUDGED
-from incubate_lib.report.statistics import compare, family_text, gain_text, paired
-from incubate_lib.report.tables import flop_unit, from_plan, hardware_of, label, mixed_text, mixes, results_folder
+from incubate_lib.report.tables import records
+from incubate_lib.report.tables.hardware import hardware_of, mixes
+from incubate_lib.report.tables.records import from_plan, write_table
+from incubate_lib.report.tables.statistics import COLUMNS as JUDGED
+from incubate_lib.report.tables.statistics import compare, gain_text, paired
+from incubate_lib.report.words import flop_unit, label
 
 COSTS = ["flops", "critical_flops", "seconds"]
 
@@ -49,26 +53,21 @@ def collect(walk: Walk) -> StudyTable:
 
 def save(table: StudyTable, *, publish: bool) -> list[Path]:
     """Write the tables to data/studies, or if they are to be published to data/results; return the files."""
-    folder = results_folder() if publish else data_folder() / "studies"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = records.results_folder() if publish else data_folder() / "studies"
     prefix = "study_" if publish else ""
-    written = []
-    for part, rows in {"": table.results, "_rates": table.rates}.items():
-        path = folder / f"{prefix}{table.name}{part}.csv"
-        rows.to_csv(path, index=False, float_format="%.6g")
-        written.append(path)
-    return written
+    parts = {"": table.results, "_rates": table.rates}
+    return [write_table(rows, folder / f"{prefix}{table.name}{part}.csv") for part, rows in parts.items()]
 
 
 def published_studies() -> list[str]:
     """Return the names of the studies whose tables are tracked."""
-    names = [path.stem.removeprefix("study_") for path in sorted(results_folder().glob("study_*.csv"))]
+    names = [path.stem.removeprefix("study_") for path in sorted(records.results_folder().glob("study_*.csv"))]
     return [name for name in names if not name.endswith("_rates")]
 
 
 def published(name: str) -> StudyTable:
     """Read the tracked tables of a study; SettingsError with the nearest names if there are none."""
-    path = results_folder() / f"study_{name}.csv"
+    path = records.results_folder() / f"study_{name}.csv"
     if not path.exists():
         raise SettingsError(f"no tracked table of a study {name!r}; {nearest(name, published_studies())}")
     return read_tables(path.parent, f"study_{name}", name)
@@ -103,7 +102,7 @@ def gains(table: StudyTable, baseline: str = BASELINE, only: list[str] | None = 
     critical_flops and seconds relative to the baseline's (seconds NaN where devices differ).
     """
     rows, found = [], []
-    for place, cell in _cells(table):
+    for place, cell in cells(table.results, table.axes):
         groups = dict(iter(cell.groupby("strategy", sort=False)))
         for name in (name for name in groups if name != baseline and baseline in groups and name in (only or groups)):
             gain = paired(cell, name, baseline)
@@ -137,22 +136,21 @@ def seeds_count(table: StudyTable) -> str:
     return (f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}") + " seeds"
 
 
-def _cells(table: StudyTable):
-    if not table.axes:
-        yield {}, table.results
-        return
-    for values, cell in table.results.groupby(table.axes, sort=False):
-        yield dict(zip(table.axes, values if isinstance(values, tuple) else (values,), strict=True)), cell
+def cells(rows: pd.DataFrame, axes: list[str]) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
+    """Yield each cell's place, its values along the axes, and its rows."""
+    for values, cell in rows.groupby(axes, sort=False) if axes else [((), rows)]:
+        yield dict(zip(axes, values, strict=True)), cell
 
 
 def summary(table: StudyTable) -> pd.DataFrame:
     """Return a table for people: a row a cell and strategy; top-1 as mean ± standard deviation, and costs."""
-    from incubate_lib.report.tables import seconds_text, spread
+    from incubate_lib.report.tables.statistics import spread
+    from incubate_lib.report.words import seconds_text
 
     unit, factor = flop_unit(table.results["flops"].max() if len(table.results) else 1)
     gain = gains(table).set_index([*table.axes, "strategy"]) if len(table.results) else pd.DataFrame()
     rows = []
-    for place, cell in _cells(table):
+    for place, cell in cells(table.results, table.axes):
         for name, group in cell.groupby("strategy", sort=False):
             key = (*place.values(), name)
             found = gain.loc[key if len(key) > 1 else key[0]] if key in gain.index or name in gain.index else None
@@ -167,155 +165,11 @@ def summary(table: StudyTable) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def answer(table: StudyTable) -> list[str]:
-    """Say in sentences what a study says about training in pieces, whatever the numbers are."""
-    if BASELINE not in set(table.results["strategy"]):
-        return ["There is no end-to-end training in this study to compare with."]
-    lines = [*_cheapest(table), *_largest_gain(table), *_against_controls(table), *_against_workers(table), *_assembled(table)]
-    lines = [*lines, *filter(None, [mixed_text(table.results)])]
-    return lines or ["Nothing is finished yet."]
-
-
-def reached(table: StudyTable) -> pd.DataFrame:
-    """Return the cheapest cell in which each strategy is at least as good on average as end to end in its best cell.
-
-    Cells are compared along the axis `budget`, with the other axes' values kept; without that axis a cell is compared with
-    itself. Columns: the other axes, strategy, the budget at which, accuracy, best (end to end's), flops, critical_flops and
-    seconds relative to end to end's best, then `statistics.COLUMNS`; the family is every cell that was compared.
-    """
-    candidates = _against_best(table)
-    good = candidates[candidates["accuracy"] >= candidates["best"]].sort_values("flops", kind="stable")
-    return good.drop_duplicates([*_other_axes(table), "strategy"]).sort_index().reset_index(drop=True)
-
-
-def _other_axes(table: StudyTable) -> list[str]:
-    return [axis for axis in table.axes if axis != "budget"]
-
-
-def _against_best(table: StudyTable) -> pd.DataFrame:
-    """Compare every cell of every strategy with end to end's best cell, on the seeds that both have; what is not finished is
-    left out. The columns are those of `reached`.
-    """
-    others, budget = _other_axes(table), ["budget"] if "budget" in table.axes else []
-    rows, found = [], []
-    for values, group in table.results.groupby(others, sort=False) if others else [((), table.results)]:
-        place = dict(zip(others, values if isinstance(values, tuple) else (values,), strict=True))
-        cells = [cell for _, cell in group.groupby("budget", sort=False)] if budget else [group]
-        base = [cell[cell["strategy"] == BASELINE].dropna(subset="accuracy") for cell in cells]
-        best = max((cell for cell in base if len(cell)), key=lambda cell: cell["accuracy"].mean(), default=None)
-        if best is None:
-            continue
-        for name in (name for name in group["strategy"].unique() if name != BASELINE):
-            for cell in (cell[cell["strategy"] == name] for cell in cells):
-                gain = paired(pd.concat([cell, best]), name, BASELINE)
-                if gain.empty:
-                    continue
-                mine, theirs = (part[part["seed"].isin(gain.index)] for part in (cell, best))
-                where = place | {"strategy": name} | {axis: cell[axis].iloc[0] for axis in budget}
-                means = {"accuracy": mine["accuracy"].mean(), "best": theirs["accuracy"].mean()}
-                rows.append(where | means | relative_costs(mine, theirs))
-                found.append(gain)
-    named = pd.DataFrame(rows, columns=[*others, "strategy", *budget, "accuracy", "best", *COSTS])
-    return pd.concat([named, compare(found)], axis="columns")
-
-
-def _cheapest(table: StudyTable) -> list[str]:
-    if "budget" not in table.axes:
-        return []
-    candidates, found, others = _against_best(table), reached(table), _other_axes(table)
-
-    def named(row: dict) -> str:
-        where = ", ".join(f"{axis} {row[axis]}" for axis in others)
-        return label(row["strategy"]) + (f" ({where})" if where else "")
-
-    lines = [
-        f"{named(row)} reaches end to end's best ({row['best']:.1%}) on average, with {row['accuracy']:.1%}, for "
-        f"{row['flops']:.2f} of its FLOPs, {row['critical_flops']:.2f} on the critical path ({gain_text(row)})."
-        for row in found.to_dict("records")
-    ]
-    done = [named(row) for row in found.to_dict("records")]
-    compared = dict.fromkeys(named(row) for row in candidates.to_dict("records"))
-    lines += [f"{name} does not reach end to end's best at any budget here." for name in compared if name not in done]
-    if len(found) and (count := found["comparisons"].max()) > 1:
-        lines.append(f"With end to end's best {count} cells were compared, and corrected for that number (Holm).")
-    return lines
-
-
-def _largest_gain(table: StudyTable) -> list[str]:
-    equal, lines = at_equal_cost(table), []
-    for sign, word in ((1, "gain"), (-1, "loss")):
-        row = equal.loc[(sign * equal["gain"]).idxmax()] if len(equal) else None
-        if row is None or sign * row["gain"] <= 0:
-            continue
-        where = ", ".join(f"{axis} {row[axis]}" for axis in table.axes)
-        where = f" at {where}" if where else ""
-        lines.append(
-            f"The largest {word} of {len(equal)} comparisons at equal FLOPs, in points: {label(row['strategy'])}{where}, "
-            f"{gain_text(row)}. {family_text(row['comparisons'])}".strip()
-        )
-    return lines
-
-
-INCUBATED = ("recommended", "deep_incubation_identity", "deep_incubation_stack", "deep_incubation")  # the recommended ones first
 WITHOUT = {
     "recommended": "growing",
     "deep_incubation_identity": "growing",
     "deep_incubation_stack": "stacking",
 }  # the same start, never incubated
-
-
-def _against_controls(table: StudyTable) -> list[str]:
-    """Compare incubation with the same start without it, cell by cell."""
-    there, lines = set(table.results["strategy"]), []
-    for name, control in WITHOUT.items():
-        if not {name, control} <= there:
-            continue
-        found = gains(table, control, [name])
-        if found.empty:
-            continue
-        better, worse = (int((found["clear"] & (sign * found["gain"] > 0)).sum()) for sign in (1, -1))
-        lines.append(
-            f"Against the same start without incubation ({label(control)}), {label(name)} is clearly better in {better}, clearly "
-            f"worse in {worse} and inside the noise in {len(found) - better - worse} of {len(found)} cells (mean "
-            f"{found['gain'].mean():+.1f} points), for {found['critical_flops'].mean():.2f} of its critical path. "
-            f"{family_text(found['comparisons'].max())}".strip()
-        )
-    return lines
-
-
-def _against_workers(table: StudyTable) -> list[str]:
-    """Compare incubation with K workers that train the whole network together for as long as its critical path."""
-    there, together = set(table.results["strategy"]), "end_to_end_longer"
-    name = next((name for name in INCUBATED if {name, together} <= there), None)
-    if name is None:
-        return []
-    found = gains(table, together, [name])
-    if found.empty:
-        return []
-    texts = ", ".join(gain_text(row) for _, row in found.iterrows())
-    return [
-        f"In the same time ({found['critical_flops'].mean():.2f} of the critical path), K workers that trained the whole network "
-        f"together would cost {1 / found['flops'].mean():.1f} times as much; {label(name)} against that, in points: {texts}. "
-        f"{family_text(found['comparisons'].max())}".strip()
-    ]
-
-
-def _assembled(table: StudyTable) -> list[str]:
-    rows = table.results.dropna(subset=["accuracy", "assembled_accuracy", "meta_accuracy"])
-    lines = []
-    for name in (name for name in INCUBATED if name in set(rows["strategy"])):
-        mine = rows[rows["strategy"] == name]
-        mine = mine.assign(added=100 * (mine["accuracy"] - mine["assembled_accuracy"]))
-        cells = mine.groupby(table.axes or "strategy")["added"].mean()
-        span = f" (by cell from {cells.min():+.1f} to {cells.max():+.1f})" if len(cells) > 1 else ""
-        ahead = 100 * (mine["accuracy"] - mine["meta_accuracy"]).mean()
-        added = round(mine["added"].mean(), 1) + 0.0  # no "-0.0"
-        side = "above" if ahead > 0 else "below"
-        lines.append(
-            f"{label(name)}: fine-tuning changes the assembled network by {added:+.1f} points{span}; the finished network is "
-            f"{abs(ahead):.1f} points {side} its meta model."
-        )
-    return lines
 
 
 def costs_text(costs: list[Cost], speed: float | None, jobs: int) -> str:

@@ -18,11 +18,11 @@ from incubate_lib.pipeline.background import check_lists, stop_run
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.phase_graph import draw, snapshot
-from incubate_lib.report.picture import FAINT
-from incubate_lib.report.plots import Figure
-from incubate_lib.report.progress import Phase, Reader, at_work, headline, table_of
-from incubate_lib.report.widgets import Sentence, with_twin
+from incubate_lib.report.live.phase_graph import draw, snapshot
+from incubate_lib.report.live.picture import FAINT
+from incubate_lib.report.live.progress import Phase, Reader, at_work, headline, table_of
+from incubate_lib.report.style import Figure
+from incubate_lib.report.widgets import Sentence, or_sentence, with_twin
 
 LINGER_SECONDS = 60.0  # that a widget goes on looking while nothing is at work: between phases, or before somebody goes on
 
@@ -193,10 +193,8 @@ def watch(
     except (SettingsError, TypeError) as error:
         return Sentence(str(error))
 
-    def twin() -> Figure | Sentence:
-        try:
-            return snapshot(find(preset, overrides, strategies, seeds))
-        except SettingsError as error:
-            return Sentence(str(error))
+    @or_sentence
+    def twin() -> Figure:
+        return snapshot(find(preset, overrides, strategies, seeds))
 
     return with_twin(lambda: Live(preset, overrides, strategies, seeds, every), twin)

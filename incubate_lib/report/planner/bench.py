@@ -1,4 +1,4 @@
-"""What `incubate bench` says: its tables for the terminal, and its ratios in words. Reads rows, measures nothing."""
+"""What `incubate bench` says: its tables for the terminal, its ratios in words, a figure. Reads rows, measures nothing."""
 
 import math
 
@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from incubate_lib.report.tables import flop_unit
+from incubate_lib.report.style import Figure, style
+from incubate_lib.report.words import flop_unit
 
 LOOP_LIMIT = 1.03  # what our loop may cost end to end, against a bare one
 BUSY = 1.3  # slowest round against fastest
@@ -166,3 +167,36 @@ def growth_in_words(table: pd.DataFrame) -> list[str]:
             f"largest as FLOPs^{large:.2f}: {verdict}."
         )
     return lines
+
+
+def growth(table: pd.DataFrame) -> Figure:
+    """Draw the measured time of a step against its counted FLOPs, over depth and over image size, both axes logarithmic.
+
+    `table` has the rows of `training.bench.growth`. Bars span the rounds; the grey line has slope 1.
+    """
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    series = table["series"].unique()
+    axes = figure.subplots(1, len(series), squeeze=False)[0]
+    for axis, name in zip(axes, series, strict=True):
+        part = table[table["series"] == name]
+        for variant, points in part.groupby("variant", sort=False):
+            appearance = style("end_to_end" if variant == "end_to_end" else "deep_incubation")
+            time, cost = points["step_seconds"], points["step_flops"] / 1e9
+            spread = [time - points["step_seconds_min"], points["step_seconds_max"] - time]
+            appearance = {"color": appearance["color"], "marker": appearance["marker"], "linestyle": "none"}
+            legend = f"{label(variant)}: time ∝ FLOPs^{exponent(points):.2f}"
+            axis.errorbar(cost, time, yerr=spread, capsize=3, label=legend, **appearance)
+        for size, points in part.groupby("size"):
+            top = points.sort_values("step_flops").iloc[-1]
+            place = (top["step_flops"] / 1e9, top["step_seconds"])
+            axis.annotate(f"{size}", place, (-4, 6), textcoords="offset points", ha="right", fontsize=9)
+        ends = np.array([part["step_flops"].min(), part["step_flops"].max()])
+        slope_one = ends * (part["step_seconds"] / part["step_flops"]).median()
+        axis.plot(ends / 1e9, slope_one, color="#777777", linewidth=1, zorder=0, label="as FLOPs (slope 1), through the median")
+        title = f"{name.replace('_', ' ')} (numbers at the points: {SERIES[name]})"
+        axis.set(xscale="log", yscale="log", xlabel="counted cost of a step (GFLOP)", title=title)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=9)
+    axes[0].set_ylabel("measured time of a step (s)")
+    figure.suptitle(machine_line(table).replace("; ", "\n", 1), fontsize=9)
+    return figure

@@ -17,12 +17,13 @@ from incubate_lib.config import PhaseSettings, Settings, SettingsError
 from incubate_lib.method.incubation import Imitation
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.plots import FROZEN, TRAINED, Figure
-from incubate_lib.report.tables import label
-from incubate_lib.report.widgets import Sentence, with_twin
+from incubate_lib.report.style import PAPER, Figure, filling, trained_and_frozen
+from incubate_lib.report.widgets import or_sentence, with_picture, with_twin
+from incubate_lib.report.words import label
 from incubate_lib.training.costs import FlopCounts
 from incubate_lib.training.memory import StepMemory, memory_by_part
 from incubate_lib.training.phases import build_target, model_shape, prepare
+from incubate_lib.training.schedule import micro_batches
 
 KINDS = {  # of memory → name, colour, hatch
     "weights": ("weights", "#999999", ""),
@@ -86,53 +87,33 @@ def hybrid_costs(given: Settings | Plan, strategy: str, index: int) -> Costs:
     return _hybrid(nodes, index, Known(nodes[0]))
 
 
-def hybrid_figure(given: Settings | Plan, strategy: str, index: int) -> Figure:
-    """Draw the hybrid of module `index` (0-based) over the network as end-to-end training has it, to scale: FLOPs, bytes.
-
-    SettingsError if the strategy incubates no such module.
+def hybrids_figure(given: Settings | Plan, strategy: str, index: int | None = None) -> Figure:
+    """Draw the hybrid of module `index` (0-based), or those of all modules, over the network as end-to-end training has it, to
+    scale: FLOPs, bytes. SettingsError if the strategy incubates no such module.
     """
     nodes = _modules(given, strategy)
-    known = Known(nodes[0])
-    return _draw([_hybrid(nodes, index, known), _whole(nodes[0], known)], strategy)
+    return _figure(nodes, range(len(nodes)) if index is None else [index], strategy, Known(nodes[0]))
 
 
-def hybrids_figure(given: Settings | Plan, strategy: str) -> Figure:
-    """Draw the hybrids of all modules, and the whole network: what `hybrid_viewer` shows one by one."""
-    nodes = _modules(given, strategy)
-    return _all(nodes, strategy, Known(nodes[0]))
+def _figure(nodes: Sequence[Node], indices: Sequence[int], strategy: str, known: Known) -> Figure:
+    return _draw([*(_hybrid(nodes, i, known) for i in indices), _whole(nodes[0], known)], strategy)
 
 
-def _all(nodes: Sequence[Node], strategy: str, known: Known) -> Figure:
-    return _draw([*(_hybrid(nodes, i, known) for i in range(len(nodes))), _whole(nodes[0], known)], strategy)
-
-
+@or_sentence
 def hybrid_viewer(given: Settings | Plan, strategy: str) -> Any:
-    """Return a slider over the modules that switches the picture of `hybrid_figure`; its twin is `hybrids_figure`.
+    """Return a slider over the modules that switches the picture of one hybrid; its twin shows all.
 
     What cannot be shown becomes a sentence in its place.
     """
-    try:
-        nodes = _modules(given, strategy)
-    except SettingsError as error:
-        return Sentence(str(error))
+    nodes = _modules(given, strategy)
     known = Known(nodes[0])
-    return with_twin(lambda: _slider(nodes, strategy, known), lambda: _all(nodes, strategy, known))
+    return with_twin(lambda: _slider(nodes, strategy, known), lambda: _figure(nodes, range(len(nodes)), strategy, known))
 
 
 def _slider(nodes: Sequence[Node], strategy: str, known: Known) -> ipywidgets.Widget:
     options = [(f"module {i + 1} of {len(nodes)}", i) for i in range(len(nodes))]
     menu = ipywidgets.SelectionSlider(options=options, description="incubate", layout={"width": "32rem"})
-    shown = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
-    whole, pictures = _whole(nodes[0], known), {}
-
-    def show(_: object = None) -> None:
-        if menu.value not in pictures:
-            pictures[menu.value] = _draw([_hybrid(nodes, menu.value, known), whole], strategy)._repr_png_()
-        shown.value = pictures[menu.value]
-
-    menu.observe(show, names="value")
-    show()
-    return ipywidgets.VBox([menu, shown])
+    return with_picture(menu, lambda index: _figure(nodes, [index], strategy, known))
 
 
 # -- counting -----------------------------------------------------------------------------------------------------------------
@@ -181,7 +162,7 @@ def _whole(node: Node, known: Known) -> Costs:
 
 def _at_once(s: PhaseSettings, node: Node) -> int:
     """Return the images that one device has at once."""
-    return s.training.micro_batch or s.training.batch_size // node.experiment.settings.machine.team_size
+    return micro_batches(s.training.batch_size, s.training.micro_batch, node.experiment.settings.machine.team_size)[1]
 
 
 # -- drawing ------------------------------------------------------------------------------------------------------------------
@@ -209,16 +190,13 @@ def _flop_bars(axis: Axes, rows: Sequence[Costs]) -> None:
         left = 0.0
         for part in row.parts:
             width = part.flops / factor
-            appearance = {"facecolor": TRAINED} if part.trained else {"facecolor": FROZEN, "hatch": "//"}
-            axis.barh(y, width, 0.62, left, edgecolor="black", linewidth=1, **appearance)
+            axis.barh(y, width, 0.62, left, linewidth=1, **filling(part.trained))
             _annotate(axis, left, width, y, widest, part.name, f"{part.name}, {part.blocks} blocks\n{part.work}")
             left += width
         share = "" if row is rows[-1] else f" ({row.flops / rows[-1].flops:.0%})"
         axis.text(left + 0.01 * widest, y, f"{row.flops / factor:.3g}{share}", va="center", fontsize=10)
     axis.set(xlabel=f"{unit} of one image, forward and backward", xlim=(0, 1.13 * widest))
-    handles = [Patch(facecolor=TRAINED, edgecolor="black", label="trained"),
-               Patch(facecolor=FROZEN, edgecolor="black", hatch="//", label="frozen, never updated")]  # fmt: skip
-    axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
+    axis.legend(handles=trained_and_frozen(), loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
 
 
 def _memory_bars(axis: Axes, rows: Sequence[Costs]) -> None:
@@ -251,9 +229,8 @@ def _annotate(axis: Axes, left: float, width: float, y: float, widest: float, sh
     """Write what fits into a bar: all of it, its number, or nothing."""
     longest = max(map(len, long.splitlines())) * 0.0098 * widest  # of letters of this size in a figure of this width
     text = long if width > longest else short.removeprefix("module ") if width > 0.012 * widest else ""
-    paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
     if text:
-        axis.text(left + width / 2, y, text, ha="center", va="center", fontsize=9, bbox=paper)
+        axis.text(left + width / 2, y, text, ha="center", va="center", fontsize=9, bbox=PAPER)
 
 
 def _flop_unit(flops: float) -> tuple[str, float]:

@@ -8,10 +8,12 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.ticker import LogLocator
 
-from incubate_lib.report.plots import STYLE, Figure, style
-from incubate_lib.report.statistics import rounded
-from incubate_lib.report.studies import StudyTable, at_equal_cost, seeds_count, seeds_text
-from incubate_lib.report.tables import MIXED, flop_unit, label, mixes, results_folder
+from incubate_lib.report.style import STYLE, Figure, style
+from incubate_lib.report.tables.hardware import MIXED, mixes
+from incubate_lib.report.tables.records import write_figure
+from incubate_lib.report.tables.statistics import rounded
+from incubate_lib.report.tables.studies import StudyTable, at_equal_cost, cells, seeds_count, seeds_text
+from incubate_lib.report.words import flop_unit, label
 
 COSTS = {
     "flops": "all phases, one machine",
@@ -27,12 +29,11 @@ def fronts(table: StudyTable) -> Figure | None:
     if "budget" not in table.axes:
         return None
     others = [axis for axis in table.axes if axis != "budget"]
-    groups = list(table.results.groupby(others, sort=False)) if others else [((), table.results)]
+    groups = list(cells(table.results, others))
     figure = Figure(figsize=(11, 3.6 * len(groups) + 0.9), layout="constrained")
     axes = figure.subplots(len(groups), len(COSTS), sharey="row", squeeze=False)
-    for line, (values, rows) in zip(axes, groups, strict=True):
-        values = values if isinstance(values, tuple) else (values,)
-        where = ", ".join(f"{axis} {value}" for axis, value in zip(others, values, strict=True))
+    for line, (place, rows) in zip(axes, groups, strict=True):
+        where = ", ".join(f"{axis} {value}" for axis, value in place.items())
         for axis, (cost, title) in zip(line, COSTS.items(), strict=True):
             unit, factor = ("s", 1.0) if cost == "seconds" else flop_unit(rows[cost].max())
             title += f", {MIXED} on several devices" if cost == "seconds" and mixes(rows) else ""
@@ -136,12 +137,5 @@ def _map(axis, part: pd.DataFrame, rows: str, column: str, bound: float):
 
 def draw(table: StudyTable) -> list[Path]:
     """Draw a study's figures from its tracked tables into figures/."""
-    folder = results_folder().parents[1] / "figures"
-    folder.mkdir(exist_ok=True)
-    written = []
-    for name, figure in {"": fronts(table) or ranking(table), "_gain": gain_map(table)}.items():
-        if figure is None:
-            continue
-        written.append(folder / f"study_{table.name}{name}.png")
-        figure.savefig(written[-1], dpi=150)
-    return written
+    figures = {"": fronts(table) or ranking(table), "_gain": gain_map(table)}
+    return [write_figure(figure, f"study_{table.name}{name}") for name, figure in figures.items() if figure is not None]

@@ -6,9 +6,12 @@ from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 
 from incubate_lib.pipeline.graph import Node
-from incubate_lib.report.plots import Figure, style
-from incubate_lib.report.statistics import family_text, points_text, verdict_text
-from incubate_lib.report.tables import BASELINE, MIXED, Results, differences, flop_unit, label, mixed_text, mixes, spread
+from incubate_lib.report.style import Figure, style
+from incubate_lib.report.tables.hardware import MIXED, mixed_text, mixes
+from incubate_lib.report.tables.records import Results
+from incubate_lib.report.tables.statistics import family_text, points_text, spread, verdict_text
+from incubate_lib.report.tables.verdict import differences
+from incubate_lib.report.words import BASELINE, flop_unit, label
 
 COSTS = {"flops": "training FLOPs", "train_seconds": "training seconds"}  # columns of curves
 

@@ -2,12 +2,12 @@
 
 from itertools import groupby
 
-from incubate_lib.pipeline.graph import Node, Plan, closure
-from incubate_lib.report.curves import MARGIN, curve_legend, draw_row, phase_name
-from incubate_lib.report.picture import FAINT, Picture
-from incubate_lib.report.plots import Figure
-from incubate_lib.report.progress import Phase, Reader, duration
-from incubate_lib.report.tables import label
+from incubate_lib.pipeline.graph import Node, Plan, closure, longest
+from incubate_lib.report.live.curves import MARGIN, curve_legend, draw_row
+from incubate_lib.report.live.picture import FAINT, Picture
+from incubate_lib.report.live.progress import Phase, Reader, duration
+from incubate_lib.report.style import Figure
+from incubate_lib.report.words import label, phase_name
 
 MANY = 4  # rows of phases; where there are more, those that are done or wait are told in one line each
 COLORS = {  # Okabe and Ito's; the word stands in the box as well
@@ -36,7 +36,7 @@ def draw(plan: Plan, phases: list[Phase]) -> tuple[Picture, Picture]:
             alone.append((title, group[0]))
         else:
             shown.append((title, group))
-    columns = max([1 + max(_depths(group[-1].node).values()) for _, group in shown], default=4)
+    columns = max([max(_depths(group).values()) for _, group in shown], default=4)
     width, drawn = min(250.0, (WIDTH - 20 - GAP * (columns - 1)) / columns), set()
     if alone:
         _draw_alone(graph, alone, columns, width)
@@ -65,12 +65,9 @@ def _name(node: Node) -> str:
     return phase_name(s.phase, s.module_index, len(s.target_depths)) + (", small images" if s.small_images else "")
 
 
-def _depths(final: Node) -> dict[str, int]:
-    """Return for each phase that a result needs how many stand before it, at most."""
-    depths: dict[str, int] = {}
-    for node in closure([final]):
-        depths[node.key] = 1 + max((depths[before.key] for before in node.inputs.values()), default=-1)
-    return depths
+def _depths(group: list[Phase]) -> dict[str, int]:
+    """Return for each phase how many phases stand in the longest way to it, itself counted."""
+    return longest([phase.node for phase in group], dict.fromkeys((phase.node.key for phase in group), 1))
 
 
 def _draw_folded(picture: Picture, title: str, group: list[Phase]) -> None:
@@ -93,7 +90,7 @@ def _draw_alone(picture: Picture, alone: list[tuple[str, Phase]], columns: int, 
 
 
 def _draw_group(picture: Picture, title: str, group: list[Phase], width: float, drawn: set[str]) -> None:
-    depths = _depths(group[-1].node)
+    depths = _depths(group)
     by_depth = [list(part) for _, part in groupby(sorted(group, key=lambda p: depths[p.node.key]), lambda p: depths[p.node.key])]
     tallest = max(map(len, by_depth))
     picture.text(10, picture.height + 16, title, size=13, bold=True, room=WIDTH - 20)

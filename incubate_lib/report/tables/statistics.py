@@ -113,3 +113,11 @@ def rounded(value: float, digits: int = 1, sign: str = "") -> str:
         return "nan"
     exact = Decimal(f"{value:.9g}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
     return f"{exact if exact else abs(exact):{sign if exact else ''},f}"
+
+
+def spread(values: pd.Series) -> str:
+    """Return mean ± standard deviation over seeds; a single seed is marked as such."""
+    if values.empty:
+        return "–"
+    mean = rounded(values.mean())
+    return f"{mean} ± {rounded(values.std())}" if len(values) > 1 else f"{mean} (one seed)"

@@ -1,0 +1,1 @@
+"""A run as it goes on, and runs that are finished, looked into: progress, graphs, curves, widgets."""

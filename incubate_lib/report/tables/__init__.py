@@ -1,0 +1,1 @@
+"""Records as tables: comparison, statistics, studies, Modular Adaptive Training, and figures of them."""

@@ -1,0 +1,154 @@
+"""What a study says about training in pieces, in sentences."""
+
+import pandas as pd
+
+from incubate_lib.config.study import BASELINE
+from incubate_lib.report.tables.hardware import mixed_text
+from incubate_lib.report.tables.statistics import compare, family_text, gain_text, paired
+from incubate_lib.report.tables.studies import COSTS, WITHOUT, StudyTable, at_equal_cost, cells, gains, relative_costs
+from incubate_lib.report.words import label
+
+
+def answer(table: StudyTable) -> list[str]:
+    """Say in sentences what a study says about training in pieces, whatever the numbers are."""
+    if BASELINE not in set(table.results["strategy"]):
+        return ["There is no end-to-end training in this study to compare with."]
+    lines = [*_cheapest(table), *_largest_gain(table), *_against_controls(table), *_against_workers(table), *_assembled(table)]
+    lines = [*lines, *filter(None, [mixed_text(table.results)])]
+    return lines or ["Nothing is finished yet."]
+
+
+def reached(table: StudyTable) -> pd.DataFrame:
+    """Return the cheapest cell in which each strategy is at least as good on average as end to end in its best cell.
+
+    Cells are compared along the axis `budget`, with the other axes' values kept; without that axis a cell is compared with
+    itself. Columns: the other axes, strategy, the budget at which, accuracy, best (end to end's), flops, critical_flops and
+    seconds relative to end to end's best, then `statistics.COLUMNS`; the family is every cell that was compared.
+    """
+    candidates = _against_best(table)
+    good = candidates[candidates["accuracy"] >= candidates["best"]].sort_values("flops", kind="stable")
+    return good.drop_duplicates([*_other_axes(table), "strategy"]).sort_index().reset_index(drop=True)
+
+
+def _other_axes(table: StudyTable) -> list[str]:
+    return [axis for axis in table.axes if axis != "budget"]
+
+
+def _against_best(table: StudyTable) -> pd.DataFrame:
+    """Compare every cell of every strategy with end to end's best cell, on the seeds that both have; what is not finished is
+    left out. The columns are those of `reached`.
+    """
+    others, budget = _other_axes(table), ["budget"] if "budget" in table.axes else []
+    rows, found = [], []
+    for place, group in cells(table.results, others):
+        parts = [part for _, part in cells(group, budget)]
+        base = [part[part["strategy"] == BASELINE].dropna(subset="accuracy") for part in parts]
+        best = max((cell for cell in base if len(cell)), key=lambda cell: cell["accuracy"].mean(), default=None)
+        if best is None:
+            continue
+        for name in (name for name in group["strategy"].unique() if name != BASELINE):
+            for cell in (part[part["strategy"] == name] for part in parts):
+                gain = paired(pd.concat([cell, best]), name, BASELINE)
+                if gain.empty:
+                    continue
+                mine, theirs = (part[part["seed"].isin(gain.index)] for part in (cell, best))
+                where = place | {"strategy": name} | {axis: cell[axis].iloc[0] for axis in budget}
+                means = {"accuracy": mine["accuracy"].mean(), "best": theirs["accuracy"].mean()}
+                rows.append(where | means | relative_costs(mine, theirs))
+                found.append(gain)
+    named = pd.DataFrame(rows, columns=[*others, "strategy", *budget, "accuracy", "best", *COSTS])
+    return pd.concat([named, compare(found)], axis="columns")
+
+
+def _cheapest(table: StudyTable) -> list[str]:
+    if "budget" not in table.axes:
+        return []
+    candidates, found, others = _against_best(table), reached(table), _other_axes(table)
+
+    def named(row: dict) -> str:
+        where = ", ".join(f"{axis} {row[axis]}" for axis in others)
+        return label(row["strategy"]) + (f" ({where})" if where else "")
+
+    lines = [
+        f"{named(row)} reaches end to end's best ({row['best']:.1%}) on average, with {row['accuracy']:.1%}, for "
+        f"{row['flops']:.2f} of its FLOPs, {row['critical_flops']:.2f} on the critical path ({gain_text(row)})."
+        for row in found.to_dict("records")
+    ]
+    done = [named(row) for row in found.to_dict("records")]
+    compared = dict.fromkeys(named(row) for row in candidates.to_dict("records"))
+    lines += [f"{name} does not reach end to end's best at any budget here." for name in compared if name not in done]
+    if len(found) and (count := found["comparisons"].max()) > 1:
+        lines.append(f"With end to end's best {count} cells were compared, and corrected for that number (Holm).")
+    return lines
+
+
+def _largest_gain(table: StudyTable) -> list[str]:
+    equal, lines = at_equal_cost(table), []
+    for sign, word in ((1, "gain"), (-1, "loss")):
+        row = equal.loc[(sign * equal["gain"]).idxmax()] if len(equal) else None
+        if row is None or sign * row["gain"] <= 0:
+            continue
+        where = ", ".join(f"{axis} {row[axis]}" for axis in table.axes)
+        where = f" at {where}" if where else ""
+        lines.append(
+            f"The largest {word} of {len(equal)} comparisons at equal FLOPs, in points: {label(row['strategy'])}{where}, "
+            f"{gain_text(row)}. {family_text(row['comparisons'])}".strip()
+        )
+    return lines
+
+
+INCUBATED = ("recommended", "deep_incubation_identity", "deep_incubation_stack", "deep_incubation")  # the recommended ones first
+
+
+def _against_controls(table: StudyTable) -> list[str]:
+    """Compare incubation with the same start without it, cell by cell."""
+    there, lines = set(table.results["strategy"]), []
+    for name, control in WITHOUT.items():
+        if not {name, control} <= there:
+            continue
+        found = gains(table, control, [name])
+        if found.empty:
+            continue
+        better, worse = (int((found["clear"] & (sign * found["gain"] > 0)).sum()) for sign in (1, -1))
+        lines.append(
+            f"Against the same start without incubation ({label(control)}), {label(name)} is clearly better in {better}, clearly "
+            f"worse in {worse} and inside the noise in {len(found) - better - worse} of {len(found)} cells (mean "
+            f"{found['gain'].mean():+.1f} points), for {found['critical_flops'].mean():.2f} of its critical path. "
+            f"{family_text(found['comparisons'].max())}".strip()
+        )
+    return lines
+
+
+def _against_workers(table: StudyTable) -> list[str]:
+    """Compare incubation with K workers that train the whole network together for as long as its critical path."""
+    there, together = set(table.results["strategy"]), "end_to_end_longer"
+    name = next((name for name in INCUBATED if {name, together} <= there), None)
+    if name is None:
+        return []
+    found = gains(table, together, [name])
+    if found.empty:
+        return []
+    texts = ", ".join(gain_text(row) for _, row in found.iterrows())
+    return [
+        f"In the same time ({found['critical_flops'].mean():.2f} of the critical path), K workers that trained the whole network "
+        f"together would cost {1 / found['flops'].mean():.1f} times as much; {label(name)} against that, in points: {texts}. "
+        f"{family_text(found['comparisons'].max())}".strip()
+    ]
+
+
+def _assembled(table: StudyTable) -> list[str]:
+    rows = table.results.dropna(subset=["accuracy", "assembled_accuracy", "meta_accuracy"])
+    lines = []
+    for name in (name for name in INCUBATED if name in set(rows["strategy"])):
+        mine = rows[rows["strategy"] == name]
+        mine = mine.assign(added=100 * (mine["accuracy"] - mine["assembled_accuracy"]))
+        cells = mine.groupby(table.axes or "strategy")["added"].mean()
+        span = f" (by cell from {cells.min():+.1f} to {cells.max():+.1f})" if len(cells) > 1 else ""
+        ahead = 100 * (mine["accuracy"] - mine["meta_accuracy"]).mean()
+        added = round(mine["added"].mean(), 1) + 0.0  # no "-0.0"
+        side = "above" if ahead > 0 else "below"
+        lines.append(
+            f"{label(name)}: fine-tuning changes the assembled network by {added:+.1f} points{span}; the finished network is "
+            f"{abs(ahead):.1f} points {side} its meta model."
+        )
+    return lines
