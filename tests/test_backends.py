@@ -17,8 +17,8 @@ from incubate_lib.config import Frozen, MachineSettings, SettingsError, load_set
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
 from incubate_lib.pipeline.strategies import plan
+from incubate_lib.report.live.progress import Reader, headline
 from incubate_lib.report.mirror import is_at_work
-from incubate_lib.report.progress import Reader, headline
 from incubate_lib.training.runs import read_json, write_json
 
 NOTEBOOK = "import json, sys; from incubate_lib.pipeline.notebook import run; sys.exit(run(*json.loads(sys.argv[1])))"
