@@ -202,5 +202,6 @@ def remaining(nodes: Sequence[Node], costs: Mapping[str, float]) -> dict[str, fl
     ways = {node.key: costs[node.key] for node in nodes}
     for node in reversed(nodes):
         for before in node.inputs.values():
-            ways[before.key] = max(ways[before.key], costs[before.key] + ways[node.key])
+            if before.key in ways:  # else it is no part of what is asked about: it is finished, or another run's
+                ways[before.key] = max(ways[before.key], costs[before.key] + ways[node.key])
     return ways
