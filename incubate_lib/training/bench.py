@@ -139,7 +139,7 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Measure end to end and the meta model beside bare loops, and each hybrid beside the released code's freezing.
 
-    Returns one row a variant. Two variants live at a time; `tell` is given a line before each two. Raises SettingsError
+    Returns one row a variant. Two variants live at a time; `log` is given a line before each two. Raises SettingsError
     for numbers that make no sense and for a batch that the device cannot hold.
     """
     _check(batch=batch, rounds=rounds, classes=classes)
