@@ -94,7 +94,8 @@ class Paper(Backend):
 @pytest.fixture(scope="module")
 def paper():
     backends.register(Paper())
-    return backends.get("paper")
+    yield backends.get("paper")
+    backends.unregister("paper")
 
 
 def test_a_third_backend_takes_a_run_to_its_end(paper, data_folder, capsys):

@@ -19,6 +19,11 @@ def register(backend: Backend) -> None:
     _all()[backend.name] = backend
 
 
+def unregister(name: str) -> None:
+    """Take away a backend that was registered."""
+    del _all()[name]
+
+
 def names() -> list[str]:
     return list(_all())
 
