@@ -18,7 +18,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 test-fast: .venv/ready
-	$(BIN)/python -m pytest -k "not compiled" $(FAST:%=tests/test_%.py)
+	$(BIN)/python -m pytest -n 2 -k "not compiled" $(FAST:%=tests/test_%.py)
 
 # Tests that meet other packages most closely: images and their transforms, recipes, networks, weights of others, notebooks.
 test-lowest: .venv-lowest/ready
