@@ -1,42 +1,84 @@
-"""Deep Incubation (arXiv 2212.04129, section 3): hybrids, starting weights, assembly.
+"""Deep Incubation (arXiv 2212.04129, section 3): hybrids, starting weights, assembly, for any network that is a chain.
 
 1. train a tiny meta model end to end; 2. for each i train target module i alone inside the frozen meta model
-(`make_hybrid`); 3. put the trained modules together (`assemble`); 4. fine-tune the result end to end.
+(`Hybrid`); 3. put the trained modules together (`assemble`); 4. fine-tune the result end to end.
 Steps 1, 2 and 4 use the ordinary loss on the labels, so any training loop will do.
+
+Here a meta model has the names of the target: it is the target network with blocks left out (`network.without`), or a
+network of its own in those names (`network.in_names_of`).
 """
 
-from collections import Counter
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from incubate_lib.method.partition import HEAD, STEM, ViTModule, join
+from incubate_lib.method.network import Partition, graft, has_layer, replaced, run_to
 
 Start = Literal["random", "stack", "identity"]
 
 
 class Hybrid(nn.Module):
-    """The meta model with one module replaced by a target module; only the target is trainable, or ever in train mode."""
+    """The meta model with one module replaced by the target's; only that is trainable, or ever in train mode.
 
-    def __init__(self, prefix: nn.Module, target: ViTModule, suffix: nn.Module) -> None:
+    Weights are shared with both networks, and frozen or not in place, before anybody can wrap or compile the hybrid.
+    Raises ValueError when the module does not fit the meta model.
+    """
+
+    def __init__(self, meta: nn.Module, target: nn.Module, partition: Partition, index: int) -> None:
         super().__init__()
-        self.prefix, self.target, self.suffix = prefix, target, suffix
+        if not 0 <= index < partition.num_modules:
+            raise ValueError(f"index {index} is outside the modules 0 … {partition.num_modules - 1}")
+        check_fit(meta, target)
+        self.partition, self.index = partition, index
+        self.network = graft(meta, target, partition.claims(index))
+        self.learning = list(_layers_of(self.network, partition, index))
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(partition.owner(name) == index)
+        self.train()
 
     def train(self, mode: bool = True) -> "Hybrid":
-        """Put the target in train mode; frozen modules stay in eval mode, or their drop-path would be noise."""
+        """Put the target module in train mode; what is frozen stays in eval mode: drop-path would be noise, statistics move."""
         super().train(False)
         self.training = mode
-        self.target.train(mode)
+        for layer in self.learning:
+            layer.training = mode
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images [B, C, H, W] to logits. No gradient is needed before the target; behind it, it passes through."""
-        with torch.no_grad():
-            x = self.prefix(x)
-        return self.suffix(self.target(x))
+        """Map images [B, C, H, W] to logits. Nothing before the module needs a gradient; behind it, it passes through."""
+        return self.network(x)
+
+    def module_state(self) -> dict[str, Tensor]:
+        """Return the trained module's tensors, under the target network's names."""
+        return self.partition.part(self.index, self.network.state_dict())
+
+
+def _layers_of(network: nn.Module, partition: Partition, index: int) -> Iterator[nn.Module]:
+    """Return the layers that work in module `index`, and those within them that nobody calls."""
+    belongs = partition.claims(index)
+
+    def walk(layer: nn.Module, path: str, inherited: bool) -> Iterator[nn.Module]:
+        own = belongs(path) if path else index == partition.num_modules - 1  # the root's own drop-out lies in its head
+        if own is None:
+            own = inherited and path not in partition.chain.spans
+        if own:
+            yield layer
+        for name, child in layer.named_children():
+            yield from walk(child, f"{path}.{name}" if path else name, own and bool(path))
+
+    return walk(network, "", False)
+
+
+class Replay(nn.Module):
+    """Stands for a layer whose output is known already."""
+
+    value: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value
 
 
 class Imitation(Hybrid):
@@ -45,9 +87,14 @@ class Imitation(Hybrid):
     In train mode its outputs are losses, in eval mode the hybrid's logits.
     """
 
-    def __init__(self, prefix: nn.Module, target: ViTModule, suffix: nn.Module, model_of: ViTModule) -> None:
-        super().__init__(prefix, target, suffix)
-        self.model_of = model_of.requires_grad_(False)
+    def __init__(self, meta: nn.Module, target: nn.Module, partition: Partition, index: int) -> None:
+        super().__init__(meta, target, partition, index)
+        self.meta = meta
+        for name, parameter in meta.named_parameters():
+            if partition.owner(name) == index:
+                parameter.requires_grad_(False)
+        self.replays = {path: Replay() for path in _layers_before(self.network, partition, index)}
+        self.behind_prefix = [replaced(self.network, self.replays)]  # in a list: all that it holds is registered above
         self.train()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,92 +104,118 @@ class Imitation(Hybrid):
         """
         if not self.training:
             return super().forward(x)
-        with torch.no_grad():
-            x = self.prefix(x)
-            wanted = self.model_of(x)
-        distance = (self.target(x) - wanted).float().square().flatten(1).mean(1)
+        with torch.no_grad(), self._recorded():
+            wanted = run_to(self.meta, self.partition, self.index, x)
+        distance = (run_to(self.behind_prefix[0], self.partition, self.index, x) - wanted).float().square().flatten(1).mean(1)
         return distance / wanted.float().var()
 
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Have the layers before the module hand their outputs to the replays: the frozen prefix runs once."""
 
-def make_hybrid(meta_modules: Sequence[ViTModule], target: ViTModule, index: int) -> Hybrid:
-    """Replace module `index` (0-based) of the meta model by `target` and freeze all others, in place.
+        def record(layer: nn.Module, args: Any, output: Any, replay: Replay) -> None:
+            replay.value = output.clone() if isinstance(output, Tensor) else output  # what follows may work in place
 
-    Freezing happens here, before anybody can wrap or compile the hybrid. Raises ValueError when the target does not
-    belong at that place or does not fit the meta model's width.
-    """
-    if not 0 <= index < len(meta_modules):
-        raise ValueError(f"index {index} is outside the meta model's modules 0 … {len(meta_modules) - 1}")
-    if (target.index, len(target.depths)) != (index, len(meta_modules)):
-        raise ValueError(f"{target.label} cannot stand in for module {index + 1} of {len(meta_modules)}")
-    if target.embed_dim != meta_modules[index].embed_dim:
-        raise ValueError(f"{target.label} has width {target.embed_dim}, the meta model {meta_modules[index].embed_dim}")
-    prefix, suffix = nn.Sequential(*meta_modules[:index]), nn.Sequential(*meta_modules[index + 1 :])
-    prefix.requires_grad_(False)
-    suffix.requires_grad_(False)
-    target.requires_grad_(True)
-    return Hybrid(prefix, target, suffix).train()
+        handles = [
+            self.meta.get_submodule(path).register_forward_hook(lambda *call, replay=replay: record(*call, replay))
+            for path, replay in self.replays.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
-def make_imitation(meta_modules: Sequence[ViTModule], target: ViTModule, index: int) -> Imitation:
-    """Return the hybrid of `make_hybrid` whose target imitates meta module `index`; the same errors."""
-    hybrid = make_hybrid(meta_modules, target, index)
-    return Imitation(hybrid.prefix, hybrid.target, hybrid.suffix, meta_modules[index])
+def _layers_before(network: nn.Module, partition: Partition, index: int) -> list[str]:
+    """Return the outermost layers that work only before module `index`."""
+    spans = partition.chain.spans
+    before = {name for name, (_, last) in spans.items() if partition.module_of(last) < index and has_layer(network, name)}
+    return [name for name in before if not any(name.startswith(f"{other}.") for other in before)]
+
+
+def check_fit(meta: nn.Module, target: nn.Module) -> None:
+    """Raise ValueError unless all that a meta model has is in the target, too, and of the same shapes."""
+    large = target.state_dict()
+    for name, tensor in meta.state_dict().items():
+        if name not in large or large[name].shape != tensor.shape:
+            there = f"{tuple(large[name].shape)} in the target" if name in large else "not in the target"
+            raise ValueError(f"the meta model does not fit the target: {name} is {tuple(tensor.shape)}, but {there}")
 
 
 @torch.no_grad()
-def start_module(target: ViTModule, meta: ViTModule, start: Start, inherit_stem: bool, inherit_head: bool) -> ViTModule:
-    """Set the starting weights of `target` from its meta module, in place, and return it.
+def start_module(
+    target: nn.Module,
+    meta: nn.Module,
+    partition: Partition,
+    index: int,
+    start: Start,
+    *,
+    inherit_stem: bool = False,
+    inherit_head: bool = False,
+) -> None:
+    """Set the starting weights of the target's module `index` from the meta model, in place.
 
-    `random` (the paper) leaves the blocks as they were initialised; `stack` fills them with copies of the meta
-    blocks; `identity` puts the meta blocks first and lets the residual branches of all others start at zero, so that
-    the module computes what its meta module computes. Raises ValueError when the blocks cannot start that way.
+    `random` (the paper) leaves the blocks as they were initialised; `stack` fills them with copies of the meta module's
+    blocks; `identity` puts the meta module's blocks first and lets the residual branches of all others start at zero, so that
+    the module computes what its meta module computes. With both, layers between blocks (those that reduce the image's size)
+    are the meta model's, too. What lies before all blocks, or behind all, is inherited where that is asked for.
+    Raises ValueError when the blocks cannot start that way.
     """
-    depth, meta_depth = len(target.blocks), len(meta.blocks)
-    if start != "random" and depth < meta_depth:
-        raise ValueError(f"{target.label} has {depth} blocks, fewer than the {meta_depth} it should start from")
-    for i, block in enumerate(target.blocks):
+    check_fit(meta, target)
+    chain = partition.chain
+    own, small = target.state_dict(), meta.state_dict()
+    blocks = partition.blocks(index)
+    kept = [block for block in blocks if has_layer(meta, block)]
+    ends = {stretch.block: stretch.ends for stretch in chain.stretches}
+    for i, block in enumerate(blocks):
+        source = block
         if start == "stack":
-            block.load_state_dict(meta.blocks[i * meta_depth // depth].state_dict())
-        elif start == "identity" and i < meta_depth:
-            block.load_state_dict(meta.blocks[i].state_dict())
-        elif start == "identity":
-            if type(block) is not Block:
-                raise ValueError(f"start 'identity' needs timm's plain Block, not {type(block).__name__}")
-            for layer in (block.attn.proj, block.mlp.fc2):
-                for parameter in layer.parameters():
-                    parameter.zero_()
-    inherited = (STEM if inherit_stem and target.is_first else ()) + (HEAD if inherit_head and target.is_last else ())
-    source, own = meta.state_dict(), target.state_dict()
-    for name in own:
-        if name.split(".")[0] in inherited:
-            own[name].copy_(source[name])
-    return target
+            source = kept[i * len(kept) // len(blocks)]
+        elif start == "random":
+            continue
+        elif block not in kept:
+            if not ends[block]:
+                raise ValueError(f"start 'identity' needs residual blocks; nothing leads around the weights of {block}")
+            for name in ends[block]:
+                own[name].zero_()
+            continue
+        for name in [name for name in own if name.startswith(f"{block}.")]:
+            given = small[source + name[len(block) :]]
+            if given.shape != own[name].shape:
+                raise ValueError(f"start {start!r}: {source} is {tuple(given.shape)} where {name} is {tuple(own[name].shape)}")
+            own[name].copy_(given)
+    for name in partition.part(index, own):
+        if chain.block_of(name) is None:
+            inherits = start != "random"
+            if chain.is_stem(name):
+                inherits = inherit_stem
+            elif chain.is_head(name):
+                inherits = inherit_head
+            if inherits:
+                own[name].copy_(small[name])
 
 
-def assemble(modules: Sequence[ViTModule]) -> VisionTransformer:
-    """Put target modules 1 … K together to one ordinary timm ViT, sharing their weights.
+def assemble(model: nn.Module, partition: Partition, modules: Sequence[Mapping[str, Tensor]]) -> nn.Module:
+    """Load the tensors of the trained modules 0 … K-1, as `Hybrid.module_state` returns them, into a target network.
 
-    Raises ValueError that names every missing, doubled, out-of-order or misfitting module.
+    Raises ValueError that names what is missing, in the wrong place or of another shape.
     """
-    if not modules:
-        raise ValueError("no modules to assemble")
-    depths, width = modules[0].depths, modules[0].embed_dim
-    for module in modules:
-        if (module.depths, module.embed_dim) != (depths, width):
-            raise ValueError(
-                f"{module.label} (depths {module.depths}, width {module.embed_dim}) does not fit "
-                f"{modules[0].label} (depths {depths}, width {width})"
-            )
-        if len(module.blocks) != depths[module.index]:
-            raise ValueError(f"{module.label} has {len(module.blocks)} blocks, not {depths[module.index]}")
-    order = [module.index for module in modules]
-    wrong = {
-        "missing": sorted(set(range(len(depths))) - set(order)),
-        "doubled": sorted(i for i, n in Counter(order).items() if n > 1),
-    }
-    if not any(wrong.values()):
-        wrong = {"out of order": [i for place, i in enumerate(order) if i != place]}
-    if any(wrong.values()):
-        message = "; ".join(f"{why}: module {', '.join(str(i + 1) for i in who)}" for why, who in wrong.items() if who)
-        raise ValueError(f"cannot assemble {len(depths)} modules: {message}")
-    return join(modules)
+    if len(modules) != partition.num_modules:
+        raise ValueError(f"the network has {partition.num_modules} modules, but {len(modules)} were given")
+    own = model.state_dict()
+    for index, tensors in enumerate(modules):
+        expected = partition.part(index, own)
+        wrong = {
+            "missing": expected.keys() - tensors.keys(),
+            "not its own": tensors.keys() - expected.keys(),
+            "of another shape": {n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape},
+        }
+        for why, names in wrong.items():
+            if names:
+                raise ValueError(
+                    f"cannot assemble: of module {index + 1} of {partition.num_modules}, {len(names)} tensors are {why}, "
+                    f"first {min(names)}"
+                )
+    model.load_state_dict({name: tensor for tensors in modules for name, tensor in tensors.items()}, strict=True)
+    return model
