@@ -1,6 +1,7 @@
 """The method's defining properties, on networks small enough to compare bit for bit."""
 
 import copy
+import functools
 import itertools
 import subprocess
 import sys
@@ -8,226 +9,327 @@ import sys
 import pytest
 import timm
 import torch
+from timm.models.mlp_mixer import MlpMixer
+from timm.models.vgg import VGG
 from torch import nn
 
-from incubate_lib.method.incubation import assemble, make_hybrid, start_module
-from incubate_lib.method.partition import join, split
+from incubate_lib.method.incubation import Hybrid, Imitation, assemble, start_module
+from incubate_lib.method.network import NotAChain, divide, divide_at, find_chain, graft, in_names_of, outputs, run_to, without
 
 SMALL = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "in_chans": 1, "num_classes": 5}
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "depth": 6}
+NETWORKS = {  # plain ViTs that differ in where stem and head keep their weights, then other families
+    "vit": ("vit_tiny_patch16_224", VIT),
+    "vit-average": ("vit_tiny_patch16_224", VIT | {"global_pool": "avg"}),
+    "vit-registers": ("vit_tiny_patch16_224", VIT | {"reg_tokens": 2, "no_embed_class": True}),
+    "vit-map": ("vit_tiny_patch16_224", VIT | {"global_pool": "map", "class_token": False}),
+    "clip": ("vit_base_patch16_clip_224", VIT),
+    "deit-layer-scale": ("deit_tiny_patch16_224", VIT | {"init_values": 0.1, "qkv_bias": False}),
+    "deit-distilled": ("deit_tiny_distilled_patch16_224", VIT),
+    "swin": ("swin_tiny_patch4_window7_224", {
+        "img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (2, 4), "num_heads": (2, 2),
+    }),
+    "mixer": (MlpMixer, {"img_size": 32, "patch_size": 8, "num_blocks": 6, "embed_dim": 16}),
+    "resnet": ("resnet18", {"channels": (8, 8, 16, 16), "layers": (2, 2, 2, 3)}),
+    "resnet-preact": ("resnetv2_18", {"channels": (8, 8, 16, 16), "stem_chs": 8, "layers": (2, 2, 2, 3)}),
+    "convnext": ("convnext_atto", {"depths": (2, 2, 3, 2), "dims": (8, 8, 16, 16)}),
+    "mobilenet": ("mobilenetv2_035", {}),
+    "vgg": (VGG, {"cfg": (8, 8, "M", 8, 8, "M", 16, 16, 16, "M")}),
+}  # fmt: skip
 K = 3
-VARIANTS = [  # models that differ in where stem and head keep their weights
-    ("vit_tiny_patch16_224", {}),
-    ("vit_tiny_patch16_224", {"global_pool": "avg"}),
-    ("vit_tiny_patch16_224", {"reg_tokens": 2, "no_embed_class": True}),
-    ("vit_tiny_patch16_224", {"global_pool": "map", "class_token": False}),
-    ("vit_base_patch16_clip_224", {}),
-    ("deit_tiny_patch16_224", {"init_values": 0.1, "qkv_bias": False}),
-]
+SHAPE = (3, 32, 32)
 
 
-def vit(depth=6, name="vit_tiny_patch16_224", seed=0, **options):
+def build(name, seed=0, **options):
+    """A network of NETWORKS whose branches all count: none starts at zero, which would hide errors."""
+    stock, own = NETWORKS[name]
     torch.manual_seed(seed)
-    return timm.create_model(name, depth=depth, **SMALL | options).eval()
+    make = functools.partial(timm.create_model, stock) if isinstance(stock, str) else stock
+    model = make(num_classes=5, **own | options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 4:
+                parameter.add_(0.1 * torch.rand_like(parameter))
+    return model.eval()
 
 
-def meta_and_target(seed=0, **options):
-    return split(vit(K, seed=seed), [1] * K), split(vit(6, seed=seed + 1, **options), [2] * K)
+def divided(name, **options):
+    with torch.device("meta"):
+        chain = find_chain(build(name, **options), SHAPE)
+    number = len(chain.blocks)
+    return divide(chain, [number * (i + 1) // K - number * i // K for i in range(K)])
+
+
+def pair(name, seed=0, **options):
+    """The meta model, with one block in each module, the target and how that is divided."""
+    partition = divided(name)
+    rest = [block for i in range(K) for block in partition.blocks(i)[1:]]
+    return without(build(name, seed), rest), build(name, seed + 1, **options), partition
 
 
 @pytest.fixture
 def images():
-    return torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return torch.randn(7, *SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS)
-@pytest.mark.parametrize("depths", [[6], [2, 2, 2], [1, 4, 1], [1] * 6])
-def test_split_and_join_are_timm_bit_for_bit(name, options, depths, images):
-    model = vit(6, name, **options)
-    modules = split(model, depths)
-    with torch.no_grad():
-        logits = model(images)
-        assert torch.equal(nn.Sequential(*modules)(images), logits)
-        assert torch.equal(join(modules)(images), logits)
-        assert torch.equal(assemble(copy.deepcopy(modules))(images), logits)
-    stock = vit(6, name, seed=9, **options)
-    assert not torch.equal(stock(images), logits)
-    stock.load_state_dict(assemble(modules).state_dict(), strict=True)
-    assert torch.equal(stock(images), logits)
-    assert type(join(modules)) is type(stock)
+def loss(model, images):
+    return nn.functional.cross_entropy(model(images), torch.arange(len(images)) % 5)
 
 
-def test_modules_own_each_parameter_once_and_share_it():
-    model = vit()
-    modules = split(model, [1, 3, 2])
-    owned = [id(p) for module in modules for p in module.parameters()]
-    assert sorted(owned) == sorted(id(p) for p in model.parameters())
-    assert {n.split(".")[0] for n, _ in modules[0].named_parameters()} == {"cls_token", "pos_embed", "patch_embed", "blocks"}
-    assert {n.split(".")[0] for n, _ in modules[1].named_parameters()} == {"blocks"}
-    assert {n.split(".")[0] for n, _ in modules[2].named_parameters()} == {"blocks", "norm", "head"}
-    assert any(n.startswith("blocks.0.") for n, _ in modules[2].named_parameters())  # counted within the module
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_modules_in_the_meta_model_are_the_target_bit_for_bit(name, images):
+    model, target, partition = pair(name)
+    for index in range(K):
+        model = graft(model, target, partition.claims(index))
+    loss(model, images).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    target.zero_grad()
+    loss(target, images).backward()
+    assert torch.equal(model(images), target(images))
+    assert all(torch.equal(g, p.grad) for g, p in zip(gradients, target.parameters(), strict=True) if g is not None)
+    stock = build(name, seed=9)
+    assert not torch.equal(stock(images), target(images))
+    stock.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(stock(images), target(images)) and type(model) is type(stock)
 
 
-@pytest.mark.parametrize("depths", [[], [6, 0], [3, 2], [2, 2, 3], [-1, 7]])
-def test_depths_that_do_not_add_up_are_refused(depths):
-    with pytest.raises(ValueError, match="depths"):
-        split(vit(), depths)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_modules_own_each_tensor_once_and_assembled_they_are_the_target(name, images):
+    _, target, partition = pair(name)
+    tensors = target.state_dict()
+    parts = [partition.part(index, tensors) for index in range(K)]
+    assert sorted(itertools.chain(*parts)) == sorted(tensors) and all(parts)
+    assert torch.equal(assemble(build(name, seed=5), partition, parts)(images), target(images))
 
 
-def test_only_plain_vits_are_split():
-    with pytest.raises(TypeError, match="VisionTransformerDistilled"):
-        split(timm.create_model("deit_tiny_distilled_patch16_224", depth=2, **SMALL), [1, 1])
+def test_modules_of_a_vit_are_the_papers():
+    owned = [{n.split(".")[0] for n in divided("vit").part(i, build("vit").state_dict())} for i in range(K)]
+    assert owned == [{"cls_token", "pos_embed", "patch_embed", "blocks"}, {"blocks"}, {"blocks", "norm", "head"}]
 
 
-@pytest.mark.parametrize("index", range(K))
-def test_hybrid_of_meta_modules_is_the_meta_model(index, images):
-    meta, _ = meta_and_target()
-    with torch.no_grad():
-        expected = join(meta)(images)
-        hybrid = make_hybrid(meta, copy.deepcopy(meta[index]), index).eval()
-        assert torch.equal(hybrid(images), expected)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_meta_model_of_the_same_weights_with_one_of_its_own_modules_is_itself(name, images):
+    meta, _, partition = pair(name)
+    for index in range(K):
+        assert torch.equal(Hybrid(meta, meta, partition, index).eval()(images), meta(images))
 
 
 @pytest.mark.parametrize("index", range(K))
-def test_one_step_moves_all_of_the_target_and_nothing_else(index, images):
-    meta, target = meta_and_target()
-    hybrid = make_hybrid(meta, target[index], index)
-    before = {name: p.clone() for name, p in hybrid.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in hybrid.parameters() if p.requires_grad], lr=0.1)
-    nn.functional.cross_entropy(hybrid(images), torch.arange(7) % 5).backward()
-    with_gradient = {name for name, p in hybrid.named_parameters() if p.grad is not None}
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_step_moves_all_of_the_module_and_nothing_else(name, index, images):
+    meta, target, partition = pair(name)
+    hybrid = Hybrid(meta, target, partition, index)
+    before = {name: tensor.clone() for name, tensor in hybrid.network.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in hybrid.parameters() if p.requires_grad], lr=1.0)
+    loss(hybrid, images).backward()
+    with_gradient = {name for name, p in hybrid.network.named_parameters() if p.grad is not None}
     optimizer.step()
-    moved = {name for name, p in hybrid.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == with_gradient == {name for name in before if name.startswith("target.")}
+    moved = {name for name, tensor in hybrid.network.state_dict().items() if not torch.equal(tensor, before[name])}
+    own = set(hybrid.module_state())
+    assert moved <= own, "also no statistics of frozen layers"
+    assert with_gradient == own & {name for name, _ in hybrid.network.named_parameters()}
 
 
 @pytest.mark.parametrize("index", range(K))
-def test_gradient_through_frozen_modules_equals_the_joint_one(index, images):
-    meta, target = meta_and_target()
-    mixed = copy.deepcopy([*meta[:index], target[index], *meta[index + 1 :]])
-    nn.functional.cross_entropy(nn.Sequential(*mixed)(images), torch.arange(7) % 5).backward()
-    hybrid = make_hybrid(meta, target[index], index)
-    nn.functional.cross_entropy(hybrid(images), torch.arange(7) % 5).backward()
-    for ours, joint in zip(target[index].parameters(), mixed[index].parameters(), strict=True):
-        assert torch.equal(ours.grad, joint.grad)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradient_through_frozen_modules_equals_the_joint_one(name, index, images):
+    meta, target, partition = pair(name)
+    joint = graft(*copy.deepcopy((meta, target)), partition.claims(index))
+    loss(joint, images).backward()
+    hybrid = Hybrid(meta, target, partition, index).eval()
+    loss(hybrid, images).backward()
+    whole = dict(joint.named_parameters())
+    for name, parameter in hybrid.network.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, whole[name].grad, rtol=2e-5, atol=2e-6)
 
 
 def test_frozen_modules_stay_in_eval_mode_and_the_prefix_records_nothing(images):
-    meta, target = meta_and_target(drop_path_rate=0.5)
-    hybrid = make_hybrid(meta, target[1], 1)
+    meta, target, partition = pair("vit", drop_path_rate=0.5)
+    hybrid = Hybrid(meta, target, partition, 1)
+    blocks = hybrid.network.blocks
     for mode in (False, True):
         hybrid.train(mode)
-        assert hybrid.training is mode and hybrid.target.blocks[0].training is mode
-        assert not any(m.training for part in (hybrid.prefix, hybrid.suffix) for m in part.modules())
-    recording = []
-    for part in (hybrid.prefix, hybrid.target, hybrid.suffix):
-        part.register_forward_pre_hook(lambda *_: recording.append(torch.is_grad_enabled()))
+        assert hybrid.training is mode
+        learning = {name for name, layer in hybrid.network.named_modules() if layer.training}
+        assert bool(learning) is mode and all(name.startswith(("blocks.2", "blocks.3")) for name in learning)
+        assert not mode or blocks.get_submodule("2").attn.training
+    recording = {}
+    for name, block in blocks.named_children():
+        keep = lambda *call, name=name: recording.update({name: call[-1].requires_grad})  # noqa: E731
+        block.register_forward_hook(keep)
     hybrid(images)
-    assert recording == [False, True, True]
+    assert recording == {"0": False, "2": True, "3": True, "4": True}
+
+
+def test_drop_out_that_the_network_calls_itself_belongs_to_its_head():
+    meta, target, partition = pair("resnet")
+    assert [Hybrid(meta, target, partition, index).network.training for index in range(K)] == [False, False, True]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(K))))
-def test_order_of_incubation_changes_nothing(order, images):
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_order_of_incubation_changes_nothing(name, order, images):
     """Each module's training depends on the meta model and itself only."""
 
     def incubate(order):
-        meta, target = meta_and_target()
+        meta, target, partition = pair(name)
         for index in order:
-            hybrid = make_hybrid(meta, target[index], index)
-            optimizer = torch.optim.AdamW(hybrid.target.parameters(), lr=0.01)
+            hybrid = Hybrid(meta, target, partition, index)
+            optimizer = torch.optim.AdamW([p for p in hybrid.parameters() if p.requires_grad], lr=0.01)
             for _ in range(2):
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(hybrid(images), torch.arange(7) % 5).backward()
+                loss(hybrid, images).backward()
                 optimizer.step()
-        return assemble(target).state_dict()
+        return target.state_dict()
 
     ours, reference = incubate(order), incubate(range(K))
     assert all(torch.equal(ours[name], reference[name]) for name in reference)
 
 
-def test_hybrid_refuses_what_does_not_belong():
-    meta, target = meta_and_target()
-    with pytest.raises(ValueError, match="module 2 of 3 cannot stand in for module 1 of 3"):
-        make_hybrid(meta, target[1], 0)
-    with pytest.raises(ValueError, match="index 3"):
-        make_hybrid(meta, target[2], 3)
-    wide = split(vit(6, embed_dim=32), [2] * K)
-    with pytest.raises(ValueError, match="width 32"):
-        make_hybrid(meta, wide[0], 0)
-
-
-def test_assemble_names_what_is_wrong():
-    _, m = meta_and_target()
-    wide, uneven = split(vit(6, embed_dim=32), [2] * K), split(vit(6), [1, 2, 3])
-    for modules, message in [
-        ([], "no modules"),
-        ([m[0], m[2]], "missing: module 2"),
-        ([m[0], m[1], m[1]], "missing: module 3; doubled: module 2"),
-        ([m[0], m[1], m[1], m[2]], "doubled: module 2"),
-        ([m[1], m[0], m[2]], "out of order: module 2, 1"),
-        ([m[0], wide[1], m[2]], "module 2 of 3 .*width 32.* does not fit module 1"),
-        ([m[0], m[1], uneven[2]], r"module 3 of 3 .*\(1, 2, 3\).* does not fit"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            assemble(modules)
-
-
-def test_more_than_ten_modules_keep_their_order(images):
-    model = vit(12)
-    with torch.no_grad():
-        assert torch.equal(assemble(split(model, [1] * 12))(images), model(images))
+@pytest.mark.parametrize("name", ["vit", "swin", "resnet"])
+def test_a_network_can_be_run_to_the_end_of_each_module(name, images):
+    meta, target, partition = pair(name)
+    for model in (meta, target):
+        kept = outputs(model, partition, images)
+        assert torch.equal(kept[-1], model(images))
+        for index, output in enumerate(kept):
+            assert torch.equal(run_to(model, partition, index, images), output)
 
 
 @pytest.mark.parametrize("index", range(K))
-def test_identity_start_computes_what_its_meta_module_computes(index, images):
-    meta, target = meta_and_target()
-    start_module(target[index], meta[index], "identity", inherit_stem=True, inherit_head=True)
-    with torch.no_grad():
-        expected = join(meta)(images)
-        assert torch.equal(make_hybrid(meta, target[index], index).eval()(images), expected)
+@pytest.mark.parametrize("name", ["vit", "swin", "resnet"])
+def test_an_imitations_loss_is_the_distance_of_the_two_modules_outputs(name, index, images):
+    meta, target, partition = pair(name)
+    imitation = Imitation(meta, target, partition, index)
+    torch.manual_seed(0)  # of drop-path
+    losses = imitation(images)
+    mixed = Hybrid(meta, target, partition, index)
+    torch.manual_seed(0)
+    given, wanted = run_to(mixed.network, partition, index, images), run_to(meta, partition, index, images)
+    assert torch.equal(losses, (given - wanted).square().flatten(1).mean(1) / wanted.var())
+    assert torch.equal(imitation.eval()(images), mixed.eval()(images))
+    losses.mean().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in imitation.parameters() if p.requires_grad)
 
 
-def test_all_identity_starts_assembled_are_the_meta_model(images):
-    meta, target = meta_and_target()
-    for t, m in zip(target, meta, strict=True):
-        start_module(t, m, "identity", inherit_stem=True, inherit_head=True)
-    with torch.no_grad():
-        assert torch.equal(assemble(target).eval()(images), join(meta)(images))
+@pytest.mark.parametrize("index", range(K))
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "vgg"])
+def test_identity_start_computes_what_its_meta_module_computes(name, index, images):
+    meta, target, partition = pair(name)
+    expected = meta(images)
+    start_module(target, meta, partition, index, "identity", inherit_stem=True, inherit_head=True)
+    torch.testing.assert_close(Hybrid(meta, target, partition, index).eval()(images), expected, rtol=0, atol=1e-6)
+
+
+def test_an_identity_start_needs_ways_around_the_weights():
+    meta, target, partition = pair("vgg")
+    with pytest.raises(ValueError, match="nothing leads around the weights of features"):
+        for index in range(K):
+            start_module(target, meta, partition, index, "identity")
 
 
 def test_stack_start_copies_and_does_not_share():
-    meta, target = split(vit(4, seed=0), [2, 2]), split(vit(8, seed=1), [4, 4])
-    start_module(target[0], meta[0], "stack", inherit_stem=True, inherit_head=False)
-    weights = [block.attn.qkv.weight for block in target[0].blocks]
-    sources = [meta[0].blocks[i].attn.qkv.weight for i in (0, 0, 1, 1)]
+    small, large = (timm.create_model("vit_tiny_patch16_224", depth=depth, **SMALL) for depth in (4, 8))
+    own, partition = (divide(find_chain(copy.deepcopy(m), (1, 8, 8)), d) for m, d in ((small, [2, 2]), (large, [4, 4])))
+    meta = in_names_of(small, own, large, partition)
+    start_module(large, meta, partition, 0, "stack", inherit_stem=True)
+    weights = [block.attn.qkv.weight for block in large.blocks[:4]]
+    sources = [small.blocks[i].attn.qkv.weight for i in (0, 0, 1, 1)]
     assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(weights, sources, strict=True))
-    assert torch.equal(target[0].pos_embed, meta[0].pos_embed)
+    assert torch.equal(large.pos_embed, small.pos_embed)
+
+
+def test_a_shallow_network_takes_the_names_of_a_deep_one(images):
+    small, large = build("vit", depth=3), build("vit")
+    meta = in_names_of(small, divided("vit", depth=3), large, divided("vit"))
+    assert torch.equal(meta(images), small(images))
+    assert {name.split(".")[1] for name in meta.state_dict() if name.startswith("blocks.")} == {"0", "2", "4"}
+    assert meta.state_dict()["blocks.2.attn.qkv.weight"].data_ptr() == small.blocks[1].attn.qkv.weight.data_ptr()
 
 
 def test_random_start_changes_nothing_unless_stem_or_head_are_inherited():
-    meta, target = meta_and_target()
-    before = copy.deepcopy([t.state_dict() for t in target])
-    for t, m in zip(target, meta, strict=True):
-        start_module(t, m, "random", inherit_stem=False, inherit_head=False)
-    assert all(torch.equal(t.state_dict()[n], v) for t, b in zip(target, before, strict=True) for n, v in b.items())
-    start_module(target[0], meta[0], "random", inherit_stem=True, inherit_head=True)
-    start_module(target[2], meta[2], "random", inherit_stem=True, inherit_head=True)
-    changed = {
-        n.split(".")[0]
-        for t, b in zip(target, before, strict=True)
-        for n, v in b.items()
-        if not torch.equal(t.state_dict()[n], v)
-    }
-    assert changed == {"patch_embed", "pos_embed", "cls_token", "head"}  # the norm starts alike in both
+    meta, target, partition = pair("vit")
+    before = copy.deepcopy(target.state_dict())
+    for index in range(K):
+        start_module(target, meta, partition, index, "random")
+    assert all(torch.equal(target.state_dict()[name], value) for name, value in before.items())
+    for index in range(K):
+        start_module(target, meta, partition, index, "random", inherit_stem=True, inherit_head=True)
+    changed = {name.split(".")[0] for name, value in before.items() if not torch.equal(target.state_dict()[name], value)}
+    assert changed == {"patch_embed", "pos_embed", "cls_token", "norm", "head"}
 
 
-def test_a_start_that_does_not_fit_is_refused():
-    meta, target = split(vit(6), [3, 3]), split(vit(4), [2, 2])
-    with pytest.raises(ValueError, match="fewer than the 3"):
-        start_module(target[0], meta[0], "stack", inherit_stem=True, inherit_head=True)
+@pytest.mark.parametrize("depths", [[], [6, 0], [3, 2], [2, 2, 3], [-1, 7]])
+def test_depths_that_do_not_add_up_are_refused(depths):
+    with pytest.raises(ValueError, match="depths"):
+        divide(divided("vit").chain, depths)
+
+
+def test_cuts_are_named():
+    chain = divided("resnet").chain
+    partition = divide_at(chain, ["layer1.1", "layer3"])
+    assert [partition.owner(f"{name}.conv1.weight") for name in ("layer1.0", "layer2.0", "layer3.1", "layer4.0")] == [0, 1, 1, 2]
+    with pytest.raises(ValueError, match=r"cannot be cut behind 'layer1\.7'; .*layer1\.1"):
+        divide_at(chain, ["layer1.7"])
+    with pytest.raises(ValueError, match="order"):
+        divide_at(chain, ["layer3", "layer1"])
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(2)))
+
+    def forward(self, x):
+        return self.layer(self.blocks(self.layer(x)))[:, 0, 0]
+
+
+def test_networks_that_are_no_chains_are_refused():
+    with pytest.raises(NotAChain, match=r"Shared uses layer\.(weight|bias) in several places"):
+        find_chain(Shared(), SHAPE)
+    with pytest.raises(NotAChain, match="no blocks that it could do without"):
+        divide(find_chain(timm.create_model("densenet121", growth_rate=4, block_config=(1, 1, 1)), SHAPE), [1])
+    with pytest.raises(NotAChain, match="list, not one tensor"):
+        find_chain(timm.create_model("resnet18", features_only=True), SHAPE)
+
+
+def test_hybrid_refuses_what_does_not_belong():
+    meta, target, partition = pair("vit")
+    with pytest.raises(ValueError, match="index 3"):
+        Hybrid(meta, target, partition, 3)
+    with pytest.raises(ValueError, match=r"does not fit the target: cls_token is \(1, 1, 16\), but \(1, 1, 32\) in the target"):
+        Hybrid(meta, build("vit", embed_dim=32), partition, 0)
+    small, large = divided("vit"), divided("vit", depth=3)
+    with pytest.raises(ValueError, match="1 blocks, fewer than the meta model's 2"):
+        in_names_of(build("vit"), small, build("vit", depth=3), large)
+
+
+def test_assemble_names_what_is_wrong():
+    _, target, partition = pair("vit")
+    parts = [partition.part(index, target.state_dict()) for index in range(K)]
+    wide = partition.part(1, build("vit", embed_dim=32).state_dict())
+    for modules, message in [
+        (parts[:2], "has 3 modules, but 2 were given"),
+        ([parts[0], parts[0], parts[2]], r"module 2 of 3, 24 tensors are missing, first blocks\.2"),
+        ([parts[0] | parts[1], parts[1], parts[2]], r"module 1 of 3, 24 tensors are not its own, first blocks\.2"),
+        ([parts[0], wide, parts[2]], "module 2 of 3, .* of another shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            assemble(build("vit"), partition, modules)
+
+
+def test_more_than_ten_modules_keep_their_order(images):
+    target = build("vit", depth=12)
+    partition = divide(divided("vit", depth=12).chain, [1] * 12)
+    assert [partition.blocks(index) for index in range(12)] == [[f"blocks.{index}"] for index in range(12)]
+    parts = [partition.part(index, target.state_dict()) for index in range(12)]
+    assert torch.equal(assemble(build("vit", seed=3, depth=12), partition, parts)(images), target(images))
 
 
 def test_method_stands_alone():
     """It can be lifted out: torch and timm only, neither settings nor loop nor files."""
     code = "import incubate_lib.method.incubation, sys; print([m for m in sys.modules if m.startswith('incubate_lib')])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "config" not in loaded and "training" not in loaded and "incubate_lib.method.partition" in loaded
+    assert "config" not in loaded and "training" not in loaded and "incubate_lib.method.network" in loaded

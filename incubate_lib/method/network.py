@@ -491,7 +491,8 @@ def replaced(model: nn.Module, places: Mapping[str, nn.Module | None], names: nn
 
     def walk(layer: nn.Module, named: nn.Module, path: str) -> nn.Module | None:
         if path in places:
-            return places[path]
+            alone = not any(named.children())  # a single layer: what follows it may work in place on what it returns
+            return Skip() if places[path] is None and alone else places[path]
         if not any(place.startswith(f"{path}." if path else "") for place in places):
             return layer
         shell = _shell(layer)
