@@ -385,11 +385,11 @@ class _Reached(Exception):
 
 
 def has_layer(model: nn.Module, name: str) -> bool:
-    """Whether a network has a layer of that name; some of its blocks may be left out."""
+    """Whether a network has a layer of that name, and not what stands for one that was left out."""
     layer: Any = model
     for part in name.split("."):
         layer = getattr(layer, part, None) if isinstance(layer, nn.Module) else None
-    return isinstance(layer, nn.Module)
+    return isinstance(layer, nn.Module) and not isinstance(layer, Skip)
 
 
 def last_layer(model: nn.Module, partition: Partition, index: int) -> nn.Module:
