@@ -186,8 +186,6 @@ def _phases(axis, results: Results, name: str, factor: float) -> None:
     look, spent = style(name), 0.0
     is_cut, lines = any(phase == "assemble" for phase, _ in phases.groups), dict(iter(curves))
     for (phase, module), group in phases:
-        if is_cut and phase in ("incubate", "assemble"):
-            axis.axvline(spent / factor, color="#BBBBBB", linewidth=0.7)
         if phase == "assemble":
             assembled = 100 * group["accuracy"].mean()
             axis.plot(
@@ -199,6 +197,8 @@ def _phases(axis, results: Results, name: str, factor: float) -> None:
             curve = mean_curve(lines[phase, module], "flops")
             line = look | {"linestyle": linestyle, "markersize": 3, "label": None if module > 0 else legend}
             draw_curve(axis, (spent + curve["cost"]) / factor, curve, line, alpha=0.15)
+        if is_cut and phase in ("incubate", "assemble"):
+            axis.axvline(spent / factor, color="#BBBBBB", linewidth=0.7)
         spent += group["flops"].mean()
 
 

@@ -13,7 +13,8 @@ from incubate_lib.report.tables.hardware import MIXED, mixes
 from incubate_lib.report.tables.plots import legend_below, mean_curve
 from incubate_lib.report.tables.records import write_figure
 from incubate_lib.report.tables.statistics import rounded
-from incubate_lib.report.tables.studies import StudyTable, at_equal_cost, cells, seeds_count, seeds_text
+from incubate_lib.report.tables.studies import StudyTable, at_equal_cost, seeds_count, seeds_text
+from incubate_lib.report.tables.verdict import cells
 from incubate_lib.report.words import flop_unit, label
 
 COSTS = {
