@@ -64,10 +64,9 @@ def published_studies() -> list[str]:
 
 def published(name: str) -> StudyTable:
     """Read the tracked tables of a study; SettingsError with the nearest names if there are none."""
-    path = records.results_folder() / f"study_{name}.csv"
-    if not path.exists():
-        raise SettingsError(f"no tracked table of a study {name!r}; {nearest(name, published_studies())}")
-    return read_tables(path.parent, f"study_{name}", name)
+    if name not in (known := published_studies()):
+        raise SettingsError(f"no tracked table of a study {name!r}; {nearest(name, known)}")
+    return read_tables(records.results_folder(), f"study_{name}", name)
 
 
 def read_tables(folder: Path, stem: str, name: str) -> StudyTable:

@@ -70,8 +70,11 @@ def differences(table: pd.DataFrame, pairs: Iterable[tuple[str, str]], axes: Seq
         cell = cell[cell["seed"].isin(gain.index)]
         mine, theirs = (cell[cell["strategy"] == each] for each in (name, other))
         means = {"accuracy": mine["accuracy"].mean(), "other_accuracy": theirs["accuracy"].mean()}
+        costs = mine.reindex(columns=COSTS).mean() / theirs.reindex(columns=COSTS).mean()
+        if mixes(mine, theirs):
+            costs["seconds"] = math.nan
         found.append(gain)
-        rows.append(place | {"strategy": name, "other": other} | means | relative_costs(mine, theirs))
+        rows.append(place | {"strategy": name, "other": other} | means | costs.to_dict())
     named = pd.DataFrame(rows, columns=[*axes, "strategy", "other", "accuracy", "other_accuracy", *COSTS])
     return pd.concat([named, compare(found)], axis="columns")
 
@@ -80,13 +83,6 @@ def cells(rows: pd.DataFrame, axes: Sequence[str]) -> Iterator[tuple[dict[str, s
     """Yield each cell's place, its values along the axes, and its rows."""
     for values, cell in rows.groupby(list(axes), sort=False) if axes else [((), rows)]:
         yield dict(zip(axes, values, strict=True)), cell
-
-
-def relative_costs(rows: pd.DataFrame, others: pd.DataFrame) -> dict[str, float]:
-    """Return the mean costs of some runs over those of others; seconds are NaN where the two are not of one same device."""
-    means = [those.reindex(columns=COSTS).mean() for those in (rows, others)]
-    costs = (means[0] / means[1]).to_dict()
-    return costs | ({"seconds": math.nan} if mixes(rows, others) else {})
 
 
 def against_baseline(table: pd.DataFrame) -> list[str]:
