@@ -65,10 +65,6 @@ def comparison(source: str, strategy: str, other: str = BASELINE) -> pd.Series:
     return row
 
 
-def verdict(row: pd.Series) -> str:
-    return "clear" if row["clear"] else "inside the noise"
-
-
 def bench_of(name: str) -> pd.DataFrame:
     return pd.read_csv(records.results_folder() / f"bench_{name}.csv").set_index("variant")
 

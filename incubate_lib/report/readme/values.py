@@ -40,7 +40,8 @@ def most_of_others(source: str, *strategies: str) -> str:
 def gain(source: str, strategy: str, other: str = BASELINE) -> str:
     """A difference in points with its corrected interval and the verdict."""
     row = comparison(source, strategy, other)
-    return f"{rounded(row['gain'], 1, '+')} {interval_text(row['low'], row['high'])}, {sources.verdict(row)}"
+    verdict = "clear" if row["clear"] else "inside the noise"
+    return f"{rounded(row['gain'], 1, '+')} {interval_text(row['low'], row['high'])}, {verdict}"
 
 
 def points(source: str, strategy: str, other: str = BASELINE) -> str:

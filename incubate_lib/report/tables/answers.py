@@ -22,9 +22,9 @@ def answer(table: StudyTable) -> list[str]:
 def reached(table: StudyTable) -> pd.DataFrame:
     """Return the cheapest cell in which each strategy is at least as good on average as end to end in its best cell.
 
-    Cells are compared along the axis `budget`, with the other axes' values kept; without that axis a cell is compared with
-    itself. Columns: the other axes, strategy, the budget at which, accuracy, best (end to end's), flops, critical_flops and
-    seconds relative to end to end's best, then `statistics.COLUMNS`; the family is every cell that was compared.
+    Cells are compared along the axis `budget`, with the other axes' values kept. Columns: the other axes, the budget at which,
+    strategy, accuracy, best (end to end's), flops, critical_flops and seconds relative to end to end's best, then
+    `statistics.COLUMNS`; the family is every cell that was compared.
     """
     candidates = _against_best(table)
     good = candidates[candidates["accuracy"] >= candidates["best"]].sort_values("flops", kind="stable")
@@ -39,18 +39,17 @@ def _against_best(table: StudyTable) -> pd.DataFrame:
     """Compare every cell of every strategy with end to end's best cell, on the seeds that both have; what is not finished is
     left out. The columns are those of `reached`.
     """
-    others, budget = _other_axes(table), ["budget"] if "budget" in table.axes else []
+    others = _other_axes(table)
     parts = []
     for _, group in cells(table.results, others):
         base = group[group["strategy"] == BASELINE].dropna(subset="accuracy")
-        cell = base["budget"] if budget else base["strategy"]
-        best = base[cell == base["accuracy"].groupby(cell, sort=False).mean().idxmax()] if len(base) else base
-        for place, part in cells(group[group["strategy"] != BASELINE], budget):
+        best = base[base["budget"] == base.groupby("budget", sort=False)["accuracy"].mean().idxmax()] if len(base) else base
+        for place, part in cells(group[group["strategy"] != BASELINE], ["budget"]):
             parts += [part, best.assign(**place)]
     pairs = [(name, BASELINE) for name in table.results["strategy"].unique() if name != BASELINE]
-    found = differences(pd.concat(parts), pairs, [*others, *budget])
+    found = differences(pd.concat([table.results[:0], *parts]), pairs, [*others, "budget"])
     order = {column: list(table.results[column].unique()).index for column in (*others, "strategy")}
-    found = found.sort_values(list(order), key=lambda values: values.map(order[values.name]), kind="stable", ignore_index=True)
+    found = found.sort_values(list(order), key=lambda c: c.map(order[c.name]), kind="stable", ignore_index=True)
     return found.drop(columns="other").rename(columns={"other_accuracy": "best"})
 
 

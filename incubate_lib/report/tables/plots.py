@@ -90,10 +90,10 @@ def module_bars(phases: pd.DataFrame) -> Figure:
     place = np.arange(len(names))
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.bar(
-        place - 0.2, 100 * mean["start_accuracy"], 0.4, color="white", edgecolor="black", hatch="..", label="before incubation"
-    )
-    left.bar(place + 0.2, 100 * mean["accuracy"], 0.4, yerr=100 * sd, color=TRAINED, edgecolor="black", label="after", capsize=3)
+    before = {"color": "white", "hatch": "..", "label": "before incubation"}
+    after = {"color": TRAINED, "yerr": 100 * sd, "capsize": 3, "label": "after"}
+    left.bar(place - 0.2, 100 * mean["start_accuracy"], 0.4, edgecolor="black", **before)
+    left.bar(place + 0.2, 100 * mean["accuracy"], 0.4, edgecolor="black", **after)
     meta = phases.loc[phases["phase"] == "meta", "accuracy"].mean()
     left.axhline(100 * meta, color="black", linestyle="--", linewidth=1, label=f"meta model ({meta:.1%})")
     left.set(ylabel="top-1 of the hybrid (%)", ylim=(0, 105))
@@ -176,6 +176,9 @@ PIECES = {  # line style and legend of the phases of a network that is cut into 
 }
 
 
+STAR = {"marker": "*", "markersize": 15, "markeredgecolor": "black", "linestyle": "none", "zorder": 5}
+
+
 def _phases(axis, results: Results, name: str, factor: float) -> None:
     """Draw a strategy's phases, each from where the costs of those before it end, and its assembled network as a star."""
     where = ["phase", "module_index"]
@@ -188,10 +191,8 @@ def _phases(axis, results: Results, name: str, factor: float) -> None:
     for (phase, module), group in phases:
         if phase == "assemble":
             assembled = 100 * group["accuracy"].mean()
-            axis.plot(
-                spent / factor, assembled, color=look["color"], marker="*", markersize=15, markeredgecolor="black",
-                linestyle="none", label=f"assembled, before fine-tuning ({assembled:.1f} %)", zorder=5,
-            )  # fmt: skip
+            legend = f"assembled, before fine-tuning ({assembled:.1f} %)"
+            axis.plot(spent / factor, assembled, color=look["color"], label=legend, **STAR)
         elif (phase, module) in lines:
             linestyle, legend = PIECES[phase] if is_cut else (look["linestyle"], None if spent else label(name))
             curve = mean_curve(lines[phase, module], "flops")

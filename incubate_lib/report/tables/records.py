@@ -22,7 +22,7 @@ from incubate_lib.report.tables.verdict import against_baseline, meta_alone, not
 from incubate_lib.report.words import label
 from incubate_lib.training.runs import MNTK
 
-COLUMNS: dict[str, list[str]] = read_yaml(Path(__file__).parent / "columns.yaml")
+COLUMNS: dict[str, list[str]] = read_yaml(Path(__file__).parents[1] / "templates" / "columns.yaml")
 
 
 def _table(part: str, rows: list[dict] | pd.DataFrame) -> pd.DataFrame:

@@ -151,16 +151,13 @@ def costs_text(costs: list[Cost], speed: float | None, jobs: int) -> str:
     total = sum(cost.flops for cost in costs)
     if not total:
         return "\n".join([*lines, "Everything is trained."])
-    total_text = f"Altogether {total / factor:.3g} {unit}"
-    if speed:
-        hours = total / speed / jobs / 3600
-        total_text += f", about {hours:.1f} hours" if hours >= 1 else f", about {60 * hours:.0f} minutes"
-        total_text += (
-            f" for {jobs} phases side by side, at the {speed / 1e9:.3g} GFLOP/s that finished ones had here, without evaluation."
-        )
-    else:
-        total_text += "; nothing was trained here yet that would tell how long that takes."
-    return "\n".join([*lines, total_text])
+    lines.append(f"Altogether {total / factor:.3g} {unit}")
+    if not speed:
+        return "\n".join(lines) + "; nothing was trained here yet that would tell how long that takes."
+    hours = total / speed / jobs / 3600
+    time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    speed_text = f"{speed / 1e9:.3g} GFLOP/s that finished ones had here, without evaluation."
+    return "\n".join(lines) + f", about {time} for {jobs} phases side by side, at the {speed_text}"
 
 
 def doubts(table: StudyTable) -> list[str]:
