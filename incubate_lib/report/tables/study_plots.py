@@ -42,7 +42,8 @@ def fronts(table: StudyTable) -> Figure | None:
             for name, group in rows.groupby("strategy", sort=False):
                 curve = mean_curve(group, cost, by="budget").sort_values("cost")
                 look = style(name) | {"label": label(name), "markersize": 5, "capsize": 3}
-                axis.errorbar(curve["cost"] / factor, 100 * curve["accuracy"], yerr=100 * curve["std"].fillna(0), **look)
+                deviation = 100 * curve["std"].fillna(0)
+                axis.errorbar(curve["cost"] / factor, 100 * curve["accuracy"], yerr=deviation, **look)
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
@@ -60,21 +61,24 @@ def ranking(table: StudyTable) -> Figure | None:
     """Draw a study of a single cell: each strategy's top-1, before and after fine-tuning, and what it costs. None for others."""
     if table.axes:
         return None
-    groups = sorted(table.results.groupby("strategy", sort=False), key=lambda pair: pair[1]["accuracy"].mean())
-    figure = Figure(figsize=(11, 0.34 * len(groups) + 1.6), layout="constrained")
+    groups = table.results.groupby("strategy", sort=False)
+    deviation = 100 * groups["accuracy"].std().fillna(0)
+    means = groups[["accuracy", "assembled_accuracy", "flops", "critical_flops"]].mean()
+    means = means.sort_values("accuracy", kind="stable")
+    figure = Figure(figsize=(11, 0.34 * len(means) + 1.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     unit, factor = flop_unit(table.results["flops"].max())
-    for y, (name, group) in enumerate(groups):
+    for y, (name, mean) in enumerate(means.iterrows()):
         color = style(name)["color"] if name in STYLE else "#555555"
-        top, assembled = 100 * group["accuracy"], 100 * group["assembled_accuracy"].mean()
-        left.errorbar(top.mean(), y, xerr=top.std() if len(top) > 1 else 0.0, fmt="o", color=color, capsize=3, markersize=6)
-        if not np.isnan(assembled):
-            left.plot(assembled, y, "o", markerfacecolor="none", color=color, markersize=6)
+        marks = {"color": color, "markersize": 6}
+        left.errorbar(100 * mean["accuracy"], y, xerr=deviation[name], fmt="o", capsize=3, **marks)
+        left.plot(100 * mean["assembled_accuracy"], y, "o", markerfacecolor="none", **marks)
         pale = {"color": color, "alpha": 0.3, "edgecolor": color, "linewidth": 0.8}
-        right.barh(y, group["flops"].mean() / factor, height=0.62, **pale)
-        right.barh(y, group["critical_flops"].mean() / factor, height=0.62, color=color)
-    left.set_yticks(range(len(groups)), [label(name) for name, _ in groups], fontsize=10)
-    left.set_xlabel(f"top-1, {table.results['judged_on'].iloc[0]} split (%); hollow: assembled, before fine-tuning")
+        right.barh(y, mean["flops"] / factor, height=0.62, **pale)
+        right.barh(y, mean["critical_flops"] / factor, height=0.62, color=color)
+    left.set_yticks(range(len(means)), means.index.map(label), fontsize=10)
+    split = table.results["judged_on"].iloc[0]
+    left.set_xlabel(f"top-1, {split} split (%); hollow: assembled, before fine-tuning")
     right.set_xlabel(f"training cost ({unit}); dark: critical path")
     for axis in (left, right):
         axis.grid(alpha=0.3, axis="x")
@@ -91,27 +95,21 @@ def gain_map(table: StudyTable) -> Figure | None:
     found = at_equal_cost(table)
     if found.empty or not table.axes:
         return None
-    if len(table.axes) == 1:
-        column = table.axes[0]
-        panels = {"": (found.assign(strategy=found["strategy"].map(label)), "strategy", column)}
-    else:
-        rows, column = table.axes[:2]
-        panels = {label(name): (part, rows, column) for name, part in found.groupby("strategy", sort=False)}
+    found = found.assign(strategy=found["strategy"].map(label))
+    rows, column = ["strategy", *table.axes[:2]][-2:]
+    panels = {"": found} if rows == "strategy" else dict(iter(found.groupby("strategy", sort=False)))
     bound = found["gain"].abs().max()
-    columns = max(part[column].nunique() for part, _, column in panels.values())
-    lines = max(part[rows].nunique() for part, rows, _ in panels.values())
+    columns, lines = (max(part[axis].nunique() for part in panels.values()) for axis in (column, rows))
     width = (1.5 * columns + 4.5) if len(panels) == 1 else (1.1 * columns + 1.0) * len(panels) + 1.5
     figure = Figure(figsize=(width, 0.6 * lines + 1.8), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, (part, rows, column)) in zip(axes, panels.items(), strict=True):
+    for axis, (title, part) in zip(axes, panels.items(), strict=True):
         image = _map(axis, part, rows, column, bound)
         axis.set_title(title, fontsize=10, loc="left")
     figure.colorbar(image, ax=list(axes), label="points of top-1", shrink=0.8)
-    figure.suptitle(
-        f"{table.name}: points over end to end at equal FLOPs\nmean of {seeds_count(table)}, paired by seed; noise: not clear "
-        f"after correction for {found['comparisons'].max()} comparisons",
-        fontsize=10,
-    )
+    seeds, count = seeds_count(table), found["comparisons"].max()
+    title = f"{table.name}: points over end to end at equal FLOPs\nmean of {seeds}, paired by seed; noise: not clear "
+    figure.suptitle(f"{title}after correction for {count} comparisons", fontsize=10)
     return figure
 
 
