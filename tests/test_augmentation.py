@@ -14,10 +14,10 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings
+from incubate_lib.data import stream, transforms
+from incubate_lib.data.order import Order
+from incubate_lib.data.sets import load_data
 from incubate_lib.pipeline.strategies import open_phase
-from incubate_lib.training import stream, transforms
-from incubate_lib.training.data import load_data
-from incubate_lib.training.order import Order
 
 PIPELINES = pipelines()
 RECIPES = sorted({pipeline.recipe[FIELDS.index("randaugment")] for pipeline in PIPELINES if pipeline.streamed})

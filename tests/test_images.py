@@ -18,8 +18,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 from incubate_lib.backends.local import pool as local
 from incubate_lib.cli import main
 from incubate_lib.config import DataSettings, SettingsError
-from incubate_lib.training.data import load_data
-from incubate_lib.training.sources import open_source
+from incubate_lib.data.sets import load_data
+from incubate_lib.data.sources import open_source
 
 GREY16 = np.array([[0, 255, 256, 257], [4095, 32767, 32768, 65535]] * 8, np.uint16).repeat(4, axis=1)  # [16, 16]
 COLOURS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)

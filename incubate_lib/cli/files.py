@@ -24,9 +24,9 @@ def presets(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """Open every image of a preset's data and name those that cannot be read."""
     from incubate_lib.config import load_settings
-    from incubate_lib.training.data import labels_of, load_data, unused_classes, unused_in_words
+    from incubate_lib.data.sets import labels_of, load_data, unused_classes, unused_in_words
+    from incubate_lib.data.stream import Checked, StreamedSet
     from incubate_lib.training.phases import model_shape
-    from incubate_lib.training.stream import Checked, StreamedSet
 
     settings = load_settings(options.preset, options.set)
     how = {"shape": model_shape(settings.model), "machine": settings.machine}

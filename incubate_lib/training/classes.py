@@ -9,7 +9,7 @@ from incubate_lib.training.runs import read_json
 
 def class_names(settings: DataSettings, count: int, machine: MachineSettings = DEFAULT_MACHINE) -> list[str]:
     """Return the names of the `count` classes of some images, in the order of their labels; the number where there is none."""
-    from incubate_lib.training.sources import open_source
+    from incubate_lib.data.sources import open_source
 
     names = open_source(settings, machine)[0].classes
     return [*map(str, names), *(str(i) for i in range(len(names), count))]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError
-from incubate_lib.training.data import num_classes, splits, unused_classes, unused_in_words
-from incubate_lib.training.folders import Source, place_of
-from incubate_lib.training.sources import open_source
+from incubate_lib.data.folders import Source, place_of
+from incubate_lib.data.sets import num_classes, splits, unused_classes, unused_in_words
+from incubate_lib.data.sources import open_source
 
 IMAGENET = (1_281_167, 50_000, 1000)  # images to train on, to judge by (None: one pool for both), classes
 KNOWN = {

@@ -42,7 +42,7 @@ def _kind_of(phase: PhaseSettings) -> str:
 
 def measure(settings: Settings) -> Facts:
     """Read the images, build the networks on the meta device and count; SettingsError if they do not fit together."""
-    from incubate_lib.training.data import labels_of, load_data, unused_classes
+    from incubate_lib.data.sets import labels_of, load_data, unused_classes
     from incubate_lib.training.phases import model_shape
 
     shape = model_shape(settings.model)

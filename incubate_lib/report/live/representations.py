@@ -21,14 +21,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from incubate_lib.config import SettingsError
+from incubate_lib.data.sets import ImageSet
+from incubate_lib.data.stream import StreamedSet
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.report.style import Figure
 from incubate_lib.report.words import BASELINE, label
 from incubate_lib.training.classes import class_names
-from incubate_lib.training.data import ImageSet
 from incubate_lib.training.phases import load_trained, pick_device, prepare
-from incubate_lib.training.stream import StreamedSet
 from incubate_lib.training.trainer import autocast
 
 BATCH = 64  # images at a time through a network

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings
-from incubate_lib.training.folders import Source
-from incubate_lib.training.order import EVAL_BATCH, Order
-from incubate_lib.training.sources import open_source
-from incubate_lib.training.stream import StreamedSet
+from incubate_lib.data.folders import Source
+from incubate_lib.data.order import EVAL_BATCH, Order
+from incubate_lib.data.sources import open_source
+from incubate_lib.data.stream import StreamedSet
 
 Shape = tuple[int, int, int]  # C, H, W
 SHOWN = 5  # of the things that a sentence lists

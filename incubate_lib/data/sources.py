@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from incubate_lib.config import DEFAULT_MACHINE, MADE, DataSettings, MachineSettings, SettingsError
-from incubate_lib.training.folders import Source, folder_of, from_torchvision, open_regular
-from incubate_lib.training.opened import hfds, image_folder, torch_set, wds
+from incubate_lib.data.folders import Source, folder_of, from_torchvision, open_regular
+from incubate_lib.data.opened import hfds, image_folder, torch_set, wds
 
 
 def open_source(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE) -> tuple[Source, Source | None]:

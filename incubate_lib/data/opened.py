@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from incubate_lib.config import DataSettings, SettingsError
-from incubate_lib.training.folders import Source, folder_of, from_torchvision, is_left_behind, normal, numbered, open_regular
+from incubate_lib.data.folders import Source, folder_of, from_torchvision, is_left_behind, normal, numbered, open_regular
 
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "GIF")  # of IMG_EXTENSIONS, and what the web calls .jpg, too
 BITS, PHOTOMETRIC, ORIENTATION = 258, 262, 274  # tags of TIFF and EXIF

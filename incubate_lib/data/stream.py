@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings
-from incubate_lib.training.folders import Opener
-from incubate_lib.training.opened import is_turned
-from incubate_lib.training.order import EVAL_BATCH, Order
-from incubate_lib.training.schedule import derive_seed, micro_batches, total_steps
-from incubate_lib.training.transforms import make_transform
+from incubate_lib.data.folders import Opener
+from incubate_lib.data.opened import is_turned
+from incubate_lib.data.order import EVAL_BATCH, Order
+from incubate_lib.data.schedule import derive_seed, micro_batches, total_steps
+from incubate_lib.data.transforms import make_transform
 
 PREFETCH = 4  # batches that each worker reads ahead
 SHARED_MEMORY = "/dev/shm"  # where torch puts what one process hands to another

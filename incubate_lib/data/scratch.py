@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError
-from incubate_lib.training.folders import folder_of, has_folder
+from incubate_lib.data.folders import folder_of, has_folder
 
 COPIERS = 16  # files at once: what bounds many small files on a network disk is latency
 
