@@ -1,19 +1,20 @@
-"""What every source of images has to do with: labelled images, the folder they lie in, names that count and names that do not."""
+"""Folders of images: where they are, which names in them count, and classes as subfolders. What every source returns."""
 
+import itertools
 import os
-import stat
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from timm.data.dataset_factory import _search_split
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from incubate_lib.config import DEFAULT_MACHINE, MADE, DataSettings, MachineSettings, SettingsError, data_folder
+from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, data_folder
+from incubate_lib.data.decode import Files, Names
 
-Opener = Callable[[int], Image.Image]  # picklable: worker processes get a copy
 LEFT_BEHIND = {  # by operating systems, in lower case; what begins with a dot is left behind, too
     "__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "system volume information",
 }  # fmt: skip
@@ -28,11 +29,6 @@ class Source:
     classes: list[str]  # the name of class i stands at i, whether it has images or not
     pixels: np.ndarray | None = None  # [N, C, H, W] uint8
     opener: Any = None  # has __call__(i) → PIL image of mode L or RGB, and name(i) → what people can look up
-
-
-def has_folder(settings: DataSettings) -> bool:
-    """Whether the images of this source lie in files of the user's."""
-    return settings.source not in MADE
 
 
 def folder_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE) -> Path:
@@ -50,27 +46,6 @@ def place_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE)
     return data_folder() / "datasets" / os.path.expanduser(name)
 
 
-def from_torchvision(settings: DataSettings, cls: Any, download: bool, **arguments: Any) -> Any:
-    """Make a torchvision set of a local folder; downloading only when asked."""
-    if download:
-        folder = place_of(settings)
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        folder = folder_of(settings)
-    try:
-        return cls(root=str(folder), download=download, **arguments)
-    except Exception as error:  # torchvision raises RuntimeError, OSError, URLError, … for a set that is not there
-        hint = "" if download else "; machine.download=true fetches it"
-        raise SettingsError(f"data.folder {folder}: torchvision cannot read {settings.source!r}: {error}{hint}") from None
-
-
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a file to read bytes; OSError for what is no regular file: a pipe without a writer would be waited for for ever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"{os.fspath(path)} is not a regular file but a folder, pipe, socket or device")
-    return open(path, "rb")
-
-
 def is_left_behind(name: str) -> bool:
     """Whether tools and operating systems leave files and folders of this name behind: `._name.png`, `.ipynb_checkpoints`."""
     return name.startswith(".") or name.lower() in LEFT_BEHIND
@@ -81,7 +56,7 @@ def normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def numbered(labels: Sequence[Any], what: str, names: Sequence[Any] = ()) -> tuple[np.ndarray, list[str]]:
+def numbered(labels: Any, what: str, names: Any = ()) -> tuple[np.ndarray, list[str]]:
     """Return labels [N] int64 that are numbers of classes, and the name of each class; one without a name is called i.
 
     SettingsError for labels that are no whole numbers, and for numbers so large that they cannot be classes.
@@ -94,3 +69,64 @@ def numbered(labels: Sequence[Any], what: str, names: Sequence[Any] = ()) -> tup
     if most >= MOST_CLASSES:
         raise SettingsError(f"{what}: label {most} is no class; labels are numbers from 0, and {MOST_CLASSES:,} classes the most")
     return array.astype(np.int64), [*map(str, names), *map(str, range(len(names), most + 1))]
+
+
+def image_folder(settings: DataSettings, split: str, download: bool) -> Source:
+    """Return the images of `<split>/<class>/*.jpg`, as ImageNet is usually kept.
+
+    Classes are those of the training split, sorted by name; images are sorted by path.
+    """
+    classes = sorted(_class_folders(settings, settings.train_split)[1])
+    place, folders = _class_folders(settings, split)
+    if strange := sorted(set(folders) - set(classes)):
+        raise SettingsError(f"{place} has classes that training lacks: {', '.join(strange[:5])}")
+    images = {name: list(_images_below(folders[name])) for name in sorted(folders)}
+    if empty := [name for name, paths in images.items() if not paths]:
+        raise SettingsError(f"{place}: no images in {', '.join(empty[:5])} ({', '.join(IMG_EXTENSIONS)} count)")
+    labels = np.repeat([classes.index(name) for name in images], [len(paths) for paths in images.values()])
+    return Source(labels, classes, opener=Files(Names(itertools.chain.from_iterable(images.values()))))
+
+
+def _class_folders(settings: DataSettings, split: str) -> tuple[Path, dict[str, Path]]:
+    """Return where a split lies, and the folder of each class by its name; one name may be spelled in two ways that look
+    the same."""
+    folder = folder_of(settings)
+    place, found = folder / split, _search_split(str(folder), split)
+    if settings.source != "folder" and Path(found) != folder:
+        place = Path(found)  # as timm has it: `val` may be called `validation`
+    if not place.is_dir():
+        there = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())[:8]) or "nothing"
+        raise SettingsError(
+            f"data.folder {folder} has no subfolder {place.name!r} but {there} (data.train_split, data.test_split)"
+        )
+    folders: dict[str, Path] = {}
+    for path in sorted(place.iterdir()):
+        name = normal(path.name)
+        if is_left_behind(name) or not path.is_dir():
+            continue
+        if name in folders:
+            twins = " and ".join(ascii(p.name) for p in (folders[name], path))
+            raise SettingsError(
+                f"{place} has class {name} twice: {twins} differ only in Unicode normalisation; they must be one folder"
+            )
+        folders[name] = path
+    if not folders:
+        raise SettingsError(f"{place} has no subfolders; it must have one for each class")
+    return place, folders
+
+
+def _images_below(folder: Path) -> Iterator[str]:
+    """Yield the images of a folder and its subfolders, in torchvision's order; links to folders are followed."""
+
+    def refuse(error: OSError) -> None:  # a folder that cannot be read is no empty one
+        raise SettingsError(f"{error.filename} cannot be read: {error.strerror}")
+
+    found = []
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not is_left_behind(name)]
+        for path in (Path(root, name) for name in folders):
+            if path.is_symlink() and any(above.resolve().is_relative_to(path.resolve()) for above in path.parents):
+                raise SettingsError(f"{path} is a link to a folder that it lies in")  # or each image would come 40 times
+        found.append((root, [name for name in files if name.lower().endswith(IMG_EXTENSIONS) and not is_left_behind(name)]))
+    for root, files in sorted(found, key=lambda item: normal(item[0])):
+        yield from (os.path.join(root, name) for name in sorted(files, key=normal))

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from incubate_lib.config import DataSettings, MachineSettings, SettingsError
-from incubate_lib.data.folders import folder_of, has_folder
+from incubate_lib.config import MADE, DataSettings, MachineSettings, SettingsError
+from incubate_lib.data.folders import folder_of
 
 COPIERS = 16  # files at once: what bounds many small files on a network disk is latency
 
@@ -26,7 +26,7 @@ def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
     in the first two levels of the original have changed. Raises SettingsError without a place, OSError without enough room
     or where somebody else may have put something there.
     """
-    if machine.scratch is None or not has_folder(data):
+    if machine.scratch is None or data.source in MADE:
         return machine
     place = Path(os.path.expanduser(os.path.expandvars(machine.scratch)))
     if "$" in str(place):

@@ -1,19 +1,25 @@
-"""Where images come from: the sets that `data.source` can name, the small ones among them, which are read whole as arrays.
+"""Where images come from: the sets that `data.source` can name.
 
-Large ones are opened image by image (`opened`). Whatever is wrong with a folder is told here and there, before anything is
-trained: missing folder or split, no classes, a class to judge by that training lacks, files that cannot be read.
+Whatever is wrong with a folder is told when its source is opened, before anything is trained: missing folder or split, no
+classes, a class to judge by that training lacks, files that cannot be read.
 """
 
 import gzip
 import importlib.util
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from timm.data import create_dataset
+from torchvision.datasets import FashionMNIST
 
-from incubate_lib.config import DEFAULT_MACHINE, MADE, DataSettings, MachineSettings, SettingsError
-from incubate_lib.data.folders import Source, folder_of, from_torchvision, open_regular
-from incubate_lib.data.opened import hfds, image_folder, torch_set, wds
+from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError
+from incubate_lib.data.decode import Files, Names, Rows
+from incubate_lib.data.folders import Source, folder_of, image_folder, numbered, place_of
+from incubate_lib.data.shards import wds
 
 
 def open_source(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE) -> tuple[Source, Source | None]:
@@ -24,8 +30,11 @@ def open_source(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHI
     """
     kind = settings.source.split("/")[0]
     settings = settings.model_copy(update={"folder": machine.data_folder}) if machine.data_folder else settings
-    opened = _SOURCES[kind](settings) if kind in MADE else _SOURCES[kind](settings, machine.download)
-    train, test = opened
+    if kind in _MADE:
+        train, test = _MADE[kind](settings), None
+    else:
+        read = _READ.get(kind, _torchvision)
+        train, test = (read(settings, split, machine.download) for split in (settings.train_split, settings.test_split))
     for split, source in {"train": train, "test": test}.items():
         if source is not None and not len(source.labels):
             raise SettingsError(f"data.source {settings.source!r}: the {split} split holds no images")
@@ -37,10 +46,7 @@ def open_source(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHI
     return train, test
 
 
-# -- small sets -------------------------------------------------------------------------------------------------------------
-
-
-def _digits(settings: DataSettings) -> tuple[Source, None]:
+def _digits(settings: DataSettings) -> Source:
     """scikit-learn's 1,797 handwritten digits, 8 × 8 pixels, one channel, read from inside its package.
 
     Importing scikit-learn for one small table would cost every notebook several seconds.
@@ -48,13 +54,11 @@ def _digits(settings: DataSettings) -> tuple[Source, None]:
     package = Path(importlib.util.find_spec("sklearn").origin).parent
     table = np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", delimiter=",", dtype=np.int64)
     images = (table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-    return Source(table[:, -1], [str(digit) for digit in range(10)], images), None
+    return Source(table[:, -1], [str(digit) for digit in range(10)], images)
 
 
-def _synthetic(settings: DataSettings) -> tuple[Source, None]:
+def _synthetic(settings: DataSettings) -> Source:
     """Generated images: a smooth random pattern a class, under noise. Learnable, not trivial."""
-    import torch.nn.functional as F
-
     rng = np.random.default_rng(settings.split_seed)
     size, channels, classes = settings.image_size, settings.channels, settings.num_classes
     coarse = rng.normal(size=(classes, channels, 3, 3))
@@ -62,50 +66,87 @@ def _synthetic(settings: DataSettings) -> tuple[Source, None]:
     labels = np.arange(settings.num_images) % classes
     noisy = 128 + 45 * (patterns[labels] + rng.normal(size=(settings.num_images, channels, size, size)))
     pixels = noisy.clip(0, 255).round().astype(np.uint8)
-    return Source(labels.astype(np.int64), [f"pattern {i}" for i in range(classes)], pixels), None
+    return Source(labels.astype(np.int64), [f"pattern {i}" for i in range(classes)], pixels)
 
 
-def _cifar(settings: DataSettings, download: bool) -> tuple[Source, Source]:
-    """torchvision's CIFAR-10 and CIFAR-100: 50,000 + 10,000 images, 32 × 32 × 3.
+def _torchvision(settings: DataSettings, split: str, download: bool) -> Source:
+    """A set of torchvision's by timm's name, from a local folder; downloading only when asked. Small ones are read whole.
 
-    The archive's python pickles are unpickled by torchvision, after their MD5 sums were found to be the official ones.
+    CIFAR's archive has python pickles; torchvision unpickles them after their MD5 sums were found to be the official ones.
     """
-    from torchvision import datasets
+    if settings.source.lower() in ("torch/folder", "torch/image_folder"):
+        return image_folder(settings, split, download)
+    whole, what = not settings.source.startswith("torch/"), f"{settings.source} {split}"
+    if download:
+        folder = place_of(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = folder_of(settings)
+    if settings.source == "fashion_mnist" and (folder / "train-images-idx3-ubyte.gz").is_file():
+        return _zipped_fashion(folder, "train" if split == "train" else "t10k")
+    try:
+        items = create_dataset(
+            f"torch/{settings.source}" if whole else settings.source, root=str(folder), split=split, download=download
+        )
+    except Exception as error:  # torchvision raises RuntimeError, OSError, URLError, … for a set that is not there
+        hint = "" if download else "; machine.download=true fetches it"
+        raise SettingsError(f"data.folder {folder}: torchvision cannot read {settings.source!r}: {error}{hint}") from None
+    files = _files_of(items)
+    labels = next((getattr(items, name) for name in ("targets", "labels", "_labels") if hasattr(items, name)), None)
+    if labels is None:
+        labels = [label for _, label in files or items]
+    labels, classes = numbered(labels, what, getattr(items, "classes", ()))
+    if whole:
+        pixels = np.asarray(items.data)
+        return Source(labels, classes, pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2))
+    return Source(labels, classes, opener=Files(Names(path for path, _ in files)) if files else Rows(items, 0, what))
 
-    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[settings.source]
-    splits = [from_torchvision(settings, cls, download, train=train) for train in (True, False)]
-    return tuple(Source(np.array(s.targets), list(s.classes), s.data.transpose(0, 3, 1, 2)) for s in splits)
+
+def _files_of(items: Any) -> list[tuple[str, int]]:
+    """Return (path, label) of each image of a torchvision set that lies in files; nothing for one in memory."""
+    if hasattr(items, "all_categories"):  # iNaturalist
+        kind = items.target_type[0]
+        return [
+            (os.path.join(items.root, items.all_categories[i], file), i if kind == "full" else items.categories_map[i][kind])
+            for i, file in items.index
+        ]
+    return getattr(items, "imgs", [])
 
 
-def _fashion(settings: DataSettings, download: bool) -> tuple[Source, Source]:
-    """Fashion-MNIST: 60,000 + 10,000 images, 28 × 28 × 1; torchvision's folder, or the gzipped idx files themselves."""
-    from torchvision import datasets
-
-    folder = None if download else folder_of(settings)
-    if folder and (folder / "train-images-idx3-ubyte.gz").is_file():
-        classes = list(datasets.FashionMNIST.classes)
-        return tuple(Source(_idx(folder, f"{p}-labels-idx1", 1), classes, _idx(folder, f"{p}-images-idx3", 3))
-                     for p in ("train", "t10k"))  # fmt: skip
-    splits = [from_torchvision(settings, datasets.FashionMNIST, download, train=train) for train in (True, False)]
-    return tuple(Source(s.targets.numpy(), list(s.classes), s.data.numpy()[:, None]) for s in splits)
+def _zipped_fashion(folder: Path, split: str) -> Source:
+    """Fashion-MNIST's gzipped idx files themselves: 60,000 + 10,000 images, 28 × 28 × 1."""
+    labels, pixels = _idx(folder, f"{split}-labels-idx1", 1), _idx(folder, f"{split}-images-idx3", 3)
+    return Source(labels.astype(np.int64), list(FashionMNIST.classes), pixels[:, None].copy())
 
 
 def _idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     """Read a gzipped idx file of unsigned bytes (its header: 0, 0, type 8, dimensions, then each size, big-endian)."""
     path = folder / f"{name}-ubyte.gz"
     try:
-        with open_regular(path) as file:
-            blob = gzip.decompress(file.read())
+        blob = gzip.decompress(path.read_bytes())
         shape = np.frombuffer(blob, ">i4", dimensions, offset=4)
-        if blob[:4] != bytes([0, 0, 8, dimensions]) or len(blob) != 4 + 4 * dimensions + shape.prod():
-            raise ValueError("not an idx file of unsigned bytes, or cut short")
-    except (OSError, EOFError, ValueError) as error:
+        return np.frombuffer(blob, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError) as error:  # the last from sizes that do not fit
         raise SettingsError(f"data.folder: {path} cannot be read: {error}") from None
-    values = np.frombuffer(blob, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    return values.astype(np.int64) if dimensions == 1 else values[:, None].copy()
 
 
-_SOURCES = {
-    "digits": _digits, "synthetic": _synthetic, "cifar10": _cifar, "cifar100": _cifar, "fashion_mnist": _fashion,
-    "folder": image_folder, "torch": torch_set, "hfds": hfds, "wds": wds,
-}  # fmt: skip
+def _hugging_face(settings: DataSettings, split: str, download: bool) -> Source:
+    """timm's `hfds/<name or folder>`: Hugging Face datasets, from its cache or a local folder; `folder` is the cache."""
+    cache, what = settings.folder and str(folder_of(settings)), f"{settings.source} {split}"
+    try:
+        import datasets
+        import huggingface_hub
+
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = not download
+        reader = create_dataset(settings.source, root=cache, split=split).reader
+        labels, names = reader.dataset[reader.label_key], getattr(reader.dataset.features[reader.label_key], "names", ())
+    except ImportError:
+        raise SettingsError("data.source 'hfds/…' needs the package datasets: pip install datasets") from None
+    except Exception as error:  # datasets raises many kinds for what is not there
+        message = " ".join(str(error).split())
+        raise SettingsError(f"data.source {settings.source!r}: Hugging Face datasets cannot read it: {message}") from None
+    return Source(*numbered(labels, what, names), opener=Rows(reader.dataset, reader.image_key, what))
+
+
+_MADE = {"digits": _digits, "synthetic": _synthetic}
+_READ = {"folder": image_folder, "hfds": _hugging_face, "wds": wds}  # others are torchvision's

@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings
-from incubate_lib.data.folders import Opener
-from incubate_lib.data.opened import is_turned
+from incubate_lib.data.decode import Opener, is_turned
 from incubate_lib.data.order import EVAL_BATCH, Order
 from incubate_lib.data.schedule import derive_seed, micro_batches, total_steps
 from incubate_lib.data.transforms import make_transform
