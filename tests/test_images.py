@@ -393,5 +393,5 @@ def test_files_of_inaturalist_are_opened_here(tmp_path):
     (tmp_path / "set" / "2021_valid").symlink_to(tmp_path / "set" / "2021_train")
     settings = DataSettings(source="torch/inaturalist", folder=str(tmp_path / "set"))
     train, eval_set = load_data(settings, shape=(3, 16, 16), machine=HERE)
-    assert len(train) == len(eval_set) == 4 and train.opener.name(3).endswith("bee/1.jpg")
+    assert len(train) == len(eval_set) == 4 and train.source.opener.name(3).endswith("bee/1.jpg")
     assert torch.equal(next(eval_set.eval_batches())[1], torch.tensor([0, 0, 1, 1]))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings
@@ -88,12 +89,12 @@ def load_data(
     learn, eval_set = splits(settings, train, test)
     if settings.is_streamed:
         sets = [
-            StreamedSet(source.opener, source.labels, index, shape or (3, 224, 224), classes, settings, device, machine)
+            StreamedSet(source, index, shape or (3, 224, 224), classes, settings, device, machine)
             for source, index in (learn, eval_set)
         ]
         for part in sets:
-            found = list(part.check(every=max(1, len(part) // 64))[1].items())  # all of a large set would take hours
-            part._note(found, passed_over=settings.skip_broken)
+            _, broken, _ = part.check(every=max(1, len(part) // 64))  # all of a large set would take hours
+            part.note(broken.items(), fatal=not settings.skip_broken)
         return tuple(sets)
     (x, y), (eval_x, eval_y) = (_pixels(settings, *part) for part in (learn, eval_set))
     if pad := settings.pad:
@@ -113,17 +114,12 @@ def load_data(
     return put(x, y), put(eval_x, eval_y)
 
 
-def labels_of(part: ImageSet | StreamedSet) -> np.ndarray:
-    """Return the labels [N] of all images of a set."""
-    return part.labels[part.index] if isinstance(part, StreamedSet) else part.labels.cpu().numpy()
-
-
 def num_classes(train: Source) -> int:
     """Return the outputs that a network for these images needs."""
     return max(len(train.classes), int(train.labels.max()) + 1)
 
 
-def unused_classes(labels: np.ndarray, count: int) -> list[int]:
+def unused_classes(labels: np.ndarray | Tensor, count: int) -> list[int]:
     """Return which of so many classes have none of these labels [N]."""
     return np.setdiff1d(np.arange(count), labels).tolist()
 
@@ -173,30 +169,26 @@ def _cut(settings: DataSettings, labels: np.ndarray, index: np.ndarray, size: in
     place = np.empty(len(index))
     place[by_class] = share
     cut = shuffled[np.argsort(place[shuffled], kind="stable")[:size]]
-    left = np.ones(len(index), dtype=bool)
-    left[cut] = False
-    return index[left], np.sort(index[cut])
+    return np.delete(index, cut), np.sort(index[cut])
 
 
 def _pixels(settings: DataSettings, source: Source, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return images [N, C, H, W] and labels [N] of an index; opened images must all be of one size and mode."""
     if source.pixels is not None:
         return source.pixels[index], source.labels[index]
-    images, first = [], None
+    images: list[Image.Image] = []
     for i in map(int, index):
         try:
-            image = source.opener(i)
+            images.append(source.opener(i))
         except Exception as error:
             raise SettingsError(f"{source.opener.name(i)} cannot be read ({type(error).__name__}: {error})") from None
-        kind = image.size, image.mode
-        first = first or kind
-        if kind != first:
+        image, first = images[-1], images[0]
+        if (image.size, image.mode) != (first.size, first.mode):
             message = f"{source.opener.name(i)} is {image.size[0]} × {image.size[1]} pixels of mode {image.mode}"
-            alike = f"and the first is {first[0][0]} × {first[0][1]}, {first[1]}"
+            alike = f"and the first is {first.size[0]} × {first.size[1]}, {first.mode}"
             raise SettingsError(f"{message}; with data.in_memory all must be L or RGB and alike, {alike}")
-        pixels = np.asarray(image)
-        images.append(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
-    return np.stack(images), source.labels[index]
+    pixels = np.stack([np.asarray(image) for image in images])
+    return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2), source.labels[index]
 
 
 def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -42,7 +42,7 @@ def _kind_of(phase: PhaseSettings) -> str:
 
 def measure(settings: Settings) -> Facts:
     """Read the images, build the networks on the meta device and count; SettingsError if they do not fit together."""
-    from incubate_lib.data.sets import labels_of, load_data, unused_classes
+    from incubate_lib.data.sets import load_data, unused_classes
     from incubate_lib.training.phases import model_shape
 
     shape = model_shape(settings.model)
@@ -57,7 +57,7 @@ def measure(settings: Settings) -> Facts:
             train.preview(1, settings.training_of(name, phase))  # an augmentation that cannot work fails now
     facts = count(settings, len(train), train.num_classes)
     _check_classes(settings, train.num_classes)
-    return facts.model_copy(update={"unused_classes": unused_classes(labels_of(train), train.num_classes)})
+    return facts.model_copy(update={"unused_classes": unused_classes(train.labels, train.num_classes)})
 
 
 def _check_classes(settings: Settings, num_classes: int) -> None:
