@@ -9,7 +9,6 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +34,8 @@ def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
     try:
         place.mkdir(parents=True, exist_ok=True)
         copy = own_folder(place, "machine.scratch") / f"{original.name}-{_stamp(original)}"
-        with _one_at_a_time(copy.with_name(f"{copy.name}.lock")):
+        with open(f"{copy}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # among the processes of this machine; the disk is local
             if not copy.exists():
                 _copy(original, copy)
     except OSError as error:  # no bad input: another machine, or another time, may do
@@ -68,13 +68,12 @@ def _copy(original: Path, copy: Path) -> None:
     if size > free:
         raise OSError(f"{free / 1e9:.1f} GB are free, but {original} has {size / 1e9:.1f} GB")
     print(f"copying {len(files)} files ({size / 1e9:.2f} GB) to {copy.parent} …", flush=True)
-    half = copy.with_name(f"{copy.name}.{socket.gethostname()}.half")  # of a process that was killed, or of this one
+    half = Path(f"{copy}.{socket.gethostname()}.half")  # of a process that was killed, or of this one
     shutil.rmtree(half, ignore_errors=True)
     for folder in {file.parent.relative_to(original) for file in files}:
         (half / folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(COPIERS) as pool:
-        for _ in pool.map(lambda file: shutil.copyfile(file, half / file.relative_to(original)), files):
-            pass
+        list(pool.map(lambda file: shutil.copyfile(file, half / file.relative_to(original)), files))
     try:
         half.rename(copy)
     except OSError:
@@ -89,11 +88,3 @@ def _stamp(original: Path) -> str:
     folders = [original, *sorted(path for pattern in ("*", "*/*") for path in original.glob(pattern) if path.is_dir())]
     seen = [(str(path), path.stat().st_mtime_ns) for path in folders]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:8]
-
-
-@contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold a lock among the processes of this machine; the disk is local, so the kernel's lock is good."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

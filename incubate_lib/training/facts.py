@@ -7,7 +7,7 @@ sees in a moment that everything is done. This module itself does not import tor
 from collections.abc import Iterable
 from typing import Any
 
-from incubate_lib.config import Frozen, ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line
+from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError, in_a_line
 
 
 class Facts(Frozen):
@@ -74,74 +74,80 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     """Build the networks on the meta device and count, for so many images to train on; none is needed for it."""
     import torch
 
-    from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
     from incubate_lib.method.units import count_units
     from incubate_lib.training.costs import FlopCounts
-    from incubate_lib.training.phases import build_model, build_parts, model_shape
+    from incubate_lib.training.phases import build_model, model_shape
 
     shape = model_shape(settings.model)
     with torch.device("meta"):
         model = build_model(settings.model, settings.model.depth, num_classes, any_kind=settings.partition is None)
-        _check_output(model, settings.model, shape, num_classes)
-        units = count_units(model)
-    sizes, small, too_small = _small_images(settings, model, shape, num_classes)
+    units = count_units(model)
+    _check_output(settings, shape, num_classes)
+    sizes, small, unsupported = _small_images(settings, model, shape, num_classes)
     if settings.partition is None:
-        return Facts(
-            num_images=num_images, num_classes=num_classes, target_depths=[], meta_depths=[],
-            flops_per_image={"target": FlopCounts(shape).per_image(model)} | small, unsupported=too_small, units=units,
-            low_resolution=sizes, unsupported_units=_unsupported_units(model, units, shape),
-            weights=_weights(settings, num_classes, [], []),
-        )  # fmt: skip
-    with torch.device("meta"):
-        target_depths, meta_depths = settings.partition.depths(len(model.blocks))
+        depths, unsupported_units = ([], []), _unsupported_units(model, units, shape)
+        flops = {"target": FlopCounts(shape).per_image(model)}
+    else:
+        depths, unsupported_units = settings.partition.depths(len(model.blocks)), {}
+        flops, starts = _parts(settings, depths, shape, num_classes)
+        unsupported |= starts
+    return Facts(
+        num_images=num_images, num_classes=num_classes, target_depths=depths[0], meta_depths=depths[1],
+        flops_per_image=flops | small, unsupported=unsupported, units=units, low_resolution=sizes,
+        unsupported_units=unsupported_units, weights=_weights(settings, num_classes, *depths),
+    )  # fmt: skip
 
-        any_phase = PhaseSettings(
-            phase="meta", seed=0, data=settings.data, model=settings.model, target_depths=target_depths,
-            meta_depths=meta_depths, training=settings.training,
-        )  # fmt: skip
+
+def _parts(
+    settings: Settings, depths: tuple[list[int], list[int]], shape: tuple[int, int, int], num_classes: int
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Return the FLOPs of the meta and the target network and of each hybrid, and the starts that modules cannot have, why."""
+    import torch
+
+    from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
+    from incubate_lib.training.costs import FlopCounts
+    from incubate_lib.training.phases import build_parts
+
+    any_phase = PhaseSettings(
+        phase="meta", seed=0, data=settings.data, model=settings.model, target_depths=depths[0], meta_depths=depths[1],
+        training=settings.training,
+    )  # fmt: skip
+    with torch.device("meta"):
         targets, metas = (build_parts(any_phase, which, num_classes) for which in ("target", "meta"))
-        counts = FlopCounts(shape)
+        counts, unsupported = FlopCounts(shape), {}
         flops = {"meta": counts.per_image(assemble(metas)), "target": counts.per_image(assemble(targets))}
         for i, target in enumerate(targets):
             flops[f"incubate-{i}"] = counts.per_image(make_hybrid(metas, target, i))
             flops[f"imitate-{i}"] = counts.per_image(make_imitation(metas, target, i))
-        unsupported = dict(too_small)
         for start in ("stack", "identity"):
             try:
                 for target, meta in zip(targets, metas, strict=True):
                     start_module(target, meta, start, inherit_stem=True, inherit_head=True)
             except ValueError as error:
                 unsupported[start] = str(error)
-    return Facts(
-        num_images=num_images, num_classes=num_classes, target_depths=target_depths, meta_depths=meta_depths,
-        flops_per_image=flops | small, unsupported=unsupported, units=units, low_resolution=sizes,
-        weights=_weights(settings, num_classes, target_depths, meta_depths),
-    )  # fmt: skip
+    return flops, unsupported
 
 
-def _check_output(model: Any, settings: ModelSettings, shape: tuple[int, int, int], num_classes: int) -> None:
-    """Raise SettingsError unless a network on the meta device gives a row of logits for each image.
+def _check_output(settings: Settings, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raise SettingsError unless a network gives a row of logits for each image.
 
-    Of the blocks of a plain Vision Transformer, which change no shape, one is gone through.
+    Of the blocks of a network that is cut, which change no shape, one is gone through.
     """
     import torch
-    from timm.models.vision_transformer import VisionTransformer
 
-    network = f"model.name {settings.name!r} with model.options {settings.options}"
-    blocks = model.blocks if type(model) is VisionTransformer else None
+    from incubate_lib.training.phases import build_model
+
+    network = f"model.name {settings.model.name!r} with model.options {settings.model.options}"
+    depth, any_kind = (settings.model.depth, True) if settings.partition is None else (1, False)
     try:
-        if blocks is not None:
-            model.blocks = blocks[:1]
-        with torch.no_grad():
-            logits = model.train()(torch.empty(2, *shape, device="meta"))  # batch norm cannot train on a single image
+        with torch.device("meta"), torch.no_grad():
+            model = build_model(settings.model, depth, num_classes, any_kind=any_kind)
+            logits = model.train()(torch.empty(2, *shape))  # batch norm cannot train on a single image
     except Exception as error:  # networks check their images by asserts and by failing somewhere inside
         raise SettingsError(
             f"{network} fails with images of {shape} (channels, height, width: model.in_chans, model.img_size): "
             f"{in_a_line(error)}"
         ) from None
-    finally:
-        if blocks is not None:
-            model.blocks = blocks
     found = tuple(getattr(logits, "shape", ())) or f"a {type(logits).__name__}"
     if found != (2, num_classes):
         raise SettingsError(f"{network} gives {found} for two images, where logits are (2, {num_classes}): a row for each image")
