@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from timm.data.dataset_factory import _search_split
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, data_folder
 from incubate_lib.data.decode import Files, Names
 
-LEFT_BEHIND = {  # by operating systems, in lower case; what begins with a dot is left behind, too
-    "__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "system volume information",
-}  # fmt: skip
+LEFT_BEHIND = ["__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "system volume information"]
 MOST_CLASSES = 1_000_000  # more is no classification but a mistake, an identity number for example
 
 
@@ -91,9 +88,12 @@ def _class_folders(settings: DataSettings, split: str) -> tuple[Path, dict[str, 
     """Return where a split lies, and the folder of each class by its name; one name may be spelled in two ways that look
     the same."""
     folder = folder_of(settings)
-    place, found = folder / split, _search_split(str(folder), split)
-    if settings.source != "folder" and Path(found) != folder:
-        place = Path(found)  # as timm has it: `val` may be called `validation`
+    place = folder / split
+    if settings.source != "folder":  # but timm's, for which `val` may be called `validation`
+        from timm.data.dataset_factory import _search_split
+
+        found = Path(_search_split(str(folder), split))
+        place = place if found == folder else found
     if not place.is_dir():
         there = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())[:8]) or "nothing"
         raise SettingsError(

@@ -85,7 +85,7 @@ def load_data(
     """
     device = torch.device(device)
     train, test = open_source(settings, machine)
-    classes = num_classes(train)
+    classes = len(train.classes)  # a name for each label
     learn, eval_set = splits(settings, train, test)
     if settings.is_streamed:
         sets = [
@@ -112,11 +112,6 @@ def load_data(
         return ImageSet(torch.from_numpy(pixels).to(device), torch.from_numpy(labels).to(device), mean, std, classes)
 
     return put(x, y), put(eval_x, eval_y)
-
-
-def num_classes(train: Source) -> int:
-    """Return the outputs that a network for these images needs."""
-    return max(len(train.classes), int(train.labels.max()) + 1)
 
 
 def unused_classes(labels: np.ndarray | Tensor, count: int) -> list[int]:

@@ -126,8 +126,8 @@ class StreamedSet:
 
     def _reader(self, recipe: TrainingSettings | None) -> "_Reader":
         """Return what worker processes run; without a recipe the centre crop by which images are judged."""
-        stats = {"mean": tuple(self.mean.flatten().tolist()), "std": tuple(self.std.flatten().tolist())}
-        transform = make_transform(self.shape, recipe, crop_pct=self.settings.crop_pct, **stats)
+        mean = tuple(self.mean.flatten().tolist())
+        transform = make_transform(self.shape, recipe, crop_pct=self.settings.crop_pct, mean=mean)
         skip = self.settings.skip_broken and recipe is not None  # judging by another image would count that one twice
         return _Reader(self.source.opener, self.labels, self.index, transform, "L" if self.shape[0] == 1 else "RGB", skip)
 

@@ -11,12 +11,7 @@ from incubate_lib.config import SettingsError, TrainingSettings
 
 
 def make_transform(
-    shape: tuple[int, int, int],
-    recipe: TrainingSettings | None,
-    *,
-    crop_pct: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    shape: tuple[int, int, int], recipe: TrainingSettings | None, *, crop_pct: float, mean: tuple[float, ...]
 ) -> Callable[[Image.Image], Any]:
     """Return what makes a uint8 image of `shape` (C, H, W) of a decoded one: a recipe's augmentation, drawn anew each time.
 
@@ -29,7 +24,7 @@ def make_transform(
         jitter = None if recipe.randaugment else recipe.color_jitter or None
         how = {"is_training": True, "hflip": 0.5 * recipe.hflip, "auto_augment": recipe.randaugment, "color_jitter": jitter}
     try:
-        transform = create_transform(shape, interpolation="bicubic", mean=mean, std=std, use_prefetcher=True, **how)
+        transform = create_transform(shape, interpolation="bicubic", mean=mean, use_prefetcher=True, **how)
     except Exception as error:  # timm checks its notation by asserts
         raise SettingsError(f"training.randaugment {recipe and recipe.randaugment!r}: {error or 'not timm notation'}") from None
     for operation in operations(transform):

@@ -1,18 +1,10 @@
-"""The names of classes: those of the images, those that stand beside weights, and whether the two have one order."""
+"""The names of classes that stand beside weights, and whether they have the order of those of the images."""
 
 from collections import Counter
 from pathlib import Path
 
-from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError
+from incubate_lib.config import SettingsError
 from incubate_lib.training.runs import read_json
-
-
-def class_names(settings: DataSettings, count: int, machine: MachineSettings = DEFAULT_MACHINE) -> list[str]:
-    """Return the names of the `count` classes of some images, in the order of their labels; the number where there is none."""
-    from incubate_lib.data.sources import open_source
-
-    names = open_source(settings, machine)[0].classes
-    return [*map(str, names), *(str(i) for i in range(len(names), count))]
 
 
 def label_names(weights: str | Path) -> list[str]:

@@ -56,17 +56,18 @@ def measure(settings: Settings) -> Facts:
         for phase in strategy.trains:
             train.preview(1, settings.training_of(name, phase))  # an augmentation that cannot work fails now
     facts = count(settings, len(train), train.num_classes)
-    _check_classes(settings, train.num_classes)
+    _check_classes(settings)
     return facts.model_copy(update={"unused_classes": unused_classes(train.labels, train.num_classes)})
 
 
-def _check_classes(settings: Settings, num_classes: int) -> None:
+def _check_classes(settings: Settings) -> None:
     """Raise SettingsError where weights to start from have the same classes as the images, in another order."""
-    from incubate_lib.training.classes import check_order, class_names, label_names
+    from incubate_lib.data.sources import open_source
+    from incubate_lib.training.classes import check_order, label_names
 
     for name, strategy in settings.strategies.items():
         if strategy.weights and (known := label_names(strategy.weights)):
-            names = class_names(settings.data, num_classes, settings.machine)
+            names = open_source(settings.data, settings.machine)[0].classes
             check_order(names, known, f"strategies.{name}.weights")
 
 
