@@ -28,10 +28,12 @@ class Source:
     opener: Any = None  # has __call__(i) → PIL image of mode L or RGB, and name(i) → what people can look up
 
 
-def folder_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE) -> Path:
-    """Return the folder of a source; SettingsError if there is none."""
+def folder_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE, *, make: bool = False) -> Path:
+    """Return the folder of a source; SettingsError if there is none, and none is to be made."""
     folder = place_of(settings, machine)
-    if not folder.is_dir():
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not folder.is_dir():
         message = "is not there" if not folder.exists() else "is not a folder"
         raise SettingsError(f"data.folder {folder} {message}; it must hold the images of data.source {settings.source!r}")
     return folder

@@ -96,7 +96,7 @@ def load_data(
             _, broken, _ = part.check(every=max(1, len(part) // 64))  # all of a large set would take hours
             part.note(broken.items(), fatal=not settings.skip_broken)
         return tuple(sets)
-    (x, y), (eval_x, eval_y) = (_pixels(settings, *part) for part in (learn, eval_set))
+    (x, y), (eval_x, eval_y) = (_pixels(*part) for part in (learn, eval_set))
     if pad := settings.pad:
         x, eval_x = (np.pad(pixels, ((0, 0), (0, 0), (pad, pad), (pad, pad))) for pixels in (x, eval_x))
     if settings.resize:
@@ -167,7 +167,7 @@ def _cut(settings: DataSettings, labels: np.ndarray, index: np.ndarray, size: in
     return np.delete(index, cut), np.sort(index[cut])
 
 
-def _pixels(settings: DataSettings, source: Source, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pixels(source: Source, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return images [N, C, H, W] and labels [N] of an index; opened images must all be of one size and mode."""
     if source.pixels is not None:
         return source.pixels[index], source.labels[index]

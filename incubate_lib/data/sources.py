@@ -18,7 +18,7 @@ from torchvision.datasets import FashionMNIST
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError
 from incubate_lib.data.decode import Files, Names, Rows
-from incubate_lib.data.folders import Source, folder_of, image_folder, numbered, place_of
+from incubate_lib.data.folders import Source, folder_of, image_folder, numbered
 from incubate_lib.data.shards import wds
 
 
@@ -77,17 +77,12 @@ def _torchvision(settings: DataSettings, split: str, download: bool) -> Source:
     if settings.source.lower() in ("torch/folder", "torch/image_folder"):
         return image_folder(settings, split, download)
     whole, what = not settings.source.startswith("torch/"), f"{settings.source} {split}"
-    if download:
-        folder = place_of(settings)
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        folder = folder_of(settings)
+    folder = folder_of(settings, make=download)
     if settings.source == "fashion_mnist" and (folder / "train-images-idx3-ubyte.gz").is_file():
         return _zipped_fashion(folder, "train" if split == "train" else "t10k")
     try:
-        items = create_dataset(
-            f"torch/{settings.source}" if whole else settings.source, root=str(folder), split=split, download=download
-        )
+        name = settings.source.removeprefix("torch/")
+        items = create_dataset(f"torch/{name}", root=str(folder), split=split, download=download)
     except Exception as error:  # torchvision raises RuntimeError, OSError, URLError, … for a set that is not there
         hint = "" if download else "; machine.download=true fetches it"
         raise SettingsError(f"data.folder {folder}: torchvision cannot read {settings.source!r}: {error}{hint}") from None

@@ -7,7 +7,7 @@ sees in a moment that everything is done. This module itself does not import tor
 from collections.abc import Iterable
 from typing import Any
 
-from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError, in_a_line
+from incubate_lib.config import Frozen, ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line
 
 
 class Facts(Frozen):
@@ -82,15 +82,15 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     shape = model_shape(settings.model)
     with torch.device("meta"):
         model = build_model(settings.model, settings.model.depth, num_classes, any_kind=settings.partition is None)
-    units = count_units(model)
-    _check_output(settings, shape, num_classes)
+    units, counts = count_units(model), FlopCounts(shape)
+    _check_output(settings.model, model, shape, num_classes)
     sizes, small, unsupported = _small_images(settings, model, shape, num_classes)
     if settings.partition is None:
         depths, unsupported_units = ([], []), _unsupported_units(model, units, shape)
-        flops = {"target": FlopCounts(shape).per_image(model)}
+        flops = {"target": counts.per_image(model)}
     else:
         depths, unsupported_units = settings.partition.depths(len(model.blocks)), {}
-        flops, starts = _parts(settings, depths, shape, num_classes)
+        flops, starts = _parts(settings, depths, counts, num_classes)
         unsupported |= starts
     return Facts(
         num_images=num_images, num_classes=num_classes, target_depths=depths[0], meta_depths=depths[1],
@@ -100,13 +100,12 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
 
 
 def _parts(
-    settings: Settings, depths: tuple[list[int], list[int]], shape: tuple[int, int, int], num_classes: int
+    settings: Settings, depths: tuple[list[int], list[int]], counts: Any, num_classes: int
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Return the FLOPs of the meta and the target network and of each hybrid, and the starts that modules cannot have, why."""
     import torch
 
     from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
-    from incubate_lib.training.costs import FlopCounts
     from incubate_lib.training.phases import build_parts
 
     any_phase = PhaseSettings(
@@ -115,11 +114,11 @@ def _parts(
     )  # fmt: skip
     with torch.device("meta"):
         targets, metas = (build_parts(any_phase, which, num_classes) for which in ("target", "meta"))
-        counts, unsupported = FlopCounts(shape), {}
         flops = {"meta": counts.per_image(assemble(metas)), "target": counts.per_image(assemble(targets))}
         for i, target in enumerate(targets):
             flops[f"incubate-{i}"] = counts.per_image(make_hybrid(metas, target, i))
             flops[f"imitate-{i}"] = counts.per_image(make_imitation(metas, target, i))
+        unsupported = {}
         for start in ("stack", "identity"):
             try:
                 for target, meta in zip(targets, metas, strict=True):
@@ -129,21 +128,14 @@ def _parts(
     return flops, unsupported
 
 
-def _check_output(settings: Settings, shape: tuple[int, int, int], num_classes: int) -> None:
-    """Raise SettingsError unless a network gives a row of logits for each image.
-
-    Of the blocks of a network that is cut, which change no shape, one is gone through.
-    """
+def _check_output(settings: ModelSettings, model: Any, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raise SettingsError unless a network on the meta device gives a row of logits for each image."""
     import torch
 
-    from incubate_lib.training.phases import build_model
-
-    network = f"model.name {settings.model.name!r} with model.options {settings.model.options}"
-    depth, any_kind = (settings.model.depth, True) if settings.partition is None else (1, False)
+    network = f"model.name {settings.name!r} with model.options {settings.options}"
     try:
-        with torch.device("meta"), torch.no_grad():
-            model = build_model(settings.model, depth, num_classes, any_kind=any_kind)
-            logits = model.train()(torch.empty(2, *shape))  # batch norm cannot train on a single image
+        with torch.no_grad():
+            logits = model.train()(torch.empty(2, *shape, device="meta"))  # batch norm cannot train on a single image
     except Exception as error:  # networks check their images by asserts and by failing somewhere inside
         raise SettingsError(
             f"{network} fails with images of {shape} (channels, height, width: model.in_chans, model.img_size): "
