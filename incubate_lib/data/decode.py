@@ -18,7 +18,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 Opener = Callable[[int], Image.Image]  # picklable: worker processes get a copy
-FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "GIF")  # of IMG_EXTENSIONS, and what the web calls .jpg, too
+# Of torchvision's IMG_EXTENSIONS, and what the web calls .jpg, too:
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "GIF")
 BITS, PHOTOMETRIC, ORIENTATION = 258, 262, 274  # tags of TIFF and EXIF
 
 
@@ -44,7 +45,7 @@ def plain(image: Image.Image) -> Image.Image:
         return _upper_byte(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has 32 bits, and nothing says which is white; save it with 8 or 16 bits of grey")
-    if image.mode == "P" and "transparency" in image.info:  # straight to RGB, which is the same, makes pillow warn
+    if image.mode == "P" and "transparency" in image.info:  # straight to RGB is the same, and makes pillow warn
         image = image.convert("RGBA")
     return image.convert("L" if image.mode in ("1", "LA") else "RGB")
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, data_folder
 from incubate_lib.data.decode import Files, Names
 
-LEFT_BEHIND = ["__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "system volume information"]
+# By operating systems and tools; what begins with a dot is left behind, too.
+LEFT_BEHIND = re.compile(
+    r"\..*|__macosx|@eadir|thumbs\.db|desktop\.ini|lost\+found|\$recycle\.bin|system volume information", re.I | re.S
+)
 MOST_CLASSES = 1_000_000  # more is no classification but a mistake, an identity number for example
 
 
@@ -47,7 +51,7 @@ def place_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE)
 
 def is_left_behind(name: str) -> bool:
     """Whether tools and operating systems leave files and folders of this name behind: `._name.png`, `.ipynb_checkpoints`."""
-    return name.startswith(".") or name.lower() in LEFT_BEHIND
+    return LEFT_BEHIND.fullmatch(name) is not None
 
 
 def normal(name: str) -> str:
@@ -126,9 +130,12 @@ def _images_below(folder: Path) -> Iterator[str]:
     found = []
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not is_left_behind(name)]
-        for path in (Path(root, name) for name in folders):
-            if path.is_symlink() and any(above.resolve().is_relative_to(path.resolve()) for above in path.parents):
-                raise SettingsError(f"{path} is a link to a folder that it lies in")  # or each image would come 40 times
-        found.append((root, [name for name in files if name.lower().endswith(IMG_EXTENSIONS) and not is_left_behind(name)]))
+        for path in (Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))):
+            real = path.resolve()
+            if any(above.resolve().is_relative_to(real) for above in path.parents):  # or each image comes 40 times
+                raise SettingsError(f"{path} is a link to a folder that it lies in")
+        found.append((root, files))
     for root, files in sorted(found, key=lambda item: normal(item[0])):
-        yield from (os.path.join(root, name) for name in sorted(files, key=normal))
+        for name in sorted(files, key=normal):
+            if name.lower().endswith(IMG_EXTENSIONS) and not is_left_behind(name):
+                yield os.path.join(root, name)

@@ -108,10 +108,8 @@ def load_data(
     std = np.sqrt(bessel * (counts * (levels - mean[:, None]) ** 2).sum(1)).clip(1e-3)
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (mean, std))
 
-    def put(pixels: np.ndarray, labels: np.ndarray) -> ImageSet:
-        return ImageSet(torch.from_numpy(pixels).to(device), torch.from_numpy(labels).to(device), mean, std, classes)
-
-    return put(x, y), put(eval_x, eval_y)
+    x, y, eval_x, eval_y = (torch.from_numpy(v).to(device) for v in (x, y, eval_x, eval_y))
+    return ImageSet(x, y, mean, std, classes), ImageSet(eval_x, eval_y, mean, std, classes)
 
 
 def unused_classes(labels: np.ndarray | Tensor, count: int) -> list[int]:
@@ -134,33 +132,33 @@ def splits(settings: DataSettings, train: Source, test: Source | None) -> tuple[
     """Return (source, index of its images) to train on and to judge by."""
     rest = np.arange(len(train.labels))
     if test is None:
-        rest, eval_set = _cut(settings, train.labels, rest, settings.test_images or len(rest) // 3, "data.test_images")
+        rest, held = _cut(settings, train.labels, rest, settings.test_images or len(rest) // 3, "test_images")
         test = train
     else:
-        eval_set = np.arange(len(test.labels))
-        if settings.test_images not in (None, len(eval_set)):
-            _, eval_set = _cut(settings, test.labels, eval_set, settings.test_images, "data.test_images")
+        held = np.arange(len(test.labels))
+        if settings.test_images not in (None, len(held)):
+            _, held = _cut(settings, test.labels, held, settings.test_images, "test_images")
     if settings.eval_split == "val":
-        rest, eval_set = _cut(settings, train.labels, rest, settings.val_images or len(rest) // 6, "data.val_images")
+        rest, held = _cut(settings, train.labels, rest, settings.val_images or len(rest) // 6, "val_images")
         test = train
     if settings.train_share < 1:
-        _, rest = _cut(settings, train.labels, rest, round(settings.train_share * len(rest)), "data.train_share")
-    return (train, rest), (test, eval_set)
+        _, rest = _cut(settings, train.labels, rest, round(settings.train_share * len(rest)), "train_share")
+    return (train, rest), (test, held)
 
 
-def _cut(settings: DataSettings, labels: np.ndarray, index: np.ndarray, size: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+def _cut(settings: DataSettings, labels: np.ndarray, index: np.ndarray, size: int, field: str) -> tuple[np.ndarray, np.ndarray]:
     """Cut `size` images off `index`, every class in its proportion; return what is left and what was cut off."""
     labels = labels[index]
     classes = len(np.unique(labels))
     if not classes <= size <= len(index) - classes:
         raise SettingsError(
-            f"{what} is {getattr(settings, what.removeprefix('data.')) or size}; of {len(index)} images in {classes} classes, "
+            f"data.{field} is {getattr(settings, field) or size}; of {len(index)} images in {classes} classes, "
             f"{classes} to {len(index) - classes} can be set apart"
         )
     shuffled = np.random.default_rng(settings.split_seed).permutation(len(index))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.unique(labels, return_counts=True)[1]
-    share = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])  # how far into its class each image stands, 0 … 1
+    share = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])  # how far into its class each stands
     place = np.empty(len(index))
     place[by_class] = share
     cut = shuffled[np.argsort(place[shuffled], kind="stable")[:size]]
@@ -173,13 +171,14 @@ def _pixels(source: Source, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return source.pixels[index], source.labels[index]
     images: list[Image.Image] = []
     for i in map(int, index):
+        name = source.opener.name(i)
         try:
             images.append(source.opener(i))
         except Exception as error:
-            raise SettingsError(f"{source.opener.name(i)} cannot be read ({type(error).__name__}: {error})") from None
+            raise SettingsError(f"{name} cannot be read ({type(error).__name__}: {error})") from None
         image, first = images[-1], images[0]
         if (image.size, image.mode) != (first.size, first.mode):
-            message = f"{source.opener.name(i)} is {image.size[0]} × {image.size[1]} pixels of mode {image.mode}"
+            message = f"{name} is {image.size[0]} × {image.size[1]} pixels of mode {image.mode}"
             alike = f"and the first is {first.size[0]} × {first.size[1]}, {first.mode}"
             raise SettingsError(f"{message}; with data.in_memory all must be L or RGB and alike, {alike}")
     pixels = np.stack([np.asarray(image) for image in images])

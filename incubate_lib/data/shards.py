@@ -23,7 +23,8 @@ def wds(settings: DataSettings, split: str, download: bool) -> Source:
     """Return the samples of the shards that a split names: a whole name, a pattern, or a part of one."""
     folder = folder_of(settings)
     pattern = split if "*" in split or split.endswith(".tar") else f"*{split}*.tar"
-    tars = [tar for tar in sorted(glob.glob(str(folder / pattern))) if not is_left_behind(os.path.basename(tar))]
+    found = sorted(glob.glob(str(folder / pattern)))
+    tars = [tar for tar in found if not is_left_behind(os.path.basename(tar))]
     if not tars:
         raise SettingsError(f"data.folder {folder} has no shards {pattern!r} (data.train_split, data.test_split)")
     places, names, labels = [], [], []

@@ -29,20 +29,23 @@ def open_source(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHI
     are not what they must be.
     """
     kind = settings.source.split("/")[0]
-    settings = settings.model_copy(update={"folder": machine.data_folder}) if machine.data_folder else settings
+    what = f"data.source {settings.source!r}: the"
+    if machine.data_folder:
+        settings = settings.model_copy(update={"folder": machine.data_folder})
     if kind in _MADE:
         train, test = _MADE[kind](settings), None
     else:
         read = _READ.get(kind, _torchvision)
-        train, test = (read(settings, split, machine.download) for split in (settings.train_split, settings.test_split))
+        names = settings.train_split, settings.test_split
+        train, test = (read(settings, split, machine.download) for split in names)
     for split, source in {"train": train, "test": test}.items():
         if source is not None and not len(source.labels):
-            raise SettingsError(f"data.source {settings.source!r}: the {split} split holds no images")
+            raise SettingsError(f"{what} {split} split holds no images")
         if source is not None and source.labels.min() < 0:
-            raise SettingsError(f"data.source {settings.source!r}: the {split} split has images without a label (-1)")
+            raise SettingsError(f"{what} {split} split has images without a label (-1)")
     if test is not None and len(strange := np.setdiff1d(test.labels, train.labels)):
         some = ", ".join(test.classes[i] for i in strange[:5])
-        raise SettingsError(f"data.source {settings.source!r}: the test split has classes that training lacks: {some}")
+        raise SettingsError(f"{what} test split has classes that training lacks: {some}")
     return train, test
 
 
@@ -83,28 +86,26 @@ def _torchvision(settings: DataSettings, split: str, download: bool) -> Source:
     try:
         name = settings.source.removeprefix("torch/")
         items = create_dataset(f"torch/{name}", root=str(folder), split=split, download=download)
-    except Exception as error:  # torchvision raises RuntimeError, OSError, URLError, … for a set that is not there
+    except Exception as error:  # torchvision raises RuntimeError, OSError, URLError, … for what is not there
         hint = "" if download else "; machine.download=true fetches it"
         raise SettingsError(f"data.folder {folder}: torchvision cannot read {settings.source!r}: {error}{hint}") from None
     files = _files_of(items)
-    labels = next((getattr(items, name) for name in ("targets", "labels", "_labels") if hasattr(items, name)), None)
-    if labels is None:
-        labels = [label for _, label in files or items]
+    held = [name for name in ("targets", "labels", "_labels") if hasattr(items, name)]
+    labels = getattr(items, held[0]) if held else [label for _, label in files or items]
     labels, classes = numbered(labels, what, getattr(items, "classes", ()))
     if whole:
         pixels = np.asarray(items.data)
         return Source(labels, classes, pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2))
-    return Source(labels, classes, opener=Files(Names(path for path, _ in files)) if files else Rows(items, 0, what))
+    opener = Files(Names(path for path, _ in files)) if files else Rows(items, 0, what)
+    return Source(labels, classes, opener=opener)
 
 
 def _files_of(items: Any) -> list[tuple[str, int]]:
     """Return (path, label) of each image of a torchvision set that lies in files; nothing for one in memory."""
     if hasattr(items, "all_categories"):  # iNaturalist
-        kind = items.target_type[0]
-        return [
-            (os.path.join(items.root, items.all_categories[i], file), i if kind == "full" else items.categories_map[i][kind])
-            for i, file in items.index
-        ]
+        kind, folders = items.target_type[0], items.all_categories
+        number = [i if kind == "full" else items.categories_map[i][kind] for i in range(len(folders))]
+        return [(os.path.join(items.root, folders[i], file), number[i]) for i, file in items.index]
     return getattr(items, "imgs", [])
 
 
@@ -134,13 +135,14 @@ def _hugging_face(settings: DataSettings, split: str, download: bool) -> Source:
 
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = not download
         reader = create_dataset(settings.source, root=cache, split=split).reader
-        labels, names = reader.dataset[reader.label_key], getattr(reader.dataset.features[reader.label_key], "names", ())
+        table, label = reader.dataset, reader.label_key
+        labels, names = table[label], getattr(table.features[label], "names", ())
     except ImportError:
         raise SettingsError("data.source 'hfds/…' needs the package datasets: pip install datasets") from None
     except Exception as error:  # datasets raises many kinds for what is not there
         message = " ".join(str(error).split())
         raise SettingsError(f"data.source {settings.source!r}: Hugging Face datasets cannot read it: {message}") from None
-    return Source(*numbered(labels, what, names), opener=Rows(reader.dataset, reader.image_key, what))
+    return Source(*numbered(labels, what, names), opener=Rows(table, reader.image_key, what))
 
 
 _MADE = {"digits": _digits, "synthetic": _synthetic}

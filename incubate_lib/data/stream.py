@@ -48,18 +48,17 @@ class StreamedSet:
     device: torch.device
     machine: MachineSettings = DEFAULT_MACHINE
     broken: dict[str, str] = field(default_factory=dict)  # images passed over so far: name → reason
-    eval_loader: DataLoader | None = None  # kept, because starting its workers takes longer than a small evaluation
+    eval_loader: DataLoader | None = None  # kept: starting its workers takes longer than a small evaluation
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __post_init__(self) -> None:
         self.labels = self.source.labels[self.index]
-        channels = self.shape[0]
-        self.mean, self.std = (
-            torch.tensor(v if channels == 3 else [np.mean(v)] * channels, dtype=torch.float32, device=self.device)[:, None, None]
-            for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        )
+        stats = np.array([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])  # [2, 3]
+        if self.shape[0] != 3:
+            stats = stats.mean(1, keepdims=True).repeat(self.shape[0], 1)
+        self.mean, self.std = torch.tensor(stats, dtype=torch.float32, device=self.device)[:, :, None, None]
 
     def preview(self, num: int, recipe: TrainingSettings | None = None) -> Tensor:
         """Return the first images as uint8 [num, C, H, W], as judged, or augmented as in training."""
@@ -79,7 +78,7 @@ class StreamedSet:
         """Yield micro-batches to train on: uint8 images [B, C, H, W] and labels [B]; `finish` makes them ready."""
         seed = derive_seed(order.seed, "augment")  # and epoch and place give each augmentation's
         sampler = (
-            [(i, derive_seed(seed, epoch, place)) for i, place in zip(images.tolist(), places.tolist(), strict=True)]
+            [(int(i), derive_seed(seed, epoch, int(place))) for i, place in zip(images, places, strict=True)]
             for epoch, places, images in order
         )
         yield from self._read(self._loader(order.settings, sampler, order.devices))
@@ -128,15 +127,15 @@ class StreamedSet:
         """Return what worker processes run; without a recipe the centre crop by which images are judged."""
         mean = tuple(self.mean.flatten().tolist())
         transform = make_transform(self.shape, recipe, crop_pct=self.settings.crop_pct, mean=mean)
-        skip = self.settings.skip_broken and recipe is not None  # judging by another image would count that one twice
-        return _Reader(self.source.opener, self.labels, self.index, transform, "L" if self.shape[0] == 1 else "RGB", skip)
+        mode = "L" if self.shape[0] == 1 else "RGB"
+        skip = self.settings.skip_broken and recipe is not None  # judging by another would count that one twice
+        return _Reader(self.source.opener, self.labels, self.index, transform, mode, skip)
 
     def _workers(self, devices: int) -> int:
         """Return how many processes read for this one."""
         if self.machine.workers is not None:
             return self.machine.workers
-        cores = int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))  # this phase's share of them
-        return max(1, cores // devices)
+        return max(1, _cores() // devices)
 
     def read_ahead(self, batch: int, batches: int, workers: int) -> int:
         """Return the bytes of shared memory that so many worker processes fill at most.
@@ -196,20 +195,19 @@ def check_shared_memory(
     machine, workers = eval_set.machine, eval_set._workers(devices)
     sharing = min(machine.devices, devices)  # a notebook judges on one device, whatever the machine has
     mine = math.ceil(len(eval_set) / devices)
-    number, micro = micro_batches(recipe.batch_size, recipe.micro_batch, devices) if recipe else (0, 0)
+    reads = [(eval_set, min(mine, EVAL_BATCH), math.ceil(mine / EVAL_BATCH))]  # set, size and number of batches
+    if recipe:
+        number, micro = micro_batches(recipe.batch_size, recipe.micro_batch, devices)
+        reads.append((train, micro, number * total_steps(recipe.epochs, len(train), recipe.batch_size)))
 
     def needed(workers: int) -> int:
-        size = eval_set.read_ahead(min(mine, EVAL_BATCH), math.ceil(mine / EVAL_BATCH), workers)
-        if recipe:
-            size += train.read_ahead(micro, number * total_steps(recipe.epochs, len(train), recipe.batch_size), workers)
-        return size
+        return sum(part.read_ahead(batch, batches, workers) for part, batch, batches in reads)
 
     try:
         there = os.statvfs(SHARED_MEMORY)
     except OSError:  # not on this system
         return
-    cores = len(os.sched_getaffinity(0))
-    share = int(os.environ.get("INCUBATE_THREADS") or cores) / cores
+    share = _cores() / len(os.sched_getaffinity(0))
     room = int(min(there.f_bavail, share * there.f_blocks) * there.f_frsize / sharing)
     fits = next(fewer for fewer in range(workers, -1, -1) if needed(fewer) <= room)
     if fits < workers:
@@ -221,6 +219,11 @@ def check_shared_memory(
         )
 
 
+def _cores() -> int:
+    """Return this phase's share of the cores, where several run side by side."""
+    return int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))
+
+
 def _pages(size: int) -> int:
     """Return what so many bytes take in shared memory."""
     return math.ceil(size / mmap.PAGESIZE) * mmap.PAGESIZE
@@ -230,7 +233,8 @@ def _tensor_bytes(value: Any, depth: int = 4) -> int:
     """Return what the tensors in an object take in shared memory, where they go when worker processes get a copy of it."""
     if isinstance(value, Tensor):
         return _pages(value.nbytes)
-    return sum(_tensor_bytes(part, depth - 1) for part in vars(value).values()) if depth and hasattr(value, "__dict__") else 0
+    parts = vars(value).values() if depth and hasattr(value, "__dict__") else ()
+    return sum(_tensor_bytes(part, depth - 1) for part in parts)
 
 
 # -- in worker processes --------------------------------------------------------------------------------------------------
@@ -287,7 +291,7 @@ def _end_with_reader(worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    if os.environ.get("INCUBATE_STOP"):  # a cluster warns every process of a job, and torch has workers end at that
+    if os.environ.get("INCUBATE_STOP"):  # a cluster warns all processes of a job; torch has workers end at that
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

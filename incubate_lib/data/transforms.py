@@ -18,11 +18,10 @@ def make_transform(
     Without a recipe it is the centre crop by which images are judged. Raises SettingsError for a `randaugment` that is
     not in timm's notation.
     """
-    if recipe is None:
-        how = {"is_training": False, "crop_pct": crop_pct}
-    else:
+    how: dict[str, Any] = {"is_training": recipe is not None, "crop_pct": crop_pct}
+    if recipe is not None:
         jitter = None if recipe.randaugment else recipe.color_jitter or None
-        how = {"is_training": True, "hflip": 0.5 * recipe.hflip, "auto_augment": recipe.randaugment, "color_jitter": jitter}
+        how |= {"hflip": 0.5 * recipe.hflip, "auto_augment": recipe.randaugment, "color_jitter": jitter}
     try:
         transform = create_transform(shape, interpolation="bicubic", mean=mean, use_prefetcher=True, **how)
     except Exception as error:  # timm checks its notation by asserts

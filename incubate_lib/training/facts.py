@@ -17,15 +17,14 @@ class Facts(Frozen):
     num_classes: int
     target_depths: list[int]
     meta_depths: list[int]
-    flops_per_image: dict[
-        str, int
-    ]  # training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …
+    # Training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …
+    flops_per_image: dict[str, int]
     low_resolution: dict[str, int] = {}  # strategies that begin with small images → their size in pixels
-    unsupported: dict[str, str]  # starts, and strategies with small images, that these networks cannot have, and why
-    units: dict[str, int] = {}  # kinds of units that Modular Adaptive Training finds in the target network → their number
+    unsupported: dict[str, str]  # starts, and strategies with small images, that these networks lack, and why
+    units: dict[str, int] = {}  # kinds of units of Modular Adaptive Training in the target network → their number
     unsupported_units: dict[str, str] = {}  # kinds among them that cannot be used, and why
     weights: dict[str, str] = {}  # files that strategies start from → SHA-256
-    unused_classes: list[int] = []  # classes without an image to train on: labels that do not begin at 0 or have gaps
+    unused_classes: list[int] = []  # without an image to train on: labels that do not begin at 0 or have gaps
 
     def flops_of(self, phase: PhaseSettings) -> int:
         """Return the training FLOPs of one image in this phase; 0 where nothing is trained."""
@@ -135,7 +134,7 @@ def _check_output(settings: ModelSettings, model: Any, shape: tuple[int, int, in
     network = f"model.name {settings.name!r} with model.options {settings.options}"
     try:
         with torch.no_grad():
-            logits = model.train()(torch.empty(2, *shape, device="meta"))  # batch norm cannot train on a single image
+            logits = model.train()(torch.empty(2, *shape, device="meta"))  # batch norm cannot train on one image
     except Exception as error:  # networks check their images by asserts and by failing somewhere inside
         raise SettingsError(
             f"{network} fails with images of {shape} (channels, height, width: model.in_chans, model.img_size): "
@@ -162,7 +161,8 @@ def _small_images(
     for name, strategy in settings.strategies.items():
         if strategy.low_resolution is None:
             continue
-        patch = model.patch_embed.patch_size[0] if hasattr(model, "patch_embed") and hasattr(model, "pos_embed") else 1
+        has_patches = hasattr(model, "patch_embed") and hasattr(model, "pos_embed")
+        patch = model.patch_embed.patch_size[0] if has_patches else 1
         size = strategy.low_resolution.img_size or max(1, shape[1] // 2 // patch) * patch
         try:
             if size >= shape[1] or size % patch:
