@@ -69,7 +69,7 @@ class ImageSet:
     def eval_batches(self, rank: int = 0, devices: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised batches of every image that falls to this rank: each image once over all ranks."""
         for index in torch.arange(rank, len(self), devices, device=self.labels.device).split(EVAL_BATCH):
-            yield self.normalise(self.images[index]), self.labels[index]
+            yield self.some(index)
 
 
 def load_data(

@@ -81,8 +81,8 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     shape = model_shape(settings.model)
     with torch.device("meta"):
         model = build_model(settings.model, settings.model.depth, num_classes, any_kind=settings.partition is None)
-    units, counts = count_units(model), FlopCounts(shape)
     _check_output(settings.model, model, shape, num_classes)
+    units, counts = count_units(model), FlopCounts(shape)
     sizes, small, unsupported = _small_images(settings, model, shape, num_classes)
     if settings.partition is None:
         depths, unsupported_units = ([], []), _unsupported_units(model, units, shape)
@@ -169,11 +169,9 @@ def _small_images(
                 raise SettingsError(
                     f"it must be smaller than the network's ({shape[1]} pixels) and divisible by its patches ({patch})"
                 )
+            smaller = settings.model.model_copy(update={"img_size": size})
             with torch.device("meta"):
-                small = build_model(
-                    settings.model.model_copy(update={"img_size": size}), settings.model.depth, num_classes,
-                    any_kind=settings.partition is None,
-                )  # fmt: skip
+                small = build_model(smaller, smaller.depth, num_classes, any_kind=settings.partition is None)
             flops[f"target-{size}"] = FlopCounts((shape[0], size, size)).per_image(small)
             sizes[name] = size
         except (SettingsError, RuntimeError) as error:  # the latter from poolings that find nothing left
@@ -213,9 +211,9 @@ def _weights(settings: Settings, num_classes: int, target_depths: list[int], met
     weights = {}
     for name, strategy in settings.strategies.items():
         if strategy.weights:
-            depths = {"finetune": target_depths}.get(strategy.kind, meta_depths)
+            depth = sum(target_depths if strategy.kind == "finetune" else meta_depths) or None
             try:
-                model = build_model(settings.model, sum(depths) or None, num_classes, any_kind=settings.partition is None)
+                model = build_model(settings.model, depth, num_classes, any_kind=settings.partition is None)
                 load_into(model, strategy.weights)
             except SettingsError as error:
                 raise SettingsError(f"strategies.{name}.weights: {error}") from None
