@@ -45,8 +45,8 @@ def plain(image: Image.Image) -> Image.Image:
         return _upper_byte(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has 32 bits, and nothing says which is white; save it with 8 or 16 bits of grey")
-    if image.mode == "P" and "transparency" in image.info:  # straight to RGB is the same, and makes pillow warn
-        image = image.convert("RGBA")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, which is the same, makes pillow warn
     return image.convert("L" if image.mode in ("1", "LA") else "RGB")
 
 

@@ -107,7 +107,6 @@ def load_data(
     bessel = x[:, 0].size / (x[:, 0].size - 1)
     std = np.sqrt(bessel * (counts * (levels - mean[:, None]) ** 2).sum(1)).clip(1e-3)
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (mean, std))
-
     x, y, eval_x, eval_y = (torch.from_numpy(v).to(device) for v in (x, y, eval_x, eval_y))
     return ImageSet(x, y, mean, std, classes), ImageSet(eval_x, eval_y, mean, std, classes)
 
@@ -182,7 +181,8 @@ def _pixels(source: Source, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             alike = f"and the first is {first.size[0]} × {first.size[1]}, {first.mode}"
             raise SettingsError(f"{message}; with data.in_memory all must be L or RGB and alike, {alike}")
     pixels = np.stack([np.asarray(image) for image in images])
-    return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2), source.labels[index]
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+    return pixels, source.labels[index]
 
 
 def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:

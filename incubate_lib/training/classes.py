@@ -22,11 +22,11 @@ def check_order(names: list[str], known: list[str], what: str) -> None:
     Names that only one side has say nothing: the same class may be called by a word here and by a number there. Nor do names
     of two classes, as ImageNet's crane, which is a bird and a machine.
     """
-    number, again = {name: i for i, name in enumerate(names)}, Counter(names) | Counter(known)
-    wrong = [(name, i, number[name]) for i, name in enumerate(known) if again[name] == 1 and number.get(name, i) != i]
+    again = Counter(names) | Counter(known)
+    here, there = ({name: i for i, name in enumerate(some)} for some in (names, known))
+    wrong = [name for name, i in there.items() if again[name] == 1 and here.get(name, i) != i]
     if wrong:
-        name, there, here = wrong[0]
         raise SettingsError(
-            f"{what}: by the config.json beside them class {name!r} is number {there}, in these images it is {here}; the classes "
-            f"must have the same order ({len(wrong)} of {len(known)} differ)"
+            f"{what}: by the config.json beside them class {wrong[0]!r} is number {there[wrong[0]]}, in these "
+            f"images it is {here[wrong[0]]}; the classes must have the same order ({len(wrong)} of {len(known)} differ)"
         )
