@@ -24,7 +24,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings
+from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings
 from incubate_lib.data.decode import Opener, is_turned
 from incubate_lib.data.folders import Source
 from incubate_lib.data.order import EVAL_BATCH, Order
@@ -46,7 +46,7 @@ class StreamedSet:
     num_classes: int
     settings: DataSettings
     device: torch.device
-    machine: MachineSettings = DEFAULT_MACHINE
+    machine: MachineSettings
     broken: dict[str, str] = field(default_factory=dict)  # images passed over so far: name → reason
     eval_loader: DataLoader | None = None  # kept: starting its workers takes longer than a small evaluation
 
