@@ -32,7 +32,7 @@ class Source:
     opener: Any = None  # has __call__(i) → PIL image of mode L or RGB, and name(i) → what people can look up
 
 
-def folder_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE, *, make: bool = False) -> Path:
+def folder_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE, make: bool = False) -> Path:
     """Return the folder of a source; SettingsError if there is none, and none is to be made."""
     folder = place_of(settings, machine)
     if make:
@@ -122,7 +122,7 @@ def _class_folders(settings: DataSettings, split: str) -> tuple[Path, dict[str, 
 
 
 def _images_below(folder: Path) -> Iterator[str]:
-    """Yield the images of a folder and its subfolders, in torchvision's order; links to folders are followed."""
+    """Yield the images of a folder and its subfolders, in torchvision's order; links are followed, but not in circles."""
 
     def refuse(error: OSError) -> None:  # a folder that cannot be read is no empty one
         raise SettingsError(f"{error.filename} cannot be read: {error.strerror}")
@@ -132,7 +132,7 @@ def _images_below(folder: Path) -> Iterator[str]:
         folders[:] = [name for name in folders if not is_left_behind(name)]
         for path in (Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))):
             real = path.resolve()
-            if any(above.resolve().is_relative_to(real) for above in path.parents):  # or each image comes 40 times
+            if any(above.resolve().is_relative_to(real) for above in path.parents):
                 raise SettingsError(f"{path} is a link to a folder that it lies in")
         found.append((root, files))
     for root, files in sorted(found, key=lambda item: normal(item[0])):

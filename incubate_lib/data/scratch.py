@@ -63,7 +63,8 @@ def own_folder(place: Path, setting: str) -> Path:
 
 def _copy(original: Path, copy: Path) -> None:
     began = time.monotonic()
-    files = [Path(folder) / name for folder, _, names in os.walk(original, followlinks=True) for name in names]
+    folders = os.walk(original, followlinks=True)
+    files = [Path(folder) / name for folder, _, names in folders for name in names]
     size, free = sum(file.stat().st_size for file in files), shutil.disk_usage(copy.parent).free
     if size > free:
         raise OSError(f"{free / 1e9:.1f} GB are free, but {original} has {size / 1e9:.1f} GB")
@@ -85,6 +86,6 @@ def _copy(original: Path, copy: Path) -> None:
 
 def _stamp(original: Path) -> str:
     """Return what changes with the place of the original, or when files come or go in its first two levels of folders."""
-    folders = [original, *sorted(path for pattern in ("*", "*/*") for path in original.glob(pattern) if path.is_dir())]
-    seen = [(str(path), path.stat().st_mtime_ns) for path in folders]
+    below = sorted(path for path in [*original.glob("*"), *original.glob("*/*")] if path.is_dir())
+    seen = [(str(path), path.stat().st_mtime_ns) for path in [original, *below]]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:8]

@@ -49,7 +49,8 @@ def _samples(tar: str) -> dict[str, dict[str, tarfile.TarInfo]]:
     try:
         with open_regular(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                if member.isdir() or any(is_left_behind(part) for part in member.name.split("/") if part.strip(".")):
+                parts = [part for part in member.name.split("/") if part.strip(".")]
+                if member.isdir() or any(map(is_left_behind, parts)):
                     continue
                 if not member.isfile():
                     raise SettingsError(f"{tar}: {member.name} is a link or a device; shards hold the files themselves")
