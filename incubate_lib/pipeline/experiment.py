@@ -2,15 +2,23 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from incubate_lib.config import Settings, SettingsError, data_folder
+from incubate_lib.config import Settings, SettingsError, data_folder, presets
 from incubate_lib.training.facts import Facts, measure
 from incubate_lib.training.runs import read_json, write_json
 
 STOP_FILE = "STOP"  # in the experiment's folder: phases save and stop when they see it
+
+
+def source_of(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a preset, or a settings file, and overrides as notebooks and `incubate run` take them, from any folder."""
+    preset = preset if preset in presets() else str(Path(preset).absolute())
+    return {"preset": preset, "overrides": list(overrides)}
 
 
 @dataclass(frozen=True)
