@@ -32,15 +32,12 @@ class ListSettings(Frozen):
 class Paper(Backend):
     name = "paper"
     title = "the list"
-    options = ("pencil",)
-
-    def add_options(self, command, what):
-        command.add_argument("--pencil", help=f"for the {what}")
+    options = {"pencil": {"help": "what it is written with"}}
 
     def settings(self, options):
         return ListSettings(pencil=options.pencil or "HB")
 
-    def submit(self, runs, settings, console, *, notebooks=True, began=None):
+    def submit(self, runs, settings, console, *, notebooks=True):
         new = []
         for todo, source in runs:
             todo.experiment.create()

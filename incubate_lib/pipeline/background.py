@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from incubate_lib import backends
-from incubate_lib.config import SettingsError, load_settings, presets
-from incubate_lib.pipeline.execution import is_running
-from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
+from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.pipeline.execution import who_runs
+from incubate_lib.pipeline.experiment import STOP_FILE, Experiment, source_of
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.lease import holder
 
@@ -58,15 +58,13 @@ def start_run(
     """
     check_lists(overrides, strategies, seeds)
     settings = load_settings(preset, list(overrides))
-    local = backends.get()
-    local.check([settings.machine], local.settings(Namespace(jobs=jobs)))
+    backends.get().settings(Namespace(jobs=jobs))
     backends.check_nodes([settings.machine])
     experiment = Experiment.of(settings)
     _check_free(experiment)
     experiment = plan(settings, strategies, seeds).experiment
     experiment.create()  # with what planning has measured, so that the other process need not
-    command = [sys.executable, "-m", "incubate_lib.cli", "run"]
-    command += [preset if preset in presets() else str(Path(preset).absolute())]
+    command = [sys.executable, "-m", "incubate_lib.cli", "run", source_of(preset, ())["preset"]]
     command += [f"--set={override}" for override in overrides] + ["--seeds", *map(str, seeds)]
     command += ["--strategies", *strategies] if strategies else []
     command += ["--jobs", str(jobs)] if jobs else []
@@ -83,12 +81,8 @@ def start_run(
 
 
 def _check_free(experiment: Experiment) -> None:
-    if is_running(experiment.path):
-        other = holder(experiment.path / "lease") or {}
-        raise SettingsError(
-            f"a run (process {other.get('pid')} on {other.get('host')}) is at work in {experiment.path} already; "
-            "watch it, or stop it first"
-        )
+    if other := who_runs(experiment.path):
+        raise SettingsError(f"a run ({other}) is at work in {experiment.path} already; watch it, or stop it first")
     backends.check_free(experiment, "stop them first")
 
 

@@ -50,6 +50,12 @@ class Node:
         what = f"module {s.module_index + 1} of {len(s.target_depths)}" if s.phase == "incubate" else s.phase
         return f"seed {s.seed} {what}" + ("" if what in ("meta", self.strategy) else f", {self.strategy}")
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What tells `open_phase` and the notebook which of a run's phases this is."""
+        which = {"strategy": self.strategy, "seed": self.settings.seed, "module_index": self.settings.module_index}
+        return {name: value for name, value in which.items() if value is not None}
+
     @cached_property
     def digest(self) -> str:
         return self.settings.digest()
@@ -156,6 +162,12 @@ class Plan:
     finals: dict[tuple[str, int], Node]  # (strategy, seed) → the node that ends it
     flops: dict[str, int]  # node key → training FLOPs it will take
     images: str = ""  # of a plan that no run is made of: for how many images and classes it is, in words
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What tells the analysis notebook which strategies and seeds these are."""
+        strategies, seeds = (list(dict.fromkeys(part)) for part in zip(*self.finals, strict=True))
+        return {"strategies": strategies, "seeds": seeds}
 
     def run(self) -> None:
         """Train everything that is missing, one phase after another, in this process."""

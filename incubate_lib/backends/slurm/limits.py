@@ -4,8 +4,8 @@ import os
 import re
 import subprocess
 from dataclasses import dataclass
-from typing import Any
 
+from incubate_lib.backends.slurm.sbatch import flag
 from incubate_lib.backends.slurm.settings import JobSettings, minutes
 from incubate_lib.config import SettingsError, nearest
 
@@ -43,13 +43,11 @@ def _outside() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
 
 
-def flag(name: str, value: Any) -> str:
-    """Return an option as sbatch takes it; None and True stand for themselves."""
-    return f"--{name}" if value is None or value is True else f"--{name}={value}"
+def check(jobs: dict[str, JobSettings]) -> dict[str, JobSettings]:
+    """Return the jobs with their cores: their GPUs' share of a node's, unless they name them.
 
-
-def check(jobs: dict[str, JobSettings]) -> dict[str, int | None]:
-    """Raise SettingsError if no partition can do one of these jobs; return the cores that each is to have."""
+    SettingsError if no partition can do one of them.
+    """
     found = _limits()
     return {name: _check(job, found) for name, job in jobs.items()}
 
@@ -66,33 +64,31 @@ def _limits() -> list[_Nodes]:
     return found
 
 
-def _check(job: JobSettings, limits: list[_Nodes]) -> int | None:
-    """Check one job; its cores are its GPUs' share of a node's, unless it names them."""
+def _check(job: JobSettings, limits: list[_Nodes]) -> JobSettings:
     names = list(dict.fromkeys(nodes.partition for nodes in limits))
-    if job.partition and not set(job.partition.split(",")) <= set(names):
-        raise SettingsError(f"--partition {job.partition!r}: the cluster has no such partition; {nearest(job.partition, names)}")
     asked = job.partition.split(",") if job.partition else [n.partition for n in limits if n.is_default]
+    if not set(asked) <= set(names):
+        hint = nearest(job.partition, names)
+        raise SettingsError(f"--partition {job.partition!r}: the cluster has no such partition; {hint}")
     if not asked:
         raise SettingsError(f"the cluster has no default partition; give --partition, one of {', '.join(names)}")
-    mine = [n for n in limits if n.partition in asked]
-    where = f"partition {', '.join(asked)}"
-    if job.gpus_per_node > max(n.gpus for n in mine):
-        most = max(n.gpus for n in mine)
-        raise SettingsError(f"--gpus-per-node is {job.gpus_per_node}, but a node of {where} has {most or 'none'}"
-                            + ("" if most else "; --gpus-per-node 0 trains on the CPU"))  # fmt: skip
+    mine, where = [n for n in limits if n.partition in asked], f"partition {', '.join(asked)}"
+    most = max(n.gpus for n in mine)
+    if job.gpus_per_node > most:
+        hint = "" if most else "; --gpus-per-node 0 trains on the CPU"
+        raise SettingsError(f"--gpus-per-node is {job.gpus_per_node}, but a node of {where} has {most or 'none'}{hint}")
     able = [n for n in mine if n.gpus >= job.gpus_per_node]
-    if job.nodes > sum(n.count for n in able):
-        raise SettingsError(
-            f"--nodes is {job.nodes}, but {where} has {sum(n.count for n in able)} with {job.gpus_per_node} GPU(s)"
-        )
-    if job.time and minutes(job.time) > max(n.minutes for n in able):
-        raise SettingsError(f"--time is {job.time}, but {where} allows {max(n.minutes for n in able):g} minutes")
-    share = min(n.cpus * job.gpus_per_node // n.gpus for n in able if n.gpus) if job.gpus_per_node else None
-    options = {"partition": job.partition, "nodes": job.nodes, "gpus-per-node": job.gpus_per_node or None, "time": job.time}
-    options |= {"ntasks-per-node": 1, "cpus-per-task": job.cpus_per_task or share} | job.sbatch
-    flags = [flag(name, value) for name, value in options.items() if value is not None or name in job.sbatch]
+    count, longest = sum(n.count for n in able), max(n.minutes for n in able)
+    if job.nodes > count:
+        raise SettingsError(f"--nodes is {job.nodes}, but {where} has {count} with {job.gpus_per_node} GPU(s)")
+    if job.time and minutes(job.time) > longest:
+        raise SettingsError(f"--time is {job.time}, but {where} allows {longest:g} minutes")
+    if job.gpus_per_node and not job.cpus_per_task:
+        share = min(n.cpus * job.gpus_per_node // n.gpus for n in able)
+        job = job.model_copy(update={"cpus_per_task": share or None})
+    flags = [flag(name, value) for name, value in job.options().items()]
     try:
         call("sbatch", "--test-only", *flags, stdin="#!/bin/bash\n")
     except SettingsError as error:
         raise SettingsError(f"Slurm refuses such a job ({' '.join(flags)}): {error}") from None
-    return job.cpus_per_task or share
+    return job

@@ -14,10 +14,10 @@ from incubate_lib.config.sections import Frozen, Positive, SettingsError, neares
 
 TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", re.ASCII)
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")  # line ends of every kind, and what nobody needs
-OURS = {  # sbatch options that the workbook itself must set
-    "job-name", "output", "error", "open-mode", "dependency", "kill-on-invalid-dep", "requeue", "no-requeue", "signal", "array",
-    "wrap", "parsable", "chdir", "clusters", "ntasks", "ntasks-per-node", "hold", "wait", "test-only", "export", "export-file",
-}  # fmt: skip
+OURS = re.compile(  # options that the workbook itself must set
+    "job-name|output|error|open-mode|dependency|kill-on-invalid-dep|requeue|no-requeue|signal|array|wrap|parsable|chdir|"
+    "clusters|ntasks|ntasks-per-node|hold|wait|test-only|export|export-file"
+)
 
 
 def one_line(value: str) -> str:
@@ -67,13 +67,19 @@ class JobSettings(Frozen):
             field = name.replace("-", "_")
             if field in JobSettings.model_fields:
                 raise ValueError(f"{name} is a field of its own: set {field}")
-            if name in OURS or not re.fullmatch(r"[a-z][a-z-]+", name):
+            if OURS.fullmatch(name) or not re.fullmatch(r"[a-z][a-z-]+", name):
                 raise ValueError(f"{name!r} is set by the workbook, or is no long option of sbatch")
             try:
                 one_line(str(options[name]))
             except ValueError as error:
                 raise ValueError(f"{name} is {options[name]!r}: {error}") from None
         return options
+
+    def options(self) -> dict[str, Any]:
+        """Return all this as options of sbatch, by their long names."""
+        asked = {"partition": self.partition, "nodes": self.nodes, "gpus-per-node": self.gpus_per_node or None}
+        asked |= {"ntasks-per-node": 1, "cpus-per-task": self.cpus_per_task, "time": self.time}
+        return {name: value for name, value in asked.items() if value is not None} | self.sbatch
 
 
 class SlurmSettings(JobSettings):
@@ -110,22 +116,16 @@ def load_slurm(site: str | None, options: dict[str, Any], sbatch: Sequence[str] 
     """Read a site's YAML file, if there is one, and put the options that were given on top; SettingsError if anything is off."""
     raw = read_yaml(Path(site)) if site else {}
     raw |= {name: value for name, value in options.items() if value is not None}
+    pairs = [option.lstrip("-").partition("=") for option in sbatch]
     further = raw.get("sbatch") or {}
-    for option in sbatch:
-        name, equals, value = option.lstrip("-").partition("=")
-        if isinstance(further, dict):
-            further[name] = value if equals else None
-    if further:
-        raw["sbatch"] = further
+    if isinstance(further, dict):
+        raw["sbatch"] = further | {name: value if equals else None for name, equals, value in pairs}
     try:
         return SlurmSettings.model_validate(raw)
     except ValidationError as error:
-        for item in error.errors():
-            if item["type"] == "extra_forbidden":
-                *where, name = map(str, item["loc"])
-                where_text = f"{site}: {'.'.join(where)}{': ' if where else ''}"
-                raise SettingsError(
-                    f"{where_text}unknown field {name!r}; {nearest(name, SlurmSettings.model_fields)}. "
-                    f"Other options of sbatch go under sbatch: {{{name}: …}}"
-                ) from None
+        if unknown := [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]:
+            *where, name = map(str, unknown[0])
+            place = f"{site}: {'.'.join(where)}: " if where else f"{site}: "
+            message = f"unknown field {name!r}; {nearest(name, SlurmSettings.model_fields)}. "
+            raise SettingsError(f"{place}{message}Other options of sbatch go under sbatch: {{{name}: …}}") from None
         raise SettingsError(f"{site or 'options of --backend slurm'}: {error_message(error)}") from None
