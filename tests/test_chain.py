@@ -253,7 +253,7 @@ def test_phases_side_by_side_see_different_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     todo = plan(load_settings("smoke", ["machine.devices=2"]), ["end_to_end", "deep_incubation"])
     seen = []
-    monkeypatch.setattr(pool, "start", lambda *a, gpus, **k: seen.append(gpus))
+    monkeypatch.setattr(pool, "start", lambda *arguments: seen.append(arguments[-1]))
     phases = pool.Pool([(todo, {})], 2, Console())
     for key in ("seed-0/meta", "seed-0/end_to_end"):
         phases.consider(next(task for task in phases.tasks.values() if task.name == key))

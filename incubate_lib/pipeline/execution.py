@@ -18,13 +18,7 @@ ANALYSIS = "06_analysis"
 
 
 def start(
-    folder: Path,
-    what: str,
-    parameters: dict[str, Any],
-    *,
-    threads: int,
-    output: str | None = None,
-    gpus: Sequence[str] = (),
+    folder: Path, what: str, parameters: dict[str, Any], output: str | None, threads: int, gpus: Sequence[str] = ()
 ) -> Process:
     """Start a notebook, to be kept as `output`, or a phase alone, in a process of its own, with its cores and GPUs.
 
@@ -36,7 +30,7 @@ def start(
     env = os.environ | {"INCUBATE_THREADS": str(threads), "INCUBATE_HEADLESS": "1"}
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    return warm.start(what, parameters, output and str(folder / output), log=str(folder / "log.txt"), env=env)
+    return warm.start(what, parameters, output and str(folder / output), str(folder / "log.txt"), env)
 
 
 def clear_log(folder: Path) -> None:
@@ -92,7 +86,7 @@ def analyse(plan: Plan, source: dict[str, Any], console: Console, threads: int) 
     """Run the analysis notebook and return an exit status."""
     path, seen = plan.experiment.path, _seen(plan)
     console.print("Analysis …")
-    process = start(path, ANALYSIS, source | plan.arguments, output=f"{ANALYSIS}.ipynb", threads=threads)
+    process = start(path, ANALYSIS, source | plan.arguments, f"{ANALYSIS}.ipynb", threads)
     try:
         process.join()
     except KeyboardInterrupt:

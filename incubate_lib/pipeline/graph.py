@@ -53,7 +53,7 @@ class Node:
     @property
     def arguments(self) -> dict[str, Any]:
         """What tells `open_phase` and the notebook which of a run's phases this is."""
-        which = {"strategy": self.strategy, "seed": self.settings.seed, "module_index": self.settings.module_index}
+        which = {"strategy": self.strategy} | self.settings.model_dump(include={"seed", "module_index"})
         return {name: value for name, value in which.items() if value is not None}
 
     @cached_property
@@ -65,7 +65,8 @@ class Node:
         from incubate_lib.training.data import load_data
         from incubate_lib.training.phases import model_shape
 
-        return load_data(self.settings.data, shape=model_shape(self.settings.model), machine=self.experiment.settings.machine)
+        shape, machine = model_shape(self.settings.model), self.experiment.settings.machine
+        return load_data(self.settings.data, shape=shape, machine=machine)
 
     def upstream(self, phase: str) -> list["Node"]:
         """Return the nodes of that phase which this one starts from, directly or not."""
@@ -133,12 +134,14 @@ class Node:
 
     def _adopt(self, donor: PhaseFolder, about: dict[str, Any]) -> dict[str, Any]:
         with self.folder.claim(self.settings, about["inputs_sha256"]):
-            if done := self.folder.finished(self.digest, about["inputs_sha256"]):  # finished while this one waited
+            # finished while this one waited
+            if done := self.folder.finished(self.digest, about["inputs_sha256"]):
                 return done
             for name in (METRICS, MNTK, "model.safetensors"):
                 if (donor.path / name).exists():  # assembly has no metrics, and few phases have kernels
                     shutil.copy2(donor.path / name, self.folder.path / name)
-            summary = donor.summary() | about | {"copied_from": str(donor.path.relative_to(self.experiment.path.parent))}
+            origin = str(donor.path.relative_to(self.experiment.path.parent))
+            summary = donor.summary() | about | {"copied_from": origin}
             write_json(self.folder.path / "summary.json", summary)
         return summary
 

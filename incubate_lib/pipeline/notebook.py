@@ -22,9 +22,11 @@ from incubate_lib.pipeline.graph import NOTEBOOKS
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.runs import write_atomic
 
-sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build a grammar for 2 s, for addresses no notebook has
+# jsonschema would build a grammar for 2 s, for addresses no notebook has
+sys.modules.setdefault("rfc3987_syntax", None)
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUTS = {"06_analysis": 900}  # seconds a cell; it only reads, so a longer one hangs. Training takes what it takes
+# seconds a cell; it only reads, so a longer one hangs. Training takes what it takes
+TIMEOUTS = {"06_analysis": 900}
 KEPT = [  # of a notebook's JSON: what is no text, in which a path as short as /tmp stands by chance now and then
     # outputs and attachments in base64
     r'"(?:image/(?!svg\b)|audio/|video/|application/(?:pdf|octet-stream)\b)[^"]*": "[^"]*"',
@@ -133,7 +135,9 @@ def report_errors(work: Callable[[], Any]) -> int:
         print(f"error: {error}", flush=True)
         return 2
     except Exception as error:
-        reason = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        if hasattr(error, "ename"):  # papermill's, of a cell
+            reason = f"{error.ename}: {error.evalue}"
         print(f"error: {reason.strip().splitlines()[0]}", flush=True)
         return 1
     return 0

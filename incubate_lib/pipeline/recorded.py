@@ -56,10 +56,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise SettingsError(f"there is no run {folder.name}")
     record = read_json(folder / "experiment.json")
     if record is None:
-        there = (folder / "experiment.json").exists()
-        why = (
-            "its experiment.json is damaged" if there else "it has no experiment.json" if any(folder.iterdir()) else "it is empty"
-        )
+        why = "it has no experiment.json" if any(folder.iterdir()) else "it is empty"
+        if (folder / "experiment.json").exists():
+            why = "its experiment.json is damaged"
         raise SettingsError(f"{folder.name} is not a run that can be opened: {why}")
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise SettingsError(f"{folder.name} is not a run that can be opened: its experiment.json has no settings")

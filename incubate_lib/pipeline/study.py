@@ -67,7 +67,8 @@ class Walk:
     tried: list[dict[str, Any]] = field(default_factory=list)  # a row a rate and seed
     chosen: dict[tuple[str, str], RunRates] = field(default_factory=dict)  # (cell, strategy) → rates
     facts: dict[str, Facts] = field(default_factory=dict)
-    is_known: bool = True  # false from the first stage on that is not finished: its choices are stand-ins, to count costs
+    # false from the first stage on that is not finished: its choices are stand-ins, to count costs
+    is_known: bool = True
 
     def stages(self) -> Iterator[Stage]:
         """Yield title and runs of each stage; after one that the caller left unfinished, only the costs of the rest are right."""
@@ -86,7 +87,7 @@ class Walk:
 
     def _choosing(self) -> Iterator[Stage]:
         rates = self.study.rates
-        cells = [c for c in self.study.cells() if all(c.place[axis] == value for axis, value in rates.at.items())]
+        cells = [cell for cell in self.study.cells() if cell.place | rates.at == cell.place]
         for depth in range(3):  # no strategy trains more phases
             trials = []
             for cell, name in itertools.product(cells, self.study.strategies):
@@ -109,13 +110,12 @@ class Walk:
                 results = {trial.rate: trial.accuracies() for trial in group}
                 best = max(results, key=lambda rate: fmean(results[rate].values()))  # of equal ones the first
                 if not any(results[best].values()):
-                    rates = ", ".join(f"{rate:g}" for rate in results)
-                    raise SettingsError(
-                        f"study {self.study.name}, {cell}: in phase {phase} of {name} the loss is not finite at any rate "
-                        f"({rates}); add lower ones to rates.values"
-                    )
+                    where = f"study {self.study.name}, {cell}: in phase {phase} of {name}"
+                    rates = f"({', '.join(f'{rate:g}' for rate in results)}); add lower ones to rates.values"
+                    raise SettingsError(f"{where} the loss is not finite at any rate {rates}")
+                place = group[0].cell.place | {"strategy": name, "phase": phase}
                 for rate, by_seed in results.items():
-                    row = group[0].cell.place | {"strategy": name, "phase": phase, "lr": rate, "chosen": rate == best}
+                    row = place | {"lr": rate, "chosen": rate == best}
                     self.tried += [row | {"seed": seed, "accuracy": value} for seed, value in by_seed.items()]
             self.chosen.setdefault((cell, name), {})[phase] = best
 
@@ -129,8 +129,8 @@ class Walk:
         rates = {name: self.rates_of(cell, name) | {phases[-1]: rate}}
         overrides, whole = self._plan(cell, rates, self.study.rates.seeds, "data.eval_split=val")
         wanted = {*phases} | ({"assemble"} if phases[-1] == "finetune" else set())
-        part = dataclasses.replace(whole, nodes=[node for node in whole.nodes if node.settings.phase in wanted])
-        return Trial(cell, overrides, part, name, phases[-1], rate)
+        nodes = [node for node in whole.nodes if node.settings.phase in wanted]
+        return Trial(cell, overrides, dataclasses.replace(whole, nodes=nodes), name, phases[-1], rate)
 
     def _plan(self, cell: Cell, rates: dict[str, RunRates], seeds: list[int], *more: str) -> tuple[list[str], Plan]:
         """Return overrides and plan of some strategies of a cell with these rates."""
@@ -214,7 +214,8 @@ def run(study: Study, backend: Backend, settings: Any, console: Console) -> tupl
     home.mkdir(parents=True, exist_ok=True)
     with only_run(home):
         for title, trials in steps.stages():
-            over = is_over if trials[0].phase else Node.finished  # only while rates are chosen a diverged phase is an answer
+            # only while rates are chosen a diverged phase is an answer
+            over = is_over if trials[0].phase else Node.finished
             missing = [trial for trial in trials if not all(over(node) for node in trial.plan.nodes)]
             if not missing:
                 continue
@@ -223,8 +224,10 @@ def run(study: Study, backend: Backend, settings: Any, console: Console) -> tupl
                 trial.plan.experiment.create()
                 backends.check_free(trial.plan.experiment, "--stop ends them", but=backend)
             _copy_finished(missing)
-            parts = [dataclasses.replace(trial.plan, nodes=to_do(trial.plan.nodes, over)) for trial in missing]
-            runs = [(part, steps.source(trial)) for part, trial in zip(parts, missing, strict=True)]
+            runs = []
+            for trial in missing:
+                part = dataclasses.replace(trial.plan, nodes=to_do(trial.plan.nodes, over))
+                runs.append((part, steps.source(trial)))
             status = backend.submit(runs, settings, console, notebooks=False).status
             if status is None:
                 console.print("The next stage begins when these have ended: the same command again goes on.")
@@ -256,5 +259,6 @@ def _copy_finished(trials: list[Trial]) -> None:
     for trial in trials:
         for node in trial.plan.nodes:
             ready = node.digest in finished and all(before.finished() for before in node.inputs.values())
-            if ready and node.finished() is None and not holder(node.folder.path / "lease"):  # else somebody trains it just now
+            is_trained_now = ready and holder(node.folder.path / "lease")
+            if ready and node.finished() is None and not is_trained_now:
                 node.adopt(finished)

@@ -33,16 +33,18 @@ context.set_forkserver_preload(PRELOAD)
 
 def prepare() -> None:
     """Begin to warm up, in the background; the first `start` does it otherwise."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    # it inherits that: what is sent to all of the terminal's group is for the pool alone
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
-        forkserver.ensure_running()  # it inherits these: what is sent to all of the terminal's group is for the pool alone
+        forkserver.ensure_running()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def start(what: str, parameters: dict[str, Any], output: str | None, *, log: str, env: dict[str, str]) -> multiprocessing.Process:
-    """Execute a notebook, or without an `output` train a phase, in a fork of the warm process; it ends with this process.
+def start(what: str, parameters: dict[str, Any], output: str | None, log: str, env: dict[str, str]) -> Any:
+    """Execute a notebook, or without an `output` train a phase, in a process forked from the warm one; it ends with this one.
 
     What it prints is appended to `log`. The parameters of a phase are those of `open_phase`.
     """
@@ -62,8 +64,9 @@ def _work(what: str, parameters: dict[str, Any], output: str | None, log: str, e
     kernel = _Kernel()  # now: no thread runs yet
     kernel.start()
     _end_with_parent()
+    manager = type("Manager", (_Manager,), {"forked": kernel})
     try:
-        code = run(what, output, parameters, kernel_manager_class=type("Manager", (_Manager,), {"forked": kernel}))
+        code = run(what, output, parameters, kernel_manager_class=manager)
     finally:
         kernel.kill()  # it may never have been asked for, and waits
     raise SystemExit(code)
@@ -73,7 +76,8 @@ def _settle(log: str, env: dict[str, str]) -> None:
     """Be a process of its own group, environment and log."""
     os.setsid()  # out of the terminal's group
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not env.get("INCUBATE_STOP"):  # a cluster signals every process of a job; there this file tells what to do
+    # a cluster signals every process of a job; there this file tells what to do
+    if not env.get("INCUBATE_STOP"):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)

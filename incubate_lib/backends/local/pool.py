@@ -73,7 +73,8 @@ class Pool:
         for node in missing:
             self.tasks[node.folder.path].state = "waiting"
             if node.summary() and not node.finished():
-                self._print(f"{node.title}: {GONE}; what starts from it, only if it ends in other weights than before")
+                what = "what starts from it, only if it ends in other weights than before"
+                self._print(f"{node.title}: {GONE}; {what}")
         if missing:
             self._work()
         for task in self.having("failed"):
@@ -119,13 +120,14 @@ class Pool:
         before = [self.tasks[node.folder.path] for node in inputs if node.folder.path in self.tasks]
         if lost := [other for other in before if other.state in ("failed", "skipped")]:
             task.state, task.note = "skipped", f"needs {lost[0].node.key}"
-        elif self.stopping or len(self.running) >= self.jobs or any(other.state == "waiting" for other in before):
-            return  # what waits may look done, and be made anew once its own input is
-        elif not all(self.is_done(node) for node in inputs):
+        elif self.stopping or len(self.running) >= self.jobs:
             return
+        elif any(other.state == "waiting" for other in before) or not all(map(self.is_done, inputs)):
+            return  # what waits may look done, and be made anew once its own input is
         elif self.is_done(task.node):  # its input, trained again, has the same bits as before
             task.state = "over"
-        elif all(other.node.digest != task.node.digest for other in self.running):  # else it will be copied from that other run
+        # of another run's phase that is the same, what it has made will be copied
+        elif all(other.node.digest != task.node.digest for other in self.running):
             self._start(task)
 
     def _start(self, task: Task) -> None:
@@ -136,7 +138,7 @@ class Pool:
         what, output = (node.notebook, "notebook.ipynb") if self.notebooks else (node.settings.phase, None)
         clear_log(path)
         parameters, threads = task.source | node.arguments, fair_threads(self.jobs)
-        task.process = start(path, what, parameters, output=output, threads=threads, gpus=task.gpus)
+        task.process = start(path, what, parameters, output, threads, task.gpus)
         task.state = "running"
         self.running.append(task)
 

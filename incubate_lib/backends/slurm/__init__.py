@@ -11,17 +11,15 @@ options = {
     "nodes": {"type": int, "metavar": "N", "help": "that train the phase together (default: 1)"},
     "time": {"metavar": "TIME", "help": "limit of one attempt; a phase may take several"},
     "cpus_per_task": {"type": int, "metavar": "N", "help": "cores a node (default: its GPUs' share)"},
-    "sbatch": {
-        "action": "append", "default": [], "metavar": "NAME=VALUE", "help": "any further option of sbatch",
-    },
-}  # fmt: skip
+    "sbatch": {"action": "append", "default": [], "metavar": "NAME=VALUE", "help": "any further option of sbatch"},
+}
 
 
 class SlurmAttempt(Attempt):
     def on_each_node(self) -> list[str]:
-        command = ["srun", "--overlap", "--export=ALL", "--cpu-bind=none", "--kill-on-bad-exit=1", "--ntasks-per-node=1"]
+        how = ["--overlap", "--export=ALL", "--cpu-bind=none", "--kill-on-bad-exit=1", "--ntasks-per-node=1"]
         cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")
-        return [*command, f"--nodes={self.nodes}", f"--ntasks={self.nodes}", f"--cpus-per-task={cores}"]
+        return ["srun", *how, f"--nodes={self.nodes}", f"--ntasks={self.nodes}", f"--cpus-per-task={cores}"]
 
     def __str__(self) -> str:
         return f"a Slurm job of {self.nodes}"

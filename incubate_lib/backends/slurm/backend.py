@@ -62,7 +62,8 @@ class Slurm(Backend):
         return experiment.started()[0]  # every phase has its folder from the beginning
 
     def still_active(self, experiment: Experiment) -> int:
-        with contextlib.suppress(SettingsError):  # no Slurm here, or no answer: two that meet in a phase wait for each other
+        # no Slurm here, or no answer: two that meet in a phase wait for each other
+        with contextlib.suppress(SettingsError):
             return len(active_jobs(experiment))
         return 0
 
@@ -84,8 +85,9 @@ class Slurm(Backend):
                 _annotate(line, ids[line.key], jobs.get(line.key), folder, bool(inputs[line.key] & broken))
                 if line.state in ("failed", "lost", "skipped", "stopped"):
                     broken.add(line.key)
-        waiting = [job.reason.partition(",")[0].strip("()") for job in jobs.values() if job.state == "PENDING"]
-        return [f"{reason}: {words}" for reason in dict.fromkeys(waiting) if (words := self.explain(reason))]
+        waiting = [job.reason for job in jobs.values() if job.state == "PENDING"]
+        reasons = dict.fromkeys(reason.partition(",")[0].strip("()") for reason in waiting)
+        return [f"{reason}: {words}" for reason in reasons if (words := self.explain(reason))]
 
     def explain(self, reason: str) -> str | None:
         return read_yaml(Path(__file__).with_name("reasons.yaml")).get(reason)
@@ -136,10 +138,11 @@ def _submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: C
     experiment = plan.experiment
     missing = to_do(plan.nodes, is_complete)  # a job that finds its phase complete after all ends at once
     jobs = requests(missing, slurm)
-    for devices in {team(node, jobs) for node in missing}:
-        load_settings(source["preset"], [*source["overrides"], *devices])  # batches can be shared out among them
+    for devices in {team(node, jobs) for node in missing}:  # can batches be shared out among them?
+        load_settings(source["preset"], [*source["overrides"], *devices])
     jobs = check(jobs)
-    list(scripts(plan, missing, source, slurm, jobs))  # what cannot be written into one is told before anything is written
+    # what cannot be written into one is told before anything is written
+    list(scripts(plan, missing, source, slurm, jobs))
     experiment.create()
     with only_run(experiment.path):
         active = _settled(experiment)
@@ -213,7 +216,8 @@ def _settled(experiment: Experiment, seconds: float = 60.0) -> dict[str, Job]:
         if not stopping and not any(job.state == "COMPLETING" for job in active.values()):
             return active
         if time.monotonic() > deadline:
-            raise SettingsError(f"{len(active)} job(s) of {experiment.path.name} are still stopping; see `incubate status`")
+            name = experiment.path.name
+            raise SettingsError(f"{len(active)} job(s) of {name} are still stopping; see `incubate status`")
         time.sleep(1)
 
 

@@ -33,12 +33,14 @@ FINAL = ("SettingsError", "FloatingPointError")  # would end the same way again
 def attempt(about: dict[str, Any]) -> int:
     """Run the notebook, unless there is nothing to do; return an exit status."""
     here = slurm.attempt()
-    print(f"-- job {here.job}, start {here.restart + 1}, on {here.place}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"-- job {here.job}, start {here.restart + 1}, on {here.place}, {now}", flush=True)
     if "phase" not in about:
         return _analysis(**about["parameters"], cores=here.cores)
     node = _node(about)
     stop = Path(os.environ["INCUBATE_STOP"])
-    for number in (signal.SIGTERM, signal.SIGUSR2):  # preemption warns the steps of a job only, not its script
+    # preemption warns the steps of a job only, not its script
+    for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, lambda *_: stop.touch())
     if (node.experiment.path / STOP_FILE).exists():
         return STOPPED
@@ -48,8 +50,8 @@ def attempt(about: dict[str, Any]) -> int:
     if stuck(attempts(node.folder), here.job, about["attempts"]):
         return _give_up(node, about["attempts"])
     begin(node.folder, here)
-    what, parameters = node.notebook, about["parameters"]
-    process = execution.start(node.folder.path, what, parameters, output="notebook.ipynb", threads=here.cores)
+    path, parameters = node.folder.path, about["parameters"]
+    process = execution.start(path, node.notebook, parameters, "notebook.ipynb", here.cores)
     process.join()
     if execution.is_complete(node):
         close(node.folder, "done")
@@ -113,7 +115,8 @@ def _analysis(preset: str, overrides: list[str], strategies: list[str], seeds: l
 def _node(about: dict[str, Any]) -> Node:
     node = open_phase(about["phase"], **about["parameters"])
     if str(node.folder.path) != about["folder"]:
-        raise SettingsError(f"these settings belong to {node.folder.path}, but the job was submitted for {about['folder']}")
+        what = f"these settings belong to {node.folder.path}"
+        raise SettingsError(f"{what}, but the job was submitted for {about['folder']}")
     return node
 
 

@@ -8,12 +8,12 @@ out_of_time() {   # Slurm ends such a job for good, unless it is requeued before
   if [ "$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %r)" = TimeLimit ]; then timeout 60 scontrol requeue "$SLURM_JOB_ID"; fi
 }
 # a warning: the phase sees the file after the next step, saves and ends; if it is not at its steps yet, time may run out
-trap 'touch "$INCUBATE_STOP"; (sleep {{ patience }}; again) &' USR2
+trap 'touch "$INCUBATE_STOP"; (sleep {{ [1, slurm.warn_seconds // 2] | max }}; again) &' USR2
 trap 'touch "$INCUBATE_STOP"; out_of_time' TERM
-{{ prologue | join("\n") }}
+{{ slurm.prologue | join("\n") }}
 about={{ about | quote }}
-job=({{ python }} -m incubate_lib.backends.slurm.job)
-{% if nodes == 1 -%}
+job=({{ slurm.python or interpreter | quote }} -m incubate_lib.backends.slurm.job)
+{% if job.nodes == 1 -%}
 {# a step of its own, because preemption warns steps only; of a phase over several nodes the ranks are one -#}
 srun --overlap --export=ALL --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" {% endif -%}
 "${job[@]}" attempt "$about" &

@@ -15,14 +15,17 @@ PATIENCE = 30.0  # seconds; Slurm's commands hang while its controller is away
 def call(*command: str, stdin: str | None = None, patience: float = PATIENCE) -> str:
     """Return what a command of Slurm prints; SettingsError with its own words if it fails, is missing or does not answer."""
     try:
-        result = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=patience, env=_outside())
+        how = {"capture_output": True, "text": True, "timeout": patience, "env": _outside()}
+        result = subprocess.run(command, input=stdin, **how)
     except FileNotFoundError:
-        raise SettingsError(f"no {command[0]} on the path: --backend slurm is for the login node of a Slurm cluster") from None
+        where = "--backend slurm is for the login node of a Slurm cluster"
+        raise SettingsError(f"no {command[0]} on the path: {where}") from None
     except subprocess.TimeoutExpired:
         raise SettingsError(f"Slurm does not answer ({command[0]}, {patience:.0f} s)") from None
     if result.returncode:
         errors = [line.partition("error: ")[2] or line for line in result.stderr.strip().splitlines()]
-        raise SettingsError(f"{command[0]}: {'; '.join(dict.fromkeys(errors)) or f'exit status {result.returncode}'}")
+        words = "; ".join(dict.fromkeys(errors)) or f"exit status {result.returncode}"
+        raise SettingsError(f"{command[0]}: {words}")
     return result.stdout
 
 
@@ -40,7 +43,8 @@ class _Nodes:
 
 def _outside() -> dict[str, str]:
     """Return the environment without that of a job one may be in: sbatch would hand it on."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
+    own = {name for name in os.environ if name.startswith("SLURM_")} - {"SLURM_CONF"}
+    return {name: value for name, value in os.environ.items() if name not in own}
 
 
 def check(jobs: dict[str, JobSettings]) -> dict[str, JobSettings]:
@@ -60,7 +64,8 @@ def _limits() -> list[_Nodes]:
             continue
         name, starred, count, gres, cpus, time_limit = line.split("|")
         gpus = sum(int(number) for number in re.findall(r"gpu(?::[^:(,]+)?:(\d+)", gres))
-        found.append(_Nodes(name, starred.endswith("*"), int(count), gpus, int(cpus.rstrip("+")), minutes(time_limit)))
+        is_default, cores = starred.endswith("*"), int(cpus.rstrip("+"))
+        found.append(_Nodes(name, is_default, int(count), gpus, cores, minutes(time_limit)))
     return found
 
 
@@ -71,12 +76,13 @@ def _check(job: JobSettings, limits: list[_Nodes]) -> JobSettings:
         hint = nearest(job.partition, names)
         raise SettingsError(f"--partition {job.partition!r}: the cluster has no such partition; {hint}")
     if not asked:
-        raise SettingsError(f"the cluster has no default partition; give --partition, one of {', '.join(names)}")
+        known = ", ".join(names)
+        raise SettingsError(f"the cluster has no default partition; give --partition, one of {known}")
     mine, where = [n for n in limits if n.partition in asked], f"partition {', '.join(asked)}"
     most = max(n.gpus for n in mine)
     if job.gpus_per_node > most:
-        hint = "" if most else "; --gpus-per-node 0 trains on the CPU"
-        raise SettingsError(f"--gpus-per-node is {job.gpus_per_node}, but a node of {where} has {most or 'none'}{hint}")
+        has = most or "none; --gpus-per-node 0 trains on the CPU"
+        raise SettingsError(f"--gpus-per-node is {job.gpus_per_node}, but a node of {where} has {has}")
     able = [n for n in mine if n.gpus >= job.gpus_per_node]
     count, longest = sum(n.count for n in able), max(n.minutes for n in able)
     if job.nodes > count:

@@ -17,7 +17,8 @@ from incubate_lib.pipeline.execution import ANALYSIS
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan
 
-TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True)
+HERE = FileSystemLoader(Path(__file__).parent)
+TEMPLATES = Environment(loader=HERE, undefined=StrictUndefined, keep_trailing_newline=True)
 TEMPLATES.filters["quote"] = shlex.quote
 
 
@@ -64,7 +65,8 @@ def team(node: Node, jobs: dict[str, JobSettings]) -> tuple[str, str]:
     """Return the overrides that say how many devices train a phase together; SettingsError if that is told twice."""
     job, devices = jobs[_kind(node)], node.experiment.settings.machine.devices
     if job.gpus_per_node and devices > 1:
-        raise SettingsError("--devices is for the CPU (--gpus-per-node 0); on GPUs --gpus-per-node says how many a phase has")
+        how = "on GPUs --gpus-per-node says how many a phase has"
+        raise SettingsError(f"--devices is for the CPU (--gpus-per-node 0); {how}")
     return f"machine.devices={job.gpus_per_node or devices}", f"machine.nodes={job.nodes}"
 
 
@@ -73,41 +75,28 @@ def scripts(
 ) -> Iterator[Script]:
     """Make the scripts of some phases and of the analysis; `jobs` are the requests of these."""
     for node in wanted:
-        overrides = [*source["overrides"], *team(node, jobs)]
-        about = {"phase": node.settings.phase, "parameters": source | {"overrides": overrides} | node.arguments}
+        parameters = source | node.arguments | {"overrides": [*source["overrides"], *team(node, jobs)]}
+        about = {"phase": node.settings.phase, "parameters": parameters}
         after = [before.key for before in node.inputs.values()]
         yield _make(plan.experiment, node.key, after, about, slurm, jobs[_kind(node)])
     if plan.finals:
-        after = [node.key for node in plan.finals.values()]
-        yield _make(plan.experiment, ANALYSIS, after, {"parameters": source | plan.arguments}, slurm, jobs[ANALYSIS])
+        after, about = [node.key for node in plan.finals.values()], {"parameters": source | plan.arguments}
+        yield _make(plan.experiment, ANALYSIS, after, about, slurm, jobs[ANALYSIS])
 
 
 def _make(
     experiment: Experiment, key: str, after: list[str], about: dict[str, Any], slurm: SlurmSettings, job: JobSettings
 ) -> Script:
     folder = str(experiment.path if key == ANALYSIS else experiment.path / key)
-    options = {
-        "job-name": job_name(experiment, key),
-        "output": f"{folder}/log.txt".replace("%", "%%"),  # no pattern of Slurm's
-        "open-mode": "append",
-        "chdir": experiment.path,
-        "requeue": True,
-        "kill-on-invalid-dep": "yes",
-        "signal": f"B:USR2@{slurm.warn_seconds}",
-    } | job.options()
+    log = f"{folder}/log.txt".replace("%", "%%")  # no pattern of Slurm's
+    options = {"job-name": job_name(experiment, key), "output": log, "open-mode": "append", "chdir": experiment.path}
+    options |= {"requeue": True, "kill-on-invalid-dep": "yes", "signal": f"B:USR2@{slurm.warn_seconds}"} | job.options()
     for option, value in options.items():
         try:
             one_line(str(value))
         except ValueError as error:  # some are names of the user's folders
             raise SettingsError(f"option {option} of a job would be {str(value)!r}: {error}") from None
-    body = TEMPLATES.get_template("job.sh").render(
-        about=json.dumps(about | {"folder": folder, "attempts": slurm.attempts}),
-        again=AGAIN,
-        data=str(data_folder()),
-        folder=folder,
-        nodes=job.nodes,
-        patience=max(1, slurm.warn_seconds // 2),
-        prologue=slurm.prologue,
-        python=slurm.python or shlex.quote(sys.executable),
-    )
+    about = json.dumps(about | {"folder": folder, "attempts": slurm.attempts})
+    values = {"again": AGAIN, "data": str(data_folder()), "interpreter": sys.executable}
+    body = TEMPLATES.get_template("job.sh").render(values, about=about, folder=folder, job=job, slurm=slurm)
     return Script(key, after, options, body)
