@@ -15,11 +15,10 @@ from incubate_lib.training.lease import Lease, holder
 from incubate_lib.training.runs import read_json, write_json
 
 ANALYSIS = "06_analysis"
+Parameters = dict[str, Any]  # of a notebook, or those of `open_phase`
 
 
-def start(
-    folder: Path, what: str, parameters: dict[str, Any], output: str | None, threads: int, gpus: Sequence[str] = ()
-) -> Process:
+def start(folder: Path, what: str, parameters: Parameters, output: str | None, threads: int, gpus: Sequence[str] = ()) -> Process:
     """Start a notebook, to be kept as `output`, or a phase alone, in a process of its own, with its cores and GPUs.
 
     What it prints is appended to log.txt.

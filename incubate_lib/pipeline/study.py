@@ -191,16 +191,15 @@ def measured_speed(study: Study) -> float | None:
     """
     folder = data_folder() / "runs"
     for pattern in (f"{study.name}-*", "*"):
-        trained: dict[tuple, list[tuple]] = {}  # device, threads → date, FLOPs, seconds
+        trained: dict[tuple, list[dict[str, Any]]] = {}  # device, threads → summaries
         for path in folder.glob(f"{pattern}/seed-*/**/summary.json"):
             summary = read_json(path) or {}
             if summary.get("train_seconds") and "copied_from" not in summary:
                 where = summary["provenance"]
-                spent = (where["date"], summary["train_flops"], summary["train_seconds"])
-                trained.setdefault((where["device"], where["threads"]), []).append(spent)
+                trained.setdefault((where["device"], where["threads"]), []).append(summary)
         if trained:
-            _, flops, seconds = zip(*max(trained.values(), key=max), strict=True)
-            return sum(flops) / sum(seconds)
+            last = max(trained.values(), key=lambda group: max(one["provenance"]["date"] for one in group))
+            return sum(one["train_flops"] for one in last) / sum(one["train_seconds"] for one in last)
     return None
 
 
