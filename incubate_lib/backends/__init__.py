@@ -43,7 +43,7 @@ def _all() -> dict[str, Any]:
 
 def of(experiment: Any) -> Backend:
     """Return the backend that a run was handed to; where none knows it, the default."""
-    return next((backend for backend in map(get, names()) if backend.knows(experiment)), get())
+    return next((member for member in map(get, names()) if member.knows(experiment)), get())
 
 
 def attempt() -> Attempt:
@@ -89,4 +89,5 @@ def check_free(experiment: Any, hint: str, but: Backend | None = None) -> None:
 
     for backend in map(get, names()):
         if backend is not but and (active := backend.still_active(experiment)):
-            raise SettingsError(f"{active} job(s) of {experiment.path.name} are in {backend.title}'s queue; {hint}")
+            where = f"in {backend.title}'s queue"
+            raise SettingsError(f"{active} job(s) of {experiment.path.name} are {where}; {hint}")

@@ -19,7 +19,8 @@ class Submitted:
     """What became of runs that were handed over."""
 
     ids: list[str] = field(default_factory=list)  # of the jobs that are new
-    status: int | None = None  # exit status, where all has ended: 0 done, 1 something failed, 130 stopped; none: jobs go on
+    # exit status, where all has ended: 0 done, 1 something failed, 130 stopped; none: jobs go on
+    status: int | None = None
 
 
 @dataclass(frozen=True)

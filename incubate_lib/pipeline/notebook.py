@@ -109,7 +109,8 @@ def scrub(nb: Any) -> Any:
 
 def without_paths(text: str) -> str:
     """Replace this machine's paths in a notebook's JSON; pictures and other base64 stay as they are."""
-    places = {data_folder(): "data", ROOT: ".", sys.prefix: "venv", Path.home(): "~", tempfile.gettempdir(): "tmp"}
+    places = {data_folder(): "data", ROOT: ".", sys.prefix: "venv", Path.home(): "~"}
+    places[tempfile.gettempdir()] = "tmp"
     places = {json.dumps(str(path), ensure_ascii=False)[1:-1]: word for path, word in places.items()}
     paths = sorted(places.keys() - {"/"}, key=len, reverse=True)  # the longest first: some lie inside others
     found = re.compile("|".join([*KEPT, *map(re.escape, paths)]))

@@ -151,10 +151,10 @@ class _Strategy:
         inputs = {}
         if "meta" in own.trains or own.weights:
             training = None if own.weights else self._share("meta", budget, facts.flops_per_image["meta"])
-            shared = not own.weights and not own.phases.meta.model_fields_set and not self.settings.mat_of(self.name, "meta")
-            for changed in (own.shares if budget else None, own.lr_scale, own.warmup_share):
-                shared = shared and "meta" not in (changed or {})
-            key = "meta" if shared else f"{self.name}/meta"
+            changes = own.phases.meta.model_fields_set or self.settings.mat_of(self.name, "meta")
+            relative = (own.shares if budget else None, own.lr_scale, own.warmup_share)
+            is_own = own.weights or changes or any("meta" in (part or {}) for part in relative)
+            key = f"{self.name}/meta" if is_own else "meta"
             inputs["meta"] = self._node("meta", training, key=key, weights=own.weights)
         if own.incubate != "none":
             kind = "imitate" if own.incubate == "features" else "incubate"
@@ -162,8 +162,8 @@ class _Strategy:
             training, how = self._share("incubate", budget, per_image), start | {"imitate": kind == "imitate"}
             modules = {}
             for i in range(len(facts.target_depths)):
-                key = f"{self.name}/incubate-{i}"
-                modules[f"module-{i}"] = self._node("incubate", training, inputs, key=key, module_index=i, **how)
+                how |= {"key": f"{self.name}/incubate-{i}", "module_index": i}
+                modules[f"module-{i}"] = self._node("incubate", training, inputs, **how)
             inputs, start = modules, {}
         assembled = self._node("assemble", None, inputs, **start)
         training = self._training("finetune")
@@ -231,7 +231,7 @@ class _Strategy:
             model, target = model.model_copy(update={"depth": None}), []
         elif phase == "end_to_end":
             target, meta = [sum(target)] if target else [], []
-        about = {"target_depths": target, "meta_depths": meta, "model": model, "data": self.settings.data} | more
+        about = {"model": model, "data": self.settings.data} | more
         if training:
             self._check_batch(phase, training)
             if mat := self.settings.mat_of(self.name, phase):
@@ -239,8 +239,8 @@ class _Strategy:
         about["inputs"] = {key: node.digest for key, node in inputs.items()}
         if weights:
             about["inputs"]["weights"] = self.facts.weights[weights]
-        about |= {"seed": self.seed, "training": training, "precision": self.settings.precision}
-        settings = PhaseSettings(phase=phase, **about)
+        about |= {"phase": phase, "seed": self.seed, "training": training, "precision": self.settings.precision}
+        settings = PhaseSettings(target_depths=target, meta_depths=meta, **about)
         key = f"seed-{self.seed}/" + (key or f"{self.name}/{phase}")
         node = Node(key, self.name, settings, self.built.experiment, inputs, weights)
         return self.built.nodes.setdefault(key, node)
@@ -252,7 +252,9 @@ class _Strategy:
         kinds = ", ".join(f"{kind} ({count})" for kind, count in found.items())
         has, reason = kinds or "no units that are known here", self.facts.unsupported_units.get(units)
         strategy, images = f"strategy {self.name}", self.facts.num_images
-        kind, end = f"mat.units is {units!r} in {strategy}", f"{training.epochs:g} epochs: nothing would ever rest"
+        kind = f"mat.units is {units!r} in {strategy}"
+        lasts = f"phase {phase} of {strategy} lasts {training.epochs:g} epochs: nothing would ever rest"
+        is_short = mat.warmup_epochs >= training.epochs
         control = f"mat.slow_every of {strategy} is a control for one device without compilation"
         compiled = f"machine.nodes is {machine.team_size} and machine.compile {machine.compile!r}"
         in_module_1 = phase == "incubate" and units in ("conv_layers", "filters")
@@ -261,9 +263,7 @@ class _Strategy:
             f"{kind}, but model.name {self.settings.model.name!r} has none; it has: {has}": units not in found,
             f"mat.units {units!r} of {strategy} is not possible with this network: {reason}": reason,
             f"{kind}, but only module 1 has a convolution; use sublayers": in_module_1,
-            f"mat.warmup_epochs is {mat.warmup_epochs:g}, but phase {phase} of {strategy} lasts {end}": (
-                mat.warmup_epochs >= training.epochs
-            ),
+            f"mat.warmup_epochs is {mat.warmup_epochs:g}, but {lasts}": is_short,
             f"{control}, but machine.devices × {compiled}": mat.slow_every and wrapped,
             f"mat.probe is {mat.probe}, but there are only {images} training images": mat.probe > images,
         }

@@ -31,7 +31,7 @@ UNDER_WAY = 3  # exit status
 RunRates = dict[str, float]  # phase → learning rate
 Stage = tuple[str, list["Trial"]]
 OF_STRATEGIES = {"kind", "weights", "low_resolution"}
-FACTS_FROM = {"data": True, "model": True, "partition": True, "strategies": {"__all__": OF_STRATEGIES}}  # of settings
+FACTS_FROM = {"data": ..., "model": ..., "partition": ..., "strategies": {"__all__": OF_STRATEGIES}}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Walk:
 
     def _plan(self, cell: Cell, rates: dict[str, RunRates], seeds: list[int], *more: str) -> tuple[list[str], Plan]:
         """Return overrides and plan of some strategies of a cell with these rates."""
-        changes = [f"strategies.{name}.phases.{p}.lr={lr!r}" for name, of in rates.items() for p, lr in of.items()]
+        changes = [f"strategies.{n}.phases.{p}.lr={lr!r}" for n, own in rates.items() for p, lr in own.items()]
         settings = self.study.settings(cell, [*changes, *more])
         key = settings.model_dump_json(include=FACTS_FROM)
         try:

@@ -31,9 +31,10 @@ class Local(Backend):
 
     def places(self, devices: int, settings: int | None = None) -> int:
         """By default each phase has its `devices` GPUs for itself; without GPUs there is one a core, at most four."""
-        return settings or max(1, (len(gpus()) or min(4, len(os.sched_getaffinity(0)))) // devices)
+        cores = min(4, len(os.sched_getaffinity(0)))
+        return settings or max(1, (len(gpus()) or cores) // devices)
 
-    def submit(self, runs: list[Run], settings: Any, console: Console, *, notebooks: bool = True) -> Submitted:
+    def submit(self, runs: list[Run], settings: Any, console: Any, *, notebooks: bool = True) -> Submitted:
         jobs = self.places(max(plan.experiment.settings.machine.devices for plan, _ in runs), settings)
         if not notebooks:
             return Submitted(status=Pool(runs, jobs, console, notebooks=False).run())

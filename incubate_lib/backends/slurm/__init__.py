@@ -11,7 +11,7 @@ options = {
     "nodes": {"type": int, "metavar": "N", "help": "that train the phase together (default: 1)"},
     "time": {"metavar": "TIME", "help": "limit of one attempt; a phase may take several"},
     "cpus_per_task": {"type": int, "metavar": "N", "help": "cores a node (default: its GPUs' share)"},
-    "sbatch": {"action": "append", "default": [], "metavar": "NAME=VALUE", "help": "any further option of sbatch"},
+    "sbatch": {"action": "append", "metavar": "NAME=VALUE", "help": "any further option of sbatch"},
 }
 
 

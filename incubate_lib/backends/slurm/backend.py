@@ -41,9 +41,9 @@ class Slurm(Backend):
 
     def settings(self, options: argparse.Namespace) -> SlurmSettings:
         asked = {name: getattr(options, name) for name in OPTIONS.keys() - {"site", "sbatch"}}
-        return load_slurm(options.site, asked, options.sbatch)
+        return load_slurm(options.site, asked, options.sbatch or ())
 
-    def submit(self, runs: list[Run], settings: SlurmSettings, console: Console, *, notebooks: bool = True) -> Submitted:
+    def submit(self, runs: list[Run], settings: Any, console: Any, *, notebooks: bool = True) -> Submitted:
         parts = runs if notebooks else _each_once(runs)
         return Submitted([job for plan, source in parts for job in _submit(plan, source, settings, console)])
 
@@ -141,8 +141,8 @@ def _submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: C
     for devices in {team(node, jobs) for node in missing}:  # can batches be shared out among them?
         load_settings(source["preset"], [*source["overrides"], *devices])
     jobs = check(jobs)
-    # what cannot be written into one is told before anything is written
-    list(scripts(plan, missing, source, slurm, jobs))
+    for script in scripts(plan, missing, source, slurm, jobs):
+        script.arguments([])  # what it cannot hold is told before anything is written
     experiment.create()
     with only_run(experiment.path):
         active = _settled(experiment)
@@ -155,11 +155,10 @@ def _submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: C
         for script in scripts(plan, wanted, source, slurm, jobs):
             if script.key == ANALYSIS and (ANALYSIS in active or (not missing and analysed(plan))):
                 continue
-            folder = experiment.path / script.key if script.key != ANALYSIS else experiment.path
-            folder.mkdir(parents=True, exist_ok=True)
+            script.folder.mkdir(parents=True, exist_ok=True)
             arguments = script.arguments([running[key] for key in script.after if key in running])
             text = script.text(arguments)
-            (folder / "slurm.sh").write_text(text)
+            (script.folder / "slurm.sh").write_text(text)
             try:
                 output = call("sbatch", "--parsable", *arguments, stdin=text)
                 number = re.search(r"^(\d+)(;.*)?$", output, re.M)[1]  # a site's wrapper may say more

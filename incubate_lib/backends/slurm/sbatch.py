@@ -22,24 +22,42 @@ TEMPLATES = Environment(loader=HERE, undefined=StrictUndefined, keep_trailing_ne
 TEMPLATES.filters["quote"] = shlex.quote
 
 
-@dataclass
+@dataclass(frozen=True)
 class Script:
     """One job, ready to be submitted."""
 
+    experiment: Experiment
     key: str
     after: list[str]  # the keys of what it must wait for
-    options: dict[str, Any]
-    body: str
+    about: dict[str, Any]  # what it is to do, see `job.py`
+    job: JobSettings
+    slurm: SlurmSettings
+
+    @property
+    def folder(self) -> Path:
+        return self.experiment.path if self.key == ANALYSIS else self.experiment.path / self.key
 
     def arguments(self, after: Iterable[str]) -> list[str]:
         """Return the options; `after` are the jobs that must have completed. (As lines of a script they would be weaker
-        than variables such as SBATCH_PARTITION, and could hold no spaces.)"""
-        options = self.options | ({"dependency": "afterok:" + ":".join(after)} if after else {})
+        than variables such as SBATCH_PARTITION, and could hold no spaces.) SettingsError if one could be several lines."""
+        log = f"{self.folder}/log.txt".replace("%", "%%")  # no pattern of Slurm's
+        options = {"job-name": job_name(self.experiment, self.key), "output": log, "open-mode": "append"}
+        options |= {"chdir": self.experiment.path, "kill-on-invalid-dep": "yes"}
+        options |= {"requeue": True, "signal": f"B:USR2@{self.slurm.warn_seconds}"}
+        options |= self.job.options() | ({"dependency": "afterok:" + ":".join(after)} if after else {})
+        for option, value in options.items():
+            try:
+                one_line(str(value))
+            except ValueError as error:  # some are names of the user's folders
+                raise SettingsError(f"option {option} of a job would be {str(value)!r}: {error}") from None
         return [flag(name, value) for name, value in options.items()]
 
     def text(self, arguments: list[str]) -> str:
         """Return the script, with the options for people to read."""
-        return f"#!/bin/bash\n# sbatch {shlex.join(arguments)}\n{self.body}"
+        about = json.dumps(self.about | {"folder": str(self.folder), "attempts": self.slurm.attempts})
+        values = {"again": AGAIN, "data": str(data_folder()), "interpreter": sys.executable, "about": about}
+        body = TEMPLATES.get_template("job.sh").render(values, folder=str(self.folder), job=self.job, slurm=self.slurm)
+        return f"#!/bin/bash\n# sbatch {shlex.join(arguments)}\n{body}"
 
 
 def flag(name: str, value: Any) -> str:
@@ -78,25 +96,7 @@ def scripts(
         parameters = source | node.arguments | {"overrides": [*source["overrides"], *team(node, jobs)]}
         about = {"phase": node.settings.phase, "parameters": parameters}
         after = [before.key for before in node.inputs.values()]
-        yield _make(plan.experiment, node.key, after, about, slurm, jobs[_kind(node)])
+        yield Script(plan.experiment, node.key, after, about, jobs[_kind(node)], slurm)
     if plan.finals:
         after, about = [node.key for node in plan.finals.values()], {"parameters": source | plan.arguments}
-        yield _make(plan.experiment, ANALYSIS, after, about, slurm, jobs[ANALYSIS])
-
-
-def _make(
-    experiment: Experiment, key: str, after: list[str], about: dict[str, Any], slurm: SlurmSettings, job: JobSettings
-) -> Script:
-    folder = str(experiment.path if key == ANALYSIS else experiment.path / key)
-    log = f"{folder}/log.txt".replace("%", "%%")  # no pattern of Slurm's
-    options = {"job-name": job_name(experiment, key), "output": log, "open-mode": "append", "chdir": experiment.path}
-    options |= {"requeue": True, "kill-on-invalid-dep": "yes", "signal": f"B:USR2@{slurm.warn_seconds}"} | job.options()
-    for option, value in options.items():
-        try:
-            one_line(str(value))
-        except ValueError as error:  # some are names of the user's folders
-            raise SettingsError(f"option {option} of a job would be {str(value)!r}: {error}") from None
-    about = json.dumps(about | {"folder": folder, "attempts": slurm.attempts})
-    values = {"again": AGAIN, "data": str(data_folder()), "interpreter": sys.executable}
-    body = TEMPLATES.get_template("job.sh").render(values, about=about, folder=folder, job=job, slurm=slurm)
-    return Script(key, after, options, body)
+        yield Script(plan.experiment, ANALYSIS, after, about, jobs[ANALYSIS], slurm)
