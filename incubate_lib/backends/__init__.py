@@ -30,7 +30,9 @@ def names() -> list[str]:
 
 def get(name: str = DEFAULT) -> Backend:
     member = _all()[name]
-    return member if isinstance(member, Backend) else importlib.import_module(f"{member.__name__}.backend").BACKEND
+    if isinstance(member, Backend):
+        return member
+    return importlib.import_module(f"{member.__name__}.backend").BACKEND
 
 
 def _all() -> dict[str, Any]:

@@ -208,7 +208,8 @@ def longest(nodes: Iterable[Node], costs: Mapping[str, float]) -> dict[str, floa
     """Return by key what the longest way to each node's end costs, its own cost included; `nodes` have inputs first."""
     ways: dict[str, float] = {}
     for node in nodes:
-        ways[node.key] = costs[node.key] + max((ways[before.key] for before in node.inputs.values()), default=0)
+        before = [ways[other.key] for other in node.inputs.values()]
+        ways[node.key] = costs[node.key] + max(before, default=0)
     return ways
 
 
@@ -217,6 +218,7 @@ def remaining(nodes: Sequence[Node], costs: Mapping[str, float]) -> dict[str, fl
     ways = {node.key: costs[node.key] for node in nodes}
     for node in reversed(nodes):
         for before in node.inputs.values():
-            if before.key in ways:  # else it is no part of what is asked about: it is finished, or another run's
+            # else it is no part of what is asked about: it is finished, or another run's
+            if before.key in ways:
                 ways[before.key] = max(ways[before.key], costs[before.key] + ways[node.key])
     return ways

@@ -43,7 +43,8 @@ def notebook_path(name: str) -> Path:
     """Return the file of a notebook of the series; SettingsError if the project's notebooks are not there."""
     path = ROOT / "notebooks" / f"{name}.ipynb"
     if not path.is_file():
-        raise SettingsError(f"no notebook {path}; install the project with `pip install -e .` from its folder")
+        hint = "install the project with `pip install -e .` from its folder"
+        raise SettingsError(f"no notebook {path}; {hint}")
     return path
 
 
@@ -59,7 +60,8 @@ def check_parameters(name: str, parameters: dict[str, Any]) -> None:
         try:
             TypeAdapter(expected).validate_python(value, strict=True)
         except ValidationError:
-            raise SettingsError(f"notebook {name}: parameter {key} is {value!r}; it must be {expected}") from None
+            what = f"notebook {name}: parameter {key}"
+            raise SettingsError(f"{what} is {value!r}; it must be {expected}") from None
     phase = {notebook: phase for phase, notebook in NOTEBOOKS.items()}.get(name)
     if phase:
         defaults = {key: ast.literal_eval(known[key]["default"]) for key in known}

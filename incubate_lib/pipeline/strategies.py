@@ -239,8 +239,9 @@ class _Strategy:
         about["inputs"] = {key: node.digest for key, node in inputs.items()}
         if weights:
             about["inputs"]["weights"] = self.facts.weights[weights]
-        about |= {"phase": phase, "seed": self.seed, "training": training, "precision": self.settings.precision}
-        settings = PhaseSettings(target_depths=target, meta_depths=meta, **about)
+        about |= {"phase": phase, "seed": self.seed, "training": training}
+        about |= {"precision": self.settings.precision, "target_depths": target, "meta_depths": meta}
+        settings = PhaseSettings(**about)
         key = f"seed-{self.seed}/" + (key or f"{self.name}/{phase}")
         node = Node(key, self.name, settings, self.built.experiment, inputs, weights)
         return self.built.nodes.setdefault(key, node)

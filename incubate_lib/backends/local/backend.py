@@ -54,8 +54,9 @@ class Local(Backend):
             return analyse(plan, source, console, fair_threads(1))
 
     def stop(self, experiment: Any) -> str | None:
-        name = experiment.path.name
-        return f"asked {name} to stop; its phases save a checkpoint first" if is_running(experiment.path) else None
+        if not is_running(experiment.path):
+            return None
+        return f"asked {experiment.path.name} to stop; its phases save a checkpoint first"
 
 
 BACKEND = Local()
