@@ -65,9 +65,10 @@ def settings(options: argparse.Namespace) -> Any:
     """Return the chosen backend's settings; SettingsError if anything is off, also for an option of another backend."""
     from incubate_lib.config import SettingsError
 
+    own = _all()[options.backend].options
     for name, member in _all().items():
-        for option in member.options.keys() - _all()[options.backend].options.keys():
-            if getattr(options, option, None):
+        for option in member.options:
+            if option not in own and getattr(options, option, None):
                 raise SettingsError(f"--{option.replace('_', '-')} is for --backend {name}")
     return get(options.backend).settings(options)
 
