@@ -1,20 +1,18 @@
 """The report: one HTML file that needs no other, to be mailed, archived, opened anywhere."""
 
 import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
 
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live.curves import all_curves
 from incubate_lib.report.live.phase_graph import draw
 from incubate_lib.report.live.progress import Reader
+from incubate_lib.report.pages import page
 from incubate_lib.report.tables import mat, plots
 from incubate_lib.report.tables.comparison import comparison, hardware
 from incubate_lib.report.tables.hardware import mixed_text, places
@@ -24,24 +22,23 @@ from incubate_lib.report.tables.verdict import lowered
 from incubate_lib.report.words import flop_unit, label
 from incubate_lib.training.runs import read_json, write_atomic
 
-TEMPLATES = Path(__file__).parent / "templates"
-
 
 def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:
     """Write the report of what is finished and return its path; with the run itself also what widgets show of it."""
-    engine = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    engine.filters["png"] = _png
-    engine.globals |= {"comparison": comparison, "hardware": hardware, "label": label, "mixed_text": mixed_text}
     settings = (read_json(path.parent / "experiment.json") or {}).get("settings")
-    page = engine.get_template("report.html").render(
+    functions = {"comparison": comparison, "hardware": hardware, "label": label, "mixed_text": mixed_text}
+    text = page(
+        "report.html",
         results=results,
         run=run and _the_run(results, run),
         plots=plots,
         mat=mat,
         every_phase=_phase_table(results),
         settings=settings and json.dumps(settings, indent=1),
+        encoded=lambda figure: base64.b64encode(figure.png(130)).decode(),
+        **functions,
     )
-    write_atomic(path, f"{page}\n".encode())
+    write_atomic(path, f"{text}\n".encode())
     return path
 
 
@@ -91,9 +88,3 @@ def _phase_table(results: Results):
     shown = ["strategy", "seed", "phase", "module", "before %", "top-1 %", "epochs", "steps", "images seen", "different an epoch"]
     several = ["device", "threads"] if len(places(results.phases)) > 1 else []
     return table[[*shown, "lr", unit, "s", *several, "waiting for images"]].replace({pd.NA: ""})
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return base64.b64encode(buffer.getvalue()).decode()

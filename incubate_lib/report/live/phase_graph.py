@@ -4,19 +4,25 @@ from itertools import groupby
 
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest
 from incubate_lib.report.live.curves import MARGIN, curve_legend, draw_row
-from incubate_lib.report.live.picture import FAINT, Picture
+from incubate_lib.report.live.picture import FAINT, Picture, beneath_one_another
 from incubate_lib.report.live.progress import Phase, Reader, duration
 from incubate_lib.report.style import Figure
 from incubate_lib.report.words import label, phase_name
 
 MANY = 4  # rows of phases; where there are more, those that are done or wait are told in one line each
-COLORS = {  # Okabe and Ito's; the word stands in the box as well
-    "done": "#009E73", "running": "#0072B2", "starting": "#56B4E9", "queued": "#56B4E9", "stopped": "#E69F00",
-    "ending": "#E69F00", "interrupted": "#E69F00", "failed": "#D55E00", "lost": "#D55E00", "unreadable": "#D55E00",
-    "skipped": "#CC79A7", "waiting": "#999999",
-}  # fmt: skip
-PALE = {"#009E73": "#E0F3EE", "#0072B2": "#DDECF6", "#56B4E9": "#EAF5FC", "#E69F00": "#FCF2DD", "#D55E00": "#FAE7DC",
-        "#CC79A7": "#F8ECF3", "#999999": "#F4F4F4"}  # fmt: skip
+COLORS = {  # of states: Okabe and Ito's, and pale for the ground; the word stands in the box as well
+    state: colors
+    for colors, states in {
+        ("#009E73", "#E0F3EE"): ["done"],
+        ("#0072B2", "#DDECF6"): ["running"],
+        ("#56B4E9", "#EAF5FC"): ["starting", "queued"],
+        ("#E69F00", "#FCF2DD"): ["stopped", "ending", "interrupted"],
+        ("#D55E00", "#FAE7DC"): ["failed", "lost", "unreadable"],
+        ("#CC79A7", "#F8ECF3"): ["skipped"],
+        ("#999999", "#F4F4F4"): ["waiting"],
+    }.items()
+    for state in states
+}
 WIDTH, GAP, BOX_HEIGHT, BOX_STEP = 980, 34, 42, 48  # of the graph, in pixels
 
 
@@ -72,8 +78,8 @@ def _depths(group: list[Phase]) -> dict[str, int]:
 
 def _draw_folded(picture: Picture, title: str, group: list[Phase]) -> None:
     line = group[-1].line
-    color = COLORS[line.state]
-    picture.box(10, picture.height + 3, WIDTH - 20, 24, fill=PALE[color], edge=color)
+    color, pale = COLORS[line.state]
+    picture.box(10, picture.height + 3, WIDTH - 20, 24, fill=pale, edge=color)
     text = f"{line.state}, top-1 {line.accuracy}" if line.accuracy else line.state
     picture.text(20, picture.height + 19, title, bold=True, room=WIDTH - 300)
     picture.text(WIDTH - 20, picture.height + 19, f"{len(group)} phase{'s' * (len(group) > 1)} {text}", anchor="end")
@@ -111,9 +117,9 @@ def _draw_group(picture: Picture, title: str, group: list[Phase], width: float, 
 
 
 def _draw_box(picture: Picture, x: float, y: float, width: float, phase: Phase, title: str, shared: bool = False) -> None:
-    line, color = phase.line, COLORS.get(phase.line.state, "#999999")
+    line, (color, pale) = phase.line, COLORS.get(phase.line.state, COLORS["waiting"])
     hint = line.plain() + (f"; {line.where}" if line.where else "")
-    picture.box(x, y, width, BOX_HEIGHT, fill=PALE[color], edge=color, dashed=shared, hint=hint)
+    picture.box(x, y, width, BOX_HEIGHT, fill=pale, edge=color, dashed=shared, hint=hint)
     state = line.state + (" (shared)" if shared else "")
     if phase.seconds is not None:
         state += f", {duration(phase.seconds)} left"
@@ -127,6 +133,4 @@ def _draw_box(picture: Picture, x: float, y: float, width: float, phase: Phase, 
 
 def snapshot(plan: Plan) -> Figure:
     """Draw how far a run is: the graph of its phases with their states, and beneath it their curves so far."""
-    graph, curves = draw(plan, Reader(plan).phases())
-    graph.put_below(curves)
-    return graph.figure()
+    return beneath_one_another(*draw(plan, Reader(plan).phases()))

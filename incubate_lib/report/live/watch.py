@@ -19,8 +19,8 @@ from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live.phase_graph import draw, snapshot
-from incubate_lib.report.live.picture import FAINT
 from incubate_lib.report.live.progress import Phase, Reader, at_work, headline, table_of
+from incubate_lib.report.pages import page
 from incubate_lib.report.style import Figure
 from incubate_lib.report.widgets import Sentence, or_sentence, with_twin
 
@@ -107,7 +107,7 @@ class Live(ipywidgets.VBox):
         if (phases, reader.messages) != self.shown:
             graph, curves = draw(plan, phases)
             self.graph.value, self.curves.value = (f'<div style="overflow-x: auto">{p.svg()}</div>' for p in (graph, curves))
-            self.table.value = _table_html(phases, reader)
+            self.table.value = page("phases.html", table=table_of(phases, reader.backend.title), messages=reader.messages)
             self.shown = phases, reader.messages
         return None if not busy and all(phase.line.state == "done" for phase in phases) else busy
 
@@ -155,22 +155,6 @@ def _hear_while_busy(widget: ipywidgets.Widget) -> None:
 
 _shown: dict[tuple[str, ...], Live] = {}  # the widget that shows a run, in this kernel
 FONT = "font-size: 14px; line-height: 1.4; margin: 4px 0"
-
-
-def _table_html(phases: list[Phase], reader: Reader) -> str:
-    shown = table_of(phases, reader.backend.title)
-    cell = "padding: 2px 10px; text-align: {}; white-space: {}; border-bottom: 1px solid " + FAINT
-    words = {"phase", "state", reader.backend.title, "note"}
-    styles = [cell.format("left" if name in words else "right", "normal" if name == "note" else "nowrap") for name in shown]
-    head = "".join(f'<th style="{style}">{escape(name)}</th>' for name, style in zip(shown, styles, strict=True))
-    rows = "".join(
-        "<tr>" + "".join(f'<td style="{style}">{escape(word)}</td>' for word, style in zip(row, styles, strict=True))
-        for row in shown.itertuples(index=False)
-    )
-    inside = f'<table style="border-collapse: collapse"><tr>{head}{rows}</table>' + "".join(
-        f"<p>{escape(w)}</p>" for w in reader.messages
-    )
-    return f'<div style="{FONT}; overflow-x: auto">{inside}</div>'
 
 
 def watch(
