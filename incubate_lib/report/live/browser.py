@@ -1,7 +1,8 @@
 """Finished runs: how they went, what differed, and a widget to choose among them. What cannot be read becomes a sentence."""
 
 import html
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ipywidgets
@@ -17,7 +18,7 @@ from incubate_lib.report.tables.comparison import comparison, hardware
 from incubate_lib.report.tables.hardware import mixed_text
 from incubate_lib.report.tables.phases import settings_difference
 from incubate_lib.report.tables.records import Results, from_plan, published
-from incubate_lib.report.widgets import with_twin
+from incubate_lib.report.widgets import image, with_twin
 from incubate_lib.report.words import flop_unit, label
 
 AXES = {  # of the curves → column of the curves, of the phases, modules side by side, for people
@@ -62,7 +63,8 @@ def curves_figure(
     """
     if x not in AXES:
         raise SettingsError(f"x is {x!r}; it must be one of {', '.join(AXES)}")
-    curves, phases = (_chosen(table, strategies, seeds) for table in (results.curves, results.phases))
+    chosen = _chosen(results, strategies, seeds)
+    curves, phases = chosen.curves, chosen.phases
     if curves.empty:
         raise SettingsError("nothing is finished of these strategies and seeds")
     column, spent, _, xlabel = AXES[x]
@@ -117,12 +119,16 @@ def _score_label(results: Results) -> str:
     return f"top-1, {splits} split (%)" if splits else "top-1 (%)"
 
 
-def _chosen(table: pd.DataFrame, strategies: Sequence[str] | None, seeds: Sequence[int] | None) -> pd.DataFrame:
-    keep = pd.Series(True, index=table.index)
-    for column, values in {"strategy": strategies, "seed": seeds}.items():
-        if values is not None:
-            keep &= table[column].isin(list(values))
-    return table[keep]
+def _chosen(results: Results, strategies: Sequence[str] | None, seeds: Sequence[int] | None) -> Results:
+    """Return what there is of some strategies and seeds; None: of all."""
+
+    def kept(table: pd.DataFrame) -> pd.DataFrame:
+        for column, values in (("strategy", strategies), ("seed", seeds)):
+            if values is not None:
+                table = table[table[column].isin(list(values))]
+        return table
+
+    return replace(results, **{name: kept(getattr(results, name)) for name in ("strategies", "phases", "curves")})
 
 
 # -- the widget ---------------------------------------------------------------------------------------------------------------
@@ -138,75 +144,71 @@ def _browser() -> ipywidgets.Widget:
     run = ipywidgets.Dropdown(description="run", layout={"width": "36rem"})
     strategies = ipywidgets.SelectMultiple(description="strategies", rows=6, layout={"width": "30rem"})
     seeds = ipywidgets.SelectMultiple(description="seeds", rows=6, layout={"width": "12rem"})
-    axis = ipywidgets.Dropdown(options=[(text.format(unit="FLOP"), x) for x, (_, _, _, text) in AXES.items()],
-                               description="x axis", layout={"width": "36rem"})  # fmt: skip
-    runs, said, tables = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
-    picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
-    opened: dict[str, Any] = {}
+    axes = [(words.format(unit="FLOP"), x) for x, (_, _, _, words) in AXES.items()]
+    axis = ipywidgets.Dropdown(options=axes, description="x axis", layout={"width": "36rem"})
+    said, tables, runs, picture = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML(), image()
+    opened: list[tuple[Results, Plan | None]] = []
 
-    def say(text: str) -> None:
-        said.value = f"<p>{html.escape(text)}</p>"
+    def tell(words: str, drawn: bytes = b"", below: str = "") -> None:
+        said.value, tables.value = f"<p>{html.escape(words)}</p>", below
+        picture.value, picture.layout.display = drawn, None if drawn else "none"
 
-    def say_only(text: str) -> None:
-        picture.layout.display, tables.value = "none", ""
-        say(text)
-
-    def list_runs(_: object = None) -> None:
-        table = runs_table(cells.value)
+    def list_runs() -> None:
+        table, before = runs_table(cells.value), run.value
         runs.value = _html(table, "the runs")
-        before = run.value
         run.options = list(table.loc[~table["state"].str.startswith("study"), "name"])
         run.value = before if before in run.options else next(iter(run.options), None)  # a menu that had none chooses none
 
-    def choose(_: object = None) -> None:
+    def choose() -> None:
         opened.clear()
         strategies.options, seeds.options = (), ()
         if run.value is None:
-            say_only("There is no run yet; `incubate run smoke` makes one in a minute.")
-            return
-        try:
-            results, made = open_run(run.value)
-        except SettingsError as error:
-            say_only(str(error))
-            return
-        names, numbers = (list(results.curves[column].unique()) for column in ("strategy", "seed"))
-        strategies.options, seeds.options = [(label(name), name) for name in names], [int(number) for number in numbers]
-        strategies.value, seeds.value = tuple(names), tuple(seeds.options)
-        opened.update(results=results, plan=made)
+            raise SettingsError("There is no run yet; `incubate run smoke` makes one in a minute.")
+        results, made = open_run(run.value)
+        strategies.options = [(label(name), name) for name in results.curves["strategy"].unique()]
+        seeds.options = [int(number) for number in results.curves["seed"].unique()]
+        strategies.value, seeds.value = (tuple(results.curves[name].unique()) for name in ("strategy", "seed"))
+        opened.append((results, made))
         show()
 
-    def show(_: object = None) -> None:
-        if not opened:
-            return
-        results, made = opened["results"], opened["plan"]
-        chosen, numbers = list(strategies.value), list(seeds.value)
-        try:
-            drawn = curves_figure(results, chosen, numbers, axis.value)._repr_png_()
-            some = Results(
-                results.name, *(_chosen(table, chosen, numbers) for table in (results.strategies, results.phases, results.curves))
-            )
-            parts = [_html(comparison(some), "Comparison") if len(some.strategies) else ""]
-            if made is not None:
-                ended = [name for name in chosen if any(name == final for final, _ in made.finals)]
-                parts.append(_html(settings_difference(made, ended), "What differs in the settings"))
-        except (SettingsError, *DAMAGE) as error:
-            say_only(str(error) if isinstance(error, SettingsError) else f"{results.name} cannot be shown: {reason(error)}")
-            return
-        picture.value, picture.layout.display = drawn, None
-        tables.value = "".join(parts)
-        text = f"{hardware(some)}. {mixed_text(some.strategies)}" if len(some.strategies) else ""
-        say(text.strip() or "no strategy is finished; these are the phases that are")
+    def show() -> None:
+        for results, made in opened:
+            tell(*_looked_at(results, made, strategies.value, seeds.value, axis.value))
 
-    list_runs()
-    cells.observe(list_runs, names="value")
-    run.observe(choose, names="value")
-    for menu in (strategies, seeds, axis):
-        menu.observe(show, names="value")
-    choose()
+    def follow(step: Callable[[], None], *menus: ipywidgets.Widget) -> None:
+        def stepped(_: object = None) -> None:
+            try:
+                step()
+            except SettingsError as error:
+                tell(str(error))
+            except DAMAGE as error:
+                tell(f"{run.value} cannot be shown: {reason(error)}")
+
+        stepped()
+        for menu in menus:
+            menu.observe(stepped, names="value")
+
+    follow(list_runs, cells)
+    follow(choose, run)
+    follow(show, strategies, seeds, axis)
     folded = ipywidgets.Accordion([runs], titles=("all runs",), selected_index=None)
-    return ipywidgets.VBox(
-        [ipywidgets.HBox([run, cells]), ipywidgets.HBox([strategies, seeds]), axis, said, picture, tables, folded]
-    )
+    menus = ipywidgets.HBox([run, cells]), ipywidgets.HBox([strategies, seeds]), axis
+    return ipywidgets.VBox([*menus, said, picture, tables, folded])
+
+
+def _looked_at(
+    results: Results, made: Plan | None, strategies: Sequence[str], seeds: Sequence[int], x: str
+) -> tuple[str, bytes, str]:
+    """Return what is said of some strategies and seeds, their curves as PNG, and the tables beneath."""
+    some = _chosen(results, strategies, seeds)
+    drawn, words, below = curves_figure(some, x=x).png(), "", ""
+    if len(some.strategies):
+        words = f"{hardware(some)}. {mixed_text(some.strategies)}".strip()
+        below = _html(comparison(some), "Comparison")
+    if made is not None:
+        ended = [name for name in strategies if any(name == final for final, _ in made.finals)]
+        below += _html(settings_difference(made, ended), "What differs in the settings")
+    return words or "no strategy is finished; these are the phases that are", drawn, below
 
 
 def _html(table: pd.DataFrame, title: str) -> str:

@@ -57,7 +57,8 @@ class Picture:
 
 
 def beneath_one_another(*pictures: Picture) -> Figure:
-    """Return pictures of one width as a matplotlib figure."""
+    """Return pictures of one width as a matplotlib figure; those with nothing in them are left out."""
+    pictures = [picture for picture in pictures if picture.marks]
     height, bottom = sum(picture.height for picture in pictures), 1.0
     figure = Figure(figsize=(pictures[0].width / 100, height / 100))
     for picture in pictures:
