@@ -47,7 +47,7 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
 
     Their modules are imported here: they need torch, which takes seconds, and the rest of an analysis does not.
     """
-    from incubate_lib.report.live.hybrids import hybrids_figure
+    from incubate_lib.report.live.hybrids import Hybrids
     from incubate_lib.report.planner.forecast import forecast, speed_of
     from incubate_lib.report.planner.planner import gantt, strategies_table
 
@@ -66,7 +66,7 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
     for (name, _), final in one.finals.items():
         for node in final.upstream("incubate"):
             kinds.setdefault(node.settings.imitate, name)
-    shown["hybrids"] = {name: hybrids_figure(one, name) for name in kinds.values()}
+    shown["hybrids"] = {name: Hybrids(one, name).figure() for name in kinds.values()}
     difference = settings_difference(one, names)
     shown["difference"] = difference if len(names) > 1 and len(difference) else None
     return shown
