@@ -164,7 +164,7 @@ def test_disagreements_agree_with_the_records(done):
     with pytest.raises(SettingsError, match="network is 'meta'"):
         found.cases("meta")
     image = found.cases().index[found.cases() != "both right"][0]
-    pixels = representations._pixels(found.eval_set, [image])[0]
+    pixels = found.pixels([image])[0]
     assert (pixels == found.eval_set.images[image].permute(1, 2, 0).numpy()).all(), "the very image"
 
 
