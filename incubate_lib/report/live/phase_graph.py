@@ -3,7 +3,7 @@
 from itertools import groupby
 
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest
-from incubate_lib.report.live.curves import MARGIN, curve_legend, draw_row
+from incubate_lib.report.live.curves import curve_legend, draw_row
 from incubate_lib.report.live.picture import FAINT, Picture, beneath_one_another
 from incubate_lib.report.live.progress import Phase, Reader, duration
 from incubate_lib.report.style import Figure
@@ -58,7 +58,7 @@ def draw(plan: Plan, phases: list[Phase]) -> tuple[Picture, Picture]:
 def _draw_curves(picture: Picture, title: str, panels: list[tuple[str, list, float]]) -> None:
     if any(rows for _, (rows,), _ in panels):
         if not picture.marks:
-            curve_legend(picture, MARGIN)
+            curve_legend(picture)
         draw_row(picture, title, panels)
 
 
