@@ -52,39 +52,50 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
     from incubate_lib.report.planner.planner import gantt, strategies_table
 
     names = list(results.strategies["strategy"].unique())
-    settings, seed = run.experiment.settings, int(results.strategies["seed"].iloc[0])
-    one = plan(settings, names, [seed], facts=run.experiment.facts)
-    shown: dict[str, Any] = {"seed": seed, "machines": len(run.experiment.facts.target_depths)}
-    shown |= {"lowered": lowered(run.finals.values()), "graph": draw(one, Reader(one).phases())[0].figure()}
-    shown["curves"] = all_curves(results) if len(results.curves) else None
-    shown["costs"] = None
-    if shown["machines"] > 1:
-        spent = {node.key: summary["train_flops"] for node in one.nodes if (summary := node.summary())}
-        costs = forecast(one, speed_of(results), machines=shown["machines"], spent=spent)
-        shown |= {"gantt": gantt(costs), "costs": strategies_table(costs)}
+    settings, facts, seed = run.experiment.settings, run.experiment.facts, int(results.strategies["seed"].iloc[0])
+    one = plan(settings, names, [seed], facts=facts)
     kinds: dict[bool, str] = {}  # strategies differ in how modules start; what trains is one of two things
     for (name, _), final in one.finals.items():
         for node in final.upstream("incubate"):
             kinds.setdefault(node.settings.imitate, name)
-    shown["hybrids"] = {name: Hybrids(one, name).figure() for name in kinds.values()}
     difference = settings_difference(one, names)
-    shown["difference"] = difference if len(names) > 1 and len(difference) else None
+    shown: dict[str, Any] = {
+        "seed": seed,
+        "machines": len(facts.target_depths),
+        "lowered": lowered(run.finals.values()),
+        "graph": draw(one, Reader(one).phases())[0].figure(),
+        "curves": all_curves(results) if len(results.curves) else None,
+        "costs": None,
+        "hybrids": {name: Hybrids(one, name).figure() for name in kinds.values()},
+        "difference": difference if len(names) > 1 and len(difference) else None,
+    }
+    if shown["machines"] > 1:
+        spent = {node.key: summary["train_flops"] for node in one.nodes if (summary := node.summary())}
+        costs = forecast(one, speed_of(results), machines=shown["machines"], spent=spent)
+        shown |= {"gantt": gantt(costs), "costs": strategies_table(costs)}
     return shown
 
 
-def _phase_table(results: Results):
-    table = results.phases.copy()
-    table["module"] = (table["module_index"] + 1).astype("Int64").astype(object).where(table["module_index"].notna(), "")
-    table["top-1 %"] = (100 * table["accuracy"]).map("{:.1f}".format)
-    table["before %"] = (100 * table["start_accuracy"]).map("{:.1f}".format)
-    unit, factor = flop_unit(table["flops"].max() if len(table) else 1)
-    table[unit] = (table["flops"] / factor).map("{:.3f}".format)
-    table["images seen"] = table["images_seen"]
-    table["different an epoch"] = table["distinct_images_per_epoch"].astype("Int64").astype(object)
-    table["waiting for images"] = table["data_share"].map(lambda v: "" if v != v else f"{v:.0%}")
-    table["s"] = table["seconds"].map("{:.1f}".format)
-    table["epochs"] = table["epochs"].map("{:.1f}".format)
-    table["lr"] = table["lr"].map(lambda v: "" if v != v or v is None else f"{v:g}")
-    shown = ["strategy", "seed", "phase", "module", "before %", "top-1 %", "epochs", "steps", "images seen", "different an epoch"]
-    several = ["device", "threads"] if len(places(results.phases)) > 1 else []
-    return table[[*shown, "lr", unit, "s", *several, "waiting for images"]].replace({pd.NA: ""})
+def _phase_table(results: Results) -> pd.DataFrame:
+    phases = results.phases
+    unit, factor = flop_unit(phases["flops"].max() if len(phases) else 1)
+    columns = {
+        **phases[["strategy", "seed", "phase"]],
+        "module": _written(phases["module_index"] + 1, "{:.0f}"),
+        "before %": _written(100 * phases["start_accuracy"], "{:.1f}"),
+        "top-1 %": _written(100 * phases["accuracy"], "{:.1f}"),
+        "epochs": _written(phases["epochs"], "{:.1f}"),
+        "steps": phases["steps"],
+        "images seen": phases["images_seen"],
+        "different an epoch": _written(phases["distinct_images_per_epoch"], "{:.0f}"),
+        "lr": _written(phases["lr"], "{:g}"),
+        unit: _written(phases["flops"] / factor, "{:.3f}"),
+        "s": _written(phases["seconds"], "{:.1f}"),
+        **phases[["device", "threads"] if len(places(phases)) > 1 else []],
+        "waiting for images": _written(phases["data_share"], "{:.0%}"),
+    }
+    return pd.DataFrame(columns).replace({pd.NA: ""})
+
+
+def _written(values: pd.Series, form: str) -> list[str]:
+    return ["" if pd.isna(value) else form.format(value) for value in values]
