@@ -257,15 +257,16 @@ def test_curves_end_where_the_costs_do(recorded, x):
     results = from_plan(recorded)
     ends = results.strategies.set_index("strategy")
     for name in STRATEGIES:
-        lines = list(browser.curve_lines(*(t[t["strategy"] == name] for t in (results.curves, results.phases)), x))
-        end = max(line["x"].max() for _, line in lines)
+        lines = list(browser.curve_lines(results, name, x))
+        end = max(line["cost"].max() for _, line in lines)
         parts = results.phases[results.phases["strategy"] == name]
         assert end == pytest.approx(ends.loc[name, x] if x in ends else parts["epochs"].sum(), rel=1e-3)
-        assert lines[-1][1]["mean"].iloc[-1] == pytest.approx(100 * ends.loc[name, "accuracy"])
-    assert drawn(browser.curves_figure(results, STRATEGIES[:2], [0], x))
-    for wrong, output in ({"x": "weeks"}, "x is 'weeks'"), ({"seeds": [7]}, "nothing is finished"):
-        with pytest.raises(SettingsError, match=output):
-            browser.curves_figure(results, **{"x": x} | wrong)
+        assert lines[-1][1]["accuracy"].iloc[-1] == pytest.approx(ends.loc[name, "accuracy"])
+    assert drawn(browser.curves_figure(browser.some_of(results, STRATEGIES[:2], [0]), x))
+    with pytest.raises(SettingsError, match="x is 'weeks'"):
+        browser.curves_figure(results, "weeks")
+    with pytest.raises(SettingsError, match="nothing is finished"):
+        browser.curves_figure(browser.some_of(results, STRATEGIES, [7]), x)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Finished runs: how they went, what differed, and a widget to choose among them. What cannot be read becomes a sentence."""
 
 import html
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,17 +17,19 @@ from incubate_lib.report.style import Figure, style
 from incubate_lib.report.tables.comparison import comparison, hardware
 from incubate_lib.report.tables.hardware import mixed_text
 from incubate_lib.report.tables.phases import settings_difference
+from incubate_lib.report.tables.plots import draw_curve, mean_curve
 from incubate_lib.report.tables.records import Results, from_plan, published
 from incubate_lib.report.widgets import image, with_twin
 from incubate_lib.report.words import flop_unit, label
 
-AXES = {  # of the curves → column of the curves, of the phases, modules side by side, for people
-    "flops": ("flops", "flops", False, "training cost spent ({unit}), modules one after another"),
-    "critical_flops": ("flops", "flops", True, "training cost spent ({unit}), modules side by side (critical path)"),
-    "seconds": ("train_seconds", "seconds", False, "training time (s), modules one after another"),
-    "critical_seconds": ("train_seconds", "seconds", True, "training time (s), modules side by side (critical path)"),
-    "steps": ("step", "steps", False, "updates, modules one after another"),
-    "epoch": ("epoch", "epochs", False, "epochs, modules one after another"),
+IN_TURN, SIDE_BY_SIDE = "modules one after another", "modules side by side (critical path)"
+AXES = {  # of the curves → column of the curves, of the phases, how modules follow one another, for people
+    "flops": ("flops", "flops", IN_TURN, "training cost spent ({unit})"),
+    "critical_flops": ("flops", "flops", SIDE_BY_SIDE, "training cost spent ({unit})"),
+    "seconds": ("train_seconds", "seconds", IN_TURN, "training time (s)"),
+    "critical_seconds": ("train_seconds", "seconds", SIDE_BY_SIDE, "training time (s)"),
+    "steps": ("step", "steps", IN_TURN, "updates"),
+    "epoch": ("epoch", "epochs", IN_TURN, "epochs"),
 }
 
 
@@ -53,65 +55,67 @@ def open_run(name: str) -> tuple[Results, Plan | None]:
     return results, made
 
 
-def curves_figure(
-    results: Results, strategies: Sequence[str] | None = None, seeds: Sequence[int] | None = None, x: str = "flops"
-) -> Figure:
+def curves_figure(results: Results, x: str = "flops") -> Figure:
     """Draw top-1 over what was spent, a colour a strategy: mean over seeds, of up to five strategies with ± one std as a band.
 
     Phases follow one another as they were trained; dashed are hybrids, one module each; a star is the assembled network. `x` is
-    one of AXES. None: all strategies, all seeds. SettingsError for another x, or if nothing is left.
+    one of AXES. SettingsError for another x, or if nothing is there.
     """
     if x not in AXES:
         raise SettingsError(f"x is {x!r}; it must be one of {', '.join(AXES)}")
-    chosen = _chosen(results, strategies, seeds)
-    curves, phases = chosen.curves, chosen.phases
-    if curves.empty:
+    if results.curves.empty:
         raise SettingsError("nothing is finished of these strategies and seeds")
-    column, spent, _, xlabel = AXES[x]
-    unit, factor = flop_unit(phases.groupby(["strategy", "seed"])[spent].sum().max()) if column == "flops" else ("", 1)
+    column, spent, _, _ = AXES[x]
+    unit, factor = "", 1
+    if column == "flops":
+        unit, factor = flop_unit(results.phases.groupby(["strategy", "seed"])[spent].sum().max())
     figure = Figure(figsize=(10, 5), layout="constrained")
     axis = figure.subplots()
-    names = curves["strategy"].unique()
+    names = results.curves["strategy"].unique()
     for name in names:
-        lines = curve_lines(curves[curves["strategy"] == name], phases[phases["strategy"] == name], x)
-        _draw(axis, lines, factor, style(name), banded=len(names) <= 5)
-        count = curves.loc[curves["strategy"] == name, "seed"].nunique()
-        axis.plot([], [], **style(name) | {"linestyle": "-"}, markersize=4, label=f"{label(name)} (n = {count})")
-    axis.set(xlabel=xlabel.format(unit=unit), ylabel=_score_label(results), title=results.name)
+        for phase, line in curve_lines(results, name, x):
+            _draw(axis, phase, line["cost"] / factor, line if len(names) <= 5 else line.assign(std=0.0), style(name))
+        count = results.curves.loc[results.curves["strategy"] == name, "seed"].nunique()
+        look = style(name) | {"linestyle": "-", "markersize": 4}
+        axis.plot([], [], label=f"{label(name)} (n = {count})", **look)
+    axis.set(xlabel=_axis_label(x, unit), ylabel=_score_label(results), title=results.name)
     axis.grid(alpha=0.3)
     figure.legend(fontsize=9, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def curve_lines(curves: pd.DataFrame, phases: pd.DataFrame, x: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the phases of a strategy in order: their name, and x, mean and std of top-1 (%) over seeds at each evaluation."""
-    column, spent, side_by_side, _ = AXES[x]
-    offset = 0.0
-    for phase in phases["phase"].unique():
-        now, costs = phases[phases["phase"] == phase], [0.0]
+def curve_lines(results: Results, strategy: str, x: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the phases of a strategy in order: their name, and a `mean_curve` whose cost is what was spent till then."""
+    column, spent, order, _ = AXES[x]
+    curves, phases = (
+        table[table["strategy"] == strategy].fillna({"module_index": -1}).groupby(["phase", "module_index"], sort=False)
+        for table in (results.curves, results.phases)
+    )
+    lines, before, begin, end = dict(iter(curves)), "", 0.0, 0.0
+    for (phase, index), rows in phases:
+        if phase != before or order == IN_TURN:
+            begin = end
         if phase == "assemble":
-            yield phase, pd.DataFrame({"x": [offset], "mean": [100 * now["accuracy"].mean()], "std": [0.0]})
-            continue
-        for index, module in now.groupby(now["module_index"].fillna(-1)):
-            rows = curves[(curves["phase"] == phase) & (curves["module_index"].fillna(-1) == index)].groupby("step")
-            at = offset + (0 if side_by_side else sum(costs))
-            accuracy = 100 * rows["accuracy"].mean(), 100 * rows["accuracy"].std().fillna(0)
-            yield phase, pd.DataFrame({"x": at + rows[column].mean(), "mean": accuracy[0], "std": accuracy[1]})
-            costs.append(module[spent].mean())
-        offset += max(costs) if side_by_side else sum(costs)
+            yield phase, pd.DataFrame({"cost": [begin], "accuracy": [rows["accuracy"].mean()]})
+        elif (phase, index) in lines:
+            line = mean_curve(lines[phase, index], column)
+            yield phase, line.assign(cost=begin + line["cost"])
+        before, end = phase, max(end, begin + rows[spent].mean())
 
 
-def _draw(axis: Axes, lines: Iterable[tuple[str, pd.DataFrame]], factor: float, appearance: dict[str, str], banded: bool) -> None:
-    for phase, line in lines:
-        x, mean = line["x"] / factor, line["mean"]
-        if phase == "assemble":
-            axis.plot(x, mean, marker="*", markersize=14, color=appearance["color"], markeredgecolor="black", zorder=5)
-            continue
-        way = {"linestyle": "--", "linewidth": 1} if phase == "incubate" else {"linestyle": "-", "linewidth": 1.6}
-        every = max(1, len(line) // 10)  # of long curves the markers would hide the lines
-        axis.plot(x, mean, color=appearance["color"], marker=appearance["marker"], markersize=4, markevery=every, **way)
-        if banded:
-            axis.fill_between(x, mean - line["std"], mean + line["std"], color=appearance["color"], alpha=0.12, linewidth=0)
+def _draw(axis: Axes, phase: str, x: pd.Series, line: pd.DataFrame, look: dict[str, str]) -> None:
+    if phase == "assemble":
+        star = {"marker": "*", "markersize": 14, "markeredgecolor": "black", "zorder": 5}
+        axis.plot(x, 100 * line["accuracy"], color=look["color"], **star)
+        return
+    way = {"linestyle": "--", "linewidth": 1} if phase == "incubate" else {"linestyle": "-", "linewidth": 1.6}
+    every = max(1, len(line) // 10)  # of long curves the markers would hide the lines
+    draw_curve(axis, x, line, look | way | {"markersize": 4, "markevery": every}, alpha=0.12)
+
+
+def _axis_label(x: str, unit: str) -> str:
+    _, _, order, words = AXES[x]
+    return f"{words.format(unit=unit)}, {order}"
 
 
 def _score_label(results: Results) -> str:
@@ -119,16 +123,12 @@ def _score_label(results: Results) -> str:
     return f"top-1, {splits} split (%)" if splits else "top-1 (%)"
 
 
-def _chosen(results: Results, strategies: Sequence[str] | None, seeds: Sequence[int] | None) -> Results:
-    """Return what there is of some strategies and seeds; None: of all."""
-
-    def kept(table: pd.DataFrame) -> pd.DataFrame:
-        for column, values in (("strategy", strategies), ("seed", seeds)):
-            if values is not None:
-                table = table[table[column].isin(list(values))]
-        return table
-
-    return replace(results, **{name: kept(getattr(results, name)) for name in ("strategies", "phases", "curves")})
+def some_of(results: Results, strategies: Sequence[str], seeds: Sequence[int]) -> Results:
+    """Return what there is of some strategies and seeds."""
+    tables = {name: getattr(results, name) for name in ("strategies", "phases", "curves")}
+    wanted = {"strategy": list(strategies), "seed": list(seeds)}
+    kept = {name: table[table[list(wanted)].isin(wanted).all(axis=1)] for name, table in tables.items()}
+    return replace(results, **kept)
 
 
 # -- the widget ---------------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def _browser() -> ipywidgets.Widget:
     run = ipywidgets.Dropdown(description="run", layout={"width": "36rem"})
     strategies = ipywidgets.SelectMultiple(description="strategies", rows=6, layout={"width": "30rem"})
     seeds = ipywidgets.SelectMultiple(description="seeds", rows=6, layout={"width": "12rem"})
-    axes = [(words.format(unit="FLOP"), x) for x, (_, _, _, words) in AXES.items()]
+    axes = [(_axis_label(x, "FLOP"), x) for x in AXES]
     axis = ipywidgets.Dropdown(options=axes, description="x axis", layout={"width": "36rem"})
     said, tables, runs, picture = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML(), image()
     opened: list[tuple[Results, Plan | None]] = []
@@ -200,7 +200,7 @@ def _looked_at(
     results: Results, made: Plan | None, strategies: Sequence[str], seeds: Sequence[int], x: str
 ) -> tuple[str, bytes, str]:
     """Return what is said of some strategies and seeds, their curves as PNG, and the tables beneath."""
-    some = _chosen(results, strategies, seeds)
+    some = some_of(results, strategies, seeds)
     drawn, words, below = curves_figure(some, x=x).png(), "", ""
     if len(some.strategies):
         words = f"{hardware(some)}. {mixed_text(some.strategies)}".strip()
