@@ -6,7 +6,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from incubate_lib.report.words import TEMPLATES
 
-_ENGINE = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+_FILES = FileSystemLoader(TEMPLATES)
+_ENGINE = Environment(loader=_FILES, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
 
 
 def page(template: str, **values: Any) -> str:

@@ -8,11 +8,13 @@ from matplotlib.patches import Patch
 from incubate_lib.report.words import STRATEGIES
 
 STYLE = {strategy: about["look"] for strategy, about in STRATEGIES.items()}
-SPARE = [{"color": c, "marker": m, "linestyle": "-"} for c, m in zip(("#CC79A7", "#E69F00", "#56B4E9"), "vPX", strict=True)]
+SPARE = {"v": "#CC79A7", "P": "#E69F00", "X": "#56B4E9"}  # marker → colour
 STARTS = ("deep_incubation", "deep_incubation_stack", "deep_incubation_identity")
-ONE_BY_ONE = ("end_to_end", *STARTS, "growing", "stacking", "imitation")  # looks of curves that are no strategies
+# looks of curves that are no strategies
+ONE_BY_ONE = ("end_to_end", *STARTS, "growing", "stacking", "imitation")
 FROZEN, TRAINED = "#D9D9D9", "#F5B041"
-PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}  # beneath words on what is hatched
+# beneath words on what is hatched
+PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
 
 
 class Figure(mpl_figure.Figure):
@@ -29,14 +31,17 @@ class Figure(mpl_figure.Figure):
 
 def style(strategy: str) -> dict[str, str]:
     """Return colour, marker and line style of a strategy, the same in every figure."""
-    return STYLE.get(strategy) or SPARE[sum(map(ord, strategy)) % len(SPARE)]
+    marker, color = list(SPARE.items())[sum(map(ord, strategy)) % len(SPARE)]
+    return STYLE.get(strategy) or {"color": color, "marker": marker, "linestyle": "-"}
 
 
 def filling(trained: bool) -> dict[str, str]:
     """Return how a part of a network is filled: by colour and hatch, whether it trains or is frozen."""
-    return {"edgecolor": "black"} | ({"facecolor": TRAINED} if trained else {"facecolor": FROZEN, "hatch": "//"})
+    look = {"facecolor": TRAINED} if trained else {"facecolor": FROZEN, "hatch": "//"}
+    return {"edgecolor": "black"} | look
 
 
 def trained_and_frozen() -> list[Patch]:
     """Return what a legend says of `filling`."""
-    return [Patch(label=name, **filling(trained)) for name, trained in (("trained", True), ("frozen, never updated", False))]
+    names = {"trained": True, "frozen, never updated": False}
+    return [Patch(label=name, **filling(trained)) for name, trained in names.items()]

@@ -74,7 +74,9 @@ def curves_figure(results: Results, x: str = "flops") -> Figure:
     names = results.curves["strategy"].unique()
     for name in names:
         for phase, line in curve_lines(results, name, x):
-            _draw(axis, phase, line["cost"] / factor, line if len(names) <= 5 else line.assign(std=0.0), style(name))
+            if len(names) > 5:
+                line = line.assign(std=0.0)
+            _draw(axis, phase, line["cost"] / factor, line, style(name))
         count = results.curves.loc[results.curves["strategy"] == name, "seed"].nunique()
         look = style(name) | {"linestyle": "-", "markersize": 4}
         axis.plot([], [], label=f"{label(name)} (n = {count})", **look)
@@ -87,10 +89,9 @@ def curves_figure(results: Results, x: str = "flops") -> Figure:
 def curve_lines(results: Results, strategy: str, x: str) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield the phases of a strategy in order: their name, and a `mean_curve` whose cost is what was spent till then."""
     column, spent, order, _ = AXES[x]
-    curves, phases = (
-        table[table["strategy"] == strategy].fillna({"module_index": -1}).groupby(["phase", "module_index"], sort=False)
-        for table in (results.curves, results.phases)
-    )
+    where = ["phase", "module_index"]
+    chosen = [table[table["strategy"] == strategy] for table in (results.curves, results.phases)]
+    curves, phases = (table.fillna({"module_index": -1}).groupby(where, sort=False) for table in chosen)
     lines, before, begin, end = dict(iter(curves)), "", 0.0, 0.0
     for (phase, index), rows in phases:
         if phase != before or order == IN_TURN:
@@ -157,7 +158,8 @@ def _browser() -> ipywidgets.Widget:
         table, before = runs_table(cells.value), run.value
         runs.value = _html(table, "the runs")
         run.options = list(table.loc[~table["state"].str.startswith("study"), "name"])
-        run.value = before if before in run.options else next(iter(run.options), None)  # a menu that had none chooses none
+        # a menu that had none chooses none
+        run.value = before if before in run.options else next(iter(run.options), None)
 
     def choose() -> None:
         opened.clear()
@@ -167,7 +169,8 @@ def _browser() -> ipywidgets.Widget:
         results, made = open_run(run.value)
         strategies.options = [(label(name), name) for name in results.curves["strategy"].unique()]
         seeds.options = [int(number) for number in results.curves["seed"].unique()]
-        strategies.value, seeds.value = (tuple(results.curves[name].unique()) for name in ("strategy", "seed"))
+        strategies.value = tuple(results.curves["strategy"].unique())
+        seeds.value = seeds.options
         opened.append((results, made))
         show()
 

@@ -51,16 +51,19 @@ def draw_row(picture: Picture, title: str, panels: Sequence[Panel], most: int = 
     """Add panels beneath what is drawn, as many beside one another as have room, on one scale."""
     picture.text(10, picture.height + 16, title, size=13, bold=True, room=picture.width - 20)
     picture.height += 24
-    losses = [v for _, curves, _ in panels for rows in curves for name in ("loss", "train_loss") for _, v in _points(rows, name)]
+    drawn = [rows for _, curves, _ in panels for rows in curves]
+    losses = [value for rows in drawn for name in ("loss", "train_loss") for _, value in _points(rows, name)]
+    top_loss = max(losses, default=0.0) or 1.0
     width = (picture.width - MARGIN - 10) / most
     for i, panel in enumerate(panels):
         if i and i % most == 0:
             picture.height += PANEL_HEIGHT + 6
-        _draw_panel(picture, MARGIN + i % most * width, width - 14, panel, max(losses, default=0) or 1.0, first=i % most == 0)
+        x = MARGIN + i % most * width
+        _draw_panel(picture, x, width - 14, panel, top_loss, first=i % most == 0)
     picture.height += PANEL_HEIGHT + 10
 
 
-def _draw_panel(picture: Picture, x: float, width: float, panel: Panel, top_loss: float, *, first: bool) -> None:
+def _draw_panel(picture: Picture, x: float, width: float, panel: Panel, top_loss: float, first: bool) -> None:
     """Draw top-1 (0 to 100 %) over epochs and beneath it the loss (0 to `top_loss`), one line for each of the curves.
 
     In the corners stand the last values, the mean of several; `first` panels of a row have the scales beside them.
@@ -84,18 +87,18 @@ def _draw_panel(picture: Picture, x: float, width: float, panel: Panel, top_loss
         place, height, scale = upper if name == "accuracy" else lower
         last = []
         for points in ([*_points(rows, name)] for rows in curves):
-            spots = [
-                (x + width * min(1.0, at / epochs if epochs else 0.0), place + height * (1 - min(1.0, value / scale)))
-                for at, value in points
-            ]
+            across = [x + width * min(1.0, at / (epochs or math.inf)) for at, _ in points]
+            down = [place + height * (1 - min(1.0, value / scale)) for _, value in points]
+            spots = list(zip(across, down, strict=True))
             if len(spots) > 1:
                 picture.line(spots, color=color, dashed=dashed, width=1 if dashed else 1.8)
             if spots and not dashed:
                 picture.box(spots[-1][0] - 2.5, spots[-1][1] - 2.5, 5, 5, fill=color, radius=2.5)
                 last.append(points[-1][1])
         if last:  # where a curve that goes well does not run: under the one, over the other
-            mean = fmean(last)
-            words, at = (f"{mean:.3f}", low + 13) if name == "loss" else (f"{100 * mean:.1f} %", top + TOP1_HEIGHT - 5)
+            words, at = f"{fmean(last):.3f}", low + 13
+            if name == "accuracy":
+                words, at = f"{100 * fmean(last):.1f} %", top + TOP1_HEIGHT - 5
             picture.text(x + width - 4, at, words, color=color, bold=True, anchor="end")
 
 

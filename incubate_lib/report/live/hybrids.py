@@ -32,7 +32,8 @@ KINDS = {  # of memory → how it is drawn
     "gradients": {"label": "gradients", "facecolor": "#D55E00", "hatch": "//"},
     "activations": {"label": "activations kept for the backward pass", "facecolor": "#F0E442", "hatch": ".."},
 }
-WORK = ("forward only", "forward, all gradients", "forward, gradient of its input")  # before, in, behind the target module
+# before, in, behind the target module
+WORK = ("forward only", "forward, all gradients", "forward, gradient of its input")
 WORK_OF_IMITATION = ("forward only", "forward, all gradients; its meta module forward", "not used")
 
 
@@ -118,20 +119,18 @@ class Hybrids:
         shape, known = self._flops.image_shape, self._memory
         memory = memory_by_part(model, shape, precision=s.precision, known=known).values()
         team = node.experiment.settings.machine.team_size
-        return Costs(
-            title,
-            [
-                Part(name, len(module.blocks), module is target, work, flops.get(module, 0), bytes_)
-                for (name, module, work), bytes_ in zip(parts, memory, strict=True)
-            ],
-            micro_batches(s.training.batch_size, s.training.micro_batch, team)[1],
-        )
+        counted = [
+            Part(name, len(module.blocks), module is target, work, flops.get(module, 0), bytes_)
+            for (name, module, work), bytes_ in zip(parts, memory, strict=True)
+        ]
+        return Costs(title, counted, micro_batches(s.training.batch_size, s.training.micro_batch, team)[1])
 
     def figure(self, index: int | None = None) -> Figure:
         """Draw the hybrid of module `index` (0-based), or those of all modules, over the network as end-to-end training has it,
         to scale: FLOPs, bytes. SettingsError if there is no such module.
         """
-        rows = [self.costs(i) for i in (range(len(self.nodes)) if index is None else [index])] + [self.whole()]
+        indices = range(len(self.nodes)) if index is None else [index]
+        rows = [*map(self.costs, indices), self.whole()]
         figure = Figure(figsize=(11, 2.3 + 1.25 * len(rows)), layout="constrained")
         figure.suptitle(label(self.strategy), fontsize=11)
         for axis, bars in zip(figure.subplots(2, 1), (_flop_bars, _memory_bars), strict=True):
@@ -191,16 +190,19 @@ def _memory_bars(axis: Axes, rows: Sequence[Costs]) -> None:
         for part in row.parts:
             begin = left
             for kind, size in part.bytes(row.images).items():
-                axis.barh(y, size / factor, 0.5, left, edgecolor="black", linewidth=0.3, **KINDS[kind] | {"label": None})
-                left += size / factor
-            axis.plot([begin, begin, left, left], [y - 0.31, y - 0.36, y - 0.36, y - 0.31], color="black", linewidth=1)
+                width = size / factor
+                axis.barh(y, width, 0.5, left, edgecolor="black", linewidth=0.3, **KINDS[kind])
+                left += width
+            bracket = [y - 0.31, y - 0.36, y - 0.36, y - 0.31]
+            axis.plot([begin, begin, left, left], bracket, color="black", linewidth=1)
             name = part.name
             if left - begin <= 0.085 * widest and len(row.parts) > 1:
                 name = name.removeprefix("module ") if left - begin > 0.02 * widest else ""
             axis.text((begin + left) / 2, y - 0.38, name, ha="center", va="bottom", fontsize=9)
-        axis.text(left + 0.01 * widest, y, f"{left:.3g}\n(peak {row.peak / factor:.3g})", va="center", fontsize=9)
-    images = f"{rows[0].images} images at once"
-    words = f"{unit} of a training step, {images}; the peak is below the sum: gradients come as activations go"
+        words = f"{left:.3g}\n(peak {row.peak / factor:.3g})"
+        axis.text(left + 0.01 * widest, y, words, va="center", fontsize=9)
+    words = f"{unit} of a training step, {rows[0].images} images at once"
+    words += "; the peak is below the sum: gradients come as activations go"
     _explain(axis, words, widest, [Patch(edgecolor="black", **look) for look in KINDS.values()])
 
 

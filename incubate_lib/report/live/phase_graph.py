@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest
-from incubate_lib.report.live.curves import curve_legend, draw_row
+from incubate_lib.report.live.curves import Panel, curve_legend, draw_row
 from incubate_lib.report.live.picture import FAINT, Picture, beneath_one_another
 from incubate_lib.report.live.progress import Phase, Reader, duration
 from incubate_lib.report.style import Figure
@@ -40,6 +40,10 @@ class Box:
     def key(self) -> str:
         return self.phase.node.key
 
+    @property
+    def panel(self) -> Panel:
+        return self.title, [self.phase.rows], self.phase.node.settings.training.epochs
+
 
 def draw(plan: Plan, phases: list[Phase]) -> tuple[Picture, Picture]:
     """Draw the graph of phases, and their learning curves: a row for each strategy and seed."""
@@ -68,14 +72,15 @@ def draw(plan: Plan, phases: list[Phase]) -> tuple[Picture, Picture]:
         if any(box.phase.rows for box in new):
             if not curves.marks:
                 curve_legend(curves)
-            draw_row(curves, title, [(b.title, [b.phase.rows], b.phase.node.settings.training.epochs) for b in new])
+            draw_row(curves, title, [box.panel for box in new])
         drawn |= {box.key for box in boxes}
     return graph, curves
 
 
 def _name(node: Node) -> str:
     s = node.settings
-    return phase_name(s.phase, s.module_index, len(s.target_depths)) + (", small images" if s.small_images else "")
+    size = ", small images" if s.small_images else ""
+    return phase_name(s.phase, s.module_index, len(s.target_depths)) + size
 
 
 def _placed(group: list[Phase]) -> list[Box]:
@@ -93,9 +98,10 @@ def _draw_folded(picture: Picture, title: str, group: list[Phase]) -> None:
     line = group[-1].line
     color, pale = COLORS[line.state]
     picture.box(10, picture.height + 3, WIDTH - 20, 24, fill=pale, edge=color)
-    text = f"{line.state}, top-1 {line.accuracy}" if line.accuracy else line.state
+    text = f"{len(group)} phase{'s' * (len(group) > 1)} {line.state}"
+    text += f", top-1 {line.accuracy}" if line.accuracy else ""
     picture.text(20, picture.height + 19, title, bold=True, room=WIDTH - 300)
-    picture.text(WIDTH - 20, picture.height + 19, f"{len(group)} phase{'s' * (len(group) > 1)} {text}", anchor="end")
+    picture.text(WIDTH - 20, picture.height + 19, text, anchor="end")
     picture.height += 32
 
 

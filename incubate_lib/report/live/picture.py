@@ -12,8 +12,12 @@ from incubate_lib.report.pages import page
 from incubate_lib.report.style import Figure
 
 INK, FAINT = "#222222", "#BBBBBB"
+BOX = {"fill": "white", "edge": "none", "radius": 5, "dashed": False, "hint": ""}
+TEXT = {"size": 12, "color": INK, "bold": False, "anchor": "start"}
+LINE = {"color": INK, "width": 1.5, "dashed": False}
 POINTS = 0.72  # a pixel, at 100 an inch
-LETTER = 0.6  # width of an average letter, of its size; that of the widest common font, so that words fit in any
+# width of an average letter, of its size; that of the widest common font, so that words fit in any
+LETTER = 0.6
 
 
 @dataclass
@@ -29,23 +33,20 @@ class Picture:
     height: float = 0.0
     marks: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
-    def box(self, x: float, y: float, width: float, height: float, *, fill: str = "white", edge: str = "none", radius: float = 5,
-            dashed: bool = False, hint: str = "") -> None:  # fmt: skip
-        """Draw a box; `hint` is shown under the pointer."""
-        self._add("box", locals())
+    def box(self, x: float, y: float, width: float, height: float, **look: Any) -> None:
+        """Draw a box; `look` as BOX, whose hint is shown under the pointer."""
+        self.marks.append(("box", BOX | look | {"x": x, "y": y, "width": width, "height": height}))
 
-    def text(self, x: float, y: float, words: str, *, size: float = 12, color: str = INK, bold: bool = False,
-             anchor: str = "start", room: float | None = None) -> None:  # fmt: skip
-        """Write words on the base line y; `anchor` is start, middle or end; what has no room is cut off."""
-        if room is not None and len(words) * size * LETTER > room:
-            words = words[: max(1, int(room / size / LETTER) - 1)] + "…"
-        self._add("text", locals())
+    def text(self, x: float, y: float, words: str, room: float | None = None, **look: Any) -> None:
+        """Write words on the base line y; `look` as TEXT, anchor start, middle or end; what has no room is cut off."""
+        look = TEXT | look
+        if room is not None and len(words) * look["size"] * LETTER > room:
+            words = words[: max(1, int(room / look["size"] / LETTER) - 1)] + "…"
+        self.marks.append(("text", look | {"x": x, "y": y, "words": words}))
 
-    def line(self, points: Sequence[tuple[float, float]], *, color: str = INK, width: float = 1.5, dashed: bool = False) -> None:
-        self._add("line", locals())
-
-    def _add(self, kind: str, what: dict[str, Any]) -> None:
-        self.marks.append((kind, {key: value for key, value in what.items() if key != "self"}))
+    def line(self, points: Sequence[tuple[float, float]], **look: Any) -> None:
+        """Draw a line through points; `look` as LINE."""
+        self.marks.append(("line", LINE | look | {"points": points}))
 
     def svg(self) -> str:
         """Return the picture as an SVG element."""
@@ -74,8 +75,9 @@ def beneath_one_another(*pictures: Picture) -> Figure:
 def _draw_box(axis: Axes, m: SimpleNamespace, order: int) -> None:
     radius = min(m.radius, m.width / 2, m.height / 2)
     corner = f"round,pad=0,rounding_size={radius}" if radius > 0 else "square,pad=0"
-    look = {"facecolor": m.fill, "edgecolor": m.edge, "linestyle": "--" if m.dashed else "-", "linewidth": 1.1}
-    axis.add_patch(FancyBboxPatch((m.x, m.y), m.width, m.height, boxstyle=corner, zorder=order, **look))
+    look = {"facecolor": m.fill, "edgecolor": m.edge, "linestyle": "--" if m.dashed else "-"}
+    place = (m.x, m.y), m.width, m.height
+    axis.add_patch(FancyBboxPatch(*place, boxstyle=corner, linewidth=1.1, zorder=order, **look))
 
 
 def _draw_text(axis: Axes, m: SimpleNamespace, order: int) -> None:

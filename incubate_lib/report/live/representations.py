@@ -89,7 +89,8 @@ def similarity(plan: Plan, strategy: str, seed: int = 0, images: int = 256) -> p
     if images < SMALLEST:
         raise SettingsError(f"images is {images}; it takes at least {SMALLEST}")
     count = min(images, len(eval_set))
-    batches = [eval_set.some(some)[0] for some in torch.linspace(0, len(eval_set) - 1, count).long().split(BATCH)]
+    evenly = torch.linspace(0, len(eval_set) - 1, count).long()
+    batches = [eval_set.some(some)[0] for some in evenly.split(BATCH)]
     classes, depths = eval_set.num_classes, final.settings.target_depths
     small = split(load_trained(meta.settings, meta.folder, classes), meta.settings.meta_depths)
     wanted = [_gram(outputs) for outputs in _through(small, batches)]
@@ -102,16 +103,15 @@ def similarity(plan: Plan, strategy: str, seed: int = 0, images: int = 256) -> p
                 target.load_state_dict(node.folder.load_weights())
             *_, outputs = _through([*small[:index], target], batches)
             found[index, network] = _alike(wanted[index], _gram(outputs))
-    for network, node in {"assembled": joined, "finetuned": final, "end_to_end": _baseline(plan, final)}.items():
+    networks = {"assembled": joined, "finetuned": final, "end_to_end": _baseline(plan, final)}
+    for network, node in networks.items():
         if node is not None:
             modules = split(load_trained(node.settings, node.folder, classes), depths)
             for index, outputs in enumerate(_through(modules, batches)):
                 found[index, network] = _alike(wanted[index], _gram(outputs))
-    places = [(index, network) for index in range(len(wanted)) for network in NETWORKS if (index, network) in found]
-    return pd.DataFrame(
-        [(strategy, seed, *place, found[place], count) for place in places],
-        columns=["strategy", "seed", "module_index", "network", "cka", "images"],
-    )
+    order = [(index, network) for index in range(len(wanted)) for network in NETWORKS]
+    rows = [(strategy, seed, *place, found[place], count) for place in order if place in found]
+    return pd.DataFrame(rows, columns=["strategy", "seed", "module_index", "network", "cka", "images"])
 
 
 def similarity_figure(table: pd.DataFrame) -> Figure:
@@ -122,7 +122,8 @@ def similarity_figure(table: pd.DataFrame) -> Figure:
     there = [network for network in NETWORKS if network in set(table["network"])]
     for place, network in enumerate(there):
         by_module = table[table["network"] == network].groupby("module_index")["cka"]
-        x = by_module.mean().index + 1 + 0.05 * (place - (len(there) - 1) / 2)  # side by side, or equal ones hide each other
+        # side by side, or equal ones hide each other
+        x = by_module.mean().index + 1 + 0.05 * (place - (len(there) - 1) / 2)
         error = by_module.std() if seeds > 1 else None
         look = {"markersize": 7, "capsize": 3, "linewidth": 1.4} | NETWORKS[network]["look"]
         axis.errorbar(x, by_module.mean(), yerr=error, label=NETWORKS[network]["label"], **look)
@@ -130,7 +131,8 @@ def similarity_figure(table: pd.DataFrame) -> Figure:
     modules = sorted(table["module_index"].unique())
     names = [f"module {i + 1}" + ("\n(logits)" if i == modules[-1] else "") for i in modules]
     axis.set_xticks([i + 1 for i in modules], names)
-    axis.set(ylabel="similarity to the meta module\n(linear CKA, 1: alike)", ylim=(min(-0.05, table["cka"].min() - 0.05), 1.05))
+    axis.set_ylim(min(-0.05, table["cka"].min() - 0.05), 1.05)
+    axis.set_ylabel("similarity to the meta module\n(linear CKA, 1: alike)")
     strategies = ", ".join(label(name) for name in table["strategy"].unique())
     spread = f"mean ± std of {seeds} seeds" if seeds > 1 else "one seed"
     axis.set_title(f"{strategies}: {spread}, {table['images'].iloc[0]} judge images", fontsize=10)
@@ -208,7 +210,8 @@ class Disagreements:
 
     def per_class(self, network: str = "finetuned") -> pd.DataFrame:
         """Return the same numbers by class, and how many images it gains over the meta model; most lost first."""
-        table = pd.crosstab(self.guesses["label"], self.cases(network), dropna=False).reindex(columns=list(CASES), fill_value=0)
+        table = pd.crosstab(self.guesses["label"], self.cases(network), dropna=False)
+        table = table.reindex(columns=list(CASES), fill_value=0)
         table = table[table.sum(axis=1) > 0]
         table.insert(0, "images", table.sum(axis=1))
         table["gain"] = table[CASES[2]] - table[CASES[1]]
@@ -219,12 +222,13 @@ class Disagreements:
         """Draw the first `num` images that only the meta model, and that only the deep network gets right."""
         cases = self.cases(network)
         figure = Figure(figsize=(1.25 * num, 4.4), layout="constrained")
-        network_label = NETWORKS[network]["label"]
-        figure.suptitle(f"{label(self.strategy)}, {network_label} (seed {self.seed})", fontsize=11)
+        title = f"{label(self.strategy)}, {NETWORKS[network]['label']} (seed {self.seed})"
+        figure.suptitle(title, fontsize=11)
         wrong_of = {CASES[1]: network, CASES[2]: "meta"}
         for panel, (case, wrong) in zip(figure.subfigures(2, 1), wrong_of.items(), strict=True):
             places = cases.index[cases == case]
-            panel.suptitle(f"{case}: {len(places)} of {len(cases)} judge images", fontsize=10, x=0.01, ha="left")
+            words = f"{case}: {len(places)} of {len(cases)} judge images"
+            panel.suptitle(words, fontsize=10, x=0.01, ha="left")
             axes = panel.subplots(1, num, squeeze=False)[0]
             for axis in axes:
                 axis.axis("off")
@@ -245,8 +249,8 @@ class Disagreements:
         if not len(places):
             return []
         images, _ = self.eval_set.some(torch.as_tensor(np.asarray(places)))
-        images = (255 * (images * self.eval_set.std + self.eval_set.mean)).round().clamp(0, 255).to(torch.uint8)
-        return list(images.permute(0, 2, 3, 1).cpu().numpy())
+        images = 255 * (images * self.eval_set.std + self.eval_set.mean)
+        return list(images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 
 @torch.no_grad()
@@ -258,8 +262,9 @@ def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
     final, meta, joined = _phases(plan, strategy, seed)
     eval_set, device = final.data()[1], pick_device()
     nodes = {"meta": meta, "assembled": joined, "finetuned": final}
-    classes, about = eval_set.num_classes, final.settings
-    networks = {name: load_trained(node.settings, node.folder, classes).to(device) for name, node in nodes.items()}
+    classes, about, networks = eval_set.num_classes, final.settings, {}
+    for name, node in nodes.items():
+        networks[name] = load_trained(node.settings, node.folder, classes).to(device)
     found = []
     for x, y in eval_set.eval_batches():
         x = x.to(device)

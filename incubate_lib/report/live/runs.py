@@ -38,10 +38,12 @@ def runs_table(cells: bool = False) -> pd.DataFrame:
             folded.setdefault(study, []).append(folder)
         else:
             rows.append(_row(folder.name, partial(_read_run, folder)))
-    rows += [_row(name, partial(_read_study, name, runs), state="study", settings=name) for name, runs in folded.items()]
+    for name, runs in folded.items():
+        rows.append(_row(name, partial(_read_study, name, runs), state="study", settings=name))
     rows.sort(key=lambda row: row["date"], reverse=True)
     for name in published_runs():
-        rows.append(_row(PUBLISHED + name, partial(_read_table, name), state="published", settings=name, seeds=None))
+        known = {"state": "published", "settings": name, "seeds": None}
+        rows.append(_row(PUBLISHED + name, partial(_read_table, name), **known))
     return pd.DataFrame(rows, columns=COLUMNS).astype({"seeds": "Int64", "best top-1 %": float})
 
 
@@ -77,20 +79,23 @@ def _read_run(folder: Path, row: dict[str, Any]) -> None:
 def _ends(folder: Path) -> tuple[pd.DataFrame, list[Path]]:
     """Return what is finished in a run, a row a strategy and seed, and the folders of strategies that are not."""
     ends, missing = [], []
-    for part in (part for seed in sorted(folder.glob("seed-*")) for part in _folders(seed) if part.name != "meta"):
+    parts = [part for seed in sorted(folder.glob("seed-*")) for part in _folders(seed)]
+    for part in (part for part in parts if part.name != "meta"):
         summary = read_json(part / "finetune" / "summary.json") or read_json(part / "summary.json")
         if summary is None:
             missing.append(part)
         else:
-            provenance = {name: summary["provenance"][name] for name in ("date", "device")}
-            ends.append({"strategy": part.name, "seed": part.parent.name, "accuracy": summary["accuracy"]} | provenance)
+            where = summary["provenance"]
+            ends.append((part.name, part.parent.name, summary["accuracy"], where["date"], where["device"]))
     return pd.DataFrame(ends, columns=["strategy", "seed", "accuracy", "date", "device"]), missing
 
 
 def _is_held(part: Path) -> bool:
     """Return whether a living process holds a phase of a strategy."""
-    running = (path for path in part.glob("**/status.json") if (read_json(path) or {}).get("state") == "running")
-    return any(holder(path.parent / "lease") for path in running)
+    for path in part.glob("**/status.json"):
+        if (read_json(path) or {}).get("state") == "running" and holder(path.parent / "lease"):
+            return True
+    return False
 
 
 def _numbers(ends: pd.DataFrame) -> dict[str, Any]:
@@ -114,7 +119,8 @@ def _read_study(name: str, runs: Sequence[Path], row: dict[str, Any]) -> None:
         except (SettingsError, *DAMAGE):
             damaged += 1
     cells = pd.DataFrame([numbers for numbers in judged if numbers["strategies"]])
-    note = f"a study: {len(runs)} runs, {len(cells)} of them judged on test images" + (f", {damaged} damaged" if damaged else "")
+    note = f"a study: {len(runs)} runs, {len(cells)} of them judged on test images"
+    note += f", {damaged} damaged" if damaged else ""
     row.update(note=note, state="study, running" if is_running(data_folder() / "studies" / name) else "study")
     if len(cells):
         cells["strategies"] = cells["strategies"].str.replace(r" \(\d+\)", "", regex=True)

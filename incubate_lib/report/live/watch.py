@@ -41,19 +41,14 @@ def find(preset: str, overrides: Sequence[str], strategies: Sequence[str] | None
             beside = ""
             if experiment.path.name != settings.name and not settings.is_variant:
                 beside = f" ({settings.name} beside it is of other settings, or {OLDER})"
-            raise SettingsError(
-                f"there is no run of these settings in {experiment.path} yet; start_run or `incubate run {preset}` "
-                f"starts one{beside}"
-            )
+            missing = f"there is no run of these settings in {experiment.path} yet"
+            raise SettingsError(f"{missing}; start_run or `incubate run {preset}` starts one{beside}")
         return plan(settings, strategies or backends.of(experiment).strategies(experiment), seeds)
     except SettingsError:
         raise
     except DAMAGE as error:
-        what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise SettingsError(
-            f"the records in {place} are of another version of this package, or damaged ({what}); move that folder "
-            "away and run again"
-        ) from None
+        damage = f"another version of this package, or damaged ({type(error).__name__}: {str(error).splitlines()[0]})"
+        raise SettingsError(f"the records in {place} are of {damage}; move that folder away and run again") from None
 
 
 OLDER = "of an older version whose results are not used any more"
@@ -94,7 +89,8 @@ class Live(ipywidgets.VBox):
             return self._refresh(self.reader)
         except SettingsError as error:
             words = str(error)
-        except Exception as error:  # whatever is in those files: a thread's traceback would stand under some other cell
+        # whatever is in those files: a thread's traceback would stand under some other cell
+        except Exception as error:
             words = f"the run cannot be shown: {type(error).__name__}: {error}"
         self.headline.value = _html(words, role="alert")
         self.stop.disabled = True
@@ -121,7 +117,8 @@ class Live(ipywidgets.VBox):
             if busy:
                 last = time.monotonic()
         if busy is False:
-            self.end("Nothing has been at work for a while, so this picture stands still. Run the cell again to look again.")
+            words = "Nothing has been at work for a while, so this picture stands still."
+            self.end(f"{words} Run the cell again to look again.")
         self.over.set()
 
     def _stop(self, _: Any) -> None:
