@@ -52,8 +52,8 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
     from incubate_lib.report.planner.planner import gantt, strategies_table
 
     names = list(results.strategies["strategy"].unique())
-    settings, facts, seed = run.experiment.settings, run.experiment.facts, int(results.strategies["seed"].iloc[0])
-    one = plan(settings, names, [seed], facts=facts)
+    facts, seed = run.experiment.facts, int(results.strategies["seed"].iloc[0])
+    one = plan(run.experiment.settings, names, [seed], facts=facts)
     kinds: dict[bool, str] = {}  # strategies differ in how modules start; what trains is one of two things
     for (name, _), final in one.finals.items():
         for node in final.upstream("incubate"):

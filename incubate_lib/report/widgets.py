@@ -70,8 +70,7 @@ def with_picture(menu: ipywidgets.Widget, draw: Callable[[Any], Figure]) -> ipyw
     drawn = functools.cache(lambda value: draw(value)._repr_png_())
 
     def show(_: object = None) -> None:
-        if menu.value is not None:
-            shown.value = drawn(menu.value)
+        shown.value = drawn(menu.value)
 
     menu.observe(show, names="value")
     show()

@@ -7,7 +7,8 @@ import yaml
 
 BASELINE = "end_to_end"
 TEMPLATES = Path(__file__).parent / "templates"
-STRATEGIES = yaml.safe_load((TEMPLATES / "strategies.yaml").read_text())
+LOOKS = yaml.safe_load((TEMPLATES / "looks.yaml").read_text())
+STRATEGIES = LOOKS["strategies"]
 # what a control is there to show, next to Deep Incubation
 ISOLATES = {strategy: about["isolates"] for strategy, about in STRATEGIES.items() if "isolates" in about}
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from incubate_lib.config import SettingsError, data_folder
 from incubate_lib.pipeline.graph import Plan
-from incubate_lib.pipeline.recorded import DAMAGE, reason, recorded_plan
+from incubate_lib.pipeline.recorded import recorded_plan, told_damage
 from incubate_lib.report.live.runs import PUBLISHED, runs_table
 from incubate_lib.report.style import Figure, style
 from incubate_lib.report.tables.comparison import comparison, hardware
@@ -41,15 +41,11 @@ def open_run(name: str) -> tuple[Results, Plan | None]:
 
     SettingsError in a sentence for anything that cannot be read, and where nothing is finished.
     """
-    try:
+    with told_damage(f"{name} cannot be read"):
         if name.startswith(PUBLISHED):
             return published(name.removeprefix(PUBLISHED)), None
         made = recorded_plan(data_folder() / "runs" / name)
         results = from_plan(made)
-    except SettingsError:
-        raise
-    except DAMAGE as error:
-        raise SettingsError(f"{name} cannot be read: {reason(error)}") from None
     if results.curves.empty:
         raise SettingsError(f"nothing of {name} is finished yet")
     return results, made
@@ -181,11 +177,10 @@ def _browser() -> ipywidgets.Widget:
     def follow(step: Callable[[], None], *menus: ipywidgets.Widget) -> None:
         def stepped(_: object = None) -> None:
             try:
-                step()
+                with told_damage(f"{run.value} cannot be shown"):
+                    step()
             except SettingsError as error:
                 tell(str(error))
-            except DAMAGE as error:
-                tell(f"{run.value} cannot be shown: {reason(error)}")
 
         stepped()
         for menu in menus:

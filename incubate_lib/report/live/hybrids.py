@@ -20,18 +20,13 @@ from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.style import PAPER, Figure, filling, trained_and_frozen
 from incubate_lib.report.widgets import or_sentence, with_picture, with_twin
-from incubate_lib.report.words import label
+from incubate_lib.report.words import LOOKS, label
 from incubate_lib.training.costs import FlopCounts
 from incubate_lib.training.memory import StepMemory, memory_by_part
 from incubate_lib.training.phases import build_target, model_shape, prepare
 from incubate_lib.training.schedule import micro_batches
 
-KINDS = {  # of memory → how it is drawn
-    "weights": {"label": "weights", "facecolor": "#999999", "hatch": ""},
-    "optimizer": {"label": "optimiser state", "facecolor": "#0072B2", "hatch": "\\\\"},
-    "gradients": {"label": "gradients", "facecolor": "#D55E00", "hatch": "//"},
-    "activations": {"label": "activations kept for the backward pass", "facecolor": "#F0E442", "hatch": ".."},
-}
+KINDS = LOOKS["memory"]
 # before, in, behind the target module
 WORK = ("forward only", "forward, all gradients", "forward, gradient of its input")
 WORK_OF_IMITATION = ("forward only", "forward, all gradients; its meta module forward", "not used")
@@ -111,7 +106,7 @@ class Hybrids:
             model = build_target(node.settings, node.experiment.facts.num_classes)
         return self._counted("end to end", node, model, [("whole network", model, WORK[1])])
 
-    def _counted(self, title: str, node: Node, model: nn.Module, parts: Sequence[tuple[str, Any, str]]) -> Costs:
+    def _counted(self, title: str, node: Node, model: nn.Module, parts: Sequence[tuple]) -> Costs:
         s, target = node.settings, getattr(model, "target", model)
         flops = dict(self._flops.parts(model))
         if isinstance(model, Imitation):

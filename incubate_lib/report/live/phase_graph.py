@@ -8,22 +8,10 @@ from incubate_lib.report.live.curves import Panel, curve_legend, draw_row
 from incubate_lib.report.live.picture import FAINT, Picture, beneath_one_another
 from incubate_lib.report.live.progress import Phase, Reader, duration
 from incubate_lib.report.style import Figure
-from incubate_lib.report.words import label, phase_name
+from incubate_lib.report.words import LOOKS, label, phase_name
 
 MANY = 4  # rows of phases; where there are more, those that are done or wait are told in one line each
-COLORS = {  # of states: Okabe and Ito's, and pale for the ground; the word stands in the box as well
-    state: colors
-    for colors, states in {
-        ("#009E73", "#E0F3EE"): ["done"],
-        ("#0072B2", "#DDECF6"): ["running"],
-        ("#56B4E9", "#EAF5FC"): ["starting", "queued"],
-        ("#E69F00", "#FCF2DD"): ["stopped", "ending", "interrupted"],
-        ("#D55E00", "#FAE7DC"): ["failed", "lost", "unreadable"],
-        ("#CC79A7", "#F8ECF3"): ["skipped"],
-        ("#999999", "#F4F4F4"): ["waiting"],
-    }.items()
-    for state in states
-}
+COLORS = LOOKS["states"]  # of the edge, of the ground
 WIDTH, GAP, BOX_HEIGHT, BOX_STEP = 980, 34, 42, 48  # of the graph, in pixels
 
 

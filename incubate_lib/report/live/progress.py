@@ -161,19 +161,17 @@ def headline(plan: Plan, phases: list[Phase], backend: Backend) -> str:
     return ", ".join(lines)
 
 
-def table(plan: Plan) -> pd.DataFrame:
-    """Return a row for each phase: state, epoch, loss, top-1, ETA; and what a cluster says, and what went wrong, if anything."""
-    reader = Reader(plan)
-    return table_of(reader.phases(), reader.backend.title)
-
-
 def table_of(phases: list[Phase], place: str) -> pd.DataFrame:
-    """Return the table; `place` heads the column that says where a phase is, or why it waits."""
+    """Return a row for each phase: state, epoch, loss, top-1, ETA; and what a cluster says, and what went wrong, if anything.
+
+    `place` heads the column that says where a phase is, or why it waits.
+    """
     titles = Counter(phase.line.title for phase in phases)  # meta models of several strategies have the same
     rows = []
     for phase in phases:
         line = phase.line
         name = line.title + (f", {phase.node.strategy}" if titles[line.title] > 1 else "")
-        rows.append({"phase": name, "state": line.state, **line.numbers(), place: line.where, "note": line.note})
+        told = {place: line.where, "note": line.note}
+        rows.append({"phase": name, "state": line.state, **line.numbers(), **told})
     shown = pd.DataFrame(rows)
     return shown.drop(columns=[name for name in (place, "note") if (shown[name] == "").all()])

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from torch import Tensor
 
 from incubate_lib.config import SettingsError
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.report.style import Figure
-from incubate_lib.report.words import BASELINE, TEMPLATES, label
+from incubate_lib.report.words import BASELINE, LOOKS, label
 from incubate_lib.training.classes import class_names
 from incubate_lib.training.data import ImageSet
 from incubate_lib.training.phases import load_trained, pick_device, prepare
@@ -34,7 +33,7 @@ from incubate_lib.training.trainer import autocast
 BATCH = 64  # images at a time through a network
 PIECE = 16_384  # features at a time in double precision
 SMALLEST = 4  # images that the unbiased estimator needs
-NETWORKS = yaml.safe_load((TEMPLATES / "networks.yaml").read_text())  # in which a module stands
+NETWORKS = LOOKS["networks"]  # in which a module stands
 
 
 # -- similarity ---------------------------------------------------------------------------------------------------------------
@@ -156,10 +155,10 @@ def _through(modules: Sequence[ViTModule], batches: list[Tensor]) -> Iterator[li
 
 def _phases(plan: Plan, strategy: str, seed: int) -> tuple[Node, Node, Node]:
     """Return the phases finetune, meta and assemble of a strategy; SettingsError unless there are such and all are finished."""
-    final = plan.finals.get((strategy, seed))
+    final, about = plan.finals.get((strategy, seed)), f"strategy {strategy}, seed {seed},"
     if final is None:
         there = ", ".join(f"{name} (seed {number})" for name, number in plan.finals) or "none"
-        raise SettingsError(f"strategy {strategy}, seed {seed}, is not part of what was asked for, which is: {there}")
+        raise SettingsError(f"{about} is not part of what was asked for, which is: {there}")
     for phase, what in {"assemble": "modules", "meta": "meta model to compare with"}.items():
         if not final.upstream(phase):
             raise SettingsError(f"strategy {strategy} has no {what}; choose one of Deep Incubation")
@@ -167,7 +166,7 @@ def _phases(plan: Plan, strategy: str, seed: int) -> tuple[Node, Node, Node]:
     missing = [node.title for node in (*needed, final) if node.finished() is None]
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise SettingsError(f"strategy {strategy}, seed {seed}, is not finished: {names}; `incubate run` goes on")
+        raise SettingsError(f"{about} is not finished: {names}; `incubate run` goes on")
     return final, final.upstream("meta")[0], final.upstream("assemble")[0]
 
 
