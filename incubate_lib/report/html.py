@@ -26,17 +26,16 @@ from incubate_lib.training.runs import read_json, write_atomic
 def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:
     """Write the report of what is finished and return its path; with the run itself also what widgets show of it."""
     settings = (read_json(path.parent / "experiment.json") or {}).get("settings")
-    functions = {"comparison": comparison, "hardware": hardware, "label": label, "mixed_text": mixed_text}
+    functions = (comparison, flop_unit, hardware, label, mixed_text, pd.isna, places)
     text = page(
         "report.html",
         results=results,
         run=run and _the_run(results, run),
         plots=plots,
         mat=mat,
-        every_phase=_phase_table(results),
         settings=settings and json.dumps(settings, indent=1),
         encoded=lambda figure: base64.b64encode(figure.png(130)).decode(),
-        **functions,
+        **{function.__name__: function for function in functions},
     )
     write_atomic(path, f"{text}\n".encode())
     return path
@@ -74,28 +73,3 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
         costs = forecast(one, speed_of(results), machines=shown["machines"], spent=spent)
         shown |= {"gantt": gantt(costs), "costs": strategies_table(costs)}
     return shown
-
-
-def _phase_table(results: Results) -> pd.DataFrame:
-    phases = results.phases
-    unit, factor = flop_unit(phases["flops"].max() if len(phases) else 1)
-    columns = {
-        **phases[["strategy", "seed", "phase"]],
-        "module": _written(phases["module_index"] + 1, "{:.0f}"),
-        "before %": _written(100 * phases["start_accuracy"], "{:.1f}"),
-        "top-1 %": _written(100 * phases["accuracy"], "{:.1f}"),
-        "epochs": _written(phases["epochs"], "{:.1f}"),
-        "steps": phases["steps"],
-        "images seen": phases["images_seen"],
-        "different an epoch": _written(phases["distinct_images_per_epoch"], "{:.0f}"),
-        "lr": _written(phases["lr"], "{:g}"),
-        unit: _written(phases["flops"] / factor, "{:.3f}"),
-        "s": _written(phases["seconds"], "{:.1f}"),
-        **phases[["device", "threads"] if len(places(phases)) > 1 else []],
-        "waiting for images": _written(phases["data_share"], "{:.0%}"),
-    }
-    return pd.DataFrame(columns).replace({pd.NA: ""})
-
-
-def _written(values: pd.Series, form: str) -> list[str]:
-    return ["" if pd.isna(value) else form.format(value) for value in values]

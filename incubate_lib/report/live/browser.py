@@ -76,7 +76,9 @@ def curves_figure(results: Results, x: str = "flops") -> Figure:
         count = results.curves.loc[results.curves["strategy"] == name, "seed"].nunique()
         look = style(name) | {"linestyle": "-", "markersize": 4}
         axis.plot([], [], label=f"{label(name)} (n = {count})", **look)
-    axis.set(xlabel=_axis_label(x, unit), ylabel=_score_label(results), title=results.name)
+    splits = ", ".join(sorted(map(str, results.strategies["judged_on"].unique())))
+    axis.set_ylabel(f"top-1, {splits} split (%)" if splits else "top-1 (%)")
+    axis.set(xlabel=_axis_label(x, unit), title=results.name)
     axis.grid(alpha=0.3)
     figure.legend(fontsize=9, loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -113,11 +115,6 @@ def _draw(axis: Axes, phase: str, x: pd.Series, line: pd.DataFrame, look: dict[s
 def _axis_label(x: str, unit: str) -> str:
     _, _, order, words = AXES[x]
     return f"{words.format(unit=unit)}, {order}"
-
-
-def _score_label(results: Results) -> str:
-    splits = ", ".join(sorted(map(str, results.strategies["judged_on"].unique())))
-    return f"top-1, {splits} split (%)" if splits else "top-1 (%)"
 
 
 def some_of(results: Results, strategies: Sequence[str], seeds: Sequence[int]) -> Results:

@@ -14,14 +14,10 @@ from incubate_lib.report.style import Figure
 from incubate_lib.report.tables.plots import learning_curves
 from incubate_lib.report.tables.records import Results
 from incubate_lib.report.widgets import Sentence, with_picture, with_twin
-from incubate_lib.report.words import label, phase_name
+from incubate_lib.report.words import LOOKS, label, phase_name
 
-TOP1, LOSS, FADED = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's, and a grey
-LINES = {  # of evaluations → for people, colour, whether dashed
-    "accuracy": ("top-1", TOP1, False),
-    "loss": ("loss, judged", LOSS, False),
-    "train_loss": ("loss, training", LOSS, True),
-}
+FADED = "#555555"
+LINES = LOOKS["lines"]  # of evaluations
 MARGIN, TOP1_HEIGHT, LOSS_HEIGHT = 46, 54, 42  # of the panels, in pixels
 PANEL_HEIGHT = 20 + TOP1_HEIGHT + 8 + LOSS_HEIGHT + 22
 Rows = Sequence[dict[str, Any]]  # the evaluations of a phase
@@ -83,7 +79,7 @@ def _draw_panel(picture: Picture, x: float, width: float, panel: Panel, top_loss
     faded(x, low + LOSS_HEIGHT + 15, "0")
     end = f"{epochs:,.0f} epochs" if epochs >= 100 else f"{epochs:.3g} epochs"
     faded(x + width, low + LOSS_HEIGHT + 15, end, anchor="end")
-    for name, (_, color, dashed) in reversed(LINES.items()):
+    for name, (_, look) in reversed(LINES.items()):
         place, height, scale = upper if name == "accuracy" else lower
         last = []
         for points in ([*_points(rows, name)] for rows in curves):
@@ -91,23 +87,23 @@ def _draw_panel(picture: Picture, x: float, width: float, panel: Panel, top_loss
             down = [place + height * (1 - min(1.0, value / scale)) for _, value in points]
             spots = list(zip(across, down, strict=True))
             if len(spots) > 1:
-                picture.line(spots, color=color, dashed=dashed, width=1 if dashed else 1.8)
-            if spots and not dashed:
-                picture.box(spots[-1][0] - 2.5, spots[-1][1] - 2.5, 5, 5, fill=color, radius=2.5)
+                picture.line(spots, width=1 if look["dashed"] else 1.8, **look)
+            if spots and not look["dashed"]:
+                picture.box(spots[-1][0] - 2.5, spots[-1][1] - 2.5, 5, 5, fill=look["color"], radius=2.5)
                 last.append(points[-1][1])
         if last:  # where a curve that goes well does not run: under the one, over the other
             words, at = f"{fmean(last):.3f}", low + 13
             if name == "accuracy":
                 words, at = f"{100 * fmean(last):.1f} %", top + TOP1_HEIGHT - 5
-            picture.text(x + width - 4, at, words, color=color, bold=True, anchor="end")
+            picture.text(x + width - 4, at, words, color=look["color"], bold=True, anchor="end")
 
 
 def curve_legend(picture: Picture, numbers: str = "last values") -> None:
     """Say what the lines and the numbers of the panels beneath are."""
     picture.height += 26
     x, y = MARGIN, picture.height - 10
-    for words, color, dashed in LINES.values():
-        picture.line([(x, y - 4), (x + 22, y - 4)], color=color, width=1.8, dashed=dashed)
+    for words, look in LINES.values():
+        picture.line([(x, y - 4), (x + 22, y - 4)], width=1.8, **look)
         picture.text(x + 27, y, words)
         x += 45 + len(words) * 12 * LETTER
     picture.text(x, y, f"numbers: {numbers}")

@@ -14,8 +14,7 @@ from incubate_lib.pipeline.execution import is_running
 from incubate_lib.pipeline.recorded import DAMAGE, read_record, reason
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.records import published_runs
-from incubate_lib.training.lease import holder
-from incubate_lib.training.runs import read_json
+from incubate_lib.training.runs import PhaseFolder, read_json
 
 COLUMNS = ["name", "state", "date", "settings", "strategies", "seeds", "best top-1 %", "device", "note"]
 PUBLISHED = "published: "  # before the names of the project's tracked tables
@@ -70,7 +69,9 @@ def _read_run(folder: Path, row: dict[str, Any]) -> None:
     row.update(settings=str(settings["name"]), note=", ".join(changes))
     ends, missing = _ends(folder)
     if missing:
-        row["state"] = "running" if any(map(_is_held, missing)) else "unfinished"
+        begun = [PhaseFolder(path.parent).status() for part in missing for path in part.glob("**/status.json")]
+        running = any(status.get("state") == "running" for status in begun)
+        row["state"] = "running" if running else "unfinished"
     else:
         row["state"] = "empty" if ends.empty else "done"
     row.update(_numbers(ends))
@@ -88,14 +89,6 @@ def _ends(folder: Path) -> tuple[pd.DataFrame, list[Path]]:
             where = summary["provenance"]
             ends.append((part.name, part.parent.name, summary["accuracy"], where["date"], where["device"]))
     return pd.DataFrame(ends, columns=["strategy", "seed", "accuracy", "date", "device"]), missing
-
-
-def _is_held(part: Path) -> bool:
-    """Return whether a living process holds a phase of a strategy."""
-    for path in part.glob("**/status.json"):
-        if (read_json(path) or {}).get("state") == "running" and holder(path.parent / "lease"):
-            return True
-    return False
 
 
 def _numbers(ends: pd.DataFrame) -> dict[str, Any]:
