@@ -64,7 +64,6 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
         "lowered": lowered(run.finals.values()),
         "graph": draw(one, Reader(one).phases())[0].figure(),
         "curves": all_curves(results) if len(results.curves) else None,
-        "costs": None,
         "hybrids": {name: Hybrids(one, name).figure() for name in kinds.values()},
         "difference": difference if len(names) > 1 and len(difference) else None,
     }

@@ -5,13 +5,11 @@ import io
 from matplotlib import figure as mpl_figure
 from matplotlib.patches import Patch
 
-from incubate_lib.report.words import STRATEGIES
+from incubate_lib.report.words import LOOKS, STRATEGIES
 
 STYLE = {strategy: about["look"] for strategy, about in STRATEGIES.items()}
 SPARE = {"v": "#CC79A7", "P": "#E69F00", "X": "#56B4E9"}  # marker → colour
-STARTS = ("deep_incubation", "deep_incubation_stack", "deep_incubation_identity")
-# looks of curves that are no strategies
-ONE_BY_ONE = ("end_to_end", *STARTS, "growing", "stacking", "imitation")
+ONE_BY_ONE = LOOKS["one_by_one"]  # whose looks curves have that are of no strategy
 FROZEN, TRAINED = "#D9D9D9", "#F5B041"
 # beneath words on what is hatched
 PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
@@ -21,6 +19,7 @@ class Figure(mpl_figure.Figure):
     """A figure that shows itself in a notebook, without pyplot and its global state."""
 
     def png(self, dpi: int = 110) -> bytes:
+        """Return the figure as a PNG file."""
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=dpi)
         return buffer.getvalue()

@@ -165,7 +165,6 @@ def _browser() -> ipywidgets.Widget:
         strategies.value = tuple(results.curves["strategy"].unique())
         seeds.value = seeds.options
         opened.append((results, made))
-        show()
 
     def show() -> None:
         for results, made in opened:
@@ -185,7 +184,7 @@ def _browser() -> ipywidgets.Widget:
 
     follow(list_runs, cells)
     follow(choose, run)
-    follow(show, strategies, seeds, axis)
+    follow(show, run, strategies, seeds, axis)
     folded = ipywidgets.Accordion([runs], titles=("all runs",), selected_index=None)
     menus = ipywidgets.HBox([run, cells]), ipywidgets.HBox([strategies, seeds]), axis
     return ipywidgets.VBox([*menus, said, picture, tables, folded])

@@ -111,12 +111,11 @@ class Hybrids:
         flops = dict(self._flops.parts(model))
         if isinstance(model, Imitation):
             flops[target] += flops[model.model_of]
-        shape, known = self._flops.image_shape, self._memory
-        memory = memory_by_part(model, shape, precision=s.precision, known=known).values()
+        memory = memory_by_part(model, self._flops.image_shape, precision=s.precision, known=self._memory)
         team = node.experiment.settings.machine.team_size
         counted = [
             Part(name, len(module.blocks), module is target, work, flops.get(module, 0), bytes_)
-            for (name, module, work), bytes_ in zip(parts, memory, strict=True)
+            for (name, module, work), bytes_ in zip(parts, memory.values(), strict=True)
         ]
         return Costs(title, counted, micro_batches(s.training.batch_size, s.training.micro_batch, team)[1])
 

@@ -81,7 +81,8 @@ def _draw_box(axis: Axes, m: SimpleNamespace, order: int) -> None:
 
 
 def _draw_text(axis: Axes, m: SimpleNamespace, order: int) -> None:
-    look = {"fontsize": m.size * POINTS * 0.92, "color": m.color, "fontweight": "bold" if m.bold else "normal"}
+    weight = "bold" if m.bold else "normal"
+    look = {"fontsize": m.size * POINTS * 0.92, "color": m.color, "fontweight": weight}
     side = {"start": "left", "middle": "center", "end": "right"}[m.anchor]
     axis.text(m.x, m.y, m.words, ha=side, va="baseline", parse_math=False, zorder=order, **look)
 

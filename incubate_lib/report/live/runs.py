@@ -69,8 +69,8 @@ def _read_run(folder: Path, row: dict[str, Any]) -> None:
     row.update(settings=str(settings["name"]), note=", ".join(changes))
     ends, missing = _ends(folder)
     if missing:
-        begun = [PhaseFolder(path.parent).status() for part in missing for path in part.glob("**/status.json")]
-        running = any(status.get("state") == "running" for status in begun)
+        begun = [path.parent for part in missing for path in part.glob("**/status.json")]
+        running = any(PhaseFolder(path).status().get("state") == "running" for path in begun)
         row["state"] = "running" if running else "unfinished"
     else:
         row["state"] = "empty" if ends.empty else "done"

@@ -26,6 +26,7 @@ from incubate_lib.report.widgets import Sentence, or_sentence, with_twin
 
 # that a widget goes on looking while nothing is at work: between phases, or before somebody goes on
 LINGER_SECONDS = 60.0
+OLDER = "of an older version whose results are not used any more"
 
 
 def find(preset: str, overrides: Sequence[str], strategies: Sequence[str] | None, seeds: Sequence[int]) -> Plan:
@@ -49,9 +50,6 @@ def find(preset: str, overrides: Sequence[str], strategies: Sequence[str] | None
     except DAMAGE as error:
         damage = f"another version of this package, or damaged ({type(error).__name__}: {str(error).splitlines()[0]})"
         raise SettingsError(f"the records in {place} are of {damage}; move that folder away and run again") from None
-
-
-OLDER = "of an older version whose results are not used any more"
 
 
 class Live(ipywidgets.VBox):
