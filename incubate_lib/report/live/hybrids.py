@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from torch import nn
 
 from incubate_lib.config import Settings, SettingsError
+from incubate_lib.data.schedule import micro_batches
 from incubate_lib.method.incubation import Imitation
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
@@ -24,7 +25,6 @@ from incubate_lib.report.words import LOOKS, label
 from incubate_lib.training.costs import FlopCounts
 from incubate_lib.training.memory import StepMemory, memory_by_part
 from incubate_lib.training.phases import build_target, model_shape, prepare
-from incubate_lib.training.schedule import micro_batches
 
 KINDS = LOOKS["memory"]
 # before, in, behind the target module

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from incubate_lib.config import SettingsError
+from incubate_lib.data.sets import ImageSet
+from incubate_lib.data.sources import open_source
+from incubate_lib.data.stream import StreamedSet
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.report.style import Figure
 from incubate_lib.report.words import BASELINE, LOOKS, label
-from incubate_lib.training.classes import class_names
-from incubate_lib.training.data import ImageSet
 from incubate_lib.training.phases import load_trained, pick_device, prepare
-from incubate_lib.training.stream import StreamedSet
 from incubate_lib.training.trainer import autocast
 
 BATCH = 64  # images at a time through a network
@@ -270,6 +270,6 @@ def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
         with autocast(device, about.precision):
             guesses = {name: network(x).float().argmax(1).cpu().numpy() for name, network in networks.items()}
         found.append(pd.DataFrame({"label": y.cpu().numpy()} | guesses))
-    names = class_names(about.data, classes, final.experiment.settings.machine)
+    names = open_source(about.data, final.experiment.settings.machine)[0].classes
     guesses = pd.concat(found, ignore_index=True).rename_axis(index="image")
     return Disagreements(strategy, seed, names, guesses, eval_set)
