@@ -5,6 +5,8 @@ at, too, as far as they have what is asked for. Such a plan is for looking only.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -30,7 +32,7 @@ def recorded_plan(folder: Path) -> Plan:
     """
     folder = Path(folder)
     record = read_record(folder)
-    try:
+    with told_damage(f"{folder.name} cannot be opened"):
         settings = _settings(record["settings"])
         experiment = Experiment(settings, folder, Facts.model_validate(record["facts"]))
         nodes = _nodes(experiment)
@@ -43,10 +45,6 @@ def recorded_plan(folder: Path) -> Plan:
         order = [*settings.run, *settings.strategies]
         finals = dict(sorted(finals.items(), key=lambda item: (item[0][1], order.index(item[0][0]))))
         flops = {node.key: (node.summary() or {}).get("train_flops", 0) for node in nodes.values()}
-    except SettingsError:
-        raise
-    except DAMAGE as error:
-        raise SettingsError(f"{folder.name} cannot be opened: {reason(error)}") from None
     return Plan(experiment, closure(nodes.values()), finals, flops)
 
 
@@ -114,6 +112,17 @@ def _nodes(experiment: Experiment) -> dict[str, Node]:
             if found:  # else a file of weights, or a phase whose folder is gone
                 node.inputs[name] = found[0]
     return nodes
+
+
+@contextmanager
+def told_damage(what: str) -> Iterator[None]:
+    """Turn what damaged records lead to into a SettingsError that begins with `what`."""
+    try:
+        yield
+    except SettingsError:
+        raise
+    except DAMAGE as error:
+        raise SettingsError(f"{what}: {reason(error)}") from None
 
 
 def reason(error: Exception) -> str:
