@@ -13,8 +13,8 @@ from patience import join
 from shrunk import BATCH, EPOCHS, MICRO, shrunk, write_images
 
 from incubate_lib.config import load_settings, presets
+from incubate_lib.data.sets import load_data
 from incubate_lib.pipeline import execution
-from incubate_lib.training.data import load_data
 from incubate_lib.training.phases import model_shape
 from incubate_lib.training.runs import read_json
 
@@ -79,7 +79,7 @@ def executed(notebook: str, parameters: dict[str, str], folder: Path, more: dict
         with open(log, "w") as file:
             code = subprocess.run(command, env=env, stdout=file, stderr=file, cwd=folder).returncode
     else:
-        code = join(execution.start(folder, parameters, threads=1, notebook=notebook, output=name).process, notebook)
+        code = join(execution.start(folder, notebook, parameters, name, threads=1), notebook)
     assert code == 0, log.read_text()[-3000:]
 
 

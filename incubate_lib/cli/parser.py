@@ -74,5 +74,4 @@ def list_arguments(command: Parser, strategies: str = "those that were run", see
 def backend_arguments(command: Parser, what: str) -> None:
     """Add the options of the machine or cluster that trains."""
     command.add_argument("--backend", choices=backends.names(), default=backends.DEFAULT, help="default: local")
-    for name in backends.names():
-        backends.get(name).add_options(command, what)
+    backends.add_options(command, what)

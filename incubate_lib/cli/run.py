@@ -2,7 +2,6 @@
 
 import argparse
 import time
-from pathlib import Path
 
 from incubate_lib.cli.look import print_table
 from incubate_lib.cli.parser import Commands, backend_arguments, list_arguments, preset_arguments, set_argument
@@ -14,19 +13,18 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from incubate_lib import backends
-    from incubate_lib.config import load_settings, presets
+    from incubate_lib.config import SettingsError, load_settings
     from incubate_lib.pipeline import execution
-    from incubate_lib.pipeline.experiment import Experiment
+    from incubate_lib.pipeline.experiment import Experiment, source_of
     from incubate_lib.pipeline.strategies import plan
 
     backend = backends.get(options.backend)
-    if options.dry_run:
-        backends.check_preview(backend)
+    if options.dry_run and not backend.has_preview:
+        raise SettingsError(f"--dry-run is for {backends.able('has_preview')}")
     asked = backends.settings(options)
     if options.devices is not None:
         options.set.append(f"machine.devices={options.devices}")
     settings = load_settings(options.preset, options.set)
-    backend.check([settings.machine], asked)
     experiment = Experiment.of(settings)
     experiment.check_writable()
     backends.check_nodes([settings.machine])
@@ -38,15 +36,16 @@ def run(options: argparse.Namespace) -> int:
     is_new = not experiment.is_known()
     todo = plan(settings, options.strategies, [0] if options.seeds is None else options.seeds)
     if is_new and (unused := todo.experiment.facts.unused_classes):
-        from incubate_lib.training.data import unused_in_words
+        from incubate_lib.data.sets import unused_in_words
 
         print(unused_in_words(unused, todo.experiment.facts.num_classes), flush=True)
-    preset = options.preset if options.preset in presets() else str(Path(options.preset).absolute())
-    runs = [(todo, {"preset": preset, "overrides": options.set})]
+    runs = [(todo, source_of(options.preset, options.set))]
     if options.dry_run:
-        backend.preview(runs, asked, Console())
+        backend.preview(runs, asked)
         return 0
-    submitted = backend.submit(runs, asked, Console(), began=began)
+    submitted = backend.submit(runs, asked, Console())
+    if submitted.status == 0:
+        print(f"Finished in {time.monotonic() - began:.0f} s.")
     if submitted.ids:
         print("`incubate status` shows how far it is, from any folder.")
     if submitted.status or (submitted.status is None and not execution.is_finished(todo)):

@@ -81,7 +81,7 @@ def _on_each_node(nodes: int) -> list[str]:
     """Return how to start one process on each node of this job, beside the one that asks."""
     here = backends.attempt()
     if here.nodes != nodes:
-        way = f"use `incubate run … {backends.with_nodes()} --nodes {nodes}`"
+        way = f"use `incubate run … {backends.able('has_nodes')} --nodes {nodes}`"
         raise SettingsError(f"machine.nodes is {nodes}, but this is {here}; {way}")
     return here.on_each_node()
 
@@ -141,8 +141,8 @@ def _train(job: dict[str, Any]) -> None:
     import torch
     from torch import distributed as dist
 
+    from incubate_lib.data.scratch import stage
     from incubate_lib.training.phases import train_phase
-    from incubate_lib.training.scratch import stage
     from incubate_lib.training.team import Team
 
     machine = MachineSettings.model_validate_json(json.dumps(job["machine"]))

@@ -19,10 +19,10 @@ from incubate_lib.pipeline.graph import Node, Plan, closure, longest
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables.hardware import hardware_row, mixed_text
 from incubate_lib.report.tables.verdict import against_baseline, meta_alone, not_from_nothing
-from incubate_lib.report.words import label
+from incubate_lib.report.words import TEMPLATES, label
 from incubate_lib.training.runs import MNTK
 
-COLUMNS: dict[str, list[str]] = read_yaml(Path(__file__).parents[1] / "templates" / "columns.yaml")
+COLUMNS: dict[str, list[str]] = read_yaml(TEMPLATES / "columns.yaml")
 
 
 def _table(part: str, rows: list[dict] | pd.DataFrame) -> pd.DataFrame:
