@@ -9,33 +9,43 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from incubate_lib.config.models import STRATEGIES, UNCUT, Settings, error_message
-from incubate_lib.config.sections import SettingsError, nearest, shortened
+from incubate_lib.config.errors import SettingsError, nearest, shortened, validated
+from incubate_lib.config.models import Settings
+from incubate_lib.config.strategies import STRATEGIES, UNCUT
 
-LONGEST_FOLDER = 3000  # bytes; Linux opens paths of 4,095, and runs' names, strategies' and files' stand below the data folder
+# bytes; Linux opens paths of 4,095, and runs' names, strategies' and files' stand below the data folder
+LONGEST_FOLDER = 3000
 LONGEST_TEXT, MOST_VALUES, DEEPEST = 100_000, 10_000, 30  # characters, values and levels of a settings file
 
 
 def presets() -> dict[str, Path]:
     """Return the presets in the package: name → file."""
-    folder = Path(str(resources.files("incubate_lib") / "presets"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return in_the_package("presets")
+
+
+def in_the_package(folder: str) -> dict[str, Path]:
+    """Return the settings files in a folder of the package: name → file."""
+    place = Path(str(resources.files("incubate_lib") / folder))
+    return {path.stem: path for path in sorted(place.glob("*.yaml"))}
+
+
+def find_file(what: str, name: str, known: dict[str, Path]) -> Path:
+    """Return the file that is known by a name, or the YAML file at a path; SettingsError if it is neither."""
+    path = known.get(name) or Path(name)
+    if os.path.isdir(path):
+        raise SettingsError(f"{name} is a folder; give a {what} ({', '.join(known)}) or a .yaml file")
+    if path.suffix not in (".yaml", ".yml") and not os.path.isfile(path):
+        raise SettingsError(f"unknown {what} {name!r}; {nearest(name, known)}, or give a .yaml file")
+    return path
 
 
 def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...] = ()) -> Settings:
     """Read a preset by name or a YAML file by path, and apply `a.b=value` overrides; SettingsError if anything is off."""
-    path = presets().get(preset)
-    if path is None:
-        path = Path(preset)
-        if os.path.isdir(path):
-            raise SettingsError(f"{preset} is a folder; give a preset ({', '.join(presets())}) or a .yaml file")
-        if path.suffix not in (".yaml", ".yml") and not os.path.isfile(path):
-            raise SettingsError(f"unknown preset {preset!r}; {nearest(preset, presets())}, or give a .yaml file")
+    path = find_file("preset", preset, presets())
     raw = read_yaml(path)
     raw.setdefault("name", path.stem)
     raw.setdefault("strategies", {})
@@ -52,7 +62,8 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
     for override in overrides:
         _override(raw, override)
     raw["overrides"] = list(overrides)
-    settings = _validate(raw, " ".join([path.name, *(f"--set {shortened(override)}" for override in overrides)]))
+    where = [path.name, *(f"--set {shortened(override)}" for override in overrides)]
+    settings = validated(Settings, raw, " ".join(where))
     for name in settings.run:
         settings.strategy(name)
     for override in overrides:
@@ -147,13 +158,6 @@ def yaml_value(override: str, text: str) -> Any:
         return _parsed(text)
     except (YAMLError, ValueError):
         raise SettingsError(f"--set {override!r}: {text!r} is not a plain value") from None
-
-
-def _validate(raw: dict[str, Any], where: str) -> Settings:
-    try:
-        return Settings.model_validate(raw)
-    except ValidationError as error:
-        raise SettingsError(f"{where}: {error_message(error)}") from None
 
 
 def data_folder() -> Path:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
 from incubate_lib.config import PhaseSettings, Settings, SettingsError, error_message
-from incubate_lib.config.models import StrategySettings
+from incubate_lib.config.strategies import StrategySettings
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.training.facts import Facts
@@ -126,7 +126,7 @@ def _nodes(experiment: Experiment) -> dict[str, Node]:
 def reason(error: Exception) -> str:
     """Say what is wrong with records that led to this error."""
     if isinstance(error, ValidationError):
-        return f"other settings than today's ({error_message(error)})"
+        return f"other settings than today's ({error_message(error, Settings)})"
     if isinstance(error, KeyError):
         return f"its records have no {error.args[0]!r}"
     return f"its records are not as expected ({error})"
