@@ -6,7 +6,7 @@ import time
 from rich.console import Console
 
 from incubate_lib import backends
-from incubate_lib.config import SettingsError, load_settings, nearest
+from incubate_lib.config import load_settings, nearest, refuse
 from incubate_lib.pipeline.background import stop_run
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Plan
@@ -34,8 +34,8 @@ def logs(options: argparse.Namespace) -> None:
     options.strategies = options.seeds = None
     todo = _started(options)
     log = todo.experiment.path / _one_phase(options.phase, [node.key for node in todo.nodes]) / "log.txt"
-    if not log.exists():
-        raise SettingsError(f"{log} is not there: the phase has not begun, or its node does not see this folder")
+    why = "the phase has not begun, or its node does not see this folder"
+    refuse(not log.exists(), f"{log} is not there: {why}")
     with open(log, errors="replace") as file:
         print(file.read(), end="", flush=True)
         while options.follow:
@@ -48,9 +48,8 @@ def _one_phase(wanted: str, keys: list[str]) -> str:
     if wanted == "analysis":
         return ""
     found = [key for key in keys if key == wanted] or [key for key in keys if wanted in key]
-    if len(found) != 1:
-        message = f"is {len(found)} phases: {', '.join(found)}" if found else f"is no phase; {nearest(wanted, keys)}"
-        raise SettingsError(f"{wanted!r} {message}")
+    refuse(not found, f"{wanted!r} is no phase; {nearest(wanted, keys)}")
+    refuse(len(found) > 1, f"{wanted!r} is {len(found)} phases: {', '.join(found)}")
     return found[0]
 
 
@@ -61,8 +60,8 @@ def report(options: argparse.Namespace) -> None:
 
     todo = _started(options)
     results = from_plan(todo)
-    if results.strategies.empty:
-        raise SettingsError(f"no strategy is finished yet in {todo.experiment.path}; `incubate status` shows how far it is")
+    none = f"no strategy is finished yet in {todo.experiment.path}; `incubate status` shows how far it is"
+    refuse(results.strategies.empty, none)
     write_report(results, todo.experiment.path / "report.html", todo)
     if options.strategies or options.seeds is not None:
         (todo.experiment.path / "analysed.json").unlink(missing_ok=True)  # the next run writes a whole report again
@@ -92,8 +91,8 @@ def _started(options: argparse.Namespace) -> Plan:
     settings = load_settings(options.preset, options.set)
     experiment = Experiment.of(settings)
     _, seeds = experiment.started()
-    if not seeds:
-        raise SettingsError(f"there is no run of these settings in {experiment.path}; start one with `incubate run`")
+    none = f"there is no run of these settings in {experiment.path}"
+    refuse(not seeds, f"{none}; start one with `incubate run`")
     strategies = backends.of(experiment).strategies(experiment)
     return plan(settings, options.strategies or strategies, seeds if options.seeds is None else options.seeds)
 

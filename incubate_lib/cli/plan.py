@@ -5,7 +5,7 @@ import sys
 
 from rich.console import Console
 
-from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.config import load_settings, refuse
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -14,8 +14,8 @@ def plan(options: argparse.Namespace) -> None:
     from incubate_lib.report.planner import forecast, planner
     from incubate_lib.report.tables.records import published
 
-    if options.bench and (options.device or options.share):
-        raise SettingsError("--bench is a measured speed, --device and --share an assumed one; give one of them")
+    both = "--bench is a measured speed, --device and --share an assumed one; give one of them"
+    refuse(options.bench and (options.device or options.share), both)
     asked = {name: getattr(options, name) for name in ("strategies", "images", "classes")}
     todo = forecast.open_plan(options.preset, options.set, **asked)
     if options.bench:
@@ -41,9 +41,9 @@ def plan(options: argparse.Namespace) -> None:
 def bench(options: argparse.Namespace) -> None:
     settings = load_settings(options.preset or "digits", options.set)
     unused = [o for o in options.set if not o.lstrip().startswith(("precision", "machine"))]
-    if options.growth and (options.preset or options.classes or unused):
-        besides = "--set precision=…, --set machine.compile=…, --batch, --rounds and --save"
-        raise SettingsError(f"--growth has a network of its own; besides it {besides} have a meaning")
+    besides = "--set precision=…, --set machine.compile=…, --batch, --rounds and --save"
+    words = f"--growth has a network of its own; besides it {besides} have a meaning"
+    refuse(options.growth and (options.preset or options.classes or unused), words)
     import pandas as pd
 
     from incubate_lib.report.planner import bench as text

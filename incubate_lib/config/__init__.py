@@ -6,6 +6,7 @@ from incubate_lib.config.errors import SettingsError as SettingsError
 from incubate_lib.config.errors import error_message as error_message
 from incubate_lib.config.errors import in_a_line as in_a_line
 from incubate_lib.config.errors import nearest as nearest
+from incubate_lib.config.errors import refuse as refuse
 from incubate_lib.config.errors import validated as validated
 from incubate_lib.config.files import data_folder as data_folder
 from incubate_lib.config.files import load_settings as load_settings

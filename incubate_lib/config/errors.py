@@ -12,14 +12,10 @@ class SettingsError(ValueError):
     """Bad input from the user: the message names the field, the value and what would be right. Exit status 2."""
 
 
-def refuse(*rules: tuple[Any, str]) -> None:
-    """Raise SettingsError with the words of the first rule that is broken: pairs of whether it is, and what is said then.
-
-    In a model's validator pydantic adds the place.
-    """
-    for broken, words in rules:
-        if broken:
-            raise SettingsError(words)
+def refuse(broken: Any, words: str) -> None:
+    """Raise SettingsError with these words if a rule is broken. In a model's validator pydantic adds the place."""
+    if broken:
+        raise SettingsError(words)
 
 
 def validated(model: type[Model], values: Any, where: str) -> Model:

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from incubate_lib.config.errors import SettingsError, nearest, shortened, validated
+from incubate_lib.config.errors import SettingsError, nearest, refuse, shortened, validated
 from incubate_lib.config.models import Settings
 from incubate_lib.config.strategies import STRATEGIES, UNCUT
 
@@ -36,10 +36,11 @@ def in_the_package(folder: str) -> dict[str, Path]:
 def find_file(what: str, name: str, known: dict[str, Path]) -> Path:
     """Return the file that is known by a name, or the YAML file at a path; SettingsError if it is neither."""
     path = known.get(name) or Path(name)
-    if os.path.isdir(path):
-        raise SettingsError(f"{name} is a folder; give a {what} ({', '.join(known)}) or a .yaml file")
-    if path.suffix not in (".yaml", ".yml") and not os.path.isfile(path):
-        raise SettingsError(f"unknown {what} {name!r}; {nearest(name, known)}, or give a .yaml file")
+    folder = f"{name} is a folder; give a {what} ({', '.join(known)}) or a .yaml file"
+    unknown = f"unknown {what} {name!r}; {nearest(name, known)}, or give a .yaml file"
+    is_file = path.suffix in (".yaml", ".yml") or os.path.isfile(path)
+    refuse(os.path.isdir(path), folder)
+    refuse(not is_file, unknown)
     return path
 
 
@@ -49,16 +50,14 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
     raw = read_yaml(path)
     raw.setdefault("name", path.stem)
     raw.setdefault("strategies", {})
-    if isinstance(raw["strategies"], dict) and all(v is None or isinstance(v, dict) for v in raw["strategies"].values()):
+    given = raw["strategies"]
+    if isinstance(given, dict) and all(own is None or isinstance(own, dict) for own in given.values()):
         cut = {"partition": copy.deepcopy(raw.get("partition"))}
         for override in overrides:
             if override.startswith("partition"):
                 _override(cut, override)
         known = UNCUT if cut["partition"] is None else STRATEGIES
-        raw["strategies"] = {
-            name: copy.deepcopy(known.get(name, {})) | (raw["strategies"].get(name) or {})
-            for name in [*known, *(n for n in raw["strategies"] if n not in known)]
-        }
+        raw["strategies"] = {name: copy.deepcopy(known.get(name, {})) | (given.get(name) or {}) for name in known | given}
     for override in overrides:
         _override(raw, override)
     raw["overrides"] = list(overrides)
@@ -78,13 +77,12 @@ def _refuse_unused(settings: Settings, where: str) -> None:
         return
 
     def overridden(name: str, phase: str) -> bool:
-        layers = (settings.phases, settings.strategies[name].phases)
-        last = phase == settings.strategies[name].trains[-1] or phase == "end_to_end"
-        computed = field == "epochs" and last and settings.is_matched(name)
-        return computed or any(field in getattr(layer, phase).model_fields_set for layer in layers)
+        way = settings.strategies[name]
+        computed = field == "epochs" and phase in (way.trains[-1], "end_to_end") and settings.is_matched(name)
+        return computed or any(field in getattr(of.phases, phase).model_fields_set for of in (settings, way))
 
-    if all(overridden(name, phase) for name, s in settings.strategies.items() for phase in s.trains):
-        raise SettingsError(f"{where} has no effect: every phase sets its own {field}; use phases.<phase>.{field}")
+    every = all(overridden(name, phase) for name, way in settings.strategies.items() for phase in way.trains)
+    refuse(every, f"{where} has no effect: every phase sets its own {field}; use phases.<phase>.{field}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -92,38 +90,37 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = _parsed(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"cannot read settings file {path}: {getattr(error, 'strerror', None) or error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise SettingsError(f"cannot read settings file {path}: {why}") from None
     except (YAMLError, ValueError) as error:
         raise SettingsError(f"{path} is not plain YAML: {_what_is_wrong(error)}") from None
-    if not isinstance(raw, dict):
-        raise SettingsError(f"{path} must be a mapping of settings, not a {type(raw).__name__}")
+    refuse(not isinstance(raw, dict), f"{path} must be a mapping of settings, not a {type(raw).__name__}")
     return raw
 
 
 def _parsed(text: str) -> Any:
     """Return what YAML 1.2 says, without python objects or doubled keys; YAMLError or ValueError if it is wrong or too much."""
-    if len(text) > LONGEST_TEXT:
-        raise ValueError(f"it has more than {LONGEST_TEXT} characters")
+    refuse(len(text) > LONGEST_TEXT, f"it has more than {LONGEST_TEXT} characters")
     yaml = YAML(typ="safe", pure=True)
     yaml.max_depth = DEEPEST
     yaml.composer.warn_double_anchors = False  # they are allowed
     try:
-        if (node := yaml.compose(text)) is None:
-            return None
+        node = yaml.compose(text)
         _count(node, itertools.count(1))
-        return yaml.constructor.construct_document(node)
+        return None if node is None else yaml.constructor.construct_document(node)
     except LookupError:  # `!!bool x`, `!!int ""`
         raise ValueError("a value is not what its tag says") from None
     except RecursionError:
         raise ValueError("an alias stands within what it stands for") from None
 
 
-def _count(node: Node, counter: Iterator[int]) -> None:
+def _count(node: Node | None, counter: Iterator[int]) -> None:
     """Count values where they are used, as an alias can stand for very many; ValueError if they are too many."""
-    if next(counter) > MOST_VALUES:
-        raise ValueError(f"it has more than {MOST_VALUES} values")
-    pairs = node.value if isinstance(node, MappingNode) else [node.value] if isinstance(node, SequenceNode) else ()
-    for inner in itertools.chain.from_iterable(pairs):
+    refuse(next(counter) > MOST_VALUES, f"it has more than {MOST_VALUES} values")
+    values = node.value if isinstance(node, SequenceNode) else ()
+    if isinstance(node, MappingNode):
+        values = itertools.chain.from_iterable(node.value)
+    for inner in values:
         _count(inner, counter)
 
 
@@ -140,15 +137,14 @@ def _what_is_wrong(error: YAMLError | ValueError) -> str:
 def _override(raw: dict[str, Any], override: str) -> None:
     where, equals, text = override.partition("=")
     keys = where.strip().split(".")
-    if not equals or not all(keys):
-        raise SettingsError(f"--set {override!r}: write it as field=value, for example training.epochs=20")
+    form = "write it as field=value, for example training.epochs=20"
+    refuse(not equals or not all(keys), f"--set {override!r}: {form}")
     value = yaml_value(override, text)
     for key in keys[:-1]:
         if raw.get(key) is None:
             raw[key] = {}
         raw = raw[key]
-        if not isinstance(raw, dict):
-            raise SettingsError(f"--set {override!r}: {key} has no fields")
+        refuse(not isinstance(raw, dict), f"--set {override!r}: {key} has no fields")
     raw[keys[-1]] = value
 
 
@@ -166,8 +162,7 @@ def data_folder() -> Path:
     Raises SettingsError where no path below it could be opened, because it or a part of it is too long already.
     """
     folder = Path(os.environ.get("INCUBATE_DATA") or Path(__file__).resolve().parents[2] / "data").absolute()
-    if len(os.fsencode(folder)) > LONGEST_FOLDER or any(len(os.fsencode(part)) > 255 for part in folder.parts):
-        raise SettingsError(
-            f"INCUBATE_DATA {str(folder)[:60]}… is too long: {LONGEST_FOLDER} bytes are possible, and 255 for each folder's name"
-        )
+    most = f"{LONGEST_FOLDER} bytes are possible, and 255 for each folder's name"
+    too_long = len(os.fsencode(folder)) > LONGEST_FOLDER or any(len(os.fsencode(part)) > 255 for part in folder.parts)
+    refuse(too_long, f"INCUBATE_DATA {str(folder)[:60]}… is too long: {most}")
     return folder

@@ -52,26 +52,28 @@ class Settings(Frozen):
         if self.partition is None:
             cut = [name for name in self.run if STRATEGIES.get(name, {}).get("kind") == "deep_incubation"]
             cut += [name for name, strategy in self.strategies.items() if strategy.kind == "deep_incubation"]
-            if cut:
-                raise ValueError(f"partition is missing, which {cut[0]} needs: give num_modules or target_depths")
+            needs = f"which {cut[0]} needs: give num_modules or target_depths" if cut else ""
+            refuse(cut, f"partition is missing, {needs}")
         elif self.model.depth:
             self.partition.depths(self.model.depth)
-        refuse(("meta" in self.strategies, "strategies.meta: that name is taken, for the folder of the shared meta model"))
+        taken = "that name is taken, for the folder of the shared meta model"
+        refuse("meta" in self.strategies, f"strategies.meta: {taken}")
         alike: dict[str, str] = {"meta": "the folder of the shared meta model, meta,"}
         own = [name for name, strategy in self.strategies.items() if not strategy.is_as_named(name)]
         for name in (*self.run, *own):  # what is built in and not run has no folder
             other = alike.setdefault(name.lower(), name)
-            words = f"strategies.{name} and {other} differ in case only, which not every file system tells apart"
-            refuse((other != name, words))
+            case = "differ in case only, which not every file system tells apart"
+            refuse(other != name, f"strategies.{name} and {other} {case}")
         source = self.data.source
         fetched = source in ARRAYS or source.startswith(("torch/", "hfds/"))
-        sets = f"machine.download is for torchvision's and Hugging Face's sets, not for data.source {source!r}"
-        refuse((self.machine.download and not fetched, sets))
+        sets = "machine.download is for torchvision's and Hugging Face's sets"
+        refuse(self.machine.download and not fetched, f"{sets}, not for data.source {source!r}")
         for name, strategy in self.strategies.items():
             if strategy.match:
                 self._check_match(name)
-            length = f"strategies.{name}.budget has no meaning: phases say already how many epochs it lasts"
-            refuse(("budget" in strategy.model_fields_set and not self.is_matched(name), length))
+            budget = "budget" in strategy.model_fields_set and not self.is_matched(name)
+            said = f"strategies.{name}.budget has no meaning: phases say already how many epochs it lasts"
+            refuse(budget, said)
             for phase in strategy.trains:
                 self._check_fits(self.training_of(name, phase), f"phase {phase} of strategy {name}")
                 self.mat_of(name, phase)  # raises where changes do not fit
@@ -84,43 +86,38 @@ class Settings(Frozen):
         if other is None:
             raise ValueError(f"{said}; {nearest(match, self.strategies)}")
         strange = other.kind == "finetune" or other.mat is not None or match == name
-        in_parts = other.kind == "deep_incubation"
+        refuse(strange, f"{said}; name a deep_incubation or end_to_end strategy without MAT")
+        pathless = strategy.match_on == "critical_path" and other.kind != "deep_incubation"
+        refuse(pathless, f"{said}; with match_on: critical_path name a deep_incubation strategy")
         whole = other.kind == strategy.kind == "end_to_end"
+        refuse(whole and other.low_resolution, f"{said}, which has images of two sizes; name another one")
         chained = other.match and self.strategies.get(other.match, other).kind == "end_to_end"
-        refuse(
-            (strange, f"{said}; name a deep_incubation or end_to_end strategy without MAT"),
-            (
-                strategy.match_on == "critical_path" and not in_parts,
-                f"{said}; with match_on: critical_path name a deep_incubation strategy",
-            ),
-            (whole and other.low_resolution, f"{said}, which has images of two sizes; name another one"),
-            (whole and chained, f"{said}, which is matched to {other.match!r} itself; name that one"),
-        )
+        refuse(whole and chained, f"{said}, which is matched to {other.match!r} itself; name that one")
         seen = [name]
         while self.is_matched(seen[-1]):
             seen.append(self.strategies[seen[-1]].match)
-            circle = " → ".join(seen[seen.index(seen[-1]) :])
-            refuse((seen[-1] in seen[:-1], f"match goes round in a circle: {circle}; give one of them its epochs"))
+            circle = f"match goes round in a circle: {' → '.join(seen[seen.index(seen[-1]) :])}"
+            refuse(seen[-1] in seen[:-1], f"{circle}; give one of them its epochs")
 
     def _check_fits(self, training: TrainingSettings, where: str) -> None:
         """Raise SettingsError when a recipe asks for what these images or this many devices cannot give."""
         streamed, machine = self.data.is_streamed, self.machine
         images = f"{'streamed' if streamed else 'held in memory'} (data.source {self.data.source!r})"
         for field in ["shift"] if streamed else ["randaugment", "color_jitter", "erase"]:
-            refuse((getattr(training, field), f"{field} in {where}: not for images that are {images}"))
+            refuse(getattr(training, field), f"{field} in {where}: not for images that are {images}")
         batch, devices, micro = training.batch_size, machine.team_size, training.micro_batch
-        many = f"{devices}{f' ({machine.nodes} nodes)' if machine.nodes > 1 else ''}"
+        batch_of, whole = f"batch_size {batch} in {where}", (micro or 1) * devices
+        many = f"{devices} ({machine.nodes} nodes)" if machine.nodes > 1 else f"{devices}"
         many += f" times micro_batch {micro}" if micro else ""
-        captured = micro and batch > micro * devices and machine.compile in ("reduce-overhead", "max-autotune")
-        graphs = f"machine.compile {machine.compile!r} captures CUDA graphs, which overwrite gradients that micro-batches "
-        graphs += f"add up (micro_batch {micro} in {where}); use compile: default, or a batch_size of {(micro or 1) * devices}"
-        odd = (training.mixup or training.cutmix) and (micro or batch // devices) % 2
-        batch_of = f"batch_size {batch} in {where}"
+        refuse(batch % whole, f"{batch_of} is not divisible by machine.devices {many}")
+        captured = micro and batch > whole and machine.compile in ("reduce-overhead", "max-autotune")
         refuse(
-            (batch % ((micro or 1) * devices), f"{batch_of} is not divisible by machine.devices {many}"),
-            (captured, graphs),
-            (odd, f"{batch_of} gives each device an odd number, which mixup cannot pair"),
+            captured,
+            f"machine.compile {machine.compile!r} captures CUDA graphs, which overwrite gradients that micro-batches "
+            f"add up (micro_batch {micro} in {where}); use compile: default, or a batch_size of {whole}",
         )
+        odd = (training.mixup or training.cutmix) and (micro or batch // devices) % 2
+        refuse(odd, f"{batch_of} gives each device an odd number, which mixup cannot pair")
 
     def strategy(self, name: str) -> StrategySettings:
         """Return the strategy of that name; SettingsError with the nearest names if there is none."""

@@ -22,18 +22,16 @@ LARGEST_SEED = 2**63 - 1
 def check_name(name: str, *, dots: bool = True) -> str:
     """Return a name that becomes a part of paths; ValueError unless it can be one everywhere, with nothing to escape."""
     sign = "[A-Za-z0-9._-]" if dots else "[A-Za-z0-9_-]"
-    if len(name) > LONGEST_NAME or not re.fullmatch(f"[A-Za-z0-9]{sign}*", name):
-        raise ValueError(
-            f"a name has at most {LONGEST_NAME} letters (a to z), digits, {'dots, ' * dots}dashes and underscores, and begins "
-            "with a letter or digit"
-        )
+    fits = len(name) <= LONGEST_NAME and re.fullmatch(f"[A-Za-z0-9]{sign}*", name)
+    signs = f"letters (a to z), digits, {'dots, ' * dots}dashes and underscores, and begins with a letter or digit"
+    refuse(not fits, f"a name has at most {LONGEST_NAME} {signs}")
     return name
 
 
 def check_label(text: str) -> str:
     """Return words that head a column or stand in one; ValueError unless they are one line of readable length."""
-    if not text.strip() or not text.isprintable() or len(text) > LONGEST_NAME:
-        raise ValueError(f"it must be 1 to {LONGEST_NAME} printable characters in one line")
+    fits = text.strip() and text.isprintable() and len(text) <= LONGEST_NAME
+    refuse(not fits, f"it must be 1 to {LONGEST_NAME} printable characters in one line")
     return text
 
 
@@ -97,16 +95,12 @@ class DataSettings(Frozen):
             known = f"{nearest(self.source, [*WHOLE, 'folder', *TIMM])} ({', '.join(TIMM)} are followed by timm's name)"
             raise ValueError(f"unknown source {self.source!r}; {known}")
         unused = ", ".join(sorted(self.unused_fields & self.model_fields_set))
-        resized = "pad" if self.pad else self.resize and "resize"
+        resized = self.is_streamed and ("pad" if self.pad else self.resize and "resize")
+        size = "has no meaning for streamed images: they are brought to the model's size"
         cropped = self.in_memory and "crop_pct" in self.model_fields_set
-        refuse(
-            (unused, f"{unused} has no meaning for source {self.source!r}"),
-            (
-                resized and self.is_streamed,
-                f"{resized} has no meaning for streamed images: they are brought to the model's size",
-            ),
-            (cropped, "crop_pct has no meaning with in_memory: the images are used as they are"),
-        )
+        refuse(unused, f"{unused} has no meaning for source {self.source!r}")
+        refuse(resized, f"{resized} {size}")
+        refuse(cropped, "crop_pct has no meaning with in_memory: the images are used as they are")
         return self
 
     @property
@@ -151,17 +145,16 @@ class ModelSettings(Frozen):
     def _fits(self) -> "ModelSettings":
         for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
             a, b = getattr(self, whole), getattr(self, part)
-            refuse((a and b and a % b, f"{whole} {a} is not divisible by {part} {b}"))
+            refuse(a and b and a % b, f"{whole} {a} is not divisible by {part} {b}")
         for name in sorted(self.options):
-            refuse(
-                (name in type(self).model_fields, f"options.{name} is a field of its own: set model.{name}"),
-                (name in ELSEWHERE, f"options.{name} is not set here: {ELSEWHERE.get(name)}"),
-            )
+            refuse(name in type(self).model_fields, f"options.{name} is a field of its own: set model.{name}")
+            refuse(name in ELSEWHERE, f"options.{name} is not set here: {ELSEWHERE.get(name)}")
         for where, value in _leaves(self.options, "options"):
             name = where.rpartition(".")[2]
             load = f"{where} has timm load weights, but every network here begins with random ones; {WEIGHTS}"
             skip = f"{where} 'skip' leaves weights as the memory happens to be; leave it out, or name a scheme of timm"
-            refuse((name.startswith(LOADING), load), (name == "weight_init" and value == "skip", skip))
+            refuse(name.startswith(LOADING), load)
+            refuse(name == "weight_init" and value == "skip", skip)
         return self
 
     @field_validator("name")
@@ -170,10 +163,8 @@ class ModelSettings(Frozen):
         plain, dot, _ = name.partition(".")
         place = not name.isprintable() or set(":/\\") & set(name)
         tag = "the part after the dot names weights, and every network begins with random ones"
-        refuse(
-            (place, f"a plain name of timm is needed, not a place to load from; {WEIGHTS}"),
-            (dot, f"{tag}: write {plain}; {WEIGHTS}"),
-        )
+        refuse(place, f"a plain name of timm is needed, not a place to load from; {WEIGHTS}")
+        refuse(dot, f"{tag}: write {plain}; {WEIGHTS}")
         return name
 
     def timm_arguments(self) -> dict[str, Any]:
@@ -205,23 +196,19 @@ class PartitionSettings(Frozen):
         counts = {"num_modules": self.num_modules} | {name: len(given or ()) for name, given in depths.items()}
         counts = {name: count for name, count in counts.items() if count}
         unlike = ", ".join(f"{name} is {count}" for name, count in counts.items())
-        refuse(
-            (self.num_modules is None and self.target_depths is None, "give num_modules or target_depths"),
-            (len(set(counts.values())) > 1, f"{unlike}; they must be equal"),
-        )
+        refuse(self.num_modules is None and self.target_depths is None, "give num_modules or target_depths")
+        refuse(len(set(counts.values())) > 1, f"{unlike}; they must be equal")
         return self
 
     def depths(self, depth: int) -> tuple[list[int], list[int]]:
         """Return the blocks of each target and each meta module of a network of `depth` blocks; SettingsError if they differ."""
         target, k = self.target_depths or [], self.num_modules or len(self.target_depths)
         total = f"partition.target_depths {target} add up to {sum(target)}, but model.depth is {depth}"
-        refuse((target and sum(target) != depth, total))
+        refuse(target and sum(target) != depth, total)
         many = f"partition.num_modules is {k}, but the network has only {depth} blocks (model.depth)"
         both = f"model.depth {depth} is not divisible by partition.num_modules {k}"
-        refuse(
-            (k > depth, many),
-            (not target and depth % k, f"{both}; change one of them or give partition.target_depths"),
-        )
+        refuse(k > depth, many)
+        refuse(not target and depth % k, f"{both}; change one of them or give partition.target_depths")
         return list(target or [depth // k] * k), list(self.meta_depths or [1] * k)
 
 
@@ -271,12 +258,11 @@ class TrainingSettings(Frozen):
         epochs, warmup, batch = self.epochs, self.warmup_epochs, self.batch_size
         field = "micro_batch" if self.micro_batch else "batch_size"
         micro = getattr(self, field)
-        refuse(
-            (self.min_lr > self.peak_lr, lowest),
-            (warmup > epochs, f"warmup_epochs {warmup} is more than epochs {epochs}"),
-            (batch % micro, f"batch_size {batch} is not divisible by micro_batch {micro}"),
-            ((self.mixup or self.cutmix) and micro % 2, f"{field} {micro} is odd; mixup and cutmix pair the images of a batch"),
-        )
+        refuse(self.min_lr > self.peak_lr, lowest)
+        refuse(warmup > epochs, f"warmup_epochs {warmup} is more than epochs {epochs}")
+        refuse(batch % micro, f"batch_size {batch} is not divisible by micro_batch {micro}")
+        mixed = self.mixup or self.cutmix
+        refuse(mixed and micro % 2, f"{field} {micro} is odd; mixup and cutmix pair the images of a batch")
         return self
 
 
@@ -307,7 +293,7 @@ class MATSettings(Frozen):
     @model_validator(mode="after")
     def _possible(self) -> "MATSettings":
         around = "stop_error needs a way around resting units: sublayers, blocks, heads or filters, not conv_layers"
-        refuse((self.stop_error and self.units == "conv_layers", around))
+        refuse(self.stop_error and self.units == "conv_layers", around)
         return self
 
 

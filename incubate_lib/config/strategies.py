@@ -100,35 +100,27 @@ class StrategySettings(Frozen):
     @model_validator(mode="after")
     def _used(self) -> "StrategySettings":
         given, trained, cut = self.model_fields_set, ", ".join(self.trains), self.kind == "deep_incubation"
-        kind = f"kind {self.kind!r}"
-        others = set().union(*OWN.values()) - OWN[self.kind]
-        unused = (others & given) | {f"phases.{phase}" for phase in self.phases.model_fields_set - set(self.trains)}
-        where = kind + " with weights" * bool(self.weights and cut)
+        kind, read = f"kind {self.kind!r}", self.weights and cut
+        refuse(self.mat is None and self.mat_phases is not None, "mat_phases has no meaning without mat: {}")
+        wrong = ", ".join(sorted(set(self.mat_phases or ()) - set(self.trains)))
+        refuse(wrong, f"mat_phases names {wrong}, but {kind} trains {trained}")
+        unused = (set().union(*OWN.values()) - OWN[self.kind]) & given
+        unused |= {f"phases.{phase}" for phase in self.phases.model_fields_set - set(self.trains)}
+        where = kind + " with weights" * bool(read)
         where += f" that trains {trained}" if self.incubate == "none" else ""
-        mat, shares = (", ".join(sorted(set(of or ()) - set(self.trains))) for of in (self.mat_phases, self.shares))
+        refuse(unused, f"{', '.join(sorted(unused))} has no meaning for {where}")
+        needed = "weights: the folder or .safetensors file of the network to start from"
+        refuse(self.kind == "finetune" and not self.weights, f"{kind} needs {needed}")
+        unmatched = not self.match and {"shares", "budget", "match_on"} & given
+        refuse(unmatched, "shares, budget and match_on have no meaning without match")
+        wrong = ", ".join(sorted(set(self.shares or ()) - set(self.trains)))
+        refuse(wrong, f"shares names {wrong}, but this strategy trains {trained}")
+        both = self.shares and self.phases.finetune.epochs is not None
+        refuse(both, "shares leave the rest to fine-tuning; do not set phases.finetune.epochs besides")
+        refuse(read and not self.needs_meta, "weights are those of a meta model, which this strategy does without")
         spent = sum((self.shares or {}).values())
-        own = self.phases.finetune.epochs is not None
-        refuse(
-            (self.mat is None and self.mat_phases is not None, "mat_phases has no meaning without mat: {}"),
-            (mat, f"mat_phases names {mat}, but {kind} trains {trained}"),
-            (unused, f"{', '.join(sorted(unused))} has no meaning for {where}"),
-            (
-                self.kind == "finetune" and not self.weights,
-                f"{kind} needs weights: the folder or .safetensors file of the network to start from",
-            ),
-            (
-                {"shares", "budget", "match_on"} & given and not self.match,
-                "shares, budget and match_on have no meaning without match",
-            ),
-            (shares, f"shares names {shares}, but this strategy trains {trained}"),
-            (spent and own, "shares leave the rest to fine-tuning; do not set phases.finetune.epochs besides"),
-            (
-                self.weights and cut and not self.needs_meta,
-                "weights are those of a meta model, which this strategy does without",
-            ),
-            (spent >= 1, f"shares add up to {spent:g}, which leaves nothing for fine-tuning"),
-            (self.mat is not None and self.low_resolution, "mat and low_resolution do not go together"),
-        )
+        refuse(spent >= 1, f"shares add up to {spent:g}, which leaves nothing for fine-tuning")
+        refuse(self.mat is not None and self.low_resolution, "mat and low_resolution do not go together")
         return self
 
     def is_as_named(self, name: str) -> bool:

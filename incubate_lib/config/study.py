@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 
 def _once(values: list[Any]) -> list[Any]:
-    refuse((len(set(values)) < len(values), "one is given twice"))
+    refuse(len(set(values)) < len(values), "one is given twice")
     return values
 
 
@@ -65,17 +65,18 @@ class Study(Frozen):
     @model_validator(mode="after")
     def _check_together(self) -> "Study":
         taken = f"name {self.name!r}: a name that ends in _rates is that of another study's table of rates"
-        refuse((self.name.endswith("_rates"), taken))
+        refuse(self.name.endswith("_rates"), taken)
         for axis, values in self.axes.items():
             column = f"axes.{axis}: that is a column of the tables already; name the axis otherwise"
-            refuse((not values, f"axes.{axis} has no values"), (axis in (*COLUMNS, *DERIVED), column))
+            refuse(not values, f"axes.{axis} has no values")
+            refuse(axis in (*COLUMNS, *DERIVED), column)
         for axis, value in (self.rates.at if self.rates else {}).items():
             others = nearest(axis, self.axes) if self.axes else "there are no axes"
-            refuse((axis not in self.axes, f"rates.at names {axis!r}; {others}"))
+            refuse(axis not in self.axes, f"rates.at names {axis!r}; {others}")
             others = nearest(value, self.axes[axis])
-            refuse((value not in self.axes[axis], f"rates.at.{axis} is {value!r}; {others}"))
+            refuse(value not in self.axes[axis], f"rates.at.{axis} is {value!r}; {others}")
         both = sorted(set(self.rates.seeds if self.rates else ()) & set(self.seeds))
-        refuse((both, f"seeds {both} are in rates.seeds, too: what a rate was chosen with must not judge it"))
+        refuse(both, f"seeds {both} are in rates.seeds, too: what a rate was chosen with must not judge it")
         return self
 
     def cells(self) -> list[Cell]:
@@ -123,23 +124,18 @@ def load_study(study: str, machine: list[str] | tuple[str, ...] = ()) -> Study:
     found = validated(Study, raw, path.name)
     for override in machine:
         field, _, value = override.partition("=")
-        if not field.strip().startswith("machine."):
-            raise SettingsError(
-                f"--set {override!r}: what results depend on stands in the study's file; here only machine.* is set"
-            )
+        what = "what results depend on stands in the study's file; here only machine.* is set"
+        refuse(not field.strip().startswith("machine."), f"--set {override!r}: {what}")
         found = found.model_copy(update={"set": found.set | {field.strip(): yaml_value(override, value)}})
     for cell in found.cells():
         settings = found.settings(cell)
         for name in found.strategies:
             settings.strategy(name)
-        if settings.data.eval_split != "test":
-            raise SettingsError(f"{path.name}: data.eval_split is what a study sets itself: val to choose rates, test to judge")
+        split = "data.eval_split is what a study sets itself: val to choose rates, test to judge"
+        refuse(settings.data.eval_split != "test", f"{path.name}: {split}")
     for name in found.strategies if found.rates and found.rates.at else []:
         ways = {tuple(found.settings(cell).strategies[name].trains) for cell in found.cells()}
-        if len(ways) > 1:
-            them = " or ".join(", ".join(way) for way in sorted(ways))
-            raise SettingsError(
-                f"{path.name}: strategy {name} trains other phases in other cells ({them}), so rates chosen in one do not do for "
-                "all; leave out rates.at"
-            )
+        them = " or ".join(", ".join(way) for way in sorted(ways))
+        many = f"strategy {name} trains other phases in other cells ({them}), so rates chosen in one do not do for all"
+        refuse(len(ways) > 1, f"{path.name}: {many}; leave out rates.at")
     return found
