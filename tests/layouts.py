@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import datasets
 
 from incubate_lib.config import DataSettings, MachineSettings, TrainingSettings
-from incubate_lib.training.data import load_data
+from incubate_lib.data.sets import load_data
 
 RNG = np.random.default_rng(0)
 HERE = MachineSettings(workers=0)  # no worker processes unless a test is about them

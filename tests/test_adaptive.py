@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from incubate_lib.config import DataSettings, MATSettings, SettingsError, TrainingSettings, load_settings
+from incubate_lib.data.sets import load_data
 from incubate_lib.method.incubation import make_hybrid
 from incubate_lib.method.mat import PartialUpdates
 from incubate_lib.method.partition import split
@@ -21,7 +22,6 @@ from incubate_lib.report.tables import mat as report_mat
 from incubate_lib.report.tables import plots
 from incubate_lib.training import adaptive
 from incubate_lib.training.costs import all_products, executed_flops_per_image, train_flops_per_image
-from incubate_lib.training.data import load_data
 from incubate_lib.training.phases import load_trained
 from incubate_lib.training.trainer import Trainer, make_optimizer
 

@@ -123,7 +123,7 @@ def test_two_devices_rest_and_train_the_same_units_as_one(units, tmp_path, monke
 
 
 def rank_that_evaluates(rank: int, devices: int, meeting: str, out: str) -> None:
-    from incubate_lib.training.data import load_data
+    from incubate_lib.data.sets import load_data
 
     team = join_team(rank, devices, meeting)
     _, eval_set = load_data(load_settings("smoke", ["data.test_images=95"]).data)
@@ -134,7 +134,7 @@ def rank_that_evaluates(rank: int, devices: int, meeting: str, out: str) -> None
 
 @pytest.mark.parametrize("devices", [2, 3])
 def test_evaluation_counts_every_image_once_whatever_the_number_of_devices(devices, tmp_path):
-    from incubate_lib.training.data import load_data
+    from incubate_lib.data.sets import load_data
 
     together(rank_that_evaluates, devices, str(tmp_path / "meeting"), str(tmp_path / "out"))
     _, eval_set = load_data(load_settings("smoke", ["data.test_images=95"]).data)

@@ -18,8 +18,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 from incubate_lib.backends.local import pool as local
 from incubate_lib.cli import main
 from incubate_lib.config import DataSettings, SettingsError
-from incubate_lib.training.data import load_data
-from incubate_lib.training.sources import open_source
+from incubate_lib.data.sets import load_data
+from incubate_lib.data.sources import open_source
 
 GREY16 = np.array([[0, 255, 256, 257], [4095, 32767, 32768, 65535]] * 8, np.uint16).repeat(4, axis=1)  # [16, 16]
 COLOURS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -393,5 +393,5 @@ def test_files_of_inaturalist_are_opened_here(tmp_path):
     (tmp_path / "set" / "2021_valid").symlink_to(tmp_path / "set" / "2021_train")
     settings = DataSettings(source="torch/inaturalist", folder=str(tmp_path / "set"))
     train, eval_set = load_data(settings, shape=(3, 16, 16), machine=HERE)
-    assert len(train) == len(eval_set) == 4 and train.opener.name(3).endswith("bee/1.jpg")
+    assert len(train) == len(eval_set) == 4 and train.source.opener.name(3).endswith("bee/1.jpg")
     assert torch.equal(next(eval_set.eval_batches())[1], torch.tensor([0, 0, 1, 1]))

@@ -10,10 +10,10 @@ import torch
 
 from incubate_lib.backends.slurm import job
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError
+from incubate_lib.data.scratch import stage
 from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.runs import read_json, write_json
-from incubate_lib.training.scratch import stage
 from incubate_lib.training.trainer import compiled
 
 ABOUT = {"preset": "smoke", "overrides": [], "phase": "end_to_end", "strategy": "end_to_end", "seed": 0, "attempts": 3}

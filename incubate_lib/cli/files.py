@@ -20,9 +20,9 @@ def presets(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
-    from incubate_lib.training.data import labels_of, load_data, unused_classes, unused_in_words
+    from incubate_lib.data.sets import load_data, unused_classes, unused_in_words
+    from incubate_lib.data.stream import StreamedSet
     from incubate_lib.training.phases import model_shape
-    from incubate_lib.training.stream import Checked, StreamedSet
 
     settings = load_settings(options.preset, options.set)
     how = {"shape": model_shape(settings.model), "machine": settings.machine}
@@ -31,9 +31,9 @@ def check(options: argparse.Namespace) -> int:
         files = load_data(settings.data.model_copy(update={"in_memory": False}), **how)
     bad = 0
     for what, part, file in zip(("train", settings.data.eval_split), parts, files, strict=True):
-        opened, broken, turned = file.check() if isinstance(file, StreamedSet) else Checked(len(part), {}, 0)
+        opened, broken, turned = file.check() if isinstance(file, StreamedSet) else (len(part), {}, 0)
         print(f"{what}: {len(part)} images in {part.num_classes} classes; {opened} opened, {len(broken)} cannot be read")
-        if what == "train" and (unused := unused_classes(labels_of(part), part.num_classes)):
+        if what == "train" and (unused := unused_classes(part.labels, part.num_classes)):
             print(f"  {unused_in_words(unused, part.num_classes)}")
         if turned:
             print(f"  {turned} have a camera's orientation tag (EXIF), which is not followed: they are used as they are stored")

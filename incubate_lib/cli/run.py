@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int | None:
             print(PLANNING, flush=True)
     todo = plan(settings, options.strategies, [0] if options.seeds is None else options.seeds)
     if is_new and (unused := todo.experiment.facts.unused_classes):
-        from incubate_lib.training.data import unused_in_words
+        from incubate_lib.data.sets import unused_in_words
 
         print(unused_in_words(unused, todo.experiment.facts.num_classes), flush=True)
     preset = options.preset if options.preset in presets() else str(Path(options.preset).absolute())

@@ -56,7 +56,7 @@ class Node:
 
     def data(self) -> tuple[Any, Any]:
         """Return the images to train on and to judge by, as this phase's network takes them."""
-        from incubate_lib.training.data import load_data
+        from incubate_lib.data.sets import load_data
         from incubate_lib.training.phases import model_shape
 
         return load_data(self.settings.data, shape=model_shape(self.settings.model), machine=self.experiment.settings.machine)

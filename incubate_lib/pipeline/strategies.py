@@ -24,10 +24,10 @@ from incubate_lib.config import (
     error_message,
     load_settings,
 )
+from incubate_lib.data.schedule import steps_per_epoch, total_steps
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest
 from incubate_lib.training.facts import Facts
-from incubate_lib.training.schedule import steps_per_epoch, total_steps
 
 
 def plan(

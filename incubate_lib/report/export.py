@@ -53,8 +53,8 @@ def export(
     `strategy`, or else the first finished one of Deep Incubation in the order of `run`, or the only finished one. Raises
     SettingsError when nothing fits that description, with what is finished, and when the folder is not free.
     """
-    from incubate_lib.training.classes import class_names
-    from incubate_lib.training.data import load_data
+    from incubate_lib.data.sets import load_data
+    from incubate_lib.data.sources import open_source
     from incubate_lib.training.phases import load_trained, model_shape, timm_arguments
     from incubate_lib.training.weights import check_free, save_timm
 
@@ -69,7 +69,7 @@ def export(
     network = load_trained(taken.node.settings, taken.node.folder, facts.num_classes)
     train, _ = load_data(data, shape=model_shape(settings.model), machine=settings.machine)
     mean, std = (values.flatten().tolist() for values in (train.mean, train.std))
-    names = class_names(data, facts.num_classes, settings.machine)
+    names = open_source(data, settings.machine)[0].classes
     depth = {"depth": len(network.blocks)} if facts.target_depths else {}
     save_timm(
         network, folder, timm_arguments(settings.model) | depth | {"num_classes": facts.num_classes},

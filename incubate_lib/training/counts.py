@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError
-from incubate_lib.training.data import num_classes, splits, unused_classes, unused_in_words
-from incubate_lib.training.folders import Source, place_of
-from incubate_lib.training.sources import open_source
+from incubate_lib.data.folders import Source, place_of
+from incubate_lib.data.sets import splits, unused_classes, unused_in_words
+from incubate_lib.data.sources import open_source
 
 IMAGENET = (1_281_167, 50_000, 1000)  # images to train on, to judge by (None: one pool for both), classes
 KNOWN = {
@@ -47,7 +47,7 @@ def count_images(
         return Images(images, classes, f"{_in_words(images, classes)}, as given.{share}")
     train, test, how, assumed = _sources(settings, machine)
     source, index = splits(settings.model_copy(update={"train_share": 1.0}), train, test)[0]
-    found = num_classes(train)
+    found = len(train.classes)
     unused = unused_in_words(unused_classes(source.labels[index], found), found)
     given = " (images as given)" if images else " (classes as given)" if classes else ""
     sentence = f"{_in_words(images or len(index), classes or found)}{given}, {how}.{share} {unused}".strip()

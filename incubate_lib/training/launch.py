@@ -141,8 +141,8 @@ def _train(job: dict[str, Any]) -> None:
     import torch
     from torch import distributed as dist
 
+    from incubate_lib.data.scratch import stage
     from incubate_lib.training.phases import train_phase
-    from incubate_lib.training.scratch import stage
     from incubate_lib.training.team import Team
 
     machine = MachineSettings.model_validate_json(json.dumps(job["machine"]))

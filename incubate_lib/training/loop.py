@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from incubate_lib.data.schedule import steps_per_epoch
 from incubate_lib.training.progress import Progress
 from incubate_lib.training.runs import MNTK, STATUS_SECONDS, PhaseFolder, Stopped
-from incubate_lib.training.schedule import steps_per_epoch
 from incubate_lib.training.team import ALONE, Team
 from incubate_lib.training.trainer import DataSet, Trainer, autocast
 

@@ -17,16 +17,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, ModelSettings, PhaseSettings, SettingsError, in_a_line, nearest
+from incubate_lib.data.schedule import derive_seed
+from incubate_lib.data.scratch import stage
+from incubate_lib.data.sets import load_data
+from incubate_lib.data.stream import check_shared_memory
 from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
 from incubate_lib.method.partition import ViTModule, split
-from incubate_lib.training.data import load_data
 from incubate_lib.training.launch import train_on_devices
 from incubate_lib.training.lease import Lease
 from incubate_lib.training.loop import evaluate, fit
 from incubate_lib.training.runs import PhaseFolder, whose
-from incubate_lib.training.schedule import derive_seed
-from incubate_lib.training.scratch import stage
-from incubate_lib.training.stream import check_shared_memory
 from incubate_lib.training.team import Team
 from incubate_lib.training.trainer import Trainer
 from incubate_lib.training.weights import load_into

@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, MATSettings, SettingsError, TrainingSettings
+from incubate_lib.data.order import Order
+from incubate_lib.data.schedule import derive_seed, lr_at, micro_batches, steps_per_epoch, total_steps
+from incubate_lib.data.scratch import own_folder
+from incubate_lib.data.sets import ImageSet
+from incubate_lib.data.stream import StreamedSet
 from incubate_lib.method.incubation import Imitation
 from incubate_lib.method.mat import Piece
 from incubate_lib.training.adaptive import Adaptive
 from incubate_lib.training.costs import executed_flops_per_image
-from incubate_lib.training.data import ImageSet
-from incubate_lib.training.order import Order
-from incubate_lib.training.schedule import derive_seed, lr_at, micro_batches, steps_per_epoch, total_steps
-from incubate_lib.training.scratch import own_folder
-from incubate_lib.training.stream import StreamedSet
 from incubate_lib.training.team import ALONE, Team
 
 NO_DECAY = {"pos_embed", "cls_token", "reg_token", "dist_token"}  # besides biases and norms, in every phase

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from incubate_lib.config import PhaseSettings, Settings, SettingsError
+from incubate_lib.data.schedule import micro_batches
 from incubate_lib.method.incubation import Imitation
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.pipeline.strategies import plan
@@ -23,7 +24,6 @@ from incubate_lib.report.words import label
 from incubate_lib.training.costs import FlopCounts
 from incubate_lib.training.memory import StepMemory, memory_by_part
 from incubate_lib.training.phases import build_target, model_shape, prepare
-from incubate_lib.training.schedule import micro_batches
 
 KINDS = {  # of memory → name, colour, hatch
     "weights": ("weights", "#999999", ""),

@@ -21,14 +21,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from incubate_lib.config import SettingsError
+from incubate_lib.data.sets import ImageSet
+from incubate_lib.data.sources import open_source
+from incubate_lib.data.stream import StreamedSet
 from incubate_lib.method.partition import ViTModule, split
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.report.style import Figure
 from incubate_lib.report.words import BASELINE, label
-from incubate_lib.training.classes import class_names
-from incubate_lib.training.data import ImageSet
 from incubate_lib.training.phases import load_trained, pick_device, prepare
-from incubate_lib.training.stream import StreamedSet
 from incubate_lib.training.trainer import autocast
 
 BATCH = 64  # images at a time through a network
@@ -259,7 +259,7 @@ def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
         for name, guess in _guesses(networks, x.to(device), final.settings.precision):
             found[name].append(guess)
     guesses = pd.DataFrame({name: torch.cat(parts).numpy() for name, parts in found.items()}).rename_axis(index="image")
-    names = class_names(final.settings.data, eval_set.num_classes, final.experiment.settings.machine)
+    names = open_source(final.settings.data, final.experiment.settings.machine)[0].classes
     return Disagreements(strategy, seed, names, guesses, eval_set)
 
 
