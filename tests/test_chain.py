@@ -18,7 +18,8 @@ import pytest
 from patience import HANG, Hooks, wait_for
 from rich.console import Console
 
-from incubate_lib.backends.local import pool as local
+from incubate_lib import backends
+from incubate_lib.backends.local import pool
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline import execution, notebook
 from incubate_lib.pipeline.execution import is_complete
@@ -224,7 +225,7 @@ def test_a_notebook_that_fails_before_its_kernel_starts_ends_and_tells_why(tmp_p
     todo.nodes[-1].folder.set_status("stopped", error="an old one")
     output = io.StringIO()
     source = {"preset": str(tmp_path / "gone.yaml"), "overrides": []}
-    assert local.run(todo, source, 2, Console(file=output, width=500)) == 1
+    assert backends.get().submit([(todo, source)], 2, Console(file=output, width=500)).status == 1
     assert "FAILED seed-0/end_to_end: cannot read settings file" in output.getvalue()
 
 
@@ -243,8 +244,8 @@ def test_one_run_at_a_time_in_an_experiment(tmp_path, monkeypatch):
 def test_each_phase_has_its_gpus_for_itself(visible, devices, jobs, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     cores = min(4, len(os.sched_getaffinity(0)))
-    assert local.check_jobs(None, devices) == (cores if jobs is None else jobs)
-    assert local.gpus() == [gpu for gpu in visible.split(",") if gpu]
+    assert backends.get().places(devices) == (cores if jobs is None else jobs)
+    assert pool.gpus() == [gpu for gpu in visible.split(",") if gpu]
 
 
 def test_phases_side_by_side_see_different_gpus(tmp_path, monkeypatch):
@@ -252,12 +253,10 @@ def test_phases_side_by_side_see_different_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     todo = plan(load_settings("smoke", ["machine.devices=2"]), ["end_to_end", "deep_incubation"])
     seen = []
-    monkeypatch.setattr(local, "start", lambda *a, own, **k: seen.append(own) or execution.Execution(None, tmp_path, own))
-    pool = local.Pool([(todo, {})], 2, Console())
+    monkeypatch.setattr(pool, "start", lambda *arguments: seen.append(arguments[-1]))
+    phases = pool.Pool([(todo, {})], 2, Console())
     for key in ("seed-0/meta", "seed-0/end_to_end"):
-        node = next(node for node in todo.nodes if node.key == key)
-        pool.waiting[node.folder.path] = node
-        pool._consider(node.folder.path)
+        phases.consider(next(task for task in phases.tasks.values() if task.name == key))
     assert seen == [["4", "5"], ["6", "7"]]
 
 

@@ -18,9 +18,8 @@ from patience import join, wait_for
 from rich.console import Console
 
 from incubate_lib import backends
-from incubate_lib.backends.local import pool as local
+from incubate_lib.backends.local import pool
 from incubate_lib.backends.local.pool import Pool
-from incubate_lib.backends.slurm import queue as slurm
 from incubate_lib.backends.slurm.settings import SlurmSettings
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.config.study import load_study
@@ -391,13 +390,13 @@ def lose_meta(todo, as_elsewhere: bool) -> None:
 
 @pytest.mark.parametrize("as_elsewhere", [False, True], ids=["same bits", "other bits"])
 def test_what_starts_from_a_phase_trained_again_is_made_again_only_if_the_bits_differ(as_elsewhere, data_folder, monkeypatch):
-    monkeypatch.setattr(local, "fair_threads", lambda jobs: 1)  # as here: the same bits
+    monkeypatch.setattr(pool, "fair_threads", lambda jobs: 1)  # as here: the same bits
     todo = plan(load_settings("smoke", SHORT_OVERRIDES), ["deep_incubation"])
     lose_meta(todo, as_elsewhere)
     old = {node: node.folder.summary()["weights_sha256"] for node in todo.nodes}
     output = io.StringIO()
-    pool = Pool([(todo, {"preset": "smoke", "overrides": SHORT_OVERRIDES})], 2, Console(file=output), notebooks=False)
-    assert local.finish(pool) == 0
+    phases = Pool([(todo, {"preset": "smoke", "overrides": SHORT_OVERRIDES})], 2, Console(file=output), notebooks=False)
+    assert phases.run() == 0
     assert all(node.finished() for node in todo.nodes)
     rest = 2 if as_elsewhere else 1
     assert attempts(todo) == {("meta", 2), ("incubate", rest), ("assemble", rest), ("finetune", rest)}
@@ -408,9 +407,9 @@ def test_what_starts_from_a_phase_trained_again_is_made_again_only_if_the_bits_d
 def test_a_study_makes_again_what_starts_from_a_phase_trained_again(data_folder, tmp_path, monkeypatch):
     file = tmp_path / "one.yaml"
     file.write_text(json.dumps({"preset": "smoke", "strategies": ["deep_incubation"], "seeds": [0], "set": SHORT}))
-    (trial,) = study.walk(load_study(str(file))).last()
+    (trial,) = study.Walk(load_study(str(file))).last()
     lose_meta(trial.plan, as_elsewhere=True)
-    _, status = study.run(load_study(str(file)), backends.get(), local.LocalSettings(jobs=2), Console(file=io.StringIO()))
+    _, status = study.run(load_study(str(file)), backends.get(), 2, Console(file=io.StringIO()))
     assert status == 0 and all(node.finished() for node in trial.plan.nodes)
     assert {number for _, number in attempts(trial.plan)} == {2}
 
@@ -426,7 +425,7 @@ def test_jobs_are_submitted_for_what_starts_from_a_phase_trained_again(data_fold
     source = {"preset": "smoke", "overrides": SHORT_OVERRIDES}
     monkeypatch.setenv("PATH", "")  # scripts are made without a cluster
     capsys.readouterr()
-    slurm.submit(todo, source, SlurmSettings(), Console(file=io.StringIO()), dry_run=True)
+    backends.get("slurm").preview([(todo, source)], SlurmSettings())
     names = re.findall(r"^# sbatch .*--job-name=(\S+)", capsys.readouterr().out, re.M)
     final = todo.finals["deep_incubation", 0]
     keys = [module.key, final.inputs["assemble"].key, final.key, "06_analysis"]

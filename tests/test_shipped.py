@@ -79,7 +79,7 @@ def executed(notebook: str, parameters: dict[str, str], folder: Path, more: dict
         with open(log, "w") as file:
             code = subprocess.run(command, env=env, stdout=file, stderr=file, cwd=folder).returncode
     else:
-        code = join(execution.start(folder, parameters, threads=1, notebook=notebook, output=name).process, notebook)
+        code = join(execution.start(folder, notebook, parameters, name, threads=1), notebook)
     assert code == 0, log.read_text()[-3000:]
 
 

@@ -145,7 +145,7 @@ def test_stopped_in_the_middle_it_goes_on_and_ends_in_the_same_numbers(trained, 
 
 def test_a_run_of_a_study_is_an_ordinary_run(trained):
     folder, file, *_ = trained
-    steps = walks.walk(load_study(str(file)))
+    steps = walks.Walk(load_study(str(file)))
     *_, (_, trials) = steps.stages()
     source = steps.source(trials[0])
     overrides = [part for value in source["overrides"] for part in ("--set", value)]

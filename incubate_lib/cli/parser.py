@@ -75,5 +75,4 @@ def _add_argument(command: Parser, name: str, how: dict[str, Any]) -> None:
 def _add_backends(command: Parser, what: str) -> None:
     """Add the options of the machine or cluster that trains."""
     command.add_argument("--backend", choices=backends.names(), default=backends.DEFAULT, help="default: local")
-    for name in backends.names():
-        backends.get(name).add_options(command, what)
+    backends.add_options(command, what)

@@ -2,17 +2,16 @@
 
 import argparse
 import time
-from pathlib import Path
 
 from rich.console import Console
 
 from incubate_lib import backends
 from incubate_lib.cli.look import print_table
-from incubate_lib.config import load_settings, presets
+from incubate_lib.config import load_settings, refuse
 from incubate_lib.config.study import load_study, studies
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline import study as grid
-from incubate_lib.pipeline.experiment import Experiment
+from incubate_lib.pipeline.experiment import Experiment, source_of
 from incubate_lib.pipeline.strategies import plan
 
 PLANNING = "Planning: reading the images, building the networks, counting FLOPs …"
@@ -21,11 +20,9 @@ PLANNING = "Planning: reading the images, building the networks, counting FLOPs 
 def run(options: argparse.Namespace) -> int | None:
     began = time.monotonic()
     backend = backends.get(options.backend)
-    if options.dry_run:
-        backends.check_preview(backend)
+    refuse(options.dry_run and not backend.has_preview, f"--dry-run is for {backends.able('has_preview')}")
     asked = backends.settings(options)
     settings = load_settings(options.preset, options.set)
-    backend.check([settings.machine], asked)
     experiment = Experiment.of(settings)
     experiment.check_writable()
     backends.check_nodes([settings.machine])
@@ -40,12 +37,13 @@ def run(options: argparse.Namespace) -> int | None:
         from incubate_lib.data.sets import unused_in_words
 
         print(unused_in_words(unused, todo.experiment.facts.num_classes), flush=True)
-    preset = options.preset if options.preset in presets() else str(Path(options.preset).absolute())
-    runs = [(todo, {"preset": preset, "overrides": options.set})]
+    runs = [(todo, source_of(options.preset, options.set))]
     if options.dry_run:
-        backend.preview(runs, asked, Console())
+        backend.preview(runs, asked)
         return None
-    submitted = backend.submit(runs, asked, Console(), began=began)
+    submitted = backend.submit(runs, asked, Console())
+    if submitted.status == 0:
+        print(f"Finished in {time.monotonic() - began:.0f} s.")
     if submitted.ids:
         print("`incubate status` shows how far it is, from any folder.")
     if submitted.status or (submitted.status is None and not execution.is_finished(todo)):

@@ -17,9 +17,7 @@ from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables.hardware import mixed_text, mixes
 from incubate_lib.report.tables.records import from_plan
-from incubate_lib.report.words import flop_unit, label, seconds_text
-
-TEMPLATES = Path(__file__).parent / "templates"
+from incubate_lib.report.words import TEMPLATES, flop_unit, label, seconds_text
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _on_each_node(nodes: int) -> list[str]:
     """Return how to start one process on each node of this job, beside the one that asks."""
     here = backends.attempt()
     if here.nodes != nodes:
-        way = f"use `incubate run … {backends.with_nodes()} --nodes {nodes}`"
+        way = f"use `incubate run … {backends.able('has_nodes')} --nodes {nodes}`"
         raise SettingsError(f"machine.nodes is {nodes}, but this is {here}; {way}")
     return here.on_each_node()
 

@@ -8,6 +8,7 @@ from matplotlib.lines import Line2D
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.report.style import Figure, style
 from incubate_lib.report.tables.hardware import MIXED, mixed_text, mixes
+from incubate_lib.report.tables.plots import draw_curve, legend_below, mean_curve
 from incubate_lib.report.tables.records import Results
 from incubate_lib.report.tables.statistics import family_text, points_text, spread, verdict_text
 from incubate_lib.report.tables.verdict import differences
@@ -47,16 +48,9 @@ def _size(model, unit) -> int:
 
 
 def mean_curves(results: Results, cost: str) -> dict[str, pd.DataFrame]:
-    """Return for each strategy that trains in one phase a row an evaluation: cost, accuracy, its deviation, number of seeds."""
-    curves = {}
-    for name, table in results.curves.groupby("strategy", sort=False):
-        if table["phase"].nunique() == 1:
-            grouped = table.groupby("step")
-            curves[name] = pd.DataFrame({
-                "cost": grouped[cost].mean(), "accuracy": grouped["accuracy"].mean(), "std": grouped["accuracy"].std(),
-                "seeds": grouped["seed"].nunique(),
-            })  # fmt: skip
-    return curves
+    """Return for each strategy that trains in one phase its `plots.mean_curve`."""
+    groups = results.curves.groupby("strategy", sort=False)
+    return {name: mean_curve(table, cost) for name, table in groups if table["phase"].nunique() == 1}
 
 
 def reach(results: Results) -> pd.DataFrame:
@@ -145,20 +139,15 @@ def accuracy_against_costs(results: Results) -> Figure:
     panels = (("flops", factor, f"training cost ({unit})"), ("train_seconds", 1, f"training time (s){several}"))
     for axis, (cost, scale, name) in zip(axes, panels, strict=True):
         for strategy, curve in mean_curves(results, cost).items():
-            appearance, mean = style(strategy), 100 * curve["accuracy"]
-            legend = f"{label(strategy)} (n = {int(curve['seeds'].max())})"
-            axis.plot(curve["cost"] / scale, mean, markersize=4, label=legend, **appearance)
-            deviation = 100 * curve["std"].fillna(0)
-            axis.fill_between(
-                curve["cost"] / scale, mean - deviation, mean + deviation, color=appearance["color"], alpha=0.1, linewidth=0
-            )
+            look = style(strategy) | {"markersize": 4, "label": f"{label(strategy)} (n = {curve['seeds'].max()})"}
+            draw_curve(axis, curve["cost"] / scale, curve, look, alpha=0.1)
         baseline = results.strategies[results.strategies["strategy"] == BASELINE]["accuracy"].mean()
         if baseline == baseline:
             axis.axhline(100 * baseline, color="#555555", linewidth=0.8, linestyle="--")
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=10, loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, axes[0], fontsize=10, ncols=3)
     return figure
 
 

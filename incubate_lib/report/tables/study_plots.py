@@ -10,6 +10,7 @@ from matplotlib.ticker import LogLocator
 
 from incubate_lib.report.style import STYLE, Figure, style
 from incubate_lib.report.tables.hardware import MIXED, mixes
+from incubate_lib.report.tables.plots import legend_below, mean_curve
 from incubate_lib.report.tables.records import write_figure
 from incubate_lib.report.tables.statistics import rounded
 from incubate_lib.report.tables.studies import StudyTable, at_equal_cost, cells, seeds_count, seeds_text
@@ -38,12 +39,9 @@ def fronts(table: StudyTable) -> Figure | None:
             unit, factor = ("s", 1.0) if cost == "seconds" else flop_unit(rows[cost].max())
             title += f", {MIXED} on several devices" if cost == "seconds" and mixes(rows) else ""
             for name, group in rows.groupby("strategy", sort=False):
-                points = group.groupby("budget", sort=False)
-                x = np.array([part[cost].mean() / factor for _, part in points])
-                y = np.array([100 * part["accuracy"].mean() for _, part in points])
-                sd = np.array([100 * part["accuracy"].std() if len(part) > 1 else 0.0 for _, part in points])
-                order, appearance = np.argsort(x), style(name)
-                axis.errorbar(x[order], y[order], yerr=sd[order], capsize=3, label=label(name), markersize=5, **appearance)
+                curve = mean_curve(group, cost, by="budget").sort_values("cost")
+                look = style(name) | {"label": label(name), "markersize": 5, "capsize": 3}
+                axis.errorbar(curve["cost"] / factor, 100 * curve["accuracy"], yerr=100 * curve["std"].fillna(0), **look)
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
@@ -52,9 +50,7 @@ def fronts(table: StudyTable) -> Figure | None:
             axis.grid(alpha=0.3, which="both")
             axis.title.set_fontsize(10)
         line[0].set_ylabel(f"top-1, {rows['judged_on'].iloc[0]} split (%)")
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), fontsize=10, loc="outside lower center", ncols=3, frameon=False, handlelength=3.5
-    )
+    legend_below(figure, axes[0, 0], fontsize=10, ncols=3, handlelength=3.5)
     figure.suptitle(f"{table.name}: {seeds_text(table)}", fontsize=10)
     return figure
 
@@ -119,18 +115,16 @@ def gain_map(table: StudyTable) -> Figure | None:
 
 
 def _map(axis, part: pd.DataFrame, rows: str, column: str, bound: float):
-    row_values = list(dict.fromkeys(part[rows]))
-    column_values = list(dict.fromkeys(part[column]))
-    values = np.full((len(row_values), len(column_values)), np.nan)
-    for _, row in part.iterrows():
-        i, j = row_values.index(row[rows]), column_values.index(row[column])
-        values[i, j] = row["gain"]
+    part = part.set_index([rows, column])
+    values = part["gain"].unstack(sort=False)
+    for (name, value), row in part.iterrows():
         text = rounded(row["gain"], 1, "+") + ("" if row["clear"] else "\nnoise")
         light = np.dot(colormaps["PuOr"](0.5 + row["gain"] / bound / 2)[:3], (0.2126, 0.7152, 0.0722)) > 0.45
-        axis.text(j, i, text, ha="center", va="center", fontsize=10, color="black" if light else "white")
+        look = {"ha": "center", "va": "center", "fontsize": 10, "color": "black" if light else "white"}
+        axis.text(values.columns.get_loc(value), values.index.get_loc(name), text, **look)
     image = axis.imshow(values, cmap="PuOr", vmin=-bound, vmax=bound, aspect="auto")
-    axis.set_xticks(range(len(column_values)), [textwrap.fill(value, 14) for value in column_values])
-    axis.set_yticks(range(len(row_values)), row_values, fontsize=10)
+    axis.set_xticks(range(len(values.columns)), [textwrap.fill(value, 14) for value in values.columns])
+    axis.set_yticks(range(len(values)), values.index, fontsize=10)
     axis.set(xlabel=column, ylabel="" if rows == "strategy" else rows)
     return image
 
