@@ -274,10 +274,10 @@ def test_what_was_trained_before_there_were_recommended_rates_stays_good(data_fo
 
 
 def test_an_experiment_is_the_same_whatever_strategies_are_known(monkeypatch):
-    from incubate_lib.config import models
+    from incubate_lib.config import strategies
 
     before = load_settings("smoke").digest()
-    monkeypatch.setitem(models.STRATEGIES, "another", {"kind": "end_to_end"})
+    monkeypatch.setitem(strategies.STRATEGIES, "another", {"kind": "end_to_end"})
     assert "another" in load_settings("smoke").strategies and load_settings("smoke").digest() == before
     assert load_settings("smoke", ["strategies.another.phases.end_to_end.lr=0.1"]).digest() != before
 

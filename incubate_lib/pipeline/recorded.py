@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
 from incubate_lib.config import PhaseSettings, Settings, SettingsError, error_message
-from incubate_lib.config.models import StrategySettings
+from incubate_lib.config.strategies import StrategySettings
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.training.facts import Facts
@@ -128,7 +128,7 @@ def told_damage(what: str) -> Iterator[None]:
 def reason(error: Exception) -> str:
     """Say what is wrong with records that led to this error."""
     if isinstance(error, ValidationError):
-        return f"other settings than today's ({error_message(error)})"
+        return f"other settings than today's ({error_message(error, Settings)})"
     if isinstance(error, KeyError):
         return f"its records have no {error.args[0]!r}"
     return f"its records are not as expected ({error})"

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 
+from incubate_lib.config.errors import SettingsError, error_message, nearest
 from incubate_lib.config.files import read_yaml
-from incubate_lib.config.models import PhaseName, error_message
-from incubate_lib.config.sections import Frozen, Positive, SettingsError, nearest
+from incubate_lib.config.phase import PhaseName
+from incubate_lib.config.sections import Frozen, Positive
 
 TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", re.ASCII)
 # line ends of every kind, and what nobody needs
