@@ -2,13 +2,19 @@
 
 import os
 import tempfile
+from multiprocessing import forkserver
+from pathlib import Path
 
 os.environ["INCUBATE_DATA"] = tempfile.mkdtemp(prefix="incubate-tests-")
 os.environ["OMP_NUM_THREADS"] = "1"  # workers run side by side, and sums come out the same in every process
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent / "hooks"), os.environ.get("PYTHONPATH")])
+)
 
 import pytest
 import torch
 
+from incubate_lib.pipeline import warm
 from incubate_lib.training import facts
 
 torch.set_num_threads(1)
@@ -58,6 +64,16 @@ def counted_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(facts, "count", counted)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_warm_process():
+    """All forks of this process are of the one that imports everything, whoever asks for one first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forkserver._forkserver, "_preload_modules", warm.PRELOAD)
+        patch.setattr(forkserver._forkserver, "set_forkserver_preload", lambda modules: None)
+        patch.setattr(forkserver, "set_forkserver_preload", lambda modules: None)
         yield
 
 

@@ -24,7 +24,6 @@ from incubate_lib.training.runs import MNTK, PhaseFolder, read_json
 from incubate_lib.training.team import ALONE, Team
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
 # everything at once: accumulation, moving average, mixup and cutmix, drop-path (preset), shift, clipping, odd evaluation
 EVERYTHING = [
     "training.micro_batch=4", "training.ema=0.95", "training.mixup=0.4", "training.cutmix=0.5", "training.epochs=12",

@@ -34,7 +34,6 @@ from incubate_lib.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("resume")  # one process, so that what is compared with is trained once
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
 # everything random is on: drop-path (preset), mixup (numpy's generator), shift (torch's)
 OVERRIDES = [
     "training.epochs=4",
