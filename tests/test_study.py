@@ -5,14 +5,13 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import command_line
 import pandas as pd
 import pytest
-from patience import HANG, Hooks
+from patience import Hooks, wait_for
 
 from incubate_lib.config import SettingsError
 from incubate_lib.config.study import COLUMNS, load_study, studies
@@ -43,10 +42,7 @@ rates: {values: [1e-3, 4e-3], seeds: [7], at: {budget: half}}
 
 
 def incubate(*arguments, folder):
-    env = os.environ | {"INCUBATE_DATA": str(folder), "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "incubate_lib.cli", *arguments], capture_output=True, text=True, env=env, timeout=HANG
-    )
+    return command_line.incubate(*arguments, env=os.environ | {"INCUBATE_DATA": str(folder), "COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +121,11 @@ def test_stopped_in_the_middle_it_goes_on_and_ends_in_the_same_numbers(trained, 
     file.write_text(STUDY.replace("strategies: [end_to_end, deep_incubation, growing]", "strategies: [deep_incubation]"))
     hooks.hold("incubate-2", 0)  # so that it is not done before it is told to stop
     env = os.environ | hooks.env | {"INCUBATE_DATA": str(tmp_path)}
-    command = [sys.executable, "-m", "incubate_lib.cli", "study", str(file), "--jobs", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
-        for line in process.stdout:
-            if "module 1 of 3" in line:
-                break
-        asked = incubate("study", str(file), "--stop", folder=tmp_path)
-        rest = process.stdout.read()
-    assert process.returncode == 130 and "Stopped." in rest and "asked to stop" in asked.stdout
+    begun = command_line.Begun("study", str(file), "--jobs", "2", env=env)
+    wait_for(lambda: "module 1 of 3" in begun.output, "a module to be trained")
+    asked = incubate("study", str(file), "--stop", folder=tmp_path)
+    result = begun.end()
+    assert result.returncode == 130 and "Stopped." in result.stdout and "asked to stop" in asked.stdout
     assert not (tmp_path / "studies" / "trial.csv").exists()
     assert incubate("study", str(file), "--jobs", "2", folder=tmp_path).returncode == 0
     for table in ("trial.csv", "trial_rates.csv"):
