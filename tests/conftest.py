@@ -1,18 +1,21 @@
 """Every test run has a data folder of its own: nothing of the user's is read or touched."""
 
 import os
+import sys
 import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ["INCUBATE_DATA"] = tempfile.mkdtemp(prefix="incubate-tests-")
 os.environ["OMP_NUM_THREADS"] = "1"  # workers run side by side, and sums come out the same in every process
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(Path(__file__).parent / "hooks"), os.environ.get("PYTHONPATH")])
-)
+# pytest-xdist's processes have it in common
+os.environ["TEST_COUNTS"] = os.environ.get("TEST_COUNTS") or tempfile.mkdtemp(prefix="incubate-counts-")
+sys.path.append(str(Path(__file__).parent / "hooks"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[-1], os.environ.get("PYTHONPATH")]))
 
 import pytest
 import torch
+from counted import once
 
 from incubate_lib.pipeline import warm
 from incubate_lib.training import facts
@@ -49,21 +52,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def counted_once():
-    """FLOPs are counted once in each process for the same networks and strategies: that takes seconds, and nearly every test
-    plans the preset smoke anew, in a data folder of its own."""
-    known, count = {}, facts.count
-
-    def counted(settings, num_images, num_classes):
-        about = settings.model_dump_json(exclude={"name", "description", "training", "phases", "run", "machine"})
-        key = about, num_images, num_classes
-        if any(strategy.weights for strategy in settings.strategies.values()):  # a file, which may change
-            return count(settings, num_images, num_classes)
-        if key not in known:
-            known[key] = count(settings, num_images, num_classes)
-        return known[key].model_copy(deep=True)
-
+    """As in the processes that tests start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(facts, "count", counted)
+        patch.setattr(facts, "count", once(facts.count))
         yield
 
 

@@ -7,8 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import command_line
+import numpy as np
 import pandas as pd
 import pytest
 from patience import Hooks, wait_for
