@@ -28,7 +28,6 @@ from incubate_lib.pipeline import execution, study
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.pipeline.view import node_line
 from incubate_lib.training import loop, phases
-from incubate_lib.training.facts import Facts
 from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, Stopped, read_json
 from incubate_lib.training.trainer import Trainer
 
@@ -189,29 +188,20 @@ def flip(blob: bytes) -> bytes:
     return blob[:middle] + bytes([blob[middle] ^ 1]) + blob[middle + 1 :]
 
 
+FREQUENT = ["machine.checkpoint_seconds=0.0", "phases.meta.epochs=0.5", "phases.meta.warmup_epochs=0"]  # of 6 steps
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """A meta model trained without interruption, in a data folder that the damaged ones copy their facts from."""
+    """A meta model trained without interruption."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INCUBATE_DATA", str(tmp_path_factory.mktemp("sound")))
-        node = open_phase("meta", "smoke", FREQUENT, seed=5)
-        return node.run(), node.experiment.path / "experiment.json"
-
-
-FREQUENT = ["machine.checkpoint_seconds=0.0"]
-
-
-def plan_as(known: Path, data_folder: Path) -> None:
-    """Take over what planning has measured before."""
-    (data_folder / "runs" / known.parent.name).mkdir(parents=True)
-    shutil.copy(known, data_folder / "runs" / known.parent.name)
+        return open_phase("meta", "smoke", FREQUENT, seed=5).run()
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("both", [False, True], ids=["newest", "both"])
 def test_a_damaged_checkpoint_is_named_and_what_is_sound_is_used(damage, both, sound, data_folder, capsys):
-    expected, known = sound
-    plan_as(known, data_folder)
     with pytest.MonkeyPatch.context() as patch:
         folder = stop_after_checkpoints(open_phase("meta", "smoke", FREQUENT, seed=5), patch, 3)
     DAMAGE[damage](folder.path / "checkpoint.pt")
@@ -222,7 +212,7 @@ def test_a_damaged_checkpoint_is_named_and_what_is_sound_is_used(damage, both, s
     output = capsys.readouterr().out
     assert "checkpoint.pt is not sound" in output and ("checkpoint.previous.pt is not sound" in output) == both
     assert ("resumed_at" in folder.status()) == (not both)
-    assert summary["weights_sha256"] == expected["weights_sha256"]
+    assert summary["weights_sha256"] == sound["weights_sha256"]
 
 
 def test_finished_phases_are_only_read(data_folder, monkeypatch):
@@ -346,9 +336,8 @@ LOSS = {
 }
 
 
-def test_a_result_without_whole_weights_is_not_finished_and_is_made_again(sound, data_folder, capsys):
+def test_a_result_without_whole_weights_is_not_finished_and_is_made_again(data_folder, capsys):
     """Everybody who asks is told the same, and what needs the weights gets them."""
-    plan_as(sound[1], data_folder)
     node = open_phase("incubate", "smoke", module_index=0)
     meta = node.inputs["meta"]
     first = meta.run()
@@ -432,10 +421,10 @@ def test_jobs_are_submitted_for_what_starts_from_a_phase_trained_again(data_fold
     assert names == [f"{todo.experiment.path.name}/{key}" for key in keys]
 
 
-def test_a_report_of_what_is_not_finished_is_not_taken_for_whole(sound, data_folder):
+def test_a_report_of_what_is_not_finished_is_not_taken_for_whole(data_folder):
     """A phase may come to disagree with its input behind the back of a run."""
-    plan_as(sound[1], data_folder)
     todo = plan(load_settings("smoke"), ["end_to_end"])
+    todo.experiment.create()
     for name in ("06_analysis.ipynb", "report.html"):
         (todo.experiment.path / name).touch()
     (todo.experiment.path / "analysed.json").write_text('{"end_to_end 0": "0123"}')
@@ -443,31 +432,26 @@ def test_a_report_of_what_is_not_finished_is_not_taken_for_whole(sound, data_fol
 
 
 def test_a_damaged_config_does_not_cost_the_checkpoints(sound, data_folder, capsys):
-    expected, known = sound
-    plan_as(known, data_folder)
     with pytest.MonkeyPatch.context() as patch:
         folder = stop_after_checkpoints(open_phase("meta", "smoke", FREQUENT, seed=5), patch, 3)
     whole = (folder.path / "config.json").read_bytes()
     (folder.path / "config.json").write_bytes(whole[: len(whole) // 2])
-    assert open_phase("meta", "smoke", FREQUENT, seed=5).run()["weights_sha256"] == expected["weights_sha256"]
+    assert open_phase("meta", "smoke", FREQUENT, seed=5).run()["weights_sha256"] == sound["weights_sha256"]
     assert folder.status()["resumed_at"] > 0 and "config.json is damaged" in capsys.readouterr().out
     assert (folder.path / "config.json").read_bytes() == whole
     assert folder.metrics()[0]["step"] == 0
 
 
 def test_a_damaged_config_beside_checkpoints_of_another_phase_means_a_new_start(sound, data_folder):
-    expected, known = sound
-    plan_as(known, data_folder)
     with pytest.MonkeyPatch.context() as patch:
         other = stop_after_checkpoints(open_phase("meta", "smoke", FREQUENT, seed=6), patch, 3)
     node = open_phase("meta", "smoke", FREQUENT, seed=5)
     shutil.copytree(other.path, node.folder.path)
     (node.folder.path / "config.json").write_text("{")
-    assert node.run()["weights_sha256"] == expected["weights_sha256"] and "resumed_at" not in node.folder.status()
+    assert node.run()["weights_sha256"] == sound["weights_sha256"] and "resumed_at" not in node.folder.status()
 
 
-def test_a_finished_phase_without_its_config_is_left_as_it_is(sound, data_folder):
-    plan_as(sound[1], data_folder)
+def test_a_finished_phase_without_its_config_is_left_as_it_is(data_folder):
     node = open_phase("meta", "smoke")
     node.run()
     (node.folder.path / "config.json").write_text("")
@@ -478,9 +462,9 @@ def test_a_finished_phase_without_its_config_is_left_as_it_is(sound, data_folder
 
 
 @pytest.mark.parametrize("cut", [b'{"step": 0, "epo', b"\xff" + bytes(20)], ids=["half", "no text"])
-def test_a_line_cut_short_by_a_kill_is_not_glued_to_the_next(cut, sound, data_folder):
+def test_a_line_cut_short_by_a_kill_is_not_glued_to_the_next(cut, data_folder):
     settings = load_settings("smoke", ["mat.probe=4", "mat.warmup_epochs=0.5", "phases.end_to_end.epochs=1"])
-    node = plan(settings, ["mat"], facts=Facts.model_validate(read_json(sound[1])["facts"])).nodes[0]
+    node = plan(settings, ["mat"]).nodes[0]
     with contextlib.suppress(KeyboardInterrupt), node.folder.claim(node.settings):
         for file in (METRICS, MNTK):
             (node.folder.path / file).write_bytes(cut)
