@@ -1,5 +1,6 @@
 """Every test run has a data folder of its own: nothing of the user's is read or touched."""
 
+import functools
 import os
 import sys
 import tempfile
@@ -32,7 +33,7 @@ FIRST = (
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items, config):
     """Notebooks share one process, because later ones use what earlier ones trained.
 
     A wrapper, because it has to come before pytest-xdist reads the groups.
@@ -46,8 +47,20 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.suffix == ".ipynb":
             item.add_marker(pytest.mark.xdist_group("notebooks"))
+            item.runtest = functools.partial(in_a_warm_kernel, item.runtest)
+            config.option.nbmake_kernel = "warm"
     items.sort(key=rank)
     return (yield)
+
+
+def in_a_warm_kernel(runtest) -> None:
+    """Run a notebook in a fork of this process's warm one."""
+    forkserver.set_forkserver_preload(warm.PRELOAD)
+    forkserver.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEST_WARM", forkserver._forkserver._forkserver_address)
+        patch.setenv("JUPYTER_PATH", str(Path(__file__).parent / "hooks"))  # where the kernel is described
+        runtest()
 
 
 @pytest.fixture(scope="session", autouse=True)
