@@ -1,4 +1,4 @@
-"""A kernel for nbmake that imports nothing anew: a fork of the warm process whose address is in $TEST_WARM; this one waits for it.
+"""A kernel for nbmake that imports nothing anew: a fork of the warm process at $TEST_WARM, which is waited for here.
 
 python -m warm_kernel CONNECTION_FILE
 """
