@@ -9,16 +9,9 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from incubate_lib.method.incubation import make_hybrid
-from incubate_lib.method.mntk import (
-    effective_rank,
-    kernel_by_definition,
-    modular_kernels,
-    normalised,
-    principal_eigenvalues,
-    probe_bytes,
-    spectrum,
-)
+from incubate_lib.method.mntk import kernel_by_definition, modular_kernels, probe_bytes
 from incubate_lib.method.partition import split
+from incubate_lib.method.spectra import effective_rank, normalised, principal_eigenvalues, spectrum
 from incubate_lib.method.units import Unit, count_units, find_units
 
 
