@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 # What takes longest starts first, so that no process ends long after the other: groups, which stay in one process, then
 # files whose tests go to any. (pyproject.toml has pytest-xdist keep this order.)
 FIRST = (
-    "notebooks", "slurm", "chain", "presets", "study", "resume", "damage", "strategies", "torchrun", "watch", "look", "mirror",
+    "notebooks", "slurm", "chain", "presets", "study", "resume", "test_remade", "damage", "strategies", "torchrun", "watch", "look", "mirror",
     "test_lab", "test_devices", "test_oracle", "test_training",
 )  # fmt: skip
 
