@@ -3,14 +3,13 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+import command_line
 import pytest
 import torch
-from patience import HANG, Hooks, join, wait_for
+from patience import Hooks, join, wait_for
 from torch import distributed as dist
 
 from incubate_lib.config import MachineSettings, SettingsError, TrainingSettings, load_settings
@@ -24,7 +23,6 @@ from incubate_lib.training.runs import MNTK, PhaseFolder, read_json
 from incubate_lib.training.team import ALONE, Team
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
 # everything at once: accumulation, moving average, mixup and cutmix, drop-path (preset), shift, clipping, odd evaluation
 EVERYTHING = [
     "training.micro_batch=4", "training.ema=0.95", "training.mixup=0.4", "training.cutmix=0.5", "training.epochs=12",
@@ -327,8 +325,8 @@ def test_the_number_of_devices_is_no_part_of_a_phases_identity(data_folder):
 @pytest.mark.xdist_group("torchrun")
 def test_the_command_line_trains_on_two_devices_through_the_notebook(tmp_path):
     environment = os.environ | {"INCUBATE_DATA": str(tmp_path), "COLUMNS": "200"}
-    command = [str(Path(sys.executable).parent / "incubate"), "run", "smoke", "--devices", "2", "--strategies", "end_to_end"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG)
+    what = ["run", "smoke", "--devices", "2", "--strategies", "end_to_end"]
+    result = command_line.incubate(*what, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     folder = PhaseFolder(tmp_path / "runs" / "smoke" / "seed-0" / "end_to_end")  # the plain name: devices make no variant
     assert folder.summary()["devices"] == 2 and (folder.path / "notebook.ipynb").exists()

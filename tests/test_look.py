@@ -7,7 +7,6 @@ import ipywidgets
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from layouts import write_folder
 
 from incubate_lib.config import SettingsError, data_folder, load_settings
@@ -15,7 +14,7 @@ from incubate_lib.pipeline.recorded import recorded_plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live import browser, representations, runs
 from incubate_lib.report.live.hybrids import Hybrids, hybrid_viewer
-from incubate_lib.report.live.representations import CASES, disagreements, linear_cka, similarity
+from incubate_lib.report.live.representations import CASES, disagreements, similarity
 from incubate_lib.report.style import Figure
 from incubate_lib.report.tables.phases import settings_difference
 from incubate_lib.report.tables.records import from_plan
@@ -53,36 +52,6 @@ def recorded(done):
 
 def drawn(figure: Figure) -> bool:
     return figure._repr_png_().startswith(b"\x89PNG")
-
-
-# -- similarity ---------------------------------------------------------------------------------------------------------------
-
-
-def test_cka_is_that_of_its_definition():
-    generator = torch.Generator().manual_seed(0)
-    x, noise = torch.randn(2, 40, 6, 3, generator=generator, dtype=torch.float64)
-    rotation = torch.linalg.qr(torch.randn(18, 18, generator=generator, dtype=torch.float64)).Q
-    stretched = x.flatten(1) * torch.logspace(-2, 2, 18, dtype=torch.float64)
-    assert linear_cka(x, x) == pytest.approx(1)
-    assert linear_cka(x, 7 * (x.flatten(1) @ rotation) + 3) == pytest.approx(1), "rotations, multiples, shifts change nothing"
-    assert linear_cka(x, stretched) < 0.9, "other linear maps do"
-    assert linear_cka(x, noise) == pytest.approx(linear_cka(noise, x)) and abs(linear_cka(x, noise)) < 0.25
-    assert np.isnan(linear_cka(x, torch.ones(40, 2)))
-
-
-def test_unrelated_features_are_not_alike_however_wide_they_are():
-    x, y = torch.randn(2, 64, 2000, generator=torch.Generator().manual_seed(1))
-    assert abs(linear_cka(x, y)) < 0.05
-    whole = linear_cka(x, x + y)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(representations, "PIECE", 300)
-        assert linear_cka(x, x + y) == pytest.approx(whole), "whatever the pieces in which it is added up"
-
-
-@pytest.mark.parametrize(("n", "m"), [(3, 3), (10, 9)])
-def test_cka_takes_enough_of_the_same_images(n, m):
-    with pytest.raises(ValueError, match=f"{n} and {m} images"):
-        linear_cka(torch.randn(n, 5), torch.randn(m, 5))
 
 
 def test_an_identity_start_without_a_step_is_its_meta_module(done):
