@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from incubate_lib.config import DataSettings, MachineSettings, TrainingSettings, load_settings, presets
+from incubate_lib.phases.networks import model_shape
 from incubate_lib.training.data import ImageSet
 from incubate_lib.training.order import Order
-from incubate_lib.training.phases import model_shape
 from incubate_lib.training.stream import StreamedSet
 
 FIELDS = ("randaugment", "color_jitter", "erase", "hflip", "shift")  # of a recipe, that decide how an image is augmented

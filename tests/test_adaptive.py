@@ -15,6 +15,7 @@ from incubate_lib.method.incubation import make_hybrid
 from incubate_lib.method.mat import PartialUpdates
 from incubate_lib.method.partition import split
 from incubate_lib.method.units import find_units
+from incubate_lib.phases.recipes import load_trained
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.export import export
 from incubate_lib.report.tables import mat as report_mat
@@ -22,7 +23,6 @@ from incubate_lib.report.tables import plots
 from incubate_lib.training import adaptive
 from incubate_lib.training.costs import all_products, executed_flops_per_image, train_flops_per_image
 from incubate_lib.training.data import load_data
-from incubate_lib.training.phases import load_trained
 from incubate_lib.training.trainer import Trainer, make_optimizer
 
 # -- updates --------------------------------------------------------------------------------------------------------------

@@ -24,17 +24,18 @@ from incubate_lib.backends.slurm import queue as slurm
 from incubate_lib.backends.slurm.settings import SlurmSettings
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.config.study import load_study
+from incubate_lib.phases import train as phases
 from incubate_lib.pipeline import execution, study
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.pipeline.view import node_line
-from incubate_lib.training import loop, phases
+from incubate_lib.training import loop
 from incubate_lib.training.facts import Facts
 from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, Stopped, read_json
 from incubate_lib.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("resume")  # one process, so that what is compared with is trained once
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
+context.set_forkserver_preload(["incubate_lib.phases.run", "torch._dynamo"])
 # everything random is on: drop-path (preset), mixup (numpy's generator), shift (torch's)
 OVERRIDES = [
     "training.epochs=4",
@@ -230,7 +231,7 @@ def test_finished_phases_are_only_read(data_folder, monkeypatch):
     node = open_phase("meta", "smoke")
     first = node.run()
     files = {p: p.stat().st_mtime_ns for p in node.folder.path.iterdir()}
-    monkeypatch.setattr("incubate_lib.training.phases.fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("incubate_lib.phases.train.fit", lambda *a, **k: pytest.fail("trained again"))
     assert open_phase("meta", "smoke").run() == first
     assert {p: p.stat().st_mtime_ns for p in node.folder.path.iterdir()} == files
 

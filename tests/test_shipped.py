@@ -13,9 +13,9 @@ from patience import join
 from shrunk import BATCH, EPOCHS, MICRO, shrunk, write_images
 
 from incubate_lib.config import load_settings, presets
+from incubate_lib.phases.networks import model_shape
 from incubate_lib.pipeline import execution
 from incubate_lib.training.data import load_data
-from incubate_lib.training.phases import model_shape
 from incubate_lib.training.runs import read_json
 
 MAY_SHRINK = (

@@ -24,8 +24,8 @@ def presets(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """Open every image of a preset's data and name those that cannot be read."""
     from incubate_lib.config import load_settings
+    from incubate_lib.phases.networks import model_shape
     from incubate_lib.training.data import labels_of, load_data, unused_classes, unused_in_words
-    from incubate_lib.training.phases import model_shape
     from incubate_lib.training.stream import Checked, StreamedSet
 
     settings = load_settings(options.preset, options.set)
@@ -49,7 +49,7 @@ def check(options: argparse.Namespace) -> int:
 
 def import_(options: argparse.Namespace) -> int:
     """Turn a released checkpoint, or K with one target module each, into a folder that timm loads."""
-    from incubate_lib.training.released import import_released
+    from incubate_lib.phases.released import import_released
 
     settings, depths = import_released(options.files, options.folder, name=options.model, num_heads=options.num_heads)
     model = settings.model_dump(exclude_unset=True, exclude={"depth"} | ({"options"} if not settings.options else set()))

@@ -42,8 +42,8 @@ def _kind_of(phase: PhaseSettings) -> str:
 
 def measure(settings: Settings) -> Facts:
     """Read the images, build the networks on the meta device and count; SettingsError if they do not fit together."""
+    from incubate_lib.phases.networks import model_shape
     from incubate_lib.training.data import labels_of, load_data, unused_classes
-    from incubate_lib.training.phases import model_shape
 
     shape = model_shape(settings.model)
     train, _ = load_data(settings.data, shape=shape, machine=settings.machine)
@@ -76,8 +76,8 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
 
     from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
     from incubate_lib.method.units import count_units
+    from incubate_lib.phases.networks import build_model, build_parts, model_shape
     from incubate_lib.training.costs import FlopCounts
-    from incubate_lib.training.phases import build_model, build_parts, model_shape
 
     shape = model_shape(settings.model)
     with torch.device("meta"):
@@ -156,8 +156,8 @@ def _small_images(
     """
     import torch
 
+    from incubate_lib.phases.networks import build_model
     from incubate_lib.training.costs import FlopCounts
-    from incubate_lib.training.phases import build_model
 
     sizes, flops, unsupported = {}, {}, {}
     for name, strategy in settings.strategies.items():
@@ -208,8 +208,8 @@ def _unsupported_units(model: Any, kinds: Iterable[str], shape: tuple[int, int, 
 
 def _weights(settings: Settings, num_classes: int, target_depths: list[int], meta_depths: list[int]) -> dict[str, str]:
     """Return the SHA-256 of each file of weights that a strategy starts from; SettingsError for one that does not fit."""
-    from incubate_lib.training.phases import build_model
-    from incubate_lib.training.weights import load_into, sha256, weights_file
+    from incubate_lib.phases.networks import build_model
+    from incubate_lib.phases.weights import load_into, sha256, weights_file
 
     weights = {}
     for name, strategy in settings.strategies.items():

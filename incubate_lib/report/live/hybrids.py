@@ -15,6 +15,8 @@ from matplotlib.patches import Patch
 
 from incubate_lib.config import PhaseSettings, Settings, SettingsError
 from incubate_lib.method.incubation import Imitation
+from incubate_lib.phases.networks import build_target, model_shape
+from incubate_lib.phases.recipes import prepare
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.style import PAPER, Figure, filling, trained_and_frozen
@@ -22,7 +24,6 @@ from incubate_lib.report.widgets import or_sentence, with_picture, with_twin
 from incubate_lib.report.words import label
 from incubate_lib.training.costs import FlopCounts
 from incubate_lib.training.memory import StepMemory, memory_by_part
-from incubate_lib.training.phases import build_target, model_shape, prepare
 from incubate_lib.training.schedule import micro_batches
 
 KINDS = {  # of memory → name, colour, hatch

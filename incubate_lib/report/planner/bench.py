@@ -44,7 +44,7 @@ def doubts(table: pd.DataFrame) -> list[str]:
 
 
 def bench_table(table: pd.DataFrame) -> Table:
-    """Return the rows of `training.bench.bench` as a table: medians over rounds, in brackets the extremes."""
+    """Return the rows of `phases.bench.bench` as a table: medians over rounds, in brackets the extremes."""
     cells = {
         "": table["variant"].map(label),
         "images/s": (table["batch"] / table["step_seconds"]).map("{:,.1f}".format),
@@ -59,7 +59,7 @@ def bench_table(table: pd.DataFrame) -> Table:
 
 
 def growth_table(table: pd.DataFrame) -> Table:
-    """Return the rows of `training.bench.growth` as a table."""
+    """Return the rows of `phases.bench.growth` as a table."""
     cells = {
         "size": [f"{row.size} {SERIES[row.series]}" for row in table[["series", "size"]].itertuples(index=False, name="Row")],
         "": table["variant"].map(label),
@@ -172,7 +172,7 @@ def growth_in_words(table: pd.DataFrame) -> list[str]:
 def growth(table: pd.DataFrame) -> Figure:
     """Draw the measured time of a step against its counted FLOPs, over depth and over image size, both axes logarithmic.
 
-    `table` has the rows of `training.bench.growth`. Bars span the rounds; the grey line has slope 1.
+    `table` has the rows of `phases.bench.growth`. Bars span the rounds; the grey line has slope 1.
     """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     series = table["series"].unique()

@@ -26,10 +26,12 @@ from incubate_lib.config import (
     TrainingSettings,
 )
 from incubate_lib.method.incubation import Hybrid
+from incubate_lib.phases.counts import IMAGENET, count_images
+from incubate_lib.phases.networks import build_model, model_shape
+from incubate_lib.phases.recipes import prepare
 from incubate_lib.training.costs import train_flops_per_image
-from incubate_lib.training.counts import IMAGENET, count_images
 from incubate_lib.training.data import ImageSet
-from incubate_lib.training.phases import build_model, model_shape, pick_device, prepare, provenance, repeat_exactly
+from incubate_lib.training.device import pick_device, provenance, repeat_exactly
 from incubate_lib.training.schedule import micro_batches
 from incubate_lib.training.stopwatch import Variant, measure, peak_flops, yardstick
 from incubate_lib.training.trainer import Trainer, autocast, compiled, make_optimizer
