@@ -8,21 +8,16 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# Nominal dense TFLOP/s (bfloat16 with tensor cores, float32 without) from NVIDIA's data sheets and its Ampere, Ada and
-# Hopper white papers; what they give "with sparsity" is halved. The first that stands in the device's name counts.
-PEAKS = {
-    "B200": (2250, 75), "GH200": (989, 67), "H200": (989, 67), "H100 PCIe": (756, 51.2), "H100 NVL": (835, 60),
-    "H100": (989, 67), "A100": (312, 19.5), "A40": (149.7, 37.4), "A30": (165, 10.3), "A10": (125, 31.2),
-    "RTX A6000": (154.8, 38.7), "L40S": (362, 91.6), "L40": (181, 90.5), "L4": (121, 30.3), "RTX 4090": (165.2, 82.6),
-    "RTX 3090": (71, 35.6), "V100": (None, 15.7), "T4": (None, 8.1),
-}  # fmt: skip
+PEAKS = yaml.safe_load(Path(__file__).with_name("peaks.yaml").read_text())  # TFLOP/s of GPUs: bfloat16, float32
 PIECE_SECONDS = 0.3  # steps are timed in pieces of at least that long
 WARMUP_STEPS = 3  # not counted; on a CPU a slow step needs only one
 SLOW_SECONDS = 2.0
