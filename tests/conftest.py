@@ -9,7 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # workers run side by side, and sums come o
 import pytest
 import torch
 
-from incubate_lib.training import facts
+from incubate_lib.phases import facts
 
 torch.set_num_threads(1)
 

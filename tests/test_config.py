@@ -33,8 +33,8 @@ from incubate_lib.config import (
 )
 from incubate_lib.config.files import read_yaml, yaml_value
 from incubate_lib.config.study import load_study
+from incubate_lib.phases.facts import count
 from incubate_lib.phases.networks import build_model
-from incubate_lib.training.facts import count
 
 RUN = ["run", "digits"]
 MAT = ["run", "mat-digits", "--strategies", "mat"]

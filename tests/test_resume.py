@@ -25,11 +25,11 @@ from incubate_lib.backends.slurm.settings import SlurmSettings
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.config.study import load_study
 from incubate_lib.phases import train as phases
+from incubate_lib.phases.facts import Facts
 from incubate_lib.pipeline import execution, study
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.pipeline.view import node_line
 from incubate_lib.training import loop
-from incubate_lib.training.facts import Facts
 from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, Stopped, read_json
 from incubate_lib.training.trainer import Trainer
 

@@ -19,10 +19,10 @@ from incubate_lib.method.partition import join, split
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.data import ImageSet, augment, load_data, shift
-from incubate_lib.training.device import provenance
 from incubate_lib.training.loop import evaluate, fit
 from incubate_lib.training.runs import PhaseFolder, Stopped
 from incubate_lib.training.schedule import derive_seed, lr_at, steps_per_epoch, total_steps
+from incubate_lib.training.team import provenance
 from incubate_lib.training.trainer import Trainer, compiled, make_optimizer
 
 

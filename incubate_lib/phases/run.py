@@ -10,9 +10,8 @@ from incubate_lib.config import SettingsError
 from incubate_lib.phases.job import Job
 from incubate_lib.phases.launch import train_on_devices
 from incubate_lib.phases.train import modified, train_phase
-from incubate_lib.training.device import pick_device
 from incubate_lib.training.runs import PhaseFolder
-from incubate_lib.training.team import Team
+from incubate_lib.training.team import Team, pick_device
 
 
 def run_phase(job: Job, stop_file: Path | None = None) -> dict[str, Any]:

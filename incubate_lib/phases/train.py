@@ -10,14 +10,13 @@ from incubate_lib.phases.job import Job
 from incubate_lib.phases.networks import model_shape
 from incubate_lib.phases.recipes import prepare
 from incubate_lib.training.data import load_data
-from incubate_lib.training.device import provenance, repeat_exactly
 from incubate_lib.training.lease import Lease
 from incubate_lib.training.loop import evaluate, fit
 from incubate_lib.training.runs import PhaseFolder, whose
 from incubate_lib.training.schedule import derive_seed
 from incubate_lib.training.scratch import stage
 from incubate_lib.training.stream import check_shared_memory
-from incubate_lib.training.team import Team
+from incubate_lib.training.team import Team, provenance, repeat_exactly
 from incubate_lib.training.trainer import Trainer
 
 NONE_DONE = ["steps", "images_seen", "distinct_images_per_epoch", "broken_images", "train_flops", "train_flops_executed"]

@@ -53,10 +53,10 @@ def export(
     `strategy`, or else the first finished one of Deep Incubation in the order of `run`, or the only finished one. Raises
     SettingsError when nothing fits that description, with what is finished, and when the folder is not free.
     """
+    from incubate_lib.phases.classes import class_names
     from incubate_lib.phases.networks import model_shape, timm_arguments
     from incubate_lib.phases.recipes import load_trained
     from incubate_lib.phases.weights import check_free, save_timm
-    from incubate_lib.training.classes import class_names
     from incubate_lib.training.data import load_data
 
     folder = check_free(folder)

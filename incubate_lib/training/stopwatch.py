@@ -71,15 +71,21 @@ def _row(variant: Variant, times: list[dict[Variant, float]], matmul: Variant) -
     own, product = ([of[which] for of in times] for which in (variant, matmul))
     other = variant.against
     ratios = [of[variant] / of[other] for of in times] if other else [math.nan]
-    median = statistics.median
-    return {
-        "variant": variant.name, "rounds": len(own), "steps_a_round": variant.steps, "step_seconds": median(own),
-        "step_seconds_min": min(own), "step_seconds_max": max(own), "step_flops": variant.flops,
-        "flops_per_second": variant.flops / median(own), "matmul_flops_per_second": matmul.flops / median(product),
-        "share_of_matmul": median(variant.flops / t * p / matmul.flops for t, p in zip(own, product, strict=True)),
-        "peak_memory_bytes": variant.memory, "against": other.name if other else None, "ratio": median(ratios),
-        "ratio_min": min(ratios), "ratio_max": max(ratios), "flops_ratio": variant.flops / other.flops if other else math.nan,
-    }  # fmt: skip
+    shares = [variant.flops / t * p / matmul.flops for t, p in zip(own, product, strict=True)]
+    numbers = {"variant": variant.name, "rounds": len(own), "steps_a_round": variant.steps, "step_flops": variant.flops}
+    speeds = {
+        "flops_per_second": variant.flops / statistics.median(own),
+        "matmul_flops_per_second": matmul.flops / statistics.median(product),
+        "share_of_matmul": statistics.median(shares),
+        "peak_memory_bytes": variant.memory,
+        "against": other.name if other else None,
+        "flops_ratio": variant.flops / other.flops if other else math.nan,
+    }
+    return numbers | _spread("step_seconds", own) | speeds | _spread("ratio", ratios)
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def yardstick(device: torch.device, precision: str) -> Variant:

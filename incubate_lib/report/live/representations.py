@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from incubate_lib.config import SettingsError
 from incubate_lib.method.partition import ViTModule, split
+from incubate_lib.phases.classes import class_names
 from incubate_lib.phases.recipes import load_trained, prepare
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.report.style import Figure
 from incubate_lib.report.words import BASELINE, label
-from incubate_lib.training.classes import class_names
 from incubate_lib.training.data import ImageSet
-from incubate_lib.training.device import pick_device
 from incubate_lib.training.stream import StreamedSet
+from incubate_lib.training.team import pick_device
 from incubate_lib.training.trainer import autocast
 
 BATCH = 64  # images at a time through a network

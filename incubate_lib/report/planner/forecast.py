@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 
 from incubate_lib.config import PhaseSettings, Settings, SettingsError, load_settings, nearest, presets
-from incubate_lib.phases.counts import Images, count_images
+from incubate_lib.phases.facts import Facts, count
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest, remaining
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.planner.memory import kind_of, step_memory_of
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import places
 from incubate_lib.report.tables.records import Results
-from incubate_lib.training.facts import Facts, count
+from incubate_lib.training.counts import Images, count_images
 from incubate_lib.training.schedule import micro_batches, total_steps
 from incubate_lib.training.stopwatch import PEAKS, peak_flops
 

@@ -8,13 +8,13 @@ from typing import Any
 import pandas as pd
 
 from incubate_lib.config import SettingsError
-from incubate_lib.phases.counts import Images, count_images
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.report.planner.forecast import DEVICE, SHARE, Forecast, forecast, open_plan, open_settings, stated_speed
 from incubate_lib.report.style import Figure
 from incubate_lib.report.tables.hardware import MIXED
 from incubate_lib.report.widgets import or_sentence, with_twin
 from incubate_lib.report.words import flop_unit, label, phase_name
+from incubate_lib.training.counts import Images, count_images
 from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
 PHASE_LOOKS = {  # Okabe and Ito's colours, and a pattern for those who do not see them

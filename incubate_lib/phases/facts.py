@@ -62,7 +62,7 @@ def measure(settings: Settings) -> Facts:
 
 def _check_classes(settings: Settings, num_classes: int) -> None:
     """Raise SettingsError where weights to start from have the same classes as the images, in another order."""
-    from incubate_lib.training.classes import check_order, class_names, label_names
+    from incubate_lib.phases.classes import check_order, class_names, label_names
 
     for name, strategy in settings.strategies.items():
         if strategy.weights and (known := label_names(strategy.weights)):
