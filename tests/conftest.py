@@ -18,8 +18,8 @@ import pytest
 import torch
 from counted import once
 
+from incubate_lib.phases import facts
 from incubate_lib.pipeline import warm
-from incubate_lib.training import facts
 
 torch.set_num_threads(1)
 

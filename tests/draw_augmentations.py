@@ -14,7 +14,7 @@ from incubate_lib.data.folders import Source
 from incubate_lib.data.order import Order
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.data.stream import StreamedSet
-from incubate_lib.training.phases import model_shape
+from incubate_lib.phases.networks import model_shape
 
 FIELDS = ("randaugment", "color_jitter", "erase", "hflip", "shift")  # of a recipe, that decide how an image is augmented
 BATCH = 50

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from incubate_lib.training import phases
+from incubate_lib.phases import train as phases
 from incubate_lib.training.runs import PhaseFolder, Stopped
 
 

@@ -207,7 +207,7 @@ def test_counted_flops_are_those_of_the_real_step(kind, stop_error):
             trainer.step(step)
         assert counter.get_total_flops() == 8 * trainer.flops_now()
         assert trainer.flops_now() == full if active.all() else trainer.flops_now() < full
-    assert trainer.flops < 4 * 8 * full
+    assert trainer.counts.flops < 4 * 8 * full
 
 
 def test_a_resting_head_saves_its_rows_of_the_weight_gradient_and_nothing_else():
@@ -268,7 +268,7 @@ def test_what_the_device_executes_is_counted_beside_it(kind, precision):
         assert counter.get_total_flops() == 8 * trainer.executed_now()
     executed, flops = trainer.executed_now(), trainer.flops_now()
     assert executed == flops if kind == "filters" else executed > flops
-    assert trainer.flops_executed == 8 * sum(trainer.executed_of.values())
+    assert trainer.counts.flops_executed == 8 * sum(trainer.executed_of.values())
 
 
 def test_fused_attention_computes_one_product_more():

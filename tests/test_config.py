@@ -24,8 +24,8 @@ from incubate_lib.config import (
 )
 from incubate_lib.config.files import read_yaml, yaml_value
 from incubate_lib.config.study import load_study
-from incubate_lib.training.facts import count
-from incubate_lib.training.phases import build_model
+from incubate_lib.phases.facts import count
+from incubate_lib.phases.networks import build_model
 
 
 @pytest.mark.parametrize("preset", presets())

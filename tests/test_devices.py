@@ -13,12 +13,14 @@ from patience import Hooks, join, wait_for
 from torch import distributed as dist
 
 from incubate_lib.config import MachineSettings, SettingsError, TrainingSettings, load_settings
+from incubate_lib.phases import launch
+from incubate_lib.phases.job import Job
+from incubate_lib.phases.launch import RankFailed
+from incubate_lib.phases.recipes import load_trained
+from incubate_lib.phases.train import train_phase
 from incubate_lib.pipeline.strategies import open_phase, plan
-from incubate_lib.training import launch
-from incubate_lib.training.launch import RankFailed
 from incubate_lib.training.lease import Lease
 from incubate_lib.training.loop import evaluate
-from incubate_lib.training.phases import load_trained, train_phase
 from incubate_lib.training.runs import MNTK, PhaseFolder, read_json
 from incubate_lib.training.team import ALONE, Team
 
@@ -47,23 +49,21 @@ def join_team(rank: int, devices: int, meeting: str) -> Team:
     return Team(rank, devices)
 
 
-def job_of(node) -> dict:
+def job_of(node) -> Job:
     """The job that a node would hand to its ranks."""
     node.folder.path.mkdir(parents=True, exist_ok=True)
-    inputs = {name: str(before.folder.path) for name, before in node.inputs.items()}
-    return {
-        "settings": node.settings.model_dump(mode="json", exclude_unset=True), "folder": str(node.folder.path),
-        "title": node.title, "about": {"inputs_sha256": {}}, "inputs": inputs, "flops_per_image": 1,
-        "expected": [node.experiment.facts.num_images, 4], "stop_files": {},
-        "lease": Lease.take(node.folder.path / "lease").number,
-        "machine": node.experiment.settings.machine.model_dump(mode="json"),
-    }  # fmt: skip
+    inputs = {name: before.folder.path for name, before in node.inputs.items()}
+    return Job(
+        settings=node.settings, folder=node.folder.path, title=node.title, about={"inputs_sha256": {}}, inputs=inputs,
+        flops_per_image=1, expected=(node.experiment.facts.num_images, 4), lease=Lease.take(node.folder.path / "lease").number,
+        machine=node.experiment.settings.machine,
+    )  # fmt: skip
 
 
-def rank_of_a_phase(rank: int, devices: int, meeting: str, job: dict) -> None:
+def rank_of_a_phase(rank: int, devices: int, meeting: str, job: Job) -> None:
     team = join_team(rank, devices, meeting) if devices > 1 else ALONE
     torch.set_num_threads(1)
-    train_phase(**job, team=team)
+    train_phase(job, team)
 
 
 def losses(folder: PhaseFolder) -> list[tuple]:
@@ -83,7 +83,7 @@ def test_two_devices_train_as_one(phase, tmp_path, monkeypatch):
         node = open_phase(phase, "smoke", [*EVERYTHING, "training.epochs=4", "training.eval_every=1"], module_index=index)
         job = job_of(node)
         if phase == "incubate":
-            job["inputs"] = {"meta": str(shared.folder.path)}
+            job = job.model_copy(update={"inputs": {"meta": shared.folder.path}})
         together(rank_of_a_phase, devices, str(tmp_path / f"meeting-{devices}"), job)
         nodes.append(node)
     one, two = (losses(node.folder) for node in nodes)
@@ -289,7 +289,7 @@ def test_a_rank_that_fails_ends_the_phase_with_its_traceback(tmp_path, data_fold
             Trainer.step = step
     """)
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     node = open_phase("meta", "smoke", ["machine.devices=2"])
     with pytest.raises(RankFailed, match="seed 0 meta: rank 1 of 2: OSError: the disk is on fire") as caught:
         node.run()

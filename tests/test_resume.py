@@ -15,9 +15,10 @@ from patience import join, wait_for
 from stopping import stop_after_checkpoints
 
 from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.phases import train as phases
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.strategies import open_phase, plan
-from incubate_lib.training import loop, phases
+from incubate_lib.training import loop
 from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, read_json
 from incubate_lib.training.trainer import Trainer
 
@@ -133,7 +134,7 @@ def test_finished_phases_are_only_read(data_folder, monkeypatch):
     node = open_phase("meta", "smoke")
     first = node.run()
     files = {p: p.stat().st_mtime_ns for p in node.folder.path.iterdir()}
-    monkeypatch.setattr("incubate_lib.training.phases.fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("incubate_lib.phases.train.fit", lambda *a, **k: pytest.fail("trained again"))
     assert open_phase("meta", "smoke").run() == first
     assert {p: p.stat().st_mtime_ns for p in node.folder.path.iterdir()} == files
 

@@ -10,8 +10,8 @@ from shrunk import BATCH, EPOCHS, MICRO, shrunk, write_images
 
 from incubate_lib.config import load_settings, presets
 from incubate_lib.data.sets import load_data
+from incubate_lib.phases.networks import model_shape
 from incubate_lib.pipeline import execution
-from incubate_lib.training.phases import model_shape
 from incubate_lib.training.runs import read_json
 
 MAY_SHRINK = (

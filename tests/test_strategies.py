@@ -13,11 +13,12 @@ from incubate_lib.config.study import load_study
 from incubate_lib.data.sets import load_data
 from incubate_lib.method.incubation import make_hybrid, make_imitation, start_module
 from incubate_lib.method.partition import join, split
+from incubate_lib.phases.networks import at_size
+from incubate_lib.phases.recipes import load_trained
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.tables.studies import published
 from incubate_lib.report.words import ISOLATES, label
-from incubate_lib.training.phases import at_size, load_trained
 
 pytestmark = pytest.mark.xdist_group("strategies")  # one process, so that the run of the fixture is made once
 CONTROLS = ["stacking", "growing", "random_modules", "imitation", "end_to_end_low_resolution"]

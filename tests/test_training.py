@@ -18,8 +18,8 @@ from incubate_lib.method.partition import join, split
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.loop import evaluate, fit
-from incubate_lib.training.phases import provenance
 from incubate_lib.training.runs import PhaseFolder, Stopped
+from incubate_lib.training.team import provenance
 from incubate_lib.training.trainer import Trainer, compiled, make_optimizer
 
 

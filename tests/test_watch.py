@@ -13,6 +13,7 @@ from patience import HANG, Hooks, wait_for
 from PIL import Image
 
 from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.phases.facts import measure
 from incubate_lib.pipeline.background import start_run, stop_run
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.strategies import plan
@@ -24,7 +25,6 @@ from incubate_lib.report.live.watch import find, watch
 from incubate_lib.report.style import Figure
 from incubate_lib.report.tables.records import published
 from incubate_lib.report.widgets import Sentence, Twinned
-from incubate_lib.training.facts import measure
 from incubate_lib.training.runs import read_json
 from incubate_lib.training.trainer import Trainer
 

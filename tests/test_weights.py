@@ -19,15 +19,15 @@ from incubate_lib.cli import main
 from incubate_lib.config import DataSettings, ModelSettings, SettingsError, load_settings
 from incubate_lib.data.sets import load_data
 from incubate_lib.data.sources import open_source
+from incubate_lib.phases import weights
+from incubate_lib.phases.classes import check_order
+from incubate_lib.phases.networks import build_model
+from incubate_lib.phases.released import import_released
+from incubate_lib.phases.weights import load_into, sha256
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.export import Finished, choose, export
 from incubate_lib.report.tables.records import from_plan
-from incubate_lib.training import weights
-from incubate_lib.training.classes import check_order
 from incubate_lib.training.loop import evaluate
-from incubate_lib.training.phases import build_model
-from incubate_lib.training.released import import_released
-from incubate_lib.training.weights import load_into, sha256
 
 # -- into the chain and out of it -----------------------------------------------------------------------------------------
 

@@ -9,11 +9,11 @@ from networks import images_for
 
 from incubate_lib.config import DataSettings, SettingsError, load_settings
 from incubate_lib.data.sets import load_data
+from incubate_lib.phases.recipes import load_trained
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.export import export
 from incubate_lib.report.tables import mat as report_mat
 from incubate_lib.report.tables import plots
-from incubate_lib.training.phases import load_trained
 
 
 def test_a_vgg_is_trained_whole_shown_and_exported(data_folder, tmp_path):

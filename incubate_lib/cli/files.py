@@ -22,7 +22,7 @@ def presets(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace) -> int:
     from incubate_lib.data.sets import load_data, unused_classes, unused_in_words
     from incubate_lib.data.stream import StreamedSet
-    from incubate_lib.training.phases import model_shape
+    from incubate_lib.phases.networks import model_shape
 
     settings = load_settings(options.preset, options.set)
     how = {"shape": model_shape(settings.model), "machine": settings.machine}
@@ -44,7 +44,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def import_(options: argparse.Namespace) -> None:
-    from incubate_lib.training.released import import_released
+    from incubate_lib.phases.released import import_released
 
     settings, depths = import_released(options.files, options.folder, name=options.model, num_heads=options.num_heads)
     model = settings.model_dump(exclude_unset=True, exclude={"depth"} | ({"options"} if not settings.options else set()))

@@ -46,9 +46,9 @@ def bench(options: argparse.Namespace) -> None:
     refuse(options.growth and (options.preset or options.classes or unused), words)
     import pandas as pd
 
+    from incubate_lib.phases import bench
     from incubate_lib.report.planner import bench as text
     from incubate_lib.report.publish import check_name, publish_bench
-    from incubate_lib.training import bench
 
     if options.save:
         check_name(options.save)

@@ -63,7 +63,7 @@ class Node:
     def data(self) -> tuple[Any, Any]:
         """Return the images to train on and to judge by, as this phase's network takes them."""
         from incubate_lib.data.sets import load_data
-        from incubate_lib.training.phases import model_shape
+        from incubate_lib.phases.networks import model_shape
 
         shape, machine = model_shape(self.settings.model), self.experiment.settings.machine
         return load_data(self.settings.data, shape=shape, machine=machine)
@@ -87,7 +87,8 @@ class Node:
 
     def run(self) -> dict[str, Any]:
         """Train what is missing, inputs first, in this process; return the summary of this phase."""
-        from incubate_lib.training.phases import run_phase
+        from incubate_lib.phases.job import Job
+        from incubate_lib.phases.run import run_phase
 
         if done := self.finished():
             self.folder.drop_checkpoints()
@@ -97,19 +98,18 @@ class Node:
         self.experiment.create()
         if copied := self.adopt():
             return copied
-        about = self._about()
         inputs = {name: node.folder.path for name, node in self.inputs.items()}
-        return run_phase(
-            self.settings,
-            self.folder,
-            inputs | ({"weights": Path(self.weights)} if self.weights else {}),
+        job = Job(
+            settings=self.settings,
+            folder=self.folder.path,
             title=self.title,
-            about=about,
+            about=self._about(),
+            inputs=inputs | ({"weights": Path(self.weights)} if self.weights else {}),
             flops_per_image=self.experiment.facts.flops_of(self.settings),
             expected=(self.experiment.facts.num_images, self.experiment.facts.num_classes),
             machine=self.experiment.settings.machine,
-            stop_file=self.experiment.path / STOP_FILE,
         )
+        return run_phase(job, stop_file=self.experiment.path / STOP_FILE)
 
     def _about(self) -> dict[str, Any]:
         """Return what the summary must say of strategy and inputs, which must be finished."""

@@ -16,9 +16,9 @@ from pydantic_core import to_jsonable_python
 
 from incubate_lib.config import PhaseSettings, Settings, SettingsError, error_message
 from incubate_lib.config.strategies import StrategySettings
+from incubate_lib.phases.facts import Facts
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan, closure
-from incubate_lib.training.facts import Facts
 from incubate_lib.training.runs import read_json
 
 # what records that are not as they should be lead to

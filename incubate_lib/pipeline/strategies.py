@@ -25,9 +25,9 @@ from incubate_lib.config import (
     load_settings,
 )
 from incubate_lib.data.schedule import steps_per_epoch, total_steps
+from incubate_lib.phases.facts import Facts
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest
-from incubate_lib.training.facts import Facts
 
 
 def plan(

@@ -19,11 +19,11 @@ from incubate_lib import backends
 from incubate_lib.backends import Backend
 from incubate_lib.config import SettingsError, data_folder
 from incubate_lib.config.study import Cell, Study
+from incubate_lib.phases.facts import Facts
 from incubate_lib.pipeline.execution import is_running, only_run
 from incubate_lib.pipeline.experiment import STOP_FILE, source_of
 from incubate_lib.pipeline.graph import Node, Plan, finished_phases, to_do
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.training.facts import Facts
 from incubate_lib.training.lease import holder
 from incubate_lib.training.runs import read_json
 

@@ -23,7 +23,7 @@ PRELOAD = [
     "torch._dynamo",  # the first optimiser would import it
     "timm",
     "matplotlib.backends.backend_agg",
-    "incubate_lib.training.phases",
+    "incubate_lib.phases.run",
     "incubate_lib.report.html",
     "incubate_lib.report.widgets",
 ]

@@ -53,8 +53,9 @@ def export(
     """
     from incubate_lib.data.sets import load_data
     from incubate_lib.data.sources import open_source
-    from incubate_lib.training.phases import load_trained, model_shape, timm_arguments
-    from incubate_lib.training.weights import check_free, save_timm
+    from incubate_lib.phases.networks import model_shape, timm_arguments
+    from incubate_lib.phases.recipes import load_trained
+    from incubate_lib.phases.weights import check_free, save_timm
 
     folder = check_free(folder)
     ready = finished(settings, seed)

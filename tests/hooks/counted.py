@@ -11,7 +11,7 @@ def once(count):
     """Return what counts, or reads from the folder $TEST_COUNTS what was counted before."""
 
     def counted(settings, num_images, num_classes):
-        from incubate_lib.training.facts import Facts
+        from incubate_lib.phases.facts import Facts
         from incubate_lib.training.runs import write_json
 
         if any(strategy.weights for strategy in settings.strategies.values()):  # a file, which may change

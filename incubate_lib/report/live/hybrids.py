@@ -17,6 +17,8 @@ from torch import nn
 from incubate_lib.config import Settings, SettingsError
 from incubate_lib.data.schedule import micro_batches
 from incubate_lib.method.incubation import Imitation
+from incubate_lib.phases.networks import build_target, model_shape
+from incubate_lib.phases.recipes import prepare
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.style import PAPER, Figure, filling, trained_and_frozen
@@ -24,7 +26,6 @@ from incubate_lib.report.widgets import or_sentence, with_picture, with_twin
 from incubate_lib.report.words import LOOKS, label
 from incubate_lib.training.costs import FlopCounts
 from incubate_lib.training.memory import StepMemory, memory_by_part
-from incubate_lib.training.phases import build_target, model_shape, prepare
 
 KINDS = LOOKS["memory"]
 # before, in, behind the target module

@@ -24,10 +24,11 @@ from incubate_lib.data.sets import ImageSet
 from incubate_lib.data.sources import open_source
 from incubate_lib.data.stream import StreamedSet
 from incubate_lib.method.partition import ViTModule, split
+from incubate_lib.phases.recipes import load_trained, prepare
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.report.style import Figure
 from incubate_lib.report.words import BASELINE, LOOKS, label
-from incubate_lib.training.phases import load_trained, pick_device, prepare
+from incubate_lib.training.team import pick_device
 from incubate_lib.training.trainer import autocast
 
 BATCH = 64  # images at a time through a network

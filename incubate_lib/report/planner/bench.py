@@ -57,7 +57,7 @@ def bench_table(table: pd.DataFrame) -> Table:
 
 
 def growth_table(table: pd.DataFrame) -> Table:
-    """Return the rows of `training.bench.growth` as a table."""
+    """Return the rows of `phases.bench.growth` as a table."""
     cells = {
         "size": table["size"].astype(str) + " " + table["series"].map(SERIES),
         "": table["variant"].map(label),
@@ -172,7 +172,7 @@ def growth_in_words(table: pd.DataFrame) -> list[str]:
 def growth(table: pd.DataFrame) -> Figure:
     """Draw the measured time of a step against its counted FLOPs, over depth and over image size, both axes logarithmic.
 
-    `table` has the rows of `training.bench.growth`. Bars span the rounds; the grey line has slope 1.
+    `table` has the rows of `phases.bench.growth`. Bars span the rounds; the grey line has slope 1.
     """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     series = table["series"].unique()

@@ -21,7 +21,7 @@ def units_table(node: Node) -> pd.DataFrame:
     import torch
 
     from incubate_lib.method.units import count_units, find_units
-    from incubate_lib.training.phases import build_target
+    from incubate_lib.phases.networks import build_target
 
     with torch.device("meta"):
         model = build_target(node.settings, node.experiment.facts.num_classes)

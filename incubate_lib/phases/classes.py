@@ -9,7 +9,7 @@ from incubate_lib.training.runs import read_json
 
 def label_names(weights: str | Path) -> list[str]:
     """Return the names that timm's config.json beside a file of weights has for its classes; nothing if it has none."""
-    from incubate_lib.training.weights import weights_file
+    from incubate_lib.phases.weights import weights_file
 
     config = read_json(weights_file(weights).with_name("config.json"))
     names = config.get("label_names") if isinstance(config, dict) else None

@@ -42,7 +42,7 @@ def _kind_of(phase: PhaseSettings) -> str:
 def measure(settings: Settings) -> Facts:
     """Read the images, build the networks on the meta device and count; SettingsError if they do not fit together."""
     from incubate_lib.data.sets import load_data, unused_classes
-    from incubate_lib.training.phases import model_shape
+    from incubate_lib.phases.networks import model_shape
 
     shape = model_shape(settings.model)
     train, _ = load_data(settings.data, shape=shape, machine=settings.machine)
@@ -62,7 +62,7 @@ def measure(settings: Settings) -> Facts:
 def _check_classes(settings: Settings) -> None:
     """Raise SettingsError where weights to start from have the same classes as the images, in another order."""
     from incubate_lib.data.sources import open_source
-    from incubate_lib.training.classes import check_order, label_names
+    from incubate_lib.phases.classes import check_order, label_names
 
     for name, strategy in settings.strategies.items():
         if strategy.weights and (known := label_names(strategy.weights)):
@@ -75,8 +75,8 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     import torch
 
     from incubate_lib.method.units import count_units
+    from incubate_lib.phases.networks import build_model, model_shape
     from incubate_lib.training.costs import FlopCounts
-    from incubate_lib.training.phases import build_model, model_shape
 
     shape = model_shape(settings.model)
     with torch.device("meta"):
@@ -105,7 +105,7 @@ def _parts(
     import torch
 
     from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
-    from incubate_lib.training.phases import build_parts
+    from incubate_lib.phases.networks import build_parts
 
     any_phase = PhaseSettings(
         phase="meta", seed=0, data=settings.data, model=settings.model, target_depths=depths[0], meta_depths=depths[1],
@@ -154,8 +154,8 @@ def _small_images(
     """
     import torch
 
+    from incubate_lib.phases.networks import build_model
     from incubate_lib.training.costs import FlopCounts
-    from incubate_lib.training.phases import build_model
 
     sizes, flops, unsupported = {}, {}, {}
     for name, strategy in settings.strategies.items():
@@ -205,8 +205,8 @@ def _unsupported_units(model: Any, kinds: Iterable[str], shape: tuple[int, int, 
 
 def _weights(settings: Settings, num_classes: int, target_depths: list[int], meta_depths: list[int]) -> dict[str, str]:
     """Return the SHA-256 of each file of weights that a strategy starts from; SettingsError for one that does not fit."""
-    from incubate_lib.training.phases import build_model
-    from incubate_lib.training.weights import load_into, sha256, weights_file
+    from incubate_lib.phases.networks import build_model
+    from incubate_lib.phases.weights import load_into, sha256, weights_file
 
     weights = {}
     for name, strategy in settings.strategies.items():
