@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from incubate_lib.config import DataSettings, MachineSettings, TrainingSettings, load_settings, presets
-from incubate_lib.training.data import ImageSet
-from incubate_lib.training.order import Order
-from incubate_lib.training.phases import model_shape
-from incubate_lib.training.stream import StreamedSet
+from incubate_lib.data.folders import Source
+from incubate_lib.data.order import Order
+from incubate_lib.data.sets import ImageSet
+from incubate_lib.data.stream import StreamedSet
+from incubate_lib.phases.networks import model_shape
 
 FIELDS = ("randaugment", "color_jitter", "erase", "hflip", "shift")  # of a recipe, that decide how an image is augmented
 BATCH = 50
@@ -70,7 +71,8 @@ def images_of(pipeline: Pipeline, number: int) -> StreamedSet | ImageSet:
     if pipeline.streamed:
         opener = Pictures("L" if channels == 1 else "RGB")
         settings = DataSettings(source="folder", folder="memory")
-        return StreamedSet(opener, labels, np.arange(number), pipeline.shape, 1, settings, torch.device("cpu"), HERE)
+        source = Source(labels, ["all"], opener=opener)
+        return StreamedSet(source, np.arange(number), pipeline.shape, 1, settings, torch.device("cpu"), HERE)
     pixels = torch.randint(0, 256, (number, *pipeline.shape), dtype=torch.uint8)
     mean = std = torch.full((channels, 1, 1), 0.5)
     return ImageSet(pixels, torch.from_numpy(labels), mean, std, 1)

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 from torchvision import datasets
 
+from incubate_lib.cli import main
 from incubate_lib.config import DataSettings, MachineSettings, TrainingSettings
-from incubate_lib.training.data import load_data
+from incubate_lib.data.sets import load_data
 
 RNG = np.random.default_rng(0)
 HERE = MachineSettings(workers=0)  # no worker processes unless a test is about them
@@ -110,3 +111,25 @@ def settings_file(folder, more="", size=16):
         "partition: {num_modules: 2}\nmachine: {workers: 0}\n"
         "training: {epochs: 1, batch_size: 4, hflip: true, warmup_epochs: 0}\n"
     )
+
+
+def check(folder, capsys, source="folder", more=""):
+    """Return exit status and output, errors included, of `incubate check`."""
+    text = settings_file(folder, more).replace("source: folder", f"source: {source}")
+    (file := folder.parent / "mine.yaml").write_text(text)
+    status = main(["check", str(file)])
+    output = capsys.readouterr()
+    return status, output.out + output.err
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    picture(0, (16, 16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def add(tar, files):
+    for name, blob in files.items():
+        member = tarfile.TarInfo(name)
+        member.size = len(blob)
+        tar.addfile(member, io.BytesIO(blob))

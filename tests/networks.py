@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from incubate_lib.data.sets import ImageSet
+
 
 def vit(depth: int = 3) -> nn.Module:
     torch.manual_seed(0)
@@ -44,3 +46,29 @@ def masks(number: int) -> list[torch.Tensor]:
     some = torch.rand(number, generator=generator) < 0.5
     some[0] = True
     return [some, ~some | (torch.arange(number) == number - 1), torch.arange(number) >= number // 2, torch.ones(number).bool()]
+
+
+KERNELS = {
+    "vit": lambda **more: timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=24, depth=2, num_heads=3, in_chans=1, num_classes=3, **more
+    ),
+    "vgg": lambda: timm.create_model("vgg11", in_chans=1, num_classes=3, mlp_ratio=1 / 512),
+    "vgg_bn": lambda: timm.create_model("vgg11_bn", in_chans=1, num_classes=3, mlp_ratio=1 / 512),
+    "resnet": lambda: timm.create_model("resnet10t", in_chans=1, num_classes=3),
+}
+
+
+def with_kernels(name: str, **more) -> tuple[nn.Module, torch.Tensor]:
+    """A network in float64, its batch norms used to some images, and a probe."""
+    torch.manual_seed(0)
+    model = KERNELS[name](**more).double()
+    images = torch.randn(3, 1, *((8, 8) if name == "vit" else (32, 32)), dtype=torch.float64)
+    with torch.no_grad():
+        model.train()(images)
+    return model, images
+
+
+def image_set(n=50, classes=4):
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 1, 8, 8), generator=g, dtype=torch.uint8)
+    return ImageSet(images, torch.arange(n) % classes, torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.25), classes)

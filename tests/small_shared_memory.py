@@ -5,9 +5,9 @@ import sys
 import time
 
 from incubate_lib.config import DataSettings, MachineSettings, TrainingSettings
-from incubate_lib.training.data import load_data
-from incubate_lib.training.order import Order
-from incubate_lib.training.stream import PREFETCH, SHARED_MEMORY, check_shared_memory
+from incubate_lib.data.order import Order
+from incubate_lib.data.sets import load_data
+from incubate_lib.data.stream import PREFETCH, SHARED_MEMORY, check_shared_memory
 
 
 def used() -> int:

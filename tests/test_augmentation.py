@@ -11,13 +11,13 @@ import torch
 from draw_augmentations import FIELDS, Pictures, draw, pipelines
 from layouts import AUGMENTED, open_folder, settings_file, write_folder
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN
 
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings
+from incubate_lib.data import stream, transforms
+from incubate_lib.data.order import Order
+from incubate_lib.data.sets import load_data
 from incubate_lib.pipeline.strategies import open_phase
-from incubate_lib.training import stream, transforms
-from incubate_lib.training.data import load_data
-from incubate_lib.training.order import Order
 
 PIPELINES = pipelines()
 RECIPES = sorted({pipeline.recipe[FIELDS.index("randaugment")] for pipeline in PIPELINES if pipeline.streamed})
@@ -26,9 +26,8 @@ PARTS = 4  # of the draws, so that two processes can share them
 
 
 def transform(randaugment: str, shape=(3, 24, 24)):
-    means = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    means = {name: value[: shape[0]] for name, value in means.items()}
-    return stream.make_transform(shape, TrainingSettings(randaugment=randaugment), crop_pct=0.875, **means)
+    recipe, mean = TrainingSettings(randaugment=randaugment), IMAGENET_DEFAULT_MEAN[: shape[0]]
+    return stream.make_transform(shape, recipe, crop_pct=0.875, mean=mean)
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES, ids=str)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from incubate_lib.cli import main
 from incubate_lib.config import Frozen, MachineSettings, SettingsError, load_settings
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
+from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live.progress import Reader, headline
 from incubate_lib.report.mirror import is_at_work
@@ -32,15 +34,12 @@ class ListSettings(Frozen):
 class Paper(Backend):
     name = "paper"
     title = "the list"
-    options = ("pencil",)
-
-    def add_options(self, command, what):
-        command.add_argument("--pencil", help=f"for the {what}")
+    options = {"pencil": {"help": "what it is written with"}}
 
     def settings(self, options):
         return ListSettings(pencil=options.pencil or "HB")
 
-    def submit(self, runs, settings, console, *, notebooks=True, began=None):
+    def submit(self, runs, settings, console, *, notebooks=True):
         new = []
         for todo, source in runs:
             todo.experiment.create()
@@ -153,3 +152,9 @@ def test_a_process_knows_which_attempt_it_is(paper, data_folder, monkeypatch):
     here = backends.attempt()
     assert (here.job, here.restart, here.nodes, str(here)) == ("17", 0, 2, "a Slurm job of 2")
     assert here.on_each_node()[0] == "srun"
+
+
+def test_the_readme_names_every_backend_and_its_folder():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| `(incubate_lib/backends/\w+/)` \|$", (ROOT / "README.md").read_text(), re.M)
+    folders = [f"{path.parent.relative_to(ROOT)}/" for path in sorted(ROOT.glob("incubate_lib/backends/*/backend.py"))]
+    assert [folder for _, folder in rows] == folders and all(backends.get(name).name == name for name, _ in rows)

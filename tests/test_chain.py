@@ -1,4 +1,4 @@
-"""The whole chain: real notebooks through papermill, in real processes, from the real command line."""
+"""The whole chain: real notebooks through papermill, in real processes, from the command line; the first run of all anew."""
 
 import hashlib
 import io
@@ -12,18 +12,19 @@ import sys
 import textwrap
 from pathlib import Path
 
+import command_line
 import nbformat
 import papermill
 import pytest
-from patience import HANG, Hooks, wait_for
+from patience import HANG, Hooks, join, wait_for
 from rich.console import Console
 
-from incubate_lib.backends.local import pool as local
+from incubate_lib import backends
+from incubate_lib.backends.local import pool
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline import execution, notebook
 from incubate_lib.pipeline.execution import is_complete
 from incubate_lib.pipeline.experiment import Experiment
-from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.runs import read_json
 
@@ -32,9 +33,8 @@ INCUBATE = [str(Path(sys.executable).parent / "incubate")]
 ALL = ["--strategies", "end_to_end", "deep_incubation", "deep_incubation_stack", "deep_incubation_identity"]
 
 
-def incubate(*arguments, folder, **more):
-    env = os.environ | {"INCUBATE_DATA": str(folder), "COLUMNS": "200"}
-    return subprocess.run([*INCUBATE, *arguments], capture_output=True, text=True, env=env, timeout=HANG, **more)
+def incubate(*arguments, folder):
+    return command_line.incubate(*arguments, env=os.environ | {"INCUBATE_DATA": str(folder), "COLUMNS": "200"})
 
 
 def planned(folder: Path, *overrides: str) -> None:
@@ -48,7 +48,9 @@ def planned(folder: Path, *overrides: str) -> None:
 def chain(tmp_path_factory):
     """One run of the smoke preset with every start."""
     folder = tmp_path_factory.mktemp("chain")
-    return folder, incubate("run", "smoke", *ALL, "--jobs", "2", folder=folder)
+    env = os.environ | {"INCUBATE_DATA": str(folder), "COLUMNS": "200"}
+    command = [*INCUBATE, "run", "smoke", *ALL, "--jobs", "2"]
+    return folder, subprocess.run(command, capture_output=True, text=True, env=env, timeout=HANG)
 
 
 def weights(folder: Path) -> dict[str, str]:
@@ -145,9 +147,7 @@ def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
     hooks.hold("incubate-1", 3)  # never done before it is let go; the two phases after it wait for it
 
     def begin():
-        return subprocess.Popen(
-            [*INCUBATE, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True
-        )
+        return command_line.Begun(*command, env=env)
 
     def running():
         return any((read_json(p) or {}).get("state") == "running" for p in data.rglob("status.json"))
@@ -155,8 +155,6 @@ def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
     process = begin()
     wait_for(lambda: done() >= 1, "the first finished phase")
     process.kill()
-    process.wait()
-    process.stdout.close()
 
     for finished, stop in [
         (2, lambda process: os.killpg(process.pid, signal.SIGINT)),  # as a terminal does it
@@ -165,8 +163,8 @@ def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
         process = begin()
         wait_for(lambda finished=finished: done() >= finished and running(), f"{finished} finished phases and one that runs")
         stop(process)
-        output, _ = process.communicate(timeout=HANG)
-        assert process.returncode == 130 and "goes on from here" in output
+        result = process.end()
+        assert result.returncode == 130 and "goes on from here" in result.stdout
         assert done() < 7
         states = {(read_json(p) or {}).get("state") for p in data.rglob("status.json")}
         assert states <= {"done", "stopped", "interrupted"}, states
@@ -224,7 +222,7 @@ def test_a_notebook_that_fails_before_its_kernel_starts_ends_and_tells_why(tmp_p
     todo.nodes[-1].folder.set_status("stopped", error="an old one")
     output = io.StringIO()
     source = {"preset": str(tmp_path / "gone.yaml"), "overrides": []}
-    assert local.run(todo, source, 2, Console(file=output, width=500)) == 1
+    assert backends.get().submit([(todo, source)], 2, Console(file=output, width=500)).status == 1
     assert "FAILED seed-0/end_to_end: cannot read settings file" in output.getvalue()
 
 
@@ -243,8 +241,8 @@ def test_one_run_at_a_time_in_an_experiment(tmp_path, monkeypatch):
 def test_each_phase_has_its_gpus_for_itself(visible, devices, jobs, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     cores = min(4, len(os.sched_getaffinity(0)))
-    assert local.check_jobs(None, devices) == (cores if jobs is None else jobs)
-    assert local.gpus() == [gpu for gpu in visible.split(",") if gpu]
+    assert backends.get().places(devices) == (cores if jobs is None else jobs)
+    assert pool.gpus() == [gpu for gpu in visible.split(",") if gpu]
 
 
 def test_phases_side_by_side_see_different_gpus(tmp_path, monkeypatch):
@@ -252,12 +250,10 @@ def test_phases_side_by_side_see_different_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     todo = plan(load_settings("smoke", ["machine.devices=2"]), ["end_to_end", "deep_incubation"])
     seen = []
-    monkeypatch.setattr(local, "start", lambda *a, own, **k: seen.append(own) or execution.Execution(None, tmp_path, own))
-    pool = local.Pool([(todo, {})], 2, Console())
+    monkeypatch.setattr(pool, "start", lambda *arguments: seen.append(arguments[-1]))
+    phases = pool.Pool([(todo, {})], 2, Console())
     for key in ("seed-0/meta", "seed-0/end_to_end"):
-        node = next(node for node in todo.nodes if node.key == key)
-        pool.waiting[node.folder.path] = node
-        pool._consider(node.folder.path)
+        phases.consider(next(task for task in phases.tasks.values() if task.name == key))
     assert seen == [["4", "5"], ["6", "7"]]
 
 
@@ -307,7 +303,7 @@ def test_a_node_is_complete_only_with_its_notebook(chain, tmp_path, monkeypatch)
     (tmp_path / "aside.ipynb").rename(copy)
 
 
-def test_mat_and_its_controls_go_through_the_notebooks_to_a_report(tmp_path):
+def test_mat_and_its_controls_go_through_the_notebooks_to_a_report(tmp_path, monkeypatch):
     strategies = ["end_to_end", "mat", "mat_multirate", "deep_incubation_mat"]
     how = ["mat.threshold=quantile", "mat.alpha=0.6", "mat.probe=4", "mat.stop_error=true"]
     overrides = [part for value in how for part in ("--set", value)]
@@ -327,10 +323,10 @@ def test_mat_and_its_controls_go_through_the_notebooks_to_a_report(tmp_path):
     rows, spent = page.partition("With a machine for every module")[2].split("<tr>"), cost["mat"] / cost["end_to_end"]
     assert any("<th>MAT</th>" in row and f"({spent:.2f}×)" in row for row in rows), "with what it spent, not what it might have"
 
-    environment = os.environ | {"INCUBATE_DATA": str(tmp_path)}
-    notebook_07 = ROOT / "notebooks" / "07_modular_adaptive_training.ipynb"
-    command = [sys.executable, "-m", "papermill", str(notebook_07), str(tmp_path / "07.ipynb"), "-y"]
-    parameters = json.dumps({"preset": "smoke", "overrides": how, "strategies": strategies})
-    subprocess.run([*command, parameters], env=environment, check=True, capture_output=True, timeout=HANG)
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
+    parameters = {"preset": "smoke", "overrides": how, "strategies": strategies}
+    name = "07_modular_adaptive_training"
+    job = execution.start(tmp_path, name, parameters, "07.ipynb", threads=1)
+    assert join(job, name) == 0, (tmp_path / "log.txt").read_text()
     text = (tmp_path / "07.ipynb").read_text()
     assert "Runs of this machine" in text and text.count("image/png") == 4 and "MAT ends at" in text

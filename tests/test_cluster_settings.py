@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from incubate_lib.backends.slurm.sbatch import scripts
+from incubate_lib.backends.slurm.sbatch import requests, scripts
 from incubate_lib.backends.slurm.settings import load_slurm
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline.strategies import plan
@@ -90,10 +90,9 @@ def script_of(data: Path, monkeypatch, known_facts) -> str:
     monkeypatch.setenv("INCUBATE_DATA", str(data))
     todo = plan(load_settings("smoke"), ["end_to_end"], facts=known_facts)
     source = {"preset": "smoke", "overrides": []}
-    (script, after), *_ = scripts(
-        todo, todo.nodes, source, load_slurm(None, {"gpus_per_node": 0}, ["comment=it's $(touch evil)"]), {}
-    )
-    return script.text(script.arguments(after))
+    slurm = load_slurm(None, {"gpus_per_node": 0}, ["comment=it's $(touch evil)"])
+    script, *_ = scripts(todo, todo.nodes, source, slurm, requests(todo.nodes, slurm))
+    return script.text(script.arguments(script.after))
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from torchvision import datasets
 
 from incubate_lib.cli import main
 from incubate_lib.config import DataSettings, SettingsError, TrainingSettings
-from incubate_lib.training.data import ImageSet, load_data
-from incubate_lib.training.order import Order
+from incubate_lib.data.order import Order
+from incubate_lib.data.sets import ImageSet, load_data
 
 # -- what is read -------------------------------------------------------------------------------------------------------------
 

@@ -3,28 +3,28 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+import command_line
 import pytest
 import torch
-from patience import HANG, Hooks, join, wait_for
+from patience import Hooks, join, wait_for
 from torch import distributed as dist
 
 from incubate_lib.config import MachineSettings, SettingsError, TrainingSettings, load_settings
+from incubate_lib.phases import launch
+from incubate_lib.phases.job import Job
+from incubate_lib.phases.launch import RankFailed
+from incubate_lib.phases.recipes import load_trained
+from incubate_lib.phases.train import train_phase
 from incubate_lib.pipeline.strategies import open_phase, plan
-from incubate_lib.training import launch
-from incubate_lib.training.launch import RankFailed
 from incubate_lib.training.lease import Lease
 from incubate_lib.training.loop import evaluate
-from incubate_lib.training.phases import load_trained, train_phase
 from incubate_lib.training.runs import MNTK, PhaseFolder, read_json
 from incubate_lib.training.team import ALONE, Team
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
 # everything at once: accumulation, moving average, mixup and cutmix, drop-path (preset), shift, clipping, odd evaluation
 EVERYTHING = [
     "training.micro_batch=4", "training.ema=0.95", "training.mixup=0.4", "training.cutmix=0.5", "training.epochs=12",
@@ -49,23 +49,21 @@ def join_team(rank: int, devices: int, meeting: str) -> Team:
     return Team(rank, devices)
 
 
-def job_of(node) -> dict:
+def job_of(node) -> Job:
     """The job that a node would hand to its ranks."""
     node.folder.path.mkdir(parents=True, exist_ok=True)
-    inputs = {name: str(before.folder.path) for name, before in node.inputs.items()}
-    return {
-        "settings": node.settings.model_dump(mode="json", exclude_unset=True), "folder": str(node.folder.path),
-        "title": node.title, "about": {"inputs_sha256": {}}, "inputs": inputs, "flops_per_image": 1,
-        "expected": [node.experiment.facts.num_images, 4], "stop_files": {},
-        "lease": Lease.take(node.folder.path / "lease").number,
-        "machine": node.experiment.settings.machine.model_dump(mode="json"),
-    }  # fmt: skip
+    inputs = {name: before.folder.path for name, before in node.inputs.items()}
+    return Job(
+        settings=node.settings, folder=node.folder.path, title=node.title, about={"inputs_sha256": {}}, inputs=inputs,
+        flops_per_image=1, expected=(node.experiment.facts.num_images, 4), lease=Lease.take(node.folder.path / "lease").number,
+        machine=node.experiment.settings.machine,
+    )  # fmt: skip
 
 
-def rank_of_a_phase(rank: int, devices: int, meeting: str, job: dict) -> None:
+def rank_of_a_phase(rank: int, devices: int, meeting: str, job: Job) -> None:
     team = join_team(rank, devices, meeting) if devices > 1 else ALONE
     torch.set_num_threads(1)
-    train_phase(**job, team=team)
+    train_phase(job, team)
 
 
 def losses(folder: PhaseFolder) -> list[tuple]:
@@ -85,7 +83,7 @@ def test_two_devices_train_as_one(phase, tmp_path, monkeypatch):
         node = open_phase(phase, "smoke", [*EVERYTHING, "training.epochs=4", "training.eval_every=1"], module_index=index)
         job = job_of(node)
         if phase == "incubate":
-            job["inputs"] = {"meta": str(shared.folder.path)}
+            job = job.model_copy(update={"inputs": {"meta": shared.folder.path}})
         together(rank_of_a_phase, devices, str(tmp_path / f"meeting-{devices}"), job)
         nodes.append(node)
     one, two = (losses(node.folder) for node in nodes)
@@ -123,7 +121,7 @@ def test_two_devices_rest_and_train_the_same_units_as_one(units, tmp_path, monke
 
 
 def rank_that_evaluates(rank: int, devices: int, meeting: str, out: str) -> None:
-    from incubate_lib.training.data import load_data
+    from incubate_lib.data.sets import load_data
 
     team = join_team(rank, devices, meeting)
     _, eval_set = load_data(load_settings("smoke", ["data.test_images=95"]).data)
@@ -134,7 +132,7 @@ def rank_that_evaluates(rank: int, devices: int, meeting: str, out: str) -> None
 
 @pytest.mark.parametrize("devices", [2, 3])
 def test_evaluation_counts_every_image_once_whatever_the_number_of_devices(devices, tmp_path):
-    from incubate_lib.training.data import load_data
+    from incubate_lib.data.sets import load_data
 
     together(rank_that_evaluates, devices, str(tmp_path / "meeting"), str(tmp_path / "out"))
     _, eval_set = load_data(load_settings("smoke", ["data.test_images=95"]).data)
@@ -291,7 +289,7 @@ def test_a_rank_that_fails_ends_the_phase_with_its_traceback(tmp_path, data_fold
             Trainer.step = step
     """)
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     node = open_phase("meta", "smoke", ["machine.devices=2"])
     with pytest.raises(RankFailed, match="seed 0 meta: rank 1 of 2: OSError: the disk is on fire") as caught:
         node.run()
@@ -327,8 +325,8 @@ def test_the_number_of_devices_is_no_part_of_a_phases_identity(data_folder):
 @pytest.mark.xdist_group("torchrun")
 def test_the_command_line_trains_on_two_devices_through_the_notebook(tmp_path):
     environment = os.environ | {"INCUBATE_DATA": str(tmp_path), "COLUMNS": "200"}
-    command = [str(Path(sys.executable).parent / "incubate"), "run", "smoke", "--devices", "2", "--strategies", "end_to_end"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG)
+    what = ["run", "smoke", "--devices", "2", "--strategies", "end_to_end"]
+    result = command_line.incubate(*what, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     folder = PhaseFolder(tmp_path / "runs" / "smoke" / "seed-0" / "end_to_end")  # the plain name: devices make no variant
     assert folder.summary()["devices"] == 2 and (folder.path / "notebook.ipynb").exists()

@@ -17,8 +17,8 @@ from checkpoints import DEPTHS, KINDS, images_of, network, opened, released, sam
 from incubate_lib.cli import main
 from incubate_lib.config import SettingsError
 from incubate_lib.method.incubation import assemble
-from incubate_lib.training.phases import build_model
-from incubate_lib.training.released import _settings, import_released, read_released
+from incubate_lib.phases.networks import build_model
+from incubate_lib.phases.released import _settings, import_released, read_released
 
 
 @pytest.mark.parametrize("what", DEPTHS)

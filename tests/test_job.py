@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from incubate_lib.backends.slurm import job
+from incubate_lib.backends.slurm.attempts import AGAIN, NO_WORD, WARNED, has_ended, stuck
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError
+from incubate_lib.data.scratch import stage
 from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.runs import read_json, write_json
-from incubate_lib.training.scratch import stage
 from incubate_lib.training.trainer import compiled
 
-ABOUT = {"preset": "smoke", "overrides": [], "phase": "end_to_end", "strategy": "end_to_end", "seed": 0, "attempts": 3}
+PARAMETERS = {"preset": "smoke", "overrides": [], "strategy": "end_to_end", "seed": 0}
+ABOUT = {"phase": "end_to_end", "parameters": PARAMETERS, "attempts": 3}
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_a_failure_is_tried_again_until_it_repeats_itself(phase, monkeypatch):
     say(node, "error: OSError: device 4711 is away\n")
     attempts(node, "OSError: device 12 is away", None)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert job.verdict(about, 1) == job.AGAIN
+    assert job.verdict(about, 1) == AGAIN
     attempts(node, "OSError: device 12 is away", "OSError: device 13 is away", None)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert job.verdict(about, 1) == job.GIVEN_UP
@@ -70,14 +72,14 @@ def test_a_failure_of_another_kind_or_with_progress_is_tried_again(ends, saved, 
     node, about = phase
     say(node, "error: OSError: a\n", saved)
     attempts(node, *ends, None)
-    assert job.verdict(about, 1) == job.AGAIN
+    assert job.verdict(about, 1) == AGAIN
 
 
 def test_attempts_of_an_earlier_job_do_not_count(phase):
     node, about = phase
     say(node, "error: OSError: a\n")
     attempts(node, *["OSError: a"] * 3, job="16")
-    assert job.verdict(about, 1) == job.AGAIN
+    assert job.verdict(about, 1) == AGAIN
 
 
 @pytest.mark.parametrize("error", ["SettingsError: batch_size", "FloatingPointError: loss is nan"])
@@ -94,9 +96,9 @@ def test_a_warning_means_another_attempt_and_a_stop_does_not(phase):
     attempts(node, "OSError: a", "OSError: b", None)
     stop = os.environ["INCUBATE_STOP"]
     open(stop, "w").close()
-    assert job.verdict(about, 1) == job.AGAIN and not os.path.exists(stop)
-    assert job.has_ended(node.folder.path, "17") and not job.has_ended(node.folder.path, "18")
-    assert read_json(node.folder.path / "attempts.json")[-1]["ended"] == job.WARNED
+    assert job.verdict(about, 1) == AGAIN and not os.path.exists(stop)
+    assert has_ended(node.folder, "17") and not has_ended(node.folder, "18")
+    assert read_json(node.folder.path / "attempts.json")[-1]["ended"] == WARNED
     (node.experiment.path / STOP_FILE).touch()
     assert job.verdict(about, 1) == job.STOPPED and job.attempt(about) == job.STOPPED
 
@@ -105,7 +107,7 @@ def test_what_cannot_even_begin_counts_as_an_attempt(phase):
     node, about = phase
     say(node, "")
     attempts(node, "ended with exit status 213", "ended with exit status 213")
-    assert job.verdict(about, 13) == job.AGAIN
+    assert job.verdict(about, 13) == AGAIN
     assert [a["ended"] for a in read_json(node.folder.path / "attempts.json")][-1] == "ended with exit status 13"
 
 
@@ -119,12 +121,12 @@ def test_an_attempt_on_a_node_that_was_taken_for_dead_leaves_the_later_one_alone
     assert (node.folder.path / "attempts.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("luck", [job.NO_WORD, job.WARNED])
+@pytest.mark.parametrize("luck", [NO_WORD, WARNED])
 def test_bad_luck_is_given_up_later_than_failures(luck, phase, monkeypatch):
     """Preempted again and again before the first step; a node that goes down and down."""
     node, about = phase
     attempts(node, *[luck] * 8)
-    assert not job.stuck(read_json(node.folder.path / "attempts.json"), "17", 3)
+    assert not stuck(read_json(node.folder.path / "attempts.json"), "17", 3)
     attempts(node, *[luck] * 9)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "9")
     monkeypatch.setattr(job.execution, "start", lambda *a, **k: pytest.fail("begun again"))
@@ -135,28 +137,28 @@ def test_bad_luck_is_given_up_later_than_failures(luck, phase, monkeypatch):
 def test_failures_that_alternate_do_not_go_on_for_ever(phase):
     node, _ = phase
     attempts(node, *["OSError: a", "MemoryError: b"] * 4, "OSError: a")
-    assert job.stuck(read_json(node.folder.path / "attempts.json"), "17", 3)
+    assert stuck(read_json(node.folder.path / "attempts.json"), "17", 3)
 
 
-@pytest.mark.parametrize("ends", [(None, "OSError: a"), ("OSError: a", None), (None, None, job.NO_WORD)])
+@pytest.mark.parametrize("ends", [(None, "OSError: a"), ("OSError: a", None), (None, None, NO_WORD)])
 def test_an_attempt_that_nobody_closed_is_bad_luck(ends, phase, monkeypatch):
     """Its node was lost, or it was taken for dead while the next one began."""
     node, about = phase
     say(node, "error: OSError: a\n")
     attempts(node, *ends)
-    assert not job.stuck(read_json(node.folder.path / "attempts.json"), "17", 3)
+    assert not stuck(read_json(node.folder.path / "attempts.json"), "17", 3)
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(len(ends)))  # the next one of this job could not even begin
-    assert job.verdict(about, 1) == job.AGAIN
+    assert job.verdict(about, 1) == AGAIN
     found = read_json(node.folder.path / "attempts.json")
     assert len(found) == len(ends) + 1 and all("ended" in a for a in found[len(ends) - 1 :])
     attempts(node, *[None] * 9)
-    assert job.stuck(read_json(node.folder.path / "attempts.json"), "17", 3) and not job.stuck([], "17", 3)
+    assert stuck(read_json(node.folder.path / "attempts.json"), "17", 3) and not stuck([], "17", 3)
 
 
 def test_changed_settings_are_told(phase):
     node, about = phase
     with pytest.raises(SettingsError, match="the job was submitted for"):
-        job.verdict(about | {"overrides": ["training.lr=1e-4"]}, 1)
+        job.verdict(about | {"parameters": PARAMETERS | {"overrides": ["training.lr=1e-4"]}}, 1)
     assert node.folder.status()["state"] == "waiting"
 
 

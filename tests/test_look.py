@@ -7,14 +7,14 @@ import ipywidgets
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from layouts import write_folder
 
 from incubate_lib.config import SettingsError, data_folder, load_settings
 from incubate_lib.pipeline.recorded import recorded_plan
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.live import browser, hybrids, representations, runs
-from incubate_lib.report.live.representations import CASES, disagreements, linear_cka, similarity
+from incubate_lib.report.live import browser, representations, runs
+from incubate_lib.report.live.hybrids import Hybrids, hybrid_viewer
+from incubate_lib.report.live.representations import CASES, disagreements, similarity
 from incubate_lib.report.style import Figure
 from incubate_lib.report.tables.phases import settings_difference
 from incubate_lib.report.tables.records import from_plan
@@ -52,36 +52,6 @@ def recorded(done):
 
 def drawn(figure: Figure) -> bool:
     return figure._repr_png_().startswith(b"\x89PNG")
-
-
-# -- similarity ---------------------------------------------------------------------------------------------------------------
-
-
-def test_cka_is_that_of_its_definition():
-    generator = torch.Generator().manual_seed(0)
-    x, noise = torch.randn(2, 40, 6, 3, generator=generator, dtype=torch.float64)
-    rotation = torch.linalg.qr(torch.randn(18, 18, generator=generator, dtype=torch.float64)).Q
-    stretched = x.flatten(1) * torch.logspace(-2, 2, 18, dtype=torch.float64)
-    assert linear_cka(x, x) == pytest.approx(1)
-    assert linear_cka(x, 7 * (x.flatten(1) @ rotation) + 3) == pytest.approx(1), "rotations, multiples, shifts change nothing"
-    assert linear_cka(x, stretched) < 0.9, "other linear maps do"
-    assert linear_cka(x, noise) == pytest.approx(linear_cka(noise, x)) and abs(linear_cka(x, noise)) < 0.25
-    assert np.isnan(linear_cka(x, torch.ones(40, 2)))
-
-
-def test_unrelated_features_are_not_alike_however_wide_they_are():
-    x, y = torch.randn(2, 64, 2000, generator=torch.Generator().manual_seed(1))
-    assert abs(linear_cka(x, y)) < 0.05
-    whole = linear_cka(x, x + y)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(representations, "PIECE", 300)
-        assert linear_cka(x, x + y) == pytest.approx(whole), "whatever the pieces in which it is added up"
-
-
-@pytest.mark.parametrize(("n", "m"), [(3, 3), (10, 9)])
-def test_cka_takes_enough_of_the_same_images(n, m):
-    with pytest.raises(ValueError, match=f"{n} and {m} images"):
-        linear_cka(torch.randn(n, 5), torch.randn(m, 5))
 
 
 def test_an_identity_start_without_a_step_is_its_meta_module(done):
@@ -163,7 +133,7 @@ def test_disagreements_agree_with_the_records(done):
     with pytest.raises(SettingsError, match="network is 'meta'"):
         found.cases("meta")
     image = found.cases().index[found.cases() != "both right"][0]
-    pixels = representations._pixels(found.eval_set, [image])[0]
+    pixels = found.pixels([image])[0]
     assert (pixels == found.eval_set.images[image].permute(1, 2, 0).numpy()).all(), "the very image"
 
 
@@ -193,32 +163,32 @@ def test_the_parts_of_a_hybrid_add_up_to_what_was_planned(done):
     facts = made.experiment.facts.flops_per_image
     for strategy, kind in {"deep_incubation": "incubate", "imitation": "imitate"}.items():
         for index in (0, 1, 2) if kind == "incubate" else (1,):
-            found = hybrids.hybrid_costs(made, strategy, index)
+            found = Hybrids(made, strategy).costs(index)
             assert found.flops == facts[f"{kind}-{index}"]
             assert [part.trained for part in found.parts] == [i == index for i in range(3)]
             assert [part.memory.gradients > 0 for part in found.parts] == [i == index for i in range(3)], "frozen parts have none"
             assert [part.memory.optimizer > 0 for part in found.parts] == [i == index for i in range(3)]
             assert sum(part.memory.activations for part in found.parts[:index]) == 0, "nothing before the target waits"
             assert found.images == 16
-    figure = hybrids.hybrids_figure(made, "deep_incubation", 1)
+    figure = Hybrids(made, "deep_incubation").figure(1)
     widths = [patch.get_width() for patch in figure.axes[0].patches]
-    flops = [part.flops for part in hybrids.hybrid_costs(made, "deep_incubation", 1).parts] + [facts["target"]]
+    flops = [part.flops for part in Hybrids(made, "deep_incubation").costs(1).parts] + [facts["target"]]
     assert np.array(widths) / widths[-1] == pytest.approx(np.array(flops) / flops[-1]), "to scale"
 
 
 def test_the_viewer_switches_its_picture_and_has_a_twin(done, monkeypatch):
     monkeypatch.delenv("INCUBATE_HEADLESS", raising=False)
-    shown = hybrids.hybrid_viewer(done, "deep_incubation")
+    shown = hybrid_viewer(done, "deep_incubation")
     menu, picture = shown.widget.children
     before = bytes(picture.value)
     menu.value = 2
     assert before.startswith(b"\x89PNG") and bytes(picture.value) != before
     monkeypatch.setenv("INCUBATE_HEADLESS", "1")
-    assert drawn(hybrids.hybrid_viewer(done, "deep_incubation"))
-    output = hybrids.hybrid_viewer(done, "end_to_end")
+    assert drawn(hybrid_viewer(done, "deep_incubation"))
+    output = hybrid_viewer(done, "end_to_end")
     assert isinstance(output, Sentence) and "has no hybrids" in output.words
     with pytest.raises(SettingsError, match="index is 3"):
-        hybrids.hybrids_figure(load_settings("smoke", CHANGES), "deep_incubation", 3)
+        Hybrids(load_settings("smoke", CHANGES), "deep_incubation").figure(3)
 
 
 # -- the browser --------------------------------------------------------------------------------------------------------------
@@ -256,15 +226,16 @@ def test_curves_end_where_the_costs_do(recorded, x):
     results = from_plan(recorded)
     ends = results.strategies.set_index("strategy")
     for name in STRATEGIES:
-        lines = list(browser.curve_lines(*(t[t["strategy"] == name] for t in (results.curves, results.phases)), x))
-        end = max(line["x"].max() for _, line in lines)
+        lines = list(browser.curve_lines(results, name, x))
+        end = max(line["cost"].max() for _, line in lines)
         parts = results.phases[results.phases["strategy"] == name]
         assert end == pytest.approx(ends.loc[name, x] if x in ends else parts["epochs"].sum(), rel=1e-3)
-        assert lines[-1][1]["mean"].iloc[-1] == pytest.approx(100 * ends.loc[name, "accuracy"])
-    assert drawn(browser.curves_figure(results, STRATEGIES[:2], [0], x))
-    for wrong, output in ({"x": "weeks"}, "x is 'weeks'"), ({"seeds": [7]}, "nothing is finished"):
-        with pytest.raises(SettingsError, match=output):
-            browser.curves_figure(results, **{"x": x} | wrong)
+        assert lines[-1][1]["accuracy"].iloc[-1] == pytest.approx(ends.loc[name, "accuracy"])
+    assert drawn(browser.curves_figure(browser.some_of(results, STRATEGIES[:2], [0]), x))
+    with pytest.raises(SettingsError, match="x is 'weeks'"):
+        browser.curves_figure(results, "weeks")
+    with pytest.raises(SettingsError, match="nothing is finished"):
+        browser.curves_figure(browser.some_of(results, STRATEGIES, [7]), x)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The grammar of the notebooks, checked without running them; nbmake runs every tracked one."""
 
 import ast
+import asyncio
 import base64
 import json
 import subprocess
@@ -8,6 +9,8 @@ import subprocess
 import nbformat
 import papermill
 import pytest
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning import LocalProvisioner
 
 from incubate_lib.pipeline.graph import NOTEBOOKS
 from incubate_lib.pipeline.notebook import ROOT, scrub, without_paths
@@ -133,3 +136,20 @@ def test_parameters_cell_is_what_papermill_sees(nb, path):
 def test_the_parameters_are_set_before_they_are_used(nb):
     names = [index for index, cell in enumerate(code_cells(nb)) if "parameters" in cell.metadata.get("tags", [])]
     assert names == [1], "imports first, then the parameters"
+
+
+def test_jupyter_client_takes_the_provisioner_that_a_manager_has_already():
+    """Warm kernels rest on it, see pipeline/warm.py: else each notebook would start a kernel of its own besides."""
+
+    class Found(Exception):
+        pass
+
+    class Provisioner(LocalProvisioner):
+        async def launch_kernel(self, cmd, **kwargs):
+            raise Found(self.parent.connection_file)
+
+    manager = AsyncKernelManager(kernel_name="python3")
+    manager.provisioner = Provisioner(kernel_spec=manager.kernel_spec, parent=manager)
+    with pytest.raises(Found, match=r"\.json"):
+        asyncio.run(manager.start_kernel())
+    manager.cleanup_connection_file()

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from incubate_lib.cli import main
 from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.data.sets import load_data
 from incubate_lib.pipeline.graph import closure
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.planner import planner
@@ -21,7 +22,6 @@ from incubate_lib.report.planner.published import published_costs
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.records import Results, published
 from incubate_lib.report.widgets import Sentence
-from incubate_lib.training.data import load_data
 from incubate_lib.training.memory import memory_by_part, step_memory
 from incubate_lib.training.stopwatch import LiveBytes
 

@@ -17,10 +17,11 @@ from incubate_lib.config import load_settings, presets
 from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
 from incubate_lib.method.partition import split
 from incubate_lib.method.units import count_units
+from incubate_lib.phases.facts import Facts
+from incubate_lib.phases.networks import build_model, model_shape
+from incubate_lib.phases.recipes import prepare
 from incubate_lib.pipeline import experiment, graph, strategies
 from incubate_lib.training.costs import FlopCounts, train_flops_per_image
-from incubate_lib.training.facts import Facts
-from incubate_lib.training.phases import build_model, model_shape, prepare
 
 pytestmark = pytest.mark.xdist_group("presets")  # one process, so that each network is counted once
 

@@ -1,13 +1,10 @@
 """A kill at any moment loses nothing finished, and resuming ends in the same bits."""
 
 import contextlib
-import hashlib
-import io
 import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -15,26 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from patience import join, wait_for
-from rich.console import Console
+from stopping import stop_after_checkpoints
 
-from incubate_lib import backends
-from incubate_lib.backends.local import pool as local
-from incubate_lib.backends.local.pool import Pool
-from incubate_lib.backends.slurm import queue as slurm
-from incubate_lib.backends.slurm.settings import SlurmSettings
 from incubate_lib.config import SettingsError, load_settings
-from incubate_lib.config.study import load_study
-from incubate_lib.pipeline import execution, study
+from incubate_lib.phases import train as phases
+from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.strategies import open_phase, plan
-from incubate_lib.pipeline.view import node_line
-from incubate_lib.training import loop, phases
-from incubate_lib.training.facts import Facts
-from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, Stopped, read_json
+from incubate_lib.training import loop
+from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, read_json
 from incubate_lib.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("resume")  # one process, so that what is compared with is trained once
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
 # everything random is on: drop-path (preset), mixup (numpy's generator), shift (torch's)
 OVERRIDES = [
     "training.epochs=4",
@@ -141,96 +130,11 @@ def train_backwards(folder: str) -> None:
         assert os.waitpid(pid, 0)[1] == 0
 
 
-def stop_after_checkpoints(node, monkeypatch, number: int) -> PhaseFolder:
-    """Run a phase until it has saved `number` checkpoints, then stop it."""
-    saved, original = [], PhaseFolder.save_checkpoint
-
-    def save(self, state):
-        original(self, state)
-        saved.append(state["step"])
-
-    monkeypatch.setattr(PhaseFolder, "save_checkpoint", save)
-    monkeypatch.setattr("incubate_lib.training.loop.STATUS_SECONDS", 0.0)
-    monkeypatch.setattr("incubate_lib.training.loop.SAVING_SHARE", math.inf)  # after every step
-    monkeypatch.setattr(phases, "_stop_asked", lambda *_: lambda: len(saved) >= number)
-    with pytest.raises(Stopped, match="the next run goes on from here"):
-        node.run()
-    monkeypatch.undo()
-    assert len(saved) >= number
-    return node.folder
-
-
-def rewrite(change):
-    """Return what saves a checkpoint again, sound in form, with another content."""
-
-    def damage(path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        change(state)
-        torch.save(state, path)
-
-    return damage
-
-
-DAMAGE = {
-    "truncated": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
-    "a flipped bit in the weights": lambda p: p.write_bytes(flip(p.read_bytes())),
-    "empty": lambda p: p.write_bytes(b""),
-    "not a checkpoint": lambda p: p.write_text("hello"),
-    "a weight is missing": rewrite(lambda state: state["model"].pop("head.bias")),
-    "a weight has another shape": rewrite(lambda state: state["model"].update({"head.bias": torch.zeros(5)})),
-    "momentum of another shape": rewrite(lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(5))),
-    "a count is missing": rewrite(lambda state: state.pop("loss_sum")),
-    "of another phase": rewrite(lambda state: state["whose"].update(hash="another")),
-    "no dictionary": lambda p: torch.save(torch.zeros(1), p),
-}
-
-
-def flip(blob: bytes) -> bytes:
-    middle = len(blob) // 3
-    return blob[:middle] + bytes([blob[middle] ^ 1]) + blob[middle + 1 :]
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """A meta model trained without interruption, in a data folder that the damaged ones copy their facts from."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INCUBATE_DATA", str(tmp_path_factory.mktemp("sound")))
-        node = open_phase("meta", "smoke", FREQUENT, seed=5)
-        return node.run(), node.experiment.path / "experiment.json"
-
-
-FREQUENT = ["machine.checkpoint_seconds=0.0"]
-
-
-def plan_as(known: Path, data_folder: Path) -> None:
-    """Take over what planning has measured before."""
-    (data_folder / "runs" / known.parent.name).mkdir(parents=True)
-    shutil.copy(known, data_folder / "runs" / known.parent.name)
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("both", [False, True], ids=["newest", "both"])
-def test_a_damaged_checkpoint_is_named_and_what_is_sound_is_used(damage, both, sound, data_folder, capsys):
-    expected, known = sound
-    plan_as(known, data_folder)
-    with pytest.MonkeyPatch.context() as patch:
-        folder = stop_after_checkpoints(open_phase("meta", "smoke", FREQUENT, seed=5), patch, 3)
-    DAMAGE[damage](folder.path / "checkpoint.pt")
-    if both:
-        DAMAGE[damage](folder.path / "checkpoint.previous.pt")
-    capsys.readouterr()
-    summary = open_phase("meta", "smoke", FREQUENT, seed=5).run()
-    output = capsys.readouterr().out
-    assert "checkpoint.pt is not sound" in output and ("checkpoint.previous.pt is not sound" in output) == both
-    assert ("resumed_at" in folder.status()) == (not both)
-    assert summary["weights_sha256"] == expected["weights_sha256"]
-
-
 def test_finished_phases_are_only_read(data_folder, monkeypatch):
     node = open_phase("meta", "smoke")
     first = node.run()
     files = {p: p.stat().st_mtime_ns for p in node.folder.path.iterdir()}
-    monkeypatch.setattr("incubate_lib.training.phases.fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("incubate_lib.phases.train.fit", lambda *a, **k: pytest.fail("trained again"))
     assert open_phase("meta", "smoke").run() == first
     assert {p: p.stat().st_mtime_ns for p in node.folder.path.iterdir()} == files
 
@@ -324,151 +228,17 @@ def hold(folder: str) -> None:
         signal.pause()  # for ever: it is killed
 
 
-def test_a_damaged_result_is_refused_by_what_needs_it(data_folder):
-    node = open_phase("incubate", "smoke", module_index=0)
-    meta = node.inputs["meta"]
-    meta.run()
-    blob = meta.folder.weights.read_bytes()
-    meta.folder.weights.write_bytes(flip(blob))
-    with pytest.raises(SettingsError, match=r"model\.safetensors is damaged; delete it and run again"):
-        node.run()
-    with pytest.raises(SettingsError, match="missing or damaged; run again"):
-        node.folder.load_weights()
-    meta.folder.weights.unlink()
-    assert node.run()["inputs_sha256"] == {"meta": hashlib.sha256(blob).hexdigest()}
-
-
-LOSS = {
-    "deleted": Path.unlink,
-    "empty": lambda p: p.write_bytes(b""),
-    "truncated": lambda p: p.write_bytes(p.read_bytes()[:-1]),
-    "zeros": lambda p: p.write_bytes(bytes(p.stat().st_size)),
-    "something else": lambda p: p.write_text("no weights are here"),
-}
-
-
-def test_a_result_without_whole_weights_is_not_finished_and_is_made_again(sound, data_folder, capsys):
-    """Everybody who asks is told the same, and what needs the weights gets them."""
-    plan_as(sound[1], data_folder)
-    node = open_phase("incubate", "smoke", module_index=0)
-    meta = node.inputs["meta"]
-    first = meta.run()
-    (meta.folder.path / "notebook.ipynb").touch()
-    for lose in LOSS.values():
-        assert execution.is_complete(meta) and node_line(meta).state == meta.folder.status()["state"] == "done"
-        lose(meta.folder.weights)
-        assert not execution.is_complete(meta) and not meta.finished() and not Pool([], 1, None, notebooks=False).is_done(meta)
-        line = node_line(meta)
-        assert line.state == meta.folder.status()["state"] == "waiting" and "missing or damaged" in line.note
-        assert meta.summary()["weights_sha256"] == first["weights_sha256"], "its numbers are still true"
-        capsys.readouterr()
-        again = meta.run()
-        assert again["weights_sha256"] == first["weights_sha256"] and "missing or damaged" in capsys.readouterr().out
-    meta.folder.weights.unlink()
-    (meta.folder.path / "summary.json").write_text("{")
-    assert node.run()["inputs_sha256"] == {"meta": first["weights_sha256"]}
-
-
-SHORT = {"partition.num_modules": 2, "training.epochs": 1, "machine.checkpoint_seconds": 100}
-SHORT_OVERRIDES = [f"{name}={value}" for name, value in SHORT.items()]
-
-
-def attempts(todo) -> set[tuple[str, int]]:
-    return {(node.settings.phase, node.folder.status()["attempt"]) for node in todo.nodes}
-
-
-def lose_meta(todo, as_elsewhere: bool) -> None:
-    """Train a chain and delete its meta model, which was this machine's, or one with the last bits of another machine."""
-    meta = todo.nodes[0]
-    meta.run()
-    if as_elsewhere:
-        tensors = {name: tensor + 1e-3 for name, tensor in meta.folder.load_weights().items()}
-        meta.folder.finish(meta.summary(), tensors)
-    todo.run()
-    assert attempts(todo) == {(phase, 1) for phase in ("meta", "incubate", "assemble", "finetune")}
-    meta.folder.weights.unlink()
-
-
-@pytest.mark.parametrize("as_elsewhere", [False, True], ids=["same bits", "other bits"])
-def test_what_starts_from_a_phase_trained_again_is_made_again_only_if_the_bits_differ(as_elsewhere, data_folder, monkeypatch):
-    monkeypatch.setattr(local, "fair_threads", lambda jobs: 1)  # as here: the same bits
-    todo = plan(load_settings("smoke", SHORT_OVERRIDES), ["deep_incubation"])
-    lose_meta(todo, as_elsewhere)
-    old = {node: node.folder.summary()["weights_sha256"] for node in todo.nodes}
-    output = io.StringIO()
-    pool = Pool([(todo, {"preset": "smoke", "overrides": SHORT_OVERRIDES})], 2, Console(file=output), notebooks=False)
-    assert local.finish(pool) == 0
-    assert all(node.finished() for node in todo.nodes)
-    rest = 2 if as_elsewhere else 1
-    assert attempts(todo) == {("meta", 2), ("incubate", rest), ("assemble", rest), ("finetune", rest)}
-    assert all((node.summary()["weights_sha256"] != sha) == as_elsewhere for node, sha in old.items())
-    assert "seed 0 meta: its weights are missing or damaged; it is trained again; what starts from it" in output.getvalue()
-
-
-def test_a_study_makes_again_what_starts_from_a_phase_trained_again(data_folder, tmp_path, monkeypatch):
-    file = tmp_path / "one.yaml"
-    file.write_text(json.dumps({"preset": "smoke", "strategies": ["deep_incubation"], "seeds": [0], "set": SHORT}))
-    (trial,) = study.walk(load_study(str(file))).last()
-    lose_meta(trial.plan, as_elsewhere=True)
-    _, status = study.run(load_study(str(file)), backends.get(), local.LocalSettings(jobs=2), Console(file=io.StringIO()))
-    assert status == 0 and all(node.finished() for node in trial.plan.nodes)
-    assert {number for _, number in attempts(trial.plan)} == {2}
-
-
-def test_jobs_are_submitted_for_what_starts_from_a_phase_trained_again(data_folder, capsys, monkeypatch):
-    """Whether the bits differ is seen when the input is there: a job that finds its phase complete ends at once."""
-    todo = plan(load_settings("smoke", SHORT_OVERRIDES), ["deep_incubation"])
-    todo.run()
-    for node in todo.nodes:
-        (node.folder.path / "notebook.ipynb").touch()
-    module = todo.nodes[1]
-    module.folder.weights.unlink()
-    source = {"preset": "smoke", "overrides": SHORT_OVERRIDES}
-    monkeypatch.setenv("PATH", "")  # scripts are made without a cluster
-    capsys.readouterr()
-    slurm.submit(todo, source, SlurmSettings(), Console(file=io.StringIO()), dry_run=True)
-    names = re.findall(r"^# sbatch .*--job-name=(\S+)", capsys.readouterr().out, re.M)
-    final = todo.finals["deep_incubation", 0]
-    keys = [module.key, final.inputs["assemble"].key, final.key, "06_analysis"]
-    assert names == [f"{todo.experiment.path.name}/{key}" for key in keys]
-
-
-def test_a_report_of_what_is_not_finished_is_not_taken_for_whole(sound, data_folder):
+def test_a_report_of_what_is_not_finished_is_not_taken_for_whole(data_folder):
     """A phase may come to disagree with its input behind the back of a run."""
-    plan_as(sound[1], data_folder)
     todo = plan(load_settings("smoke"), ["end_to_end"])
+    todo.experiment.create()
     for name in ("06_analysis.ipynb", "report.html"):
         (todo.experiment.path / name).touch()
     (todo.experiment.path / "analysed.json").write_text('{"end_to_end 0": "0123"}')
     assert not execution.analysed(todo)
 
 
-def test_a_damaged_config_does_not_cost_the_checkpoints(sound, data_folder, capsys):
-    expected, known = sound
-    plan_as(known, data_folder)
-    with pytest.MonkeyPatch.context() as patch:
-        folder = stop_after_checkpoints(open_phase("meta", "smoke", FREQUENT, seed=5), patch, 3)
-    whole = (folder.path / "config.json").read_bytes()
-    (folder.path / "config.json").write_bytes(whole[: len(whole) // 2])
-    assert open_phase("meta", "smoke", FREQUENT, seed=5).run()["weights_sha256"] == expected["weights_sha256"]
-    assert folder.status()["resumed_at"] > 0 and "config.json is damaged" in capsys.readouterr().out
-    assert (folder.path / "config.json").read_bytes() == whole
-    assert folder.metrics()[0]["step"] == 0
-
-
-def test_a_damaged_config_beside_checkpoints_of_another_phase_means_a_new_start(sound, data_folder):
-    expected, known = sound
-    plan_as(known, data_folder)
-    with pytest.MonkeyPatch.context() as patch:
-        other = stop_after_checkpoints(open_phase("meta", "smoke", FREQUENT, seed=6), patch, 3)
-    node = open_phase("meta", "smoke", FREQUENT, seed=5)
-    shutil.copytree(other.path, node.folder.path)
-    (node.folder.path / "config.json").write_text("{")
-    assert node.run()["weights_sha256"] == expected["weights_sha256"] and "resumed_at" not in node.folder.status()
-
-
-def test_a_finished_phase_without_its_config_is_left_as_it_is(sound, data_folder):
-    plan_as(sound[1], data_folder)
+def test_a_finished_phase_without_its_config_is_left_as_it_is(data_folder):
     node = open_phase("meta", "smoke")
     node.run()
     (node.folder.path / "config.json").write_text("")
@@ -479,9 +249,9 @@ def test_a_finished_phase_without_its_config_is_left_as_it_is(sound, data_folder
 
 
 @pytest.mark.parametrize("cut", [b'{"step": 0, "epo', b"\xff" + bytes(20)], ids=["half", "no text"])
-def test_a_line_cut_short_by_a_kill_is_not_glued_to_the_next(cut, sound, data_folder):
+def test_a_line_cut_short_by_a_kill_is_not_glued_to_the_next(cut, data_folder):
     settings = load_settings("smoke", ["mat.probe=4", "mat.warmup_epochs=0.5", "phases.end_to_end.epochs=1"])
-    node = plan(settings, ["mat"], facts=Facts.model_validate(read_json(sound[1])["facts"])).nodes[0]
+    node = plan(settings, ["mat"]).nodes[0]
     with contextlib.suppress(KeyboardInterrupt), node.folder.claim(node.settings):
         for file in (METRICS, MNTK):
             (node.folder.path / file).write_bytes(cut)
@@ -530,23 +300,6 @@ def test_a_phase_does_not_depend_on_what_does_not_concern_it(data_folder):
     assert plain.digest == halves.digest
     deep = open_phase("meta", "smoke", ["model.depth=9"])
     assert deep.digest == open_phase("meta", "smoke").digest
-
-
-def test_nothing_is_unpickled(tmp_path):
-    """A checkpoint that would run code when unpickled is refused, and its code is not run."""
-    ran = tmp_path / "ran"
-    torch.save({"step": Evil(str(ran))}, tmp_path / "checkpoint.pt")
-    state, complaints = PhaseFolder(tmp_path).load_checkpoint()
-    assert state is None and "not sound" in complaints[0]
-    assert not ran.exists()
-
-
-class Evil:
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,6 @@
 """Every preset trains through its notebooks: small, but with its images on disk, transforms and recipe as they are shipped."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +9,9 @@ from patience import join
 from shrunk import BATCH, EPOCHS, MICRO, shrunk, write_images
 
 from incubate_lib.config import load_settings, presets
+from incubate_lib.data.sets import load_data
+from incubate_lib.phases.networks import model_shape
 from incubate_lib.pipeline import execution
-from incubate_lib.training.data import load_data
-from incubate_lib.training.phases import model_shape
 from incubate_lib.training.runs import read_json
 
 MAY_SHRINK = (
@@ -69,18 +65,10 @@ def ways(name: str) -> list[tuple[str, str]]:
     return found
 
 
-def executed(notebook: str, parameters: dict[str, str], folder: Path, more: dict[str, str]) -> None:
-    """Execute a notebook as `incubate run` does: in a fork of a warm process; one that needs hooks in a process of its own."""
-    name, log = f"{parameters['strategy']}.ipynb", folder / "log.txt"
-    if more:
-        hooks = os.pathsep.join(filter(None, [str(Path(__file__).parent / "hooks"), os.environ.get("PYTHONPATH")]))
-        env = os.environ | more | {"PYTHONPATH": hooks, "INCUBATE_HEADLESS": "1"}
-        command = [sys.executable, "-m", "incubate_lib.pipeline.notebook", notebook, str(folder / name), json.dumps(parameters)]
-        with open(log, "w") as file:
-            code = subprocess.run(command, env=env, stdout=file, stderr=file, cwd=folder).returncode
-    else:
-        code = join(execution.start(folder, parameters, threads=1, notebook=notebook, output=name).process, notebook)
-    assert code == 0, log.read_text()[-3000:]
+def executed(notebook: str, parameters: dict[str, str], folder: Path) -> None:
+    """Execute a notebook as `incubate run` does."""
+    job = execution.start(folder, notebook, parameters, f"{parameters['strategy']}.ipynb", threads=1)
+    assert join(job, notebook) == 0, (folder / "log.txt").read_text()[-3000:]
 
 
 @pytest.mark.parametrize("name", presets())
@@ -88,10 +76,11 @@ def test_every_preset_trains_two_epochs_through_its_notebooks(name, tmp_path, mo
     data = tmp_path / "data"
     data.mkdir()
     monkeypatch.setenv("INCUBATE_DATA", str(data))
-    more = write_images(name, data)
+    for variable, value in write_images(name, data).items():
+        monkeypatch.setenv(variable, value)
     preset = written(name, tmp_path)
     for notebook, strategy in ways(name):
-        executed(notebook, {"preset": preset, "strategy": strategy}, tmp_path, more)
+        executed(notebook, {"preset": preset, "strategy": strategy}, tmp_path)
     small = load_settings(preset)
     summaries = [read_json(path) for path in data.rglob("summary.json")]
     phases = {(summary["strategy"], summary["phase"]): summary for summary in summaries}

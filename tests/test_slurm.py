@@ -26,7 +26,6 @@ pytestmark = [
 BOTH = ["--strategies", "end_to_end", "deep_incubation"]
 MODULES = [f"seed-0/deep_incubation/incubate-{module}" for module in range(3)]
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["incubate_lib.training.phases", "torch._dynamo"])
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,15 @@ from torch import nn
 
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.config.study import load_study
+from incubate_lib.data.sets import load_data
 from incubate_lib.method.incubation import make_hybrid, make_imitation, start_module
 from incubate_lib.method.partition import join, split
+from incubate_lib.phases.networks import at_size
+from incubate_lib.phases.recipes import load_trained
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.tables.studies import published
 from incubate_lib.report.words import ISOLATES, label
-from incubate_lib.training.data import load_data
-from incubate_lib.training.phases import at_size, load_trained
 
 pytestmark = pytest.mark.xdist_group("strategies")  # one process, so that the run of the fixture is made once
 CONTROLS = ["stacking", "growing", "random_modules", "imitation", "end_to_end_low_resolution"]
@@ -274,10 +275,10 @@ def test_what_was_trained_before_there_were_recommended_rates_stays_good(data_fo
 
 
 def test_an_experiment_is_the_same_whatever_strategies_are_known(monkeypatch):
-    from incubate_lib.config import models
+    from incubate_lib.config import strategies
 
     before = load_settings("smoke").digest()
-    monkeypatch.setitem(models.STRATEGIES, "another", {"kind": "end_to_end"})
+    monkeypatch.setitem(strategies.STRATEGIES, "another", {"kind": "end_to_end"})
     assert "another" in load_settings("smoke").strategies and load_settings("smoke").digest() == before
     assert load_settings("smoke", ["strategies.another.phases.end_to_end.lr=0.1"]).digest() != before
 

@@ -16,12 +16,12 @@ from layouts import AUGMENTED, open_folder, settings_file, write_folder
 from patience import wait_for
 
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings, load_settings
+from incubate_lib.data.order import Order
+from incubate_lib.data.sets import ImageSet, load_data
+from incubate_lib.data.stream import PREFETCH, StreamedSet, check_shared_memory
 from incubate_lib.pipeline.strategies import open_phase
-from incubate_lib.training.data import ImageSet, load_data
 from incubate_lib.training.loop import evaluate
-from incubate_lib.training.order import Order
 from incubate_lib.training.runs import read_json, write_json
-from incubate_lib.training.stream import PREFETCH, StreamedSet, check_shared_memory
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 6])

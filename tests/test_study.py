@@ -5,16 +5,14 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pandas as pd
 import pytest
-from patience import HANG, Hooks
+from patience import Hooks, wait_for
 
-from incubate_lib.config import SettingsError
 from incubate_lib.config.study import COLUMNS, load_study, studies
 from incubate_lib.pipeline import study as walks
 from incubate_lib.pipeline.graph import finished_phases
@@ -43,10 +41,7 @@ rates: {values: [1e-3, 4e-3], seeds: [7], at: {budget: half}}
 
 
 def incubate(*arguments, folder):
-    env = os.environ | {"INCUBATE_DATA": str(folder), "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "incubate_lib.cli", *arguments], capture_output=True, text=True, env=env, timeout=HANG
-    )
+    return command_line.incubate(*arguments, env=os.environ | {"INCUBATE_DATA": str(folder), "COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +120,11 @@ def test_stopped_in_the_middle_it_goes_on_and_ends_in_the_same_numbers(trained, 
     file.write_text(STUDY.replace("strategies: [end_to_end, deep_incubation, growing]", "strategies: [deep_incubation]"))
     hooks.hold("incubate-2", 0)  # so that it is not done before it is told to stop
     env = os.environ | hooks.env | {"INCUBATE_DATA": str(tmp_path)}
-    command = [sys.executable, "-m", "incubate_lib.cli", "study", str(file), "--jobs", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
-        for line in process.stdout:
-            if "module 1 of 3" in line:
-                break
-        asked = incubate("study", str(file), "--stop", folder=tmp_path)
-        rest = process.stdout.read()
-    assert process.returncode == 130 and "Stopped." in rest and "asked to stop" in asked.stdout
+    begun = command_line.Begun("study", str(file), "--jobs", "2", env=env)
+    wait_for(lambda: "module 1 of 3" in begun.output, "a module to be trained")
+    asked = incubate("study", str(file), "--stop", folder=tmp_path)
+    result = begun.end()
+    assert result.returncode == 130 and "Stopped." in result.stdout and "asked to stop" in asked.stdout
     assert not (tmp_path / "studies" / "trial.csv").exists()
     assert incubate("study", str(file), "--jobs", "2", folder=tmp_path).returncode == 0
     for table in ("trial.csv", "trial_rates.csv"):
@@ -145,7 +137,7 @@ def test_stopped_in_the_middle_it_goes_on_and_ends_in_the_same_numbers(trained, 
 
 def test_a_run_of_a_study_is_an_ordinary_run(trained):
     folder, file, *_ = trained
-    steps = walks.walk(load_study(str(file)))
+    steps = walks.Walk(load_study(str(file)))
     *_, (_, trials) = steps.stages()
     source = steps.source(trials[0])
     overrides = [part for value in source["overrides"] for part in ("--set", value)]
@@ -343,67 +335,3 @@ def test_every_tracked_figure_is_drawn_again_from_a_tracked_table(tmp_path, monk
     written = publish.redraw()
     tracked = {path.name for path in (root / "figures").glob("*.png")}
     assert sorted(path.name for path in written) == sorted(tracked)
-
-
-# -- bad input ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"preset": "smok"}, "unknown preset"),
-        ({"axes": {"depth": {"6": {"model.dept": 6}}}}, "unknown field 'model.dept'; did you mean"),
-        ({"axes": {"depth": {"7": {"model.depth": 7}}}}, "study bad, depth 7: .*model.depth 7 is not divisible"),
-        ({"axes": {"depth": {}}}, "axes.depth has no values"),
-        ({"axes": {"seed": {"1": {}}}}, "axes.seed: that is a column of the table"),
-        ({"strategies": ["end_to_end", "growin"]}, "did you mean growing"),
-        ({"strategies": ["growing", "growing"]}, "one is given twice"),
-        ({"strategies": []}, "strategies"),
-        ({"seeds": [0, 0]}, "one is given twice"),
-        ({"seeds": [-1]}, "seeds"),
-        ({"rates": {"values": [1e-3, 1e-3], "seeds": [7]}}, "one is given twice"),
-        ({"rates": {"values": [1e-3], "seeds": [0]}}, "what a rate was chosen with must not judge it"),
-        ({"rates": {"values": [1e-3], "seeds": [7], "at": {"depht": "6"}}}, "did you mean depth"),
-        ({"rates": {"values": [1e-3], "seeds": [7], "at": {"depth": "8"}}}, "rates.at.depth is '8'"),
-        ({"rates": {"values": [], "seeds": [7]}}, "rates.values"),
-        ({"set": {"data.eval_split": "val"}}, "data.eval_split is what a study sets itself"),
-        ({"grid": {}}, "unknown field 'grid'"),
-        ({"name": "x_rates"}, "that ends in _rates"),
-        ({"axes": {"lr": {"1": {}}}}, "axes.lr: that is a column"),
-        (
-            {
-                "axes": {"s": {"1": {}, "2": {"strategies.stacking.incubate": "labels"}}},
-                "strategies": ["stacking"],
-                "rates": {"values": [1e-3], "seeds": [7], "at": {"s": "1"}},
-            },
-            "strategy stacking trains other phases in other cells",
-        ),
-        ({"preset": None}, "preset"),
-    ],
-)
-def test_bad_studies(change, message, tmp_path, monkeypatch):
-    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "data"))
-    study = {"preset": "smoke", "strategies": ["end_to_end"], "seeds": [0], "axes": {"depth": {"6": {"model.depth": 6}}}}
-    file = tmp_path / "bad.yaml"
-    file.write_text(json.dumps(study | change))
-    with pytest.raises(SettingsError, match="(?s)" + message):
-        load_study(str(file))
-    assert not (tmp_path / "data").exists()
-
-
-def test_only_the_machine_is_set_from_outside():
-    study = load_study("digits-depth-data", ["machine.checkpoint_seconds=7", "machine.data_folder=/a/copy"])
-    settings = study.settings(study.cells()[0])
-    assert settings.machine.checkpoint_seconds == 7 and settings.machine.data_folder == "/a/copy"
-    assert settings.digest() == load_study("digits-depth-data").settings(study.cells()[0]).digest()
-    with pytest.raises(SettingsError, match="stands in the study's file"):
-        load_study("digits-depth-data", ["training.lr=1"])
-
-
-def test_an_unknown_study_is_told(tmp_path):
-    with pytest.raises(SettingsError, match="did you mean digits-budget"):
-        load_study("digit-budget")
-    with pytest.raises(SettingsError, match="cannot read"):
-        load_study(str(tmp_path / "nowhere.yaml"))
-    with pytest.raises(SettingsError, match="no tracked table of a study 'nothing'"):
-        published("nothing")

@@ -13,18 +13,18 @@ from patience import HANG, Hooks, wait_for
 from PIL import Image
 
 from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.phases.facts import measure
 from incubate_lib.pipeline.background import start_run, stop_run
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live import watch as watching
 from incubate_lib.report.live.curves import browse
 from incubate_lib.report.live.phase_graph import draw, snapshot
-from incubate_lib.report.live.progress import Reader, table
+from incubate_lib.report.live.progress import Reader, table_of
 from incubate_lib.report.live.watch import find, watch
 from incubate_lib.report.style import Figure
 from incubate_lib.report.tables.records import published
 from incubate_lib.report.widgets import Sentence, Twinned
-from incubate_lib.training.facts import measure
 from incubate_lib.training.runs import read_json
 from incubate_lib.training.trainer import Trainer
 
@@ -40,6 +40,10 @@ def files(folder):
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def table(todo):
+    return table_of((reader := Reader(todo)).phases(), reader.backend.title)
 
 
 def png(data: bytes) -> Image.Image:

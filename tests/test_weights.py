@@ -17,16 +17,17 @@ from safetensors.torch import load_file, save_file
 
 from incubate_lib.cli import main
 from incubate_lib.config import DataSettings, ModelSettings, SettingsError, load_settings
+from incubate_lib.data.sets import load_data
+from incubate_lib.data.sources import open_source
+from incubate_lib.phases import weights
+from incubate_lib.phases.classes import check_order
+from incubate_lib.phases.networks import build_model
+from incubate_lib.phases.released import import_released
+from incubate_lib.phases.weights import load_into, sha256
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.export import Finished, choose, export
 from incubate_lib.report.tables.records import from_plan
-from incubate_lib.training import weights
-from incubate_lib.training.classes import check_order, class_names
-from incubate_lib.training.data import load_data
 from incubate_lib.training.loop import evaluate
-from incubate_lib.training.phases import build_model
-from incubate_lib.training.released import import_released
-from incubate_lib.training.weights import load_into, sha256
 
 # -- into the chain and out of it -----------------------------------------------------------------------------------------
 
@@ -269,7 +270,7 @@ def test_classes_have_the_names_of_their_source(tmp_path, data_folder):
         (DataSettings(source="wds/", folder=str(tmp_path / "wds")), 3, "0"),
         (DataSettings(num_classes=4, source="synthetic"), 4, "pattern 0"),
     ]:
-        names = class_names(settings, count)
+        names = open_source(settings)[0].classes
         assert len(names) == len(set(names)) == count and names[0] == first
 
 

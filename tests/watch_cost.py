@@ -34,7 +34,7 @@ open_phase("end_to_end", "digits", {OVERRIDES}).run()
 WATCH = f"""
 import time
 from incubate_lib.report.live.watch import Live
-live = Live("digits", {OVERRIDES}, ["end_to_end"], [0], 2.0)
+live = Live("digits", {OVERRIDES}, ["end_to_end"], [0], every=2.0)
 while True:
     time.sleep(3600)
 """

@@ -1,7 +1,9 @@
 """Where phases run: what a backend can do, and what a process inside one of its jobs is told.
 
-Members are folders beside this file, each with an object `BACKEND` in its `__init__`, found by name. That file is read
-whenever `incubate` starts or a folder is held: what takes time to import is imported inside its methods.
+A member is a folder beside this file. Its `__init__` is read whenever `incubate` starts or a folder is held, and so imports
+nothing that takes time: `options` are those of the command line that are for this backend alone, each with what argparse's
+add_argument takes; `attempt()` says what this process is, if it is in a job of this backend, else None. `BACKEND` in its
+`backend.py` does the rest.
 """
 
 import argparse
@@ -17,7 +19,8 @@ class Submitted:
     """What became of runs that were handed over."""
 
     ids: list[str] = field(default_factory=list)  # of the jobs that are new
-    status: int | None = None  # exit status, where all has ended: 0 done, 1 something failed, 130 stopped; none: jobs go on
+    # exit status, where all has ended: 0 done, 1 something failed, 130 stopped; none: jobs go on
+    status: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,21 +51,13 @@ class Backend:
 
     name = ""  # after --backend
     title = ""  # for people, who read "Slurm's queue"
-    options: tuple[str, ...] = ()  # of the command line, that are for this backend alone
+    options: dict[str, dict[str, Any]] = {}  # of a backend without a folder here, as its `attempt` is
     has_nodes = False  # whether several nodes can train one phase
     has_preview = False  # whether what it would be given can be shown
     pause = 0.0  # seconds between two questions to it, at least
 
-    # -- on the command line
-
-    def add_options(self, command: argparse.ArgumentParser, what: str) -> None:
-        """Add `options` to a command; `what` says which jobs they are for."""
-
     def settings(self, options: argparse.Namespace) -> Any:
         """Return this backend's own settings, from its options; SettingsError if anything is off."""
-
-    def check(self, machines: list[Any], settings: Any) -> None:
-        """Raise SettingsError for a machine (config.MachineSettings) that these settings cannot give."""
 
     def prepare(self) -> None:
         """Begin what takes time, in the background, while runs are planned."""
@@ -72,19 +67,17 @@ class Backend:
 
     # -- runs
 
-    def submit(
-        self, runs: list[Run], settings: Any, console: Any, *, notebooks: bool = True, began: float | None = None
-    ) -> Submitted:
+    def submit(self, runs: list[Run], settings: Any, console: Any, *, notebooks: bool = True) -> Submitted:
         """Hand over what is missing of some runs, and their analyses.
 
-        Without `notebooks` phases alone will do, each once, though several runs share it. Where phases begin later their folders
-        are made now, so that `incubate status` knows of them. `began` is the time.monotonic()
-        from which seconds that are told are counted. SettingsError before anything begins if it cannot be done.
+        Without `notebooks` phases alone will do, each once, though several runs share it. Where phases begin later their
+        folders are made now, so that `incubate status` knows of them. SettingsError before anything begins if it cannot be
+        done.
         """
         raise NotImplementedError
 
-    def preview(self, runs: list[Run], settings: Any, console: Any) -> None:
-        """Show what `submit` would hand over."""
+    def preview(self, runs: list[Run], settings: Any) -> None:
+        """Print what `submit` would hand over."""
         raise NotImplementedError
 
     def knows(self, experiment: Any) -> bool:
@@ -108,8 +101,6 @@ class Backend:
 
     def stop(self, experiment: Any) -> str | None:
         """Have a run save and stop, whose stop file is there already; say in words who was asked, none if nobody was."""
-
-    # -- inside a job
 
     def attempt(self) -> Attempt | None:
         """Return what this process is told, if it is in a job of this backend."""

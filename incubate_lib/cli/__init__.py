@@ -1,21 +1,25 @@
 """`incubate …`: thin commands, a file a group. Bad input ends in a line or two and exit status 2.
 
-In these files imports stand inside functions: most commands need no torch, and `incubate --help` is to be there at once.
+Only the group of the command that was given is imported, and what is large only inside its functions: most commands need no
+torch, and `incubate --help` is to be there at once.
 """
 
+import importlib
 import sys
 
-from incubate_lib import __version__
-from incubate_lib.cli import files, look, plan, run
-from incubate_lib.cli.parser import Commands, Parser
+from incubate_lib.cli.parser import parser as parser
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run a command; return its exit status."""
     options = parser().parse_args(arguments)
     from incubate_lib.config import SettingsError
 
+    if getattr(options, "devices", None) is not None:
+        options.set.append(f"machine.devices={options.devices}")
+    group, _, function = options.function.partition(".")
     try:
-        return options.command(options)
+        return getattr(importlib.import_module(f"incubate_lib.cli.{group}"), function)(options) or 0
     except SettingsError as error:
         print(f"incubate: {error}", file=sys.stderr)
         return 2
@@ -25,13 +29,3 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         sys.stderr.close()
         return 141
-
-
-def parser() -> Parser:
-    """Return what knows all commands and their options."""
-    parser = Parser(prog="incubate", description="Train a network in pieces, and see what it costs.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = Commands(parser)
-    for group in (run, look, plan, files):
-        group.add(commands)
-    return parser

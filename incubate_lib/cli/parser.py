@@ -1,13 +1,16 @@
-"""The parser of the command line: errors in a line, `did you mean` for what is misspelt, and arguments that commands share."""
+"""The parser of the command line, made from `commands.toml`: errors in a line, and `did you mean` for what is misspelt."""
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from incubate_lib import backends
+from incubate_lib import __version__, backends
 
 COMPLETED = "_incubate_preset"  # the shell's function that completes a preset, see cli/files.py
+TYPES = {"int": int, "float": float}
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,45 +37,42 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return nearest(word, known)
 
 
-class Commands:
-    """The commands of a parser."""
-
-    def __init__(self, parser: Parser) -> None:
-        self._parsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def add(self, function: Callable[[argparse.Namespace], int], *examples: str) -> Parser:
-        """Add the command that a function is: its docstring says what it does, it returns the exit status."""
-        name = function.__name__.rstrip("_")
-        parser = self._parsers.add_parser(
+def parser() -> Parser:
+    """Return what knows all commands and their options; a command's `function` is the one in this folder that it is."""
+    parser = Parser(prog="incubate", description="Train a network in pieces, and see what it costs.")
+    parser.add_argument("--version", action="version", version=__version__)
+    parsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = tomllib.loads(Path(__file__).with_name("commands.toml").read_text())
+    shared = commands.pop("shared")
+    for name, about in commands.items():
+        examples = [f"incubate {name} {example}" for example in about.get("examples", [""])]
+        command = parsers.add_parser(
             name,
-            help=function.__doc__,
-            description=function.__doc__,
-            epilog="\n  ".join(["for example:", *(f"incubate {name} {example}" for example in examples or [""])]),
+            help=about["help"],
+            description=about["help"],
+            epilog="\n  ".join(["for example:", *examples]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        parser.set_defaults(command=function)
-        return parser
+        command.set_defaults(function=about["function"])
+        for argument, how in about.get("arguments", {}).items():
+            if argument == "--backend":
+                _add_backends(command, how["what"])
+            else:
+                _add_argument(command, argument, shared.get(argument, {}) | how)
+    return parser
 
 
-def preset_arguments(command: Parser, what: str = "", **how: Any) -> None:
-    """Add the preset, which is digits if left out, and `--set`."""
-    how = {"nargs": "?", "default": "digits", "help": f"a preset, or a YAML file of yours{what} (default: digits)"} | how
-    command.add_argument("preset", **how).complete = {"bash": COMPLETED, "zsh": COMPLETED}
-    set_argument(command, "e.g. training.epochs=20")
+def _add_argument(command: Parser, name: str, how: dict[str, Any]) -> None:
+    how = {key: value for key, value in how.items() if value != ""}
+    if "type" in how:
+        how["type"] = TYPES[how["type"]]
+    names = [name, how.pop("short")] if "short" in how else [name]
+    action = command.add_argument(*names, **how)
+    if name == "preset":
+        action.complete = {"bash": COMPLETED, "zsh": COMPLETED}
 
 
-def set_argument(command: Parser, text: str) -> None:
-    command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=text)
-
-
-def list_arguments(command: Parser, strategies: str = "those that were run", seeds: str = "those that were run") -> None:
-    """Add the lists of strategies and seeds; the words say what they are by default."""
-    command.add_argument("--strategies", nargs="+", metavar="NAME", help=f"default: {strategies}")
-    command.add_argument("--seeds", nargs="+", type=int, metavar="N", help=f"default: {seeds}")
-
-
-def backend_arguments(command: Parser, what: str) -> None:
+def _add_backends(command: Parser, what: str) -> None:
     """Add the options of the machine or cluster that trains."""
     command.add_argument("--backend", choices=backends.names(), default=backends.DEFAULT, help="default: local")
-    for name in backends.names():
-        backends.get(name).add_options(command, what)
+    backends.add_options(command, what)

@@ -2,93 +2,83 @@
 
 import argparse
 import time
-from pathlib import Path
 
+from rich.console import Console
+
+from incubate_lib import backends
 from incubate_lib.cli.look import print_table
-from incubate_lib.cli.parser import Commands, backend_arguments, list_arguments, preset_arguments, set_argument
+from incubate_lib.config import load_settings, refuse
+from incubate_lib.config.study import load_study, studies
+from incubate_lib.pipeline import execution
+from incubate_lib.pipeline import study as grid
+from incubate_lib.pipeline.experiment import Experiment, source_of
+from incubate_lib.pipeline.strategies import plan
+
+PLANNING = "Planning: reading the images, building the networks, counting FLOPs …"
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the chain of notebooks; finished phases are kept, half-finished ones go on."""
+def run(options: argparse.Namespace) -> int | None:
     began = time.monotonic()
-    from rich.console import Console
-
-    from incubate_lib import backends
-    from incubate_lib.config import load_settings, presets
-    from incubate_lib.pipeline import execution
-    from incubate_lib.pipeline.experiment import Experiment
-    from incubate_lib.pipeline.strategies import plan
-
     backend = backends.get(options.backend)
-    if options.dry_run:
-        backends.check_preview(backend)
+    refuse(options.dry_run and not backend.has_preview, f"--dry-run is for {backends.able('has_preview')}")
     asked = backends.settings(options)
-    if options.devices is not None:
-        options.set.append(f"machine.devices={options.devices}")
     settings = load_settings(options.preset, options.set)
-    backend.check([settings.machine], asked)
     experiment = Experiment.of(settings)
     experiment.check_writable()
     backends.check_nodes([settings.machine])
     backends.check_free(experiment, "`incubate stop` ends them", but=backend)
-    if not experiment.is_known():
+    is_new = not experiment.is_known()
+    if is_new:
         backend.prepare()  # planning something new takes torch too, on another core
         if not options.dry_run:
-            print("Planning: reading the images, building the networks, counting FLOPs …", flush=True)
-    is_new = not experiment.is_known()
+            print(PLANNING, flush=True)
     todo = plan(settings, options.strategies, [0] if options.seeds is None else options.seeds)
     if is_new and (unused := todo.experiment.facts.unused_classes):
-        from incubate_lib.training.data import unused_in_words
+        from incubate_lib.data.sets import unused_in_words
 
         print(unused_in_words(unused, todo.experiment.facts.num_classes), flush=True)
-    preset = options.preset if options.preset in presets() else str(Path(options.preset).absolute())
-    runs = [(todo, {"preset": preset, "overrides": options.set})]
+    runs = [(todo, source_of(options.preset, options.set))]
     if options.dry_run:
-        backend.preview(runs, asked, Console())
-        return 0
-    submitted = backend.submit(runs, asked, Console(), began=began)
+        backend.preview(runs, asked)
+        return None
+    submitted = backend.submit(runs, asked, Console())
+    if submitted.status == 0:
+        print(f"Finished in {time.monotonic() - began:.0f} s.")
     if submitted.ids:
         print("`incubate status` shows how far it is, from any folder.")
     if submitted.status or (submitted.status is None and not execution.is_finished(todo)):
-        return submitted.status or 0
+        return submitted.status
     print_table(todo)
-    return 0
+    return None
 
 
-def study(options: argparse.Namespace) -> int:
-    """Run a grid of settings, strategies and seeds, rates chosen for each; or list the studies."""
-    from incubate_lib.config.study import load_study, studies
-
+def study(options: argparse.Namespace) -> int | None:
     if options.study is None:
         for name in studies():
             print(f"{name}  {load_study(name).description}")
-        return 0
-    from incubate_lib import backends
-
+        return None
     backend, asked = backends.get(options.backend), backends.settings(options)
     import pandas as pd
-    from rich.console import Console
 
-    from incubate_lib.pipeline import study
     from incubate_lib.report.tables import studies as report
     from incubate_lib.report.tables import study_plots
 
-    about, console = load_study(options.study, options.set), Console()
+    about = load_study(options.study, options.set)
     if options.stop:
-        stopping = study.stop(about)
+        stopping = grid.stop(about)
         print(f"{stopping} run(s) of {about.name} are asked to stop" if stopping else f"nothing of {about.name} is under way")
-        return 0
+        return None
     machines = [about.settings(cell).machine for cell in about.cells()]
     devices = max(machine.devices for machine in machines)
     jobs = backend.places(devices, asked) or backends.get().places(devices)
     backends.check_nodes(machines)
     if not options.dry_run:
         backend.prepare()
-    print("Planning: reading the images, building the networks, counting FLOPs …", flush=True)
-    print(report.costs_text(study.costs(about), study.measured_speed(about), jobs), flush=True)
+    print(PLANNING, flush=True)
+    print(report.costs_text(grid.costs(about), grid.measured_speed(about), jobs), flush=True)
     if options.dry_run:
-        return 0
-    steps, status = study.run(about, backend, asked, console)
+        return None
+    steps, status = grid.run(about, backend, asked, Console())
     if status:
         return status
     table = report.collect(steps)
@@ -100,26 +90,4 @@ def study(options: argparse.Namespace) -> int:
     with pd.option_context("display.width", 200):
         print(report.summary(table).to_string(index=False))
     print(*report.doubts(table), sep="\n")
-    return 0
-
-
-def add(commands: Commands) -> None:
-    command = commands.add(
-        run,
-        "digits --seeds 0 1 2 --jobs 2",
-        "digits --strategies end_to_end recommended --set training.epochs=20",
-        "imagenet-vit-b --backend slurm --site site.yaml --seeds 0 1 2",
-    )
-    preset_arguments(command)
-    list_arguments(command, "those the preset runs", "0")
-    backend_arguments(command, "job of each phase")
-    command.add_argument("--devices", type=int, metavar="N", help="devices that train each phase together (default: 1)")
-    command.add_argument("--dry-run", action="store_true", help="print what a cluster would be given, submit nothing")
-
-    command = commands.add(study, "digits-budget --dry-run", "digits-budget --jobs 2 --publish")
-    command.add_argument("study", help="a study, or a YAML file of yours; without it: list them", nargs="?")
-    command.add_argument("--dry-run", action="store_true", help="say what is left to do and what it costs, train nothing")
-    set_argument(command, "of the machine: machine.compile=default")
-    command.add_argument("--stop", action="store_true", help="have what is under way save a checkpoint and stop")
-    command.add_argument("--publish", action="store_true", help="also write data/results/study_*.csv and figures")
-    backend_arguments(command, "run of each cell")
+    return None

@@ -9,50 +9,60 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from incubate_lib.config.models import STRATEGIES, UNCUT, Settings, error_message
-from incubate_lib.config.sections import SettingsError, nearest, shortened
+from incubate_lib.config.errors import SettingsError, nearest, refuse, shortened, validated
+from incubate_lib.config.models import Settings
+from incubate_lib.config.strategies import STRATEGIES, UNCUT
 
-LONGEST_FOLDER = 3000  # bytes; Linux opens paths of 4,095, and runs' names, strategies' and files' stand below the data folder
+# bytes; Linux opens paths of 4,095, and runs' names, strategies' and files' stand below the data folder
+LONGEST_FOLDER = 3000
 LONGEST_TEXT, MOST_VALUES, DEEPEST = 100_000, 10_000, 30  # characters, values and levels of a settings file
 
 
 def presets() -> dict[str, Path]:
     """Return the presets in the package: name → file."""
-    folder = Path(str(resources.files("incubate_lib") / "presets"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return in_the_package("presets")
+
+
+def in_the_package(folder: str) -> dict[str, Path]:
+    """Return the settings files in a folder of the package: name → file."""
+    place = Path(str(resources.files("incubate_lib") / folder))
+    return {path.stem: path for path in sorted(place.glob("*.yaml"))}
+
+
+def find_file(what: str, name: str, known: dict[str, Path]) -> Path:
+    """Return the file that is known by a name, or the YAML file at a path; SettingsError if it is neither."""
+    path = known.get(name) or Path(name)
+    folder = f"{name} is a folder; give a {what} ({', '.join(known)}) or a .yaml file"
+    unknown = f"unknown {what} {name!r}; {nearest(name, known)}, or give a .yaml file"
+    is_file = path.suffix in (".yaml", ".yml") or os.path.isfile(path)
+    refuse(os.path.isdir(path), folder)
+    refuse(not is_file, unknown)
+    return path
 
 
 def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...] = ()) -> Settings:
     """Read a preset by name or a YAML file by path, and apply `a.b=value` overrides; SettingsError if anything is off."""
-    path = presets().get(preset)
-    if path is None:
-        path = Path(preset)
-        if os.path.isdir(path):
-            raise SettingsError(f"{preset} is a folder; give a preset ({', '.join(presets())}) or a .yaml file")
-        if path.suffix not in (".yaml", ".yml") and not os.path.isfile(path):
-            raise SettingsError(f"unknown preset {preset!r}; {nearest(preset, presets())}, or give a .yaml file")
+    path = find_file("preset", preset, presets())
     raw = read_yaml(path)
     raw.setdefault("name", path.stem)
     raw.setdefault("strategies", {})
-    if isinstance(raw["strategies"], dict) and all(v is None or isinstance(v, dict) for v in raw["strategies"].values()):
+    given = raw["strategies"]
+    if isinstance(given, dict) and all(own is None or isinstance(own, dict) for own in given.values()):
         cut = {"partition": copy.deepcopy(raw.get("partition"))}
         for override in overrides:
             if override.startswith("partition"):
                 _override(cut, override)
         known = UNCUT if cut["partition"] is None else STRATEGIES
-        raw["strategies"] = {
-            name: copy.deepcopy(known.get(name, {})) | (raw["strategies"].get(name) or {})
-            for name in [*known, *(n for n in raw["strategies"] if n not in known)]
-        }
+        raw["strategies"] = {name: copy.deepcopy(known.get(name, {})) | (given.get(name) or {}) for name in known | given}
     for override in overrides:
         _override(raw, override)
     raw["overrides"] = list(overrides)
-    settings = _validate(raw, " ".join([path.name, *(f"--set {shortened(override)}" for override in overrides)]))
+    where = [path.name, *(f"--set {shortened(override)}" for override in overrides)]
+    settings = validated(Settings, raw, " ".join(where))
     for name in settings.run:
         settings.strategy(name)
     for override in overrides:
@@ -67,13 +77,12 @@ def _refuse_unused(settings: Settings, where: str) -> None:
         return
 
     def overridden(name: str, phase: str) -> bool:
-        layers = (settings.phases, settings.strategies[name].phases)
-        last = phase == settings.strategies[name].trains[-1] or phase == "end_to_end"
-        computed = field == "epochs" and last and settings.is_matched(name)
-        return computed or any(field in getattr(layer, phase).model_fields_set for layer in layers)
+        way = settings.strategies[name]
+        computed = field == "epochs" and phase in (way.trains[-1], "end_to_end") and settings.is_matched(name)
+        return computed or any(field in getattr(of.phases, phase).model_fields_set for of in (settings, way))
 
-    if all(overridden(name, phase) for name, s in settings.strategies.items() for phase in s.trains):
-        raise SettingsError(f"{where} has no effect: every phase sets its own {field}; use phases.<phase>.{field}")
+    every = all(overridden(name, phase) for name, way in settings.strategies.items() for phase in way.trains)
+    refuse(every, f"{where} has no effect: every phase sets its own {field}; use phases.<phase>.{field}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -81,38 +90,37 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = _parsed(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"cannot read settings file {path}: {getattr(error, 'strerror', None) or error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise SettingsError(f"cannot read settings file {path}: {why}") from None
     except (YAMLError, ValueError) as error:
         raise SettingsError(f"{path} is not plain YAML: {_what_is_wrong(error)}") from None
-    if not isinstance(raw, dict):
-        raise SettingsError(f"{path} must be a mapping of settings, not a {type(raw).__name__}")
+    refuse(not isinstance(raw, dict), f"{path} must be a mapping of settings, not a {type(raw).__name__}")
     return raw
 
 
 def _parsed(text: str) -> Any:
     """Return what YAML 1.2 says, without python objects or doubled keys; YAMLError or ValueError if it is wrong or too much."""
-    if len(text) > LONGEST_TEXT:
-        raise ValueError(f"it has more than {LONGEST_TEXT} characters")
+    refuse(len(text) > LONGEST_TEXT, f"it has more than {LONGEST_TEXT} characters")
     yaml = YAML(typ="safe", pure=True)
     yaml.max_depth = DEEPEST
     yaml.composer.warn_double_anchors = False  # they are allowed
     try:
-        if (node := yaml.compose(text)) is None:
-            return None
+        node = yaml.compose(text)
         _count(node, itertools.count(1))
-        return yaml.constructor.construct_document(node)
+        return None if node is None else yaml.constructor.construct_document(node)
     except LookupError:  # `!!bool x`, `!!int ""`
         raise ValueError("a value is not what its tag says") from None
     except RecursionError:
         raise ValueError("an alias stands within what it stands for") from None
 
 
-def _count(node: Node, counter: Iterator[int]) -> None:
+def _count(node: Node | None, counter: Iterator[int]) -> None:
     """Count values where they are used, as an alias can stand for very many; ValueError if they are too many."""
-    if next(counter) > MOST_VALUES:
-        raise ValueError(f"it has more than {MOST_VALUES} values")
-    pairs = node.value if isinstance(node, MappingNode) else [node.value] if isinstance(node, SequenceNode) else ()
-    for inner in itertools.chain.from_iterable(pairs):
+    refuse(next(counter) > MOST_VALUES, f"it has more than {MOST_VALUES} values")
+    values = node.value if isinstance(node, SequenceNode) else ()
+    if isinstance(node, MappingNode):
+        values = itertools.chain.from_iterable(node.value)
+    for inner in values:
         _count(inner, counter)
 
 
@@ -129,15 +137,14 @@ def _what_is_wrong(error: YAMLError | ValueError) -> str:
 def _override(raw: dict[str, Any], override: str) -> None:
     where, equals, text = override.partition("=")
     keys = where.strip().split(".")
-    if not equals or not all(keys):
-        raise SettingsError(f"--set {override!r}: write it as field=value, for example training.epochs=20")
+    form = "write it as field=value, for example training.epochs=20"
+    refuse(not equals or not all(keys), f"--set {override!r}: {form}")
     value = yaml_value(override, text)
     for key in keys[:-1]:
         if raw.get(key) is None:
             raw[key] = {}
         raw = raw[key]
-        if not isinstance(raw, dict):
-            raise SettingsError(f"--set {override!r}: {key} has no fields")
+        refuse(not isinstance(raw, dict), f"--set {override!r}: {key} has no fields")
     raw[keys[-1]] = value
 
 
@@ -149,21 +156,13 @@ def yaml_value(override: str, text: str) -> Any:
         raise SettingsError(f"--set {override!r}: {text!r} is not a plain value") from None
 
 
-def _validate(raw: dict[str, Any], where: str) -> Settings:
-    try:
-        return Settings.model_validate(raw)
-    except ValidationError as error:
-        raise SettingsError(f"{where}: {error_message(error)}") from None
-
-
 def data_folder() -> Path:
     """Return the folder of datasets, runs and results: $INCUBATE_DATA, or `data/` of the project.
 
     Raises SettingsError where no path below it could be opened, because it or a part of it is too long already.
     """
     folder = Path(os.environ.get("INCUBATE_DATA") or Path(__file__).resolve().parents[2] / "data").absolute()
-    if len(os.fsencode(folder)) > LONGEST_FOLDER or any(len(os.fsencode(part)) > 255 for part in folder.parts):
-        raise SettingsError(
-            f"INCUBATE_DATA {str(folder)[:60]}… is too long: {LONGEST_FOLDER} bytes are possible, and 255 for each folder's name"
-        )
+    most = f"{LONGEST_FOLDER} bytes are possible, and 255 for each folder's name"
+    too_long = len(os.fsencode(folder)) > LONGEST_FOLDER or any(len(os.fsencode(part)) > 255 for part in folder.parts)
+    refuse(too_long, f"INCUBATE_DATA {str(folder)[:60]}… is too long: {most}")
     return folder

@@ -2,17 +2,28 @@
 
 import itertools
 import json
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from incubate_lib.config.files import load_settings, presets, read_yaml, yaml_value
-from incubate_lib.config.models import Settings, error_message
-from incubate_lib.config.sections import Frozen, Label, Name, Seed, SettingsError, nearest
+from incubate_lib.config.errors import SettingsError, nearest, refuse, validated
+from incubate_lib.config.files import find_file, in_the_package, load_settings, presets, read_yaml, yaml_value
+from incubate_lib.config.models import Settings
+from incubate_lib.config.sections import Frozen, Label, Name, Seed, Word
+from incubate_lib.config.strategies import packaged
 
 BASELINE = "end_to_end"
+COLUMNS, DERIVED = (packaged("columns.yaml")[of] for of in ("study", "derived"))
+Value = TypeVar("Value")
+
+
+def _once(values: list[Any]) -> list[Any]:
+    refuse(len(set(values)) < len(values), "one is given twice")
+    return values
+
+
+Once = Annotated[list[Value], Field(min_length=1), AfterValidator(_once)]
 
 
 class Rates(Frozen):
@@ -21,17 +32,10 @@ class Rates(Frozen):
     Phases of Deep Incubation together cost what end-to-end training costs, so each strategy's choice costs as much as another's.
     """
 
-    values: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
-    seeds: list[Seed] = Field(min_length=1)  # judged on images cut from the training images
-    at: dict[str, str] = {}  # axis → its value at which rates are chosen for all others; axes left out: chosen at each value
-
-    @model_validator(mode="after")
-    def _once(self) -> "Rates":
-        for field in ("values", "seeds"):
-            given = getattr(self, field)
-            if len(set(given)) < len(given):
-                raise ValueError(f"rates.{field} {given}: one is given twice")
-        return self
+    values: Once[Annotated[float, Field(gt=0)]]
+    seeds: Once[Seed]  # judged on images cut from the training images
+    # axis → its value at which rates are chosen for all others; axes left out: chosen at each value
+    at: dict[Word, Word] = {}
 
 
 class Cell(Frozen):
@@ -54,30 +58,25 @@ class Study(Frozen):
     preset: str
     set: dict[str, Any] = {}  # field → value, in every cell
     axes: dict[Label, dict[Label, dict[str, Any]]] = {}  # axis → value, for people → field → value
-    strategies: list[str] = Field(min_length=1)
-    seeds: list[Seed] = Field(min_length=1)
+    strategies: Once[str]
+    seeds: Once[Seed]
     rates: Rates | None = None  # none: the preset's
 
     @model_validator(mode="after")
     def _check_together(self) -> "Study":
-        if self.name.endswith("_rates"):
-            raise ValueError(f"name {self.name!r}: a name that ends in _rates is that of another study's table of rates")
-        for field in ("strategies", "seeds"):
-            given = getattr(self, field)
-            if len(set(given)) < len(given):
-                raise ValueError(f"{field} {given}: one is given twice")
+        taken = f"name {self.name!r}: a name that ends in _rates is that of another study's table of rates"
+        refuse(self.name.endswith("_rates"), taken)
         for axis, values in self.axes.items():
-            if not values:
-                raise ValueError(f"axes.{axis} has no values")
-            if axis in (*COLUMNS, *DERIVED):
-                raise ValueError(f"axes.{axis}: that is a column of the tables already; name the axis otherwise")
+            column = f"axes.{axis}: that is a column of the tables already; name the axis otherwise"
+            refuse(not values, f"axes.{axis} has no values")
+            refuse(axis in (*COLUMNS, *DERIVED), column)
         for axis, value in (self.rates.at if self.rates else {}).items():
-            if axis not in self.axes:
-                raise ValueError(f"rates.at names {axis!r}; {nearest(axis, self.axes) if self.axes else 'there are no axes'}")
-            if value not in self.axes[axis]:
-                raise ValueError(f"rates.at.{axis} is {value!r}; {nearest(value, self.axes[axis])}")
-        if self.rates and (both := sorted({*self.rates.seeds} & {*self.seeds})):
-            raise ValueError(f"seeds {both} are in rates.seeds, too: what a rate was chosen with must not judge it")
+            others = nearest(axis, self.axes) if self.axes else "there are no axes"
+            refuse(axis not in self.axes, f"rates.at names {axis!r}; {others}")
+            others = nearest(value, self.axes[axis])
+            refuse(value not in self.axes[axis], f"rates.at.{axis} is {value!r}; {others}")
+        both = sorted(set(self.rates.seeds if self.rates else ()) & set(self.seeds))
+        refuse(both, f"seeds {both} are in rates.seeds, too: what a rate was chosen with must not judge it")
         return self
 
     def cells(self) -> list[Cell]:
@@ -85,11 +84,11 @@ class Study(Frozen):
         cells = []
         for values in itertools.product(*self.axes.values()):
             place = dict(zip(self.axes, values, strict=True))
-            fields = dict(self.set)
+            fields = {"name": self.name} | self.set
             for axis, value in place.items():
                 fields |= self.axes[axis][value]
-            fields = {"name": self.name} | fields
-            cells.append(Cell(place=place, overrides=[f"{field}={_plain(field, value)}" for field, value in fields.items()]))
+            overrides = [f"{field}={_plain(field, value)}" for field, value in fields.items()]
+            cells.append(Cell(place=place, overrides=overrides))
         return cells
 
     def settings(self, cell: Cell, more: list[str] | tuple[str, ...] = ()) -> Settings:
@@ -107,20 +106,9 @@ def _plain(field: str, value: Any) -> str:
         raise SettingsError(f"{field} is {value!r}; a study's values are numbers, words, lists and mappings") from None
 
 
-DERIVED = (  # columns of tables made from it
-    "phase", "lr", "chosen", "best", "seeds", "better", "gain", "low", "high", "half_alone", "p_holm", "clear", "comparisons",
-)  # fmt: skip
-COLUMNS = (  # of a study's table, besides its axes
-    "strategy", "seed", "accuracy", "meta_accuracy", "assembled_accuracy", "flops", "critical_flops", "seconds",
-    "critical_seconds", "lr_meta", "lr_incubate", "lr_finetune", "lr_end_to_end", "train_images", "judged_on", "device",
-    "threads", "torch", "date", "commit",
-)  # fmt: skip
-
-
 def studies() -> dict[str, Path]:
     """Return the studies in the package: name → file."""
-    folder = Path(str(resources.files("incubate_lib") / "presets" / "studies"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return in_the_package("presets/studies")
 
 
 def load_study(study: str, machine: list[str] | tuple[str, ...] = ()) -> Study:
@@ -128,46 +116,26 @@ def load_study(study: str, machine: list[str] | tuple[str, ...] = ()) -> Study:
 
     `machine` are overrides of the section `machine`, which no result depends on.
     """
-    path = studies().get(study)
-    if path is None:
-        path = Path(study)
-        if path.suffix not in (".yaml", ".yml"):
-            raise SettingsError(f"unknown study {study!r}; {nearest(study, studies())}, or give a .yaml file")
+    path = find_file("study", study, studies())
     raw = read_yaml(path)
     raw.setdefault("name", path.stem)
-    if isinstance(raw.get("axes"), dict):  # depth: {12: …} has a number as its key
-        raw["axes"] = {axis: _named(values) for axis, values in raw["axes"].items()}
-    if isinstance(raw.get("rates"), dict) and isinstance(raw["rates"].get("at"), dict):
-        raw["rates"]["at"] = {axis: str(value) for axis, value in raw["rates"]["at"].items()}
     if isinstance(raw.get("preset"), str) and raw["preset"] not in presets():  # relative to the study's file
         raw["preset"] = str(path.parent / raw["preset"])
-    try:
-        found = Study.model_validate(raw)
-    except ValidationError as error:
-        raise SettingsError(f"{path.name}: {error_message(error, Study)}") from None
+    found = validated(Study, raw, path.name)
     for override in machine:
         field, _, value = override.partition("=")
-        if not field.strip().startswith("machine."):
-            raise SettingsError(
-                f"--set {override!r}: what results depend on stands in the study's file; here only machine.* is set"
-            )
+        what = "what results depend on stands in the study's file; here only machine.* is set"
+        refuse(not field.strip().startswith("machine."), f"--set {override!r}: {what}")
         found = found.model_copy(update={"set": found.set | {field.strip(): yaml_value(override, value)}})
     for cell in found.cells():
         settings = found.settings(cell)
         for name in found.strategies:
             settings.strategy(name)
-        if settings.data.eval_split != "test":
-            raise SettingsError(f"{path.name}: data.eval_split is what a study sets itself: val to choose rates, test to judge")
+        split = "data.eval_split is what a study sets itself: val to choose rates, test to judge"
+        refuse(settings.data.eval_split != "test", f"{path.name}: {split}")
     for name in found.strategies if found.rates and found.rates.at else []:
         ways = {tuple(found.settings(cell).strategies[name].trains) for cell in found.cells()}
-        if len(ways) > 1:
-            them = " or ".join(", ".join(way) for way in sorted(ways))
-            raise SettingsError(
-                f"{path.name}: strategy {name} trains other phases in other cells ({them}), so rates chosen in one do not do for "
-                "all; leave out rates.at"
-            )
+        them = " or ".join(", ".join(way) for way in sorted(ways))
+        many = f"strategy {name} trains other phases in other cells ({them}), so rates chosen in one do not do for all"
+        refuse(len(ways) > 1, f"{path.name}: {many}; leave out rates.at")
     return found
-
-
-def _named(values: Any) -> Any:
-    return {str(name): fields for name, fields in values.items()} if isinstance(values, dict) else values

@@ -1,7 +1,6 @@
 """Start a run that needs neither this kernel nor the browser, and stop one, wherever it runs. One call each, from a notebook."""
 
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -9,17 +8,19 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 
 from incubate_lib import backends
-from incubate_lib.config import SettingsError, load_settings, presets
-from incubate_lib.pipeline.execution import is_running
-from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
+from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.pipeline.execution import who_runs
+from incubate_lib.pipeline.experiment import STOP_FILE, Experiment, source_of
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.lease import holder
 
 LOG = "run.log"  # in the experiment's folder: what the command line would print
 START_SECONDS = 120.0  # that a run may take to be at work; it is planned already, so a slow disk's imports are all there is
-KERNELS_OWN = ("JPY_", "FORCE_COLOR", "CLICOLOR", "MPLBACKEND", "INCUBATE_HEADLESS")  # variables that speak of this kernel
+# variables that speak of this kernel
+KERNELS_OWN = ("JPY_", "FORCE_COLOR", "CLICOLOR", "MPLBACKEND", "INCUBATE_HEADLESS")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Background:
     """A run that was started in the background."""
 
     experiment: Experiment
-    process: subprocess.Popen
+    process: Popen
 
     @property
     def log(self) -> Path:
@@ -39,8 +40,10 @@ class Background:
 
     def __repr__(self) -> str:
         name, code = self.experiment.path.name, self.process.poll()
-        message = f"runs in the background, as process {self.process.pid}" if code is None else f"has ended (exit status {code})"
-        return f"{name} {message}. It needs neither this kernel nor the browser; what it prints is in {self.log}"
+        state = f"runs in the background, as process {self.process.pid}"
+        if code is not None:
+            state = f"has ended (exit status {code})"
+        return f"{name} {state}. It needs neither this kernel nor the browser; what it prints is in {self.log}"
 
 
 def start_run(
@@ -58,15 +61,13 @@ def start_run(
     """
     check_lists(overrides, strategies, seeds)
     settings = load_settings(preset, list(overrides))
-    local = backends.get()
-    local.check([settings.machine], local.settings(Namespace(jobs=jobs)))
+    backends.get().settings(Namespace(jobs=jobs))
     backends.check_nodes([settings.machine])
     experiment = Experiment.of(settings)
     _check_free(experiment)
     experiment = plan(settings, strategies, seeds).experiment
     experiment.create()  # with what planning has measured, so that the other process need not
-    command = [sys.executable, "-m", "incubate_lib.cli", "run"]
-    command += [preset if preset in presets() else str(Path(preset).absolute())]
+    command = [sys.executable, "-m", "incubate_lib.cli", "run", source_of(preset, ())["preset"]]
     command += [f"--set={override}" for override in overrides] + ["--seeds", *map(str, seeds)]
     command += ["--strategies", *strategies] if strategies else []
     command += ["--jobs", str(jobs)] if jobs else []
@@ -74,46 +75,44 @@ def start_run(
     log = experiment.path / LOG
     with open(log, "ab") as file:
         began = file.tell()
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )  # a session of its own: what ends the kernel or its terminal does not reach it
-    threading.Thread(target=process.wait, daemon=True).start()  # or it would stay a zombie, and seem to be at work, when killed
+        # a session of its own: what ends the kernel or its terminal does not reach it
+        process = Popen(command, stdin=DEVNULL, stdout=file, stderr=STDOUT, env=env, start_new_session=True)
+    # or it would stay a zombie, and seem to be at work, when killed
+    threading.Thread(target=process.wait, daemon=True).start()
     _await_start(experiment, process, log, began)
     return Background(experiment, process)
 
 
 def _check_free(experiment: Experiment) -> None:
-    if is_running(experiment.path):
-        other = holder(experiment.path / "lease") or {}
-        raise SettingsError(
-            f"a run (process {other.get('pid')} on {other.get('host')}) is at work in {experiment.path} already; "
-            "watch it, or stop it first"
-        )
+    if other := who_runs(experiment.path):
+        raise SettingsError(f"a run ({other}) is at work in {experiment.path} already; watch it, or stop it first")
     backends.check_free(experiment, "stop them first")
 
 
-def _await_start(experiment: Experiment, process: subprocess.Popen, log: Path, began: int) -> None:
+def _await_start(experiment: Experiment, process: Popen, log: Path, began: int) -> None:
     """Wait until the process has the experiment, or has ended; SettingsError with its last words if it could not begin."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if (holder(experiment.path / "lease") or {}).get("pid") == process.pid:
             return
         if process.poll() is not None:
-            if process.returncode not in (0, 1, 130):  # those tell how a run ended
-                words = log.read_bytes()[began:].decode(errors="replace").strip().splitlines() or ["it said nothing"]
-                raise SettingsError(f"the run could not be started: {words[-1].removeprefix('incubate: ')}")
-            return
+            if process.returncode in (0, 1, 130):  # those tell how a run ended
+                return
+            said = log.read_bytes()[began:].decode(errors="replace").strip().splitlines()
+            words = said[-1].removeprefix("incubate: ") if said else "it said nothing"
+            raise SettingsError(f"the run could not be started: {words}")
         time.sleep(0.1)
 
 
 def check_lists(overrides: Sequence[str], strategies: Sequence[str] | None, seeds: Sequence[int]) -> None:
     """Raise SettingsError for what the command line could not give, for example a word where a list is meant."""
-    for name, values, kind in (("overrides", overrides, str), ("strategies", strategies or (), str), ("seeds", seeds, int)):
+    for name, values in {"overrides": overrides, "strategies": strategies or (), "seeds": seeds}.items():
+        kind, words = (int, "whole numbers") if name == "seeds" else (str, "words")
         if isinstance(values, (str, int)):  # a word would be a list of its letters
             raise SettingsError(f"{name} is {values!r}; write a list, [{values!r}]")
         for value in values:
             if type(value) is not kind:
-                raise SettingsError(f"{name} has {value!r} in it; they must be {'words' if kind is str else 'whole numbers'}")
+                raise SettingsError(f"{name} has {value!r} in it; they must be {words}")
     if not seeds:
         raise SettingsError("seeds is empty; there must be at least one")
 

@@ -2,8 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from multiprocessing import Process
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,10 @@ from incubate_lib.training.lease import Lease, holder
 from incubate_lib.training.runs import read_json, write_json
 
 ANALYSIS = "06_analysis"
+Parameters = dict[str, Any]  # of a notebook, or those of `open_phase`
 
 
-@dataclass
-class Execution:
-    """One notebook that is being executed."""
-
-    process: Process
-    log: Path
-    gpus: list[str] = field(default_factory=list)  # that it may use
-
-
-def start(
-    folder: Path,
-    parameters: dict[str, Any],
-    *,
-    threads: int,
-    notebook: str | None = None,
-    output: str | None = None,
-    phase: str | None = None,
-    own: list[str] | None = None,
-) -> Execution:
+def start(folder: Path, what: str, parameters: Parameters, output: str | None, threads: int, gpus: Sequence[str] = ()) -> Process:
     """Start a notebook, to be kept as `output`, or a phase alone, in a process of its own, with its cores and GPUs.
 
     What it prints is appended to log.txt.
@@ -44,13 +26,10 @@ def start(
     from incubate_lib.pipeline import warm
 
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.txt"
     env = os.environ | {"INCUBATE_THREADS": str(threads), "INCUBATE_HEADLESS": "1"}
-    if own:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-    if notebook:
-        return Execution(warm.start(notebook, str(folder / output), parameters, log=str(log), env=env), log, own or [])
-    return Execution(warm.start_phase(phase, parameters, log=str(log), env=env), log, own or [])
+    if gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    return warm.start(what, parameters, output and str(folder / output), str(folder / "log.txt"), env)
 
 
 def clear_log(folder: Path) -> None:
@@ -63,10 +42,10 @@ def fair_threads(jobs: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // jobs)
 
 
-def kill(job: Execution) -> None:
+def kill(process: Process) -> None:
     """End a notebook at once; its kernel ends with it, and what it had not saved is lost."""
-    job.process.kill()
-    job.process.join()
+    process.kill()
+    process.join()
 
 
 def last_error(log: Path, start: int = 0) -> str | None:
@@ -104,18 +83,17 @@ def analysed(plan: Plan) -> bool:
 
 def analyse(plan: Plan, source: dict[str, Any], console: Console, threads: int) -> int:
     """Run the analysis notebook and return an exit status."""
-    path = plan.experiment.path
-    strategies, seeds = (list(dict.fromkeys(part)) for part in zip(*plan.finals, strict=True))
+    path, seen = plan.experiment.path, _seen(plan)
     console.print("Analysis …")
-    seen, parameters = _seen(plan), source | {"strategies": strategies, "seeds": seeds}
-    job = start(path, parameters, notebook=ANALYSIS, output=f"{ANALYSIS}.ipynb", threads=threads)
+    process = start(path, ANALYSIS, source | plan.arguments, f"{ANALYSIS}.ipynb", threads)
     try:
-        job.process.join()
+        process.join()
     except KeyboardInterrupt:
-        kill(job)
+        kill(process)
         raise
-    if job.process.exitcode:
-        console.print(f"FAILED analysis: {last_error(job.log)}\n       log: {job.log}", soft_wrap=True, markup=False)
+    if process.exitcode:
+        log = path / "log.txt"
+        console.print(f"FAILED analysis: {last_error(log)}\n       log: {log}", soft_wrap=True, markup=False)
         return 1
     write_json(path / "analysed.json", seen)
     return 0
@@ -126,13 +104,17 @@ def only_run(path: Path) -> Iterator[None]:
     """Hold an experiment for one `incubate run`; SettingsError while another one is at work in it."""
     lease = Lease.take(path / "lease")
     if lease is None:
-        other = holder(path / "lease") or {}
-        message = f"process {other.get('pid')} on {other.get('host')}"
-        raise SettingsError(f"another `incubate run` ({message}) is at work in {path}")
+        raise SettingsError(f"another `incubate run` ({who_runs(path)}) is at work in {path}")
     with lease.held():
         yield
 
 
+def who_runs(path: Path) -> str | None:
+    """Say which process of which host is at work in this experiment; None if no `incubate run` is."""
+    other = holder(path / "lease")
+    return other and f"process {other.get('pid')} on {other.get('host')}"
+
+
 def is_running(path: Path) -> bool:
     """Whether an `incubate run` is at work in this experiment."""
-    return holder(path / "lease") is not None
+    return who_runs(path) is not None

@@ -2,15 +2,23 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from incubate_lib.config import Settings, SettingsError, data_folder
-from incubate_lib.training.facts import Facts, measure
+from incubate_lib.config import Settings, SettingsError, data_folder, presets
+from incubate_lib.phases.facts import Facts, measure
 from incubate_lib.training.runs import read_json, write_json
 
 STOP_FILE = "STOP"  # in the experiment's folder: phases save and stop when they see it
+
+
+def source_of(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a preset, or a settings file, and overrides as notebooks and `incubate run` take them, from any folder."""
+    preset = preset if preset in presets() else str(Path(preset).absolute())
+    return {"preset": preset, "overrides": list(overrides)}
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class Experiment:
         """Find the folder for these settings: `<name>`; `<name>-<hash>` for a variant, made by `--set` or by an edited file."""
         runs = data_folder() / "runs"
         plain, variant = runs / settings.name, runs / f"{settings.name}-{settings.digest()[:6]}"
-        return cls(settings, plain if not settings.is_variant and _owner(plain) in (None, settings.digest()) else variant, facts)
+        is_plain = not settings.is_variant and _owner(plain) in (None, settings.digest())
+        return cls(settings, plain if is_plain else variant, facts)
 
     @cached_property
     def facts(self) -> Facts:
@@ -48,11 +57,13 @@ class Experiment:
     def create(self) -> None:
         """Make the folder and say in it whose it is; SettingsError if other settings took it first."""
         if _owner(self.path) is None:
-            settings, facts = self.settings.model_dump(mode="json"), self.facts.model_dump(mode="json")
+            record = {"hash": self.settings.digest(), "settings": self.settings.model_dump(mode="json")}
+            record["facts"] = self.facts.model_dump(mode="json")
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "experiment.json", {"hash": self.settings.digest(), "settings": settings, "facts": facts})
+            write_json(self.path / "experiment.json", record)
         if _owner(self.path) != self.settings.digest():
-            raise SettingsError(f"{self.path} belongs to other settings; give yours another name (--set name=…)")
+            hint = "give yours another name (--set name=…)"
+            raise SettingsError(f"{self.path} belongs to other settings; {hint}")
 
     def check_writable(self) -> None:
         """Raise SettingsError unless the data folder can be read and written; leaves nothing behind."""
@@ -64,10 +75,8 @@ class Experiment:
             with tempfile.TemporaryFile(dir=place):
                 pass
         except OSError as error:
-            raise SettingsError(
-                f"data folder {data_folder()}: cannot read and write {place} ({error.strerror}); "
-                "set INCUBATE_DATA to a folder of yours"
-            ) from None
+            why = f"cannot read and write {place} ({error.strerror}); set INCUBATE_DATA to a folder of yours"
+            raise SettingsError(f"data folder {data_folder()}: {why}") from None
 
 
 def _owner(path: Path) -> str | None:

@@ -50,16 +50,23 @@ class Node:
         what = f"module {s.module_index + 1} of {len(s.target_depths)}" if s.phase == "incubate" else s.phase
         return f"seed {s.seed} {what}" + ("" if what in ("meta", self.strategy) else f", {self.strategy}")
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What tells `open_phase` and the notebook which of a run's phases this is."""
+        which = {"strategy": self.strategy} | self.settings.model_dump(include={"seed", "module_index"})
+        return {name: value for name, value in which.items() if value is not None}
+
     @cached_property
     def digest(self) -> str:
         return self.settings.digest()
 
     def data(self) -> tuple[Any, Any]:
         """Return the images to train on and to judge by, as this phase's network takes them."""
-        from incubate_lib.training.data import load_data
-        from incubate_lib.training.phases import model_shape
+        from incubate_lib.data.sets import load_data
+        from incubate_lib.phases.networks import model_shape
 
-        return load_data(self.settings.data, shape=model_shape(self.settings.model), machine=self.experiment.settings.machine)
+        shape, machine = model_shape(self.settings.model), self.experiment.settings.machine
+        return load_data(self.settings.data, shape=shape, machine=machine)
 
     def upstream(self, phase: str) -> list["Node"]:
         """Return the nodes of that phase which this one starts from, directly or not."""
@@ -80,7 +87,8 @@ class Node:
 
     def run(self) -> dict[str, Any]:
         """Train what is missing, inputs first, in this process; return the summary of this phase."""
-        from incubate_lib.training.phases import run_phase
+        from incubate_lib.phases.job import Job
+        from incubate_lib.phases.run import run_phase
 
         if done := self.finished():
             self.folder.drop_checkpoints()
@@ -90,19 +98,18 @@ class Node:
         self.experiment.create()
         if copied := self.adopt():
             return copied
-        about = self._about()
         inputs = {name: node.folder.path for name, node in self.inputs.items()}
-        return run_phase(
-            self.settings,
-            self.folder,
-            inputs | ({"weights": Path(self.weights)} if self.weights else {}),
+        job = Job(
+            settings=self.settings,
+            folder=self.folder.path,
             title=self.title,
-            about=about,
+            about=self._about(),
+            inputs=inputs | ({"weights": Path(self.weights)} if self.weights else {}),
             flops_per_image=self.experiment.facts.flops_of(self.settings),
             expected=(self.experiment.facts.num_images, self.experiment.facts.num_classes),
             machine=self.experiment.settings.machine,
-            stop_file=self.experiment.path / STOP_FILE,
         )
+        return run_phase(job, stop_file=self.experiment.path / STOP_FILE)
 
     def _about(self) -> dict[str, Any]:
         """Return what the summary must say of strategy and inputs, which must be finished."""
@@ -127,12 +134,14 @@ class Node:
 
     def _adopt(self, donor: PhaseFolder, about: dict[str, Any]) -> dict[str, Any]:
         with self.folder.claim(self.settings, about["inputs_sha256"]):
-            if done := self.folder.finished(self.digest, about["inputs_sha256"]):  # finished while this one waited
+            # finished while this one waited
+            if done := self.folder.finished(self.digest, about["inputs_sha256"]):
                 return done
             for name in (METRICS, MNTK, "model.safetensors"):
                 if (donor.path / name).exists():  # assembly has no metrics, and few phases have kernels
                     shutil.copy2(donor.path / name, self.folder.path / name)
-            summary = donor.summary() | about | {"copied_from": str(donor.path.relative_to(self.experiment.path.parent))}
+            origin = str(donor.path.relative_to(self.experiment.path.parent))
+            summary = donor.summary() | about | {"copied_from": origin}
             write_json(self.folder.path / "summary.json", summary)
         return summary
 
@@ -156,6 +165,12 @@ class Plan:
     finals: dict[tuple[str, int], Node]  # (strategy, seed) → the node that ends it
     flops: dict[str, int]  # node key → training FLOPs it will take
     images: str = ""  # of a plan that no run is made of: for how many images and classes it is, in words
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What tells the analysis notebook which strategies and seeds these are."""
+        strategies, seeds = (list(dict.fromkeys(part)) for part in zip(*self.finals, strict=True))
+        return {"strategies": strategies, "seeds": seeds}
 
     def run(self) -> None:
         """Train everything that is missing, one phase after another, in this process."""
@@ -193,7 +208,8 @@ def longest(nodes: Iterable[Node], costs: Mapping[str, float]) -> dict[str, floa
     """Return by key what the longest way to each node's end costs, its own cost included; `nodes` have inputs first."""
     ways: dict[str, float] = {}
     for node in nodes:
-        ways[node.key] = costs[node.key] + max((ways[before.key] for before in node.inputs.values()), default=0)
+        before = [ways[other.key] for other in node.inputs.values()]
+        ways[node.key] = costs[node.key] + max(before, default=0)
     return ways
 
 
@@ -202,6 +218,7 @@ def remaining(nodes: Sequence[Node], costs: Mapping[str, float]) -> dict[str, fl
     ways = {node.key: costs[node.key] for node in nodes}
     for node in reversed(nodes):
         for before in node.inputs.values():
-            if before.key in ways:  # else it is no part of what is asked about: it is finished, or another run's
+            # else it is no part of what is asked about: it is finished, or another run's
+            if before.key in ways:
                 ways[before.key] = max(ways[before.key], costs[before.key] + ways[node.key])
     return ways

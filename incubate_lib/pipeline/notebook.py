@@ -1,12 +1,11 @@
 """Execute one notebook with parameters, through papermill, in a process of its own.
 
-    python -m incubate_lib.pipeline.notebook 02_incubate_module out.ipynb '{"module_index": 2}'
-
 What papermill leaves to be wished is added here: parameters are checked before a kernel starts (papermill only warns),
 kernels talk over private sockets (TCP ports race when several start at once), and the executed copy is free of machine
 paths and half-saved widget state. The copy appears under its final name only when the notebook ran to its end.
 """
 
+import ast
 import json
 import logging
 import re
@@ -16,26 +15,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from incubate_lib.config import SettingsError, data_folder, nearest
 from incubate_lib.pipeline.graph import NOTEBOOKS
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.runs import write_atomic
 
-sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build a grammar for 2 s, for addresses no notebook has
+# jsonschema would build a grammar for 2 s, for addresses no notebook has
+sys.modules.setdefault("rfc3987_syntax", None)
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUTS = {"06_analysis": 900}  # seconds a cell; it only reads, so a longer one hangs. Training takes what it takes
-# base64 may go on in the next line, in JavaScript after a backslash; other data has no blanks, quotes or brackets in it
-DATA_URI = r"data:[\w.+-]*/[\w.+-]+(?:;[\w=.+-]*)*,(?:[A-Za-z0-9+/=_-]+(?:\\?\r?\n[A-Za-z0-9+/]+={0,2})+|[^\s\"'<>()\\]+)"
-BINARY = re.compile(r"image/(?!svg\b)|audio/|video/|application/(pdf|octet-stream)\b")  # as base64 in a notebook
-BASE64 = r"\A[A-Za-z0-9+/]{64,}={0,2}\Z"  # and nothing else, as numbers stand in JSON
-TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list}
+# seconds a cell; it only reads, so a longer one hangs. Training takes what it takes
+TIMEOUTS = {"06_analysis": 900}
+KEPT = [  # of a notebook's JSON: what is no text, in which a path as short as /tmp stands by chance now and then
+    # outputs and attachments in base64
+    r'"(?:image/(?!svg\b)|audio/|video/|application/(?:pdf|octet-stream)\b)[^"]*": "[^"]*"',
+    # a picture inside a text. Base64 may go on in the next line, in JavaScript after a backslash; other data has no blanks,
+    # quotes or brackets in it
+    r"data:[\w.+-]*/[\w.+-]+(?:;[\w=.+-]*)*,"
+    r"(?:[A-Za-z0-9+/=_-]+(?:(?:\\\\)?(?:\\r)?\\n[A-Za-z0-9+/]+={0,2})+|[^\s\"'<>()\\]+)",
+    # base64 and nothing else, as numbers stand in JSON
+    r'"[A-Za-z0-9+/]{64,}={0,2}"',
+]
 
 
 def notebook_path(name: str) -> Path:
     """Return the file of a notebook of the series; SettingsError if the project's notebooks are not there."""
     path = ROOT / "notebooks" / f"{name}.ipynb"
     if not path.is_file():
-        raise SettingsError(f"no notebook {path}; install the project with `pip install -e .` from its folder")
+        hint = "install the project with `pip install -e .` from its folder"
+        raise SettingsError(f"no notebook {path}; {hint}")
     return path
 
 
@@ -48,11 +57,14 @@ def check_parameters(name: str, parameters: dict[str, Any]) -> None:
         if key not in known:
             raise SettingsError(f"notebook {name} has no parameter {key!r}; {nearest(key, known)}")
         expected = known[key]["inferred_type_name"]
-        if not _has_type(value, expected):
-            raise SettingsError(f"notebook {name}: parameter {key} is {value!r}; it must be {expected}")
+        try:
+            TypeAdapter(expected).validate_python(value, strict=True)
+        except ValidationError:
+            what = f"notebook {name}: parameter {key}"
+            raise SettingsError(f"{what} is {value!r}; it must be {expected}") from None
     phase = {notebook: phase for phase, notebook in NOTEBOOKS.items()}.get(name)
     if phase:
-        defaults = {key: _default(known[key]["default"]) for key in known}
+        defaults = {key: ast.literal_eval(known[key]["default"]) for key in known}
         open_phase(phase, **defaults | parameters)  # settings, strategy, seed and module_index fit together
 
 
@@ -88,64 +100,33 @@ def execute(name: str, output: Path, parameters: dict[str, Any], **client: Any) 
 
 
 def scrub(nb: Any) -> Any:
-    """Take this machine's paths out of the executed notebook, and widget state, which is saved half; return the notebook.
+    """Return the executed notebook without this machine's paths, and without widget state, which is saved half."""
+    import nbformat
 
-    Pictures and other base64 stay as they are: in a megabyte of base64 a path as short as /tmp stands by chance now and then.
-    """
     nb.metadata.pop("widgets", None)
     for key in ("input_path", "output_path"):
         nb.metadata.get("papermill", {}).pop(key, None)
-    _replace_text(nb.metadata, without_paths)
-    for cell in nb.cells:
-        for key in cell.keys() - {"attachments", "outputs"}:
-            cell[key] = _replace_text(cell[key], without_paths)
-        for output in cell.get("outputs", []):
-            data = output.pop("data", {})
-            _replace_text(output, without_paths)
-            if data:
-                output["data"] = {
-                    mime: value if BINARY.match(mime) else _replace_text(value, without_paths) for mime, value in data.items()
-                }
-    return nb
-
-
-def _replace_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Change all strings inside lists and dictionaries, in place; return the value, or what a string becomes."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, (list, dict)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            value[key] = _replace_text(item, change)
-    return value
+    return nbformat.from_dict(json.loads(without_paths(json.dumps(nb, ensure_ascii=False))))
 
 
 def without_paths(text: str) -> str:
-    """Replace this machine's paths in a text; pictures inside it (data: URIs) and base64 stay as they are."""
-    places = {str(data_folder()): "data", str(ROOT): ".", sys.prefix: "venv", str(Path.home()): "~", tempfile.gettempdir(): "tmp"}
+    """Replace this machine's paths in a notebook's JSON; pictures and other base64 stay as they are."""
+    places = {data_folder(): "data", ROOT: ".", sys.prefix: "venv", Path.home(): "~"}
+    places[tempfile.gettempdir()] = "tmp"
+    places = {json.dumps(str(path), ensure_ascii=False)[1:-1]: word for path, word in places.items()}
     paths = sorted(places.keys() - {"/"}, key=len, reverse=True)  # the longest first: some lie inside others
-    found = re.compile("|".join([DATA_URI, *map(re.escape, paths), BASE64]))
+    found = re.compile("|".join([*KEPT, *map(re.escape, paths)]))
     return found.sub(lambda match: places.get(match[0], match[0]), text)
-
-
-def _has_type(value: Any, expected: str) -> bool:
-    outer = expected.split("[")[0]
-    if isinstance(value, bool) and outer != "bool":
-        return False
-    if not isinstance(value, TYPES.get(outer, object)):
-        return False
-    inner = expected[len(outer) + 1 : -1]
-    return not inner or all(_has_type(item, inner) for item in value)
-
-
-def _default(text: str) -> Any:
-    import ast
-
-    return ast.literal_eval(text)
 
 
 def run(name: str, output: str, parameters: dict[str, Any], **client: Any) -> int:
     """Execute a notebook and return an exit status; the reason of a failure is the last line printed."""
     return report_errors(lambda: execute(name, Path(output), parameters, **client))
+
+
+def run_phase(phase: str, parameters: dict[str, Any]) -> int:
+    """Train a phase without its notebook, likewise."""
+    return report_errors(lambda: open_phase(phase, **parameters).run())
 
 
 def report_errors(work: Callable[[], Any]) -> int:
@@ -157,11 +138,9 @@ def report_errors(work: Callable[[], Any]) -> int:
         print(f"error: {error}", flush=True)
         return 2
     except Exception as error:
-        reason = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        if hasattr(error, "ename"):  # papermill's, of a cell
+            reason = f"{error.ename}: {error.evalue}"
         print(f"error: {reason.strip().splitlines()[0]}", flush=True)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1], sys.argv[2], json.loads(sys.argv[3])))

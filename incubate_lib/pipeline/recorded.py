@@ -5,6 +5,8 @@ at, too, as far as they have what is asked for. Such a plan is for looking only.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,10 +15,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
 from incubate_lib.config import PhaseSettings, Settings, SettingsError, error_message
-from incubate_lib.config.models import StrategySettings
+from incubate_lib.config.strategies import StrategySettings
+from incubate_lib.phases.facts import Facts
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan, closure
-from incubate_lib.training.facts import Facts
 from incubate_lib.training.runs import read_json
 
 # what records that are not as they should be lead to
@@ -30,7 +32,7 @@ def recorded_plan(folder: Path) -> Plan:
     """
     folder = Path(folder)
     record = read_record(folder)
-    try:
+    with told_damage(f"{folder.name} cannot be opened"):
         settings = _settings(record["settings"])
         experiment = Experiment(settings, folder, Facts.model_validate(record["facts"]))
         nodes = _nodes(experiment)
@@ -43,10 +45,6 @@ def recorded_plan(folder: Path) -> Plan:
         order = [*settings.run, *settings.strategies]
         finals = dict(sorted(finals.items(), key=lambda item: (item[0][1], order.index(item[0][0]))))
         flops = {node.key: (node.summary() or {}).get("train_flops", 0) for node in nodes.values()}
-    except SettingsError:
-        raise
-    except DAMAGE as error:
-        raise SettingsError(f"{folder.name} cannot be opened: {reason(error)}") from None
     return Plan(experiment, closure(nodes.values()), finals, flops)
 
 
@@ -56,10 +54,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise SettingsError(f"there is no run {folder.name}")
     record = read_json(folder / "experiment.json")
     if record is None:
-        there = (folder / "experiment.json").exists()
-        why = (
-            "its experiment.json is damaged" if there else "it has no experiment.json" if any(folder.iterdir()) else "it is empty"
-        )
+        why = "it has no experiment.json" if any(folder.iterdir()) else "it is empty"
+        if (folder / "experiment.json").exists():
+            why = "its experiment.json is damaged"
         raise SettingsError(f"{folder.name} is not a run that can be opened: {why}")
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise SettingsError(f"{folder.name} is not a run that can be opened: its experiment.json has no settings")
@@ -98,35 +95,40 @@ class RecordedNode(Node):
 
 def _nodes(experiment: Experiment) -> dict[str, Node]:
     """Return the phases of a run that have settings, by key, linked as their settings' hashes of inputs tell."""
-    phases: dict[str, tuple[PhaseSettings, str]] = {}
+    nodes: dict[str, Node] = {}
     for path in sorted(experiment.path.glob("seed-*/**/config.json")):
         config = read_json(path)
         if isinstance(config, dict):
             about = {name: value for name, value in config.items() if name not in ("hash", "inputs_sha256")}
             settings = PhaseSettings.model_validate_json(json.dumps(_as_set(PhaseSettings, about)))
-            phases[str(path.parent.relative_to(experiment.path))] = (settings, config["hash"])
-    nodes: dict[str, Node] = {}
+            key = str(path.parent.relative_to(experiment.path))
+            strategy = key.split("/")[1]
+            nodes[key] = RecordedNode(key, strategy, settings, experiment, digest=config["hash"])
+    for node in nodes.values():
+        seed, strategy = node.key.split("/")[:2]
+        for name, digest in node.settings.inputs.items():
+            found = [n for n in nodes.values() if n.digest == digest and n.key.startswith(f"{seed}/")]
+            found.sort(key=lambda n: not n.key.startswith(f"{seed}/{strategy}/"))  # its own first
+            if found:  # else a file of weights, or a phase whose folder is gone
+                node.inputs[name] = found[0]
+    return nodes
 
-    def node(key: str) -> Node:
-        if key not in nodes:
-            settings, own_hash = phases[key]
-            seed, strategy = key.split("/")[:2]
-            inputs = {}
-            for name, digest in settings.inputs.items():
-                found = [k for k, (_, own) in phases.items() if own == digest and k.startswith(f"{seed}/")]
-                found.sort(key=lambda k: not k.startswith(f"{seed}/{strategy}/"))  # its own before another strategy's
-                if found:  # else a file of weights, or a phase whose folder is gone
-                    inputs[name] = node(found[0])
-            nodes[key] = RecordedNode(key, strategy, settings, experiment, inputs, digest=own_hash)
-        return nodes[key]
 
-    return {key: node(key) for key in phases}
+@contextmanager
+def told_damage(what: str) -> Iterator[None]:
+    """Turn what damaged records lead to into a SettingsError that begins with `what`."""
+    try:
+        yield
+    except SettingsError:
+        raise
+    except DAMAGE as error:
+        raise SettingsError(f"{what}: {reason(error)}") from None
 
 
 def reason(error: Exception) -> str:
     """Say what is wrong with records that led to this error."""
     if isinstance(error, ValidationError):
-        return f"other settings than today's ({error_message(error)})"
+        return f"other settings than today's ({error_message(error, Settings)})"
     if isinstance(error, KeyError):
         return f"its records have no {error.args[0]!r}"
     return f"its records are not as expected ({error})"

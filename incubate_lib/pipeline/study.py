@@ -7,10 +7,9 @@ once and copied.
 """
 
 import dataclasses
-import json
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,19 +17,21 @@ from rich.console import Console
 
 from incubate_lib import backends
 from incubate_lib.backends import Backend
-from incubate_lib.config import SettingsError, data_folder, presets
+from incubate_lib.config import SettingsError, data_folder
 from incubate_lib.config.study import Cell, Study
+from incubate_lib.phases.facts import Facts
 from incubate_lib.pipeline.execution import is_running, only_run
-from incubate_lib.pipeline.experiment import STOP_FILE
+from incubate_lib.pipeline.experiment import STOP_FILE, source_of
 from incubate_lib.pipeline.graph import Node, Plan, finished_phases, to_do
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.training.facts import Facts
 from incubate_lib.training.lease import holder
 from incubate_lib.training.runs import read_json
 
 UNDER_WAY = 3  # exit status
 RunRates = dict[str, float]  # phase → learning rate
 Stage = tuple[str, list["Trial"]]
+OF_STRATEGIES = {"kind", "weights", "low_resolution"}
+FACTS_FROM = {"data": ..., "model": ..., "partition": ..., "strategies": {"__all__": OF_STRATEGIES}}
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class Walk:
     """The stages of a study, in order; each is given out once what it depends on is known."""
 
     study: Study
-    preset: str
     tried: list[dict[str, Any]] = field(default_factory=list)  # a row a rate and seed
     chosen: dict[tuple[str, str], RunRates] = field(default_factory=dict)  # (cell, strategy) → rates
     facts: dict[str, Facts] = field(default_factory=dict)
-    is_known: bool = True  # false from the first stage on that is not finished: its choices are stand-ins, to count costs
+    # false from the first stage on that is not finished: its choices are stand-ins, to count costs
+    is_known: bool = True
 
     def stages(self) -> Iterator[Stage]:
         """Yield title and runs of each stage; after one that the caller left unfinished, only the costs of the rest are right."""
@@ -77,88 +78,75 @@ class Walk:
 
     def last(self) -> list[Trial]:
         """Return the runs that are judged on test images, with the rates that are chosen by now."""
-        return [self._trial(cell) for cell in self.study.cells()]
+        trials = []
+        for cell in self.study.cells():
+            rates = {name: self.rates_of(cell, name) for name in self.study.strategies}
+            overrides, plan = self._plan(cell, rates, self.study.seeds)
+            trials.append(Trial(cell, overrides, plan))
+        return trials
 
     def _choosing(self) -> Iterator[Stage]:
         rates = self.study.rates
-        cells = [c for c in self.study.cells() if all(c.place[axis] == value for axis, value in rates.at.items())]
+        cells = [cell for cell in self.study.cells() if cell.place | rates.at == cell.place]
         for depth in range(3):  # no strategy trains more phases
             trials = []
-            for cell in cells:
-                for name in self.study.strategies:
-                    phases = self.study.settings(cell).strategies[name].trains
-                    if depth < len(phases):
-                        trials += [self._trial(cell, name, phases[: depth + 1], rate) for rate in rates.values]
+            for cell, name in itertools.product(cells, self.study.strategies):
+                phases = self.study.settings(cell).strategies[name].trains[: depth + 1]
+                if depth < len(phases):
+                    trials += [self._trial(cell, name, phases, rate) for rate in rates.values]
             if trials:
                 yield f"rates, {' and '.join(dict.fromkeys(t.phase for t in trials))}", trials
                 self._choose(trials)
 
     def _choose(self, trials: list[Trial]) -> None:
-        done = self.is_known = self.is_known and all(is_over(node) for trial in trials for node in trial.nodes)
+        """Note the best rate of each strategy's phase in each cell; the first one while some are not trained."""
+        self.is_known = self.is_known and all(is_over(node) for trial in trials for node in trial.nodes)
         groups: dict[tuple[str, str], list[Trial]] = {}
         for trial in trials:
             groups.setdefault((trial.cell.label, trial.strategy), []).append(trial)
         for (cell, name), group in groups.items():
-            results = {trial.rate: trial.accuracies() for trial in group} if done else {group[0].rate: {0: 0.0}}
-            best = max(results, key=lambda rate: fmean(results[rate].values()))  # of equal ones the first
-            if done and not any(results[best].values()):
-                rates = ", ".join(f"{rate:g}" for rate in results)
-                raise SettingsError(
-                    f"study {self.study.name}, {cell}: in phase {group[0].phase} of {name} the loss is not finite at any rate "
-                    f"({rates}); add lower ones to rates.values"
-                )
-            self.chosen.setdefault((cell, name), {})[group[0].phase] = best
-            self.tried += [
-                group[0].cell.place
-                | {"strategy": name, "phase": group[0].phase, "lr": rate, "seed": seed, "accuracy": value, "chosen": rate == best}
-                for rate, by_seed in results.items() if done
-                for seed, value in by_seed.items()
-            ]  # fmt: skip
+            phase, best = group[0].phase, group[0].rate
+            if self.is_known:
+                results = {trial.rate: trial.accuracies() for trial in group}
+                best = max(results, key=lambda rate: fmean(results[rate].values()))  # of equal ones the first
+                if not any(results[best].values()):
+                    where = f"study {self.study.name}, {cell}: in phase {phase} of {name}"
+                    rates = f"({', '.join(f'{rate:g}' for rate in results)}); add lower ones to rates.values"
+                    raise SettingsError(f"{where} the loss is not finite at any rate {rates}")
+                place = group[0].cell.place | {"strategy": name, "phase": phase}
+                for rate, by_seed in results.items():
+                    row = place | {"lr": rate, "chosen": rate == best}
+                    self.tried += [row | {"seed": seed, "accuracy": value} for seed, value in by_seed.items()]
+            self.chosen.setdefault((cell, name), {})[phase] = best
 
     def rates_of(self, cell: Cell, strategy: str) -> RunRates:
         """Return the learning rates of a strategy in a cell: chosen there, or where the study says."""
         at = self.study.rates.at if self.study.rates else {}
-        place = cell.place | at
-        label = cell.model_copy(update={"place": place}).label
-        return self.chosen.get((label, strategy), {})
+        return self.chosen.get((cell.model_copy(update={"place": cell.place | at}).label, strategy), {})
 
-    def _trial(
-        self, cell: Cell, strategy: str | None = None, phases: list[str] | None = None, rate: float | None = None
-    ) -> Trial:
-        names = [strategy] if strategy else self.study.strategies
-        overrides = list(cell.overrides)
-        for name in names:
-            rates = self.rates_of(cell, name) | ({phases[-1]: rate} if phases else {})
-            overrides += [f"strategies.{name}.phases.{phase}.lr={value!r}" for phase, value in rates.items()]
-        if strategy:
-            overrides.append("data.eval_split=val")
-        seeds = self.study.rates.seeds if strategy else self.study.seeds
-        settings = self.study.settings(cell, overrides[len(cell.overrides) :])
-        key = _facts_key(settings)
+    def _trial(self, cell: Cell, name: str, phases: list[str], rate: float) -> Trial:
+        """Return the run that tries a rate in the last of these phases."""
+        rates = {name: self.rates_of(cell, name) | {phases[-1]: rate}}
+        overrides, whole = self._plan(cell, rates, self.study.rates.seeds, "data.eval_split=val")
+        wanted = {*phases} | ({"assemble"} if phases[-1] == "finetune" else set())
+        nodes = [node for node in whole.nodes if node.settings.phase in wanted]
+        return Trial(cell, overrides, dataclasses.replace(whole, nodes=nodes), name, phases[-1], rate)
+
+    def _plan(self, cell: Cell, rates: dict[str, RunRates], seeds: list[int], *more: str) -> tuple[list[str], Plan]:
+        """Return overrides and plan of some strategies of a cell with these rates."""
+        changes = [f"strategies.{n}.phases.{p}.lr={lr!r}" for n, own in rates.items() for p, lr in own.items()]
+        settings = self.study.settings(cell, [*changes, *more])
+        key = settings.model_dump_json(include=FACTS_FROM)
         try:
-            whole = plan(settings, names, seeds, facts=self.facts.get(key))
+            whole = plan(settings, list(rates), seeds, facts=self.facts.get(key))
         except SettingsError as error:
             raise SettingsError(f"study {self.study.name}, {cell.label}: {error}") from None
         self.facts[key] = whole.experiment.facts
-        if strategy is None:
-            return Trial(cell, overrides, whole)
-        wanted = {*phases} | ({"assemble"} if phases[-1] == "finetune" else set())
-        part = dataclasses.replace(whole, nodes=[node for node in whole.nodes if node.settings.phase in wanted])
-        return Trial(cell, overrides, part, strategy, phases[-1], rate)
+        return [*cell.overrides, *changes, *more], whole
 
     def source(self, trial: Trial) -> dict[str, Any]:
         """Return preset and overrides of a run, as notebooks and `incubate run` take them."""
-        return {"preset": self.preset, "overrides": trial.overrides}
-
-
-def _facts_key(settings: Any) -> str:
-    """Return what the facts of an experiment depend on; learning rates do not matter."""
-    about = settings.model_dump(mode="json", include={"data", "model", "partition"})
-    about["strategies"] = {
-        name: [strategy.kind, strategy.weights, strategy.low_resolution and strategy.low_resolution.model_dump()]
-        for name, strategy in settings.strategies.items()
-    }
-    return json.dumps(about, sort_keys=True)
+        return source_of(self.study.preset, trial.overrides)
 
 
 def is_over(node: Node) -> bool:
@@ -180,28 +168,19 @@ class Cost:
     flops: float  # of those that are missing
 
 
-def walk(study: Study) -> Walk:
-    """Return the walk through a study, ready to begin."""
-    preset = study.preset if study.preset in presets() else str(Path(study.preset).absolute())
-    return Walk(study, preset)
-
-
 def costs(study: Study) -> list[Cost]:
     """Return what each stage of a study will cost, without training anything; each phase counts once.
 
     Costs do not depend on learning rates, so they are known before these are chosen.
     """
-    steps, seen, costs = walk(study), set(), []
-    for title, trials in steps.stages():
-        flops, done = {}, set()
-        for trial in trials:
-            for node in trial.plan.nodes:
-                flops[node.digest] = trial.plan.flops[node.key]
-                if is_over(node):
-                    done.add(node.digest)
-        new = set(flops) - seen
-        seen |= new
-        costs.append(Cost(title, len(trials), len(new), len(new - done), float(sum(flops[digest] for digest in new - done))))
+    seen, costs = set(), []
+    for title, trials in Walk(study).stages():
+        flops = {node.digest: trial.plan.flops[node.key] for trial in trials for node in trial.plan.nodes}
+        done = {node.digest for trial in trials for node in trial.plan.nodes if is_over(node)}
+        missing = flops.keys() - seen - done
+        total = float(sum(flops[digest] for digest in missing))
+        costs.append(Cost(title, len(trials), len(flops.keys() - seen), len(missing), total))
+        seen |= flops.keys()
     return costs
 
 
@@ -212,16 +191,15 @@ def measured_speed(study: Study) -> float | None:
     """
     folder = data_folder() / "runs"
     for pattern in (f"{study.name}-*", "*"):
-        trained: dict[tuple, list[tuple]] = {}  # device, threads → date, FLOPs, seconds
+        trained: dict[tuple, list[dict[str, Any]]] = {}  # device, threads → summaries
         for path in folder.glob(f"{pattern}/seed-*/**/summary.json"):
             summary = read_json(path) or {}
             if summary.get("train_seconds") and "copied_from" not in summary:
                 where = summary["provenance"]
-                spent = (where["date"], summary["train_flops"], summary["train_seconds"])
-                trained.setdefault((where["device"], where["threads"]), []).append(spent)
+                trained.setdefault((where["device"], where["threads"]), []).append(summary)
         if trained:
-            _, flops, seconds = zip(*max(trained.values(), key=max), strict=True)
-            return sum(flops) / sum(seconds)
+            last = max(trained.values(), key=lambda group: max(one["provenance"]["date"] for one in group))
+            return sum(one["train_flops"] for one in last) / sum(one["train_seconds"] for one in last)
     return None
 
 
@@ -230,12 +208,13 @@ def run(study: Study, backend: Backend, settings: Any, console: Console) -> tupl
 
     0: all is done; 1: something failed; 130: stopped; 3: jobs are under way, call again when they have ended.
     """
-    steps = walk(study)
+    steps = Walk(study)
     home = data_folder() / "studies" / study.name
     home.mkdir(parents=True, exist_ok=True)
     with only_run(home):
         for title, trials in steps.stages():
-            over = is_over if trials[0].phase else Node.finished  # only while rates are chosen a diverged phase is an answer
+            # only while rates are chosen a diverged phase is an answer
+            over = is_over if trials[0].phase else Node.finished
             missing = [trial for trial in trials if not all(over(node) for node in trial.plan.nodes)]
             if not missing:
                 continue
@@ -244,8 +223,10 @@ def run(study: Study, backend: Backend, settings: Any, console: Console) -> tupl
                 trial.plan.experiment.create()
                 backends.check_free(trial.plan.experiment, "--stop ends them", but=backend)
             _copy_finished(missing)
-            parts = [dataclasses.replace(trial.plan, nodes=to_do(trial.plan.nodes, over)) for trial in missing]
-            runs = [(part, steps.source(trial)) for part, trial in zip(parts, missing, strict=True)]
+            runs = []
+            for trial in missing:
+                part = dataclasses.replace(trial.plan, nodes=to_do(trial.plan.nodes, over))
+                runs.append((part, steps.source(trial)))
             status = backend.submit(runs, settings, console, notebooks=False).status
             if status is None:
                 console.print("The next stage begins when these have ended: the same command again goes on.")
@@ -259,12 +240,12 @@ def run(study: Study, backend: Backend, settings: Any, console: Console) -> tupl
 
 def stop(study: Study) -> int:
     """Ask all that is under way to save and stop; cancel what waits in a queue. Return the number of runs asked."""
-    here = is_running(data_folder() / "studies" / study.name)
-    steps, asked = walk(study), set()
-    for _, trials in steps.stages():
-        for experiment in (trial.plan.experiment for trial in trials if not all(is_over(n) for n in trial.plan.nodes)):
-            backend = backends.of(experiment)
-            if experiment.is_known() and experiment.path not in asked and (here or backend.still_active(experiment)):
+    here, asked = is_running(data_folder() / "studies" / study.name), set()
+    for _, trials in Walk(study).stages():
+        for trial in trials:
+            experiment, backend = trial.plan.experiment, backends.of(trial.plan.experiment)
+            is_left = experiment.is_known() and not all(is_over(node) for node in trial.plan.nodes)
+            if is_left and experiment.path not in asked and (here or backend.still_active(experiment)):
                 asked.add(experiment.path)
                 (experiment.path / STOP_FILE).touch()
                 backend.stop(experiment)
@@ -277,5 +258,6 @@ def _copy_finished(trials: list[Trial]) -> None:
     for trial in trials:
         for node in trial.plan.nodes:
             ready = node.digest in finished and all(before.finished() for before in node.inputs.values())
-            if ready and node.finished() is None and not holder(node.folder.path / "lease"):  # else somebody trains it just now
+            is_trained_now = ready and holder(node.folder.path / "lease")
+            if ready and node.finished() is None and not is_trained_now:
                 node.adopt(finished)

@@ -27,9 +27,12 @@ class Line:
     note: str = ""
     where: str = ""  # job and node, or why it waits
 
+    def numbers(self) -> dict[str, str]:
+        """Return what is counted, by the headings of tables."""
+        return {"epoch": self.epoch, "loss": self.loss, "top-1": self.accuracy, "ETA": self.eta}
+
     def plain(self) -> str:
-        parts = {"epoch": self.epoch, "loss": self.loss, "top-1": self.accuracy, "ETA": self.eta}
-        parts_text = ", ".join(f"{name} {value}" for name, value in parts.items() if value)
+        parts_text = ", ".join(f"{name} {value}" for name, value in self.numbers().items() if value)
         return " ".join(part for part in (f"{self.title}: {self.state}", parts_text, self.note) if part)
 
 
@@ -71,7 +74,7 @@ def render(lines: list[Line], height: int | None = None, place: str = "where") -
     for line in lines:
         if fits or line.state not in folded:
             state = f"[{STYLE[line.state]}]{line.state}[/]" if line.state in STYLE else line.state
-            table.add_row(line.title, state, line.epoch, line.loss, line.accuracy, line.eta, *([line.where] if placed else []))
+            table.add_row(line.title, state, *line.numbers().values(), *([line.where] if placed else []))
             if line.note:
                 table.add_row(f"  [red]{escape(line.note)}[/]")
     if not fits:

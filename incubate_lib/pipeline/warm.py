@@ -23,7 +23,7 @@ PRELOAD = [
     "torch._dynamo",  # the first optimiser would import it
     "timm",
     "matplotlib.backends.backend_agg",
-    "incubate_lib.training.phases",
+    "incubate_lib.phases.run",
     "incubate_lib.report.html",
     "incubate_lib.report.widgets",
 ]
@@ -33,58 +33,51 @@ context.set_forkserver_preload(PRELOAD)
 
 def prepare() -> None:
     """Begin to warm up, in the background; the first `start` does it otherwise."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    # it inherits that: what is sent to all of the terminal's group is for the pool alone
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
-        forkserver.ensure_running()  # it inherits these: what is sent to all of the terminal's group is for the pool alone
+        forkserver.ensure_running()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def start(name: str, output: str, parameters: dict[str, Any], *, log: str, env: dict[str, str]) -> multiprocessing.Process:
-    """Execute a notebook in a fork of the warm process, its output appended to `log`; it ends with this process."""
+def start(what: str, parameters: dict[str, Any], output: str | None, log: str, env: dict[str, str]) -> Any:
+    """Execute a notebook, or without an `output` train a phase, in a process forked from the warm one; it ends with this one.
+
+    What it prints is appended to `log`. The parameters of a phase are those of `open_phase`.
+    """
     prepare()
-    process = context.Process(target=_notebook, args=(name, output, parameters, log, env))
+    process = context.Process(target=_work, args=(what, parameters, output, log, env))
     process.start()
     return process
 
 
-def start_phase(phase: str, parameters: dict[str, Any], *, log: str, env: dict[str, str]) -> multiprocessing.Process:
-    """Train one phase without its notebook, in a fork of the warm process; `parameters` are those of `open_phase`."""
-    prepare()
-    process = context.Process(target=_phase, args=(phase, parameters, log, env))
-    process.start()
-    return process
-
-
-def _notebook(name: str, output: str, parameters: dict[str, Any], log: str, env: dict[str, str]) -> None:
-    from incubate_lib.pipeline.notebook import run
+def _work(what: str, parameters: dict[str, Any], output: str | None, log: str, env: dict[str, str]) -> None:
+    from incubate_lib.pipeline.notebook import run, run_phase
 
     _settle(log, env)
-    kernel = _ForkedKernel()  # now: no thread runs yet
+    if output is None:
+        _end_with_parent()
+        raise SystemExit(run_phase(what, parameters))
+    kernel = _Kernel()  # now: no thread runs yet
+    kernel.start()
     _end_with_parent()
-    manager = type("WarmKernelManager", (_WarmKernelManager,), {"forked": kernel})
+    manager = type("Manager", (_Manager,), {"forked": kernel})
     try:
-        code = run(name, output, parameters, kernel_manager_class=manager)
+        code = run(what, output, parameters, kernel_manager_class=manager)
     finally:
         kernel.kill()  # it may never have been asked for, and waits
     raise SystemExit(code)
-
-
-def _phase(phase: str, parameters: dict[str, Any], log: str, env: dict[str, str]) -> None:
-    from incubate_lib.pipeline.notebook import report_errors
-    from incubate_lib.pipeline.strategies import open_phase
-
-    _settle(log, env)
-    _end_with_parent()
-    raise SystemExit(report_errors(lambda: open_phase(phase, **parameters).run()))
 
 
 def _settle(log: str, env: dict[str, str]) -> None:
     """Be a process of its own group, environment and log."""
     os.setsid()  # out of the terminal's group
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not env.get("INCUBATE_STOP"):  # a cluster signals every process of a job; there this file tells what to do
+    # a cluster signals every process of a job; there this file tells what to do
+    if not env.get("INCUBATE_STOP"):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -101,55 +94,47 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class _ForkedKernel:
-    """A kernel process that waits for its connection file; it looks like the Popen that LocalProvisioner expects."""
+class _Kernel(multiprocessing.get_context("fork").Process):
+    """A kernel process that waits for its connection file; it has what LocalProvisioner uses of a Popen."""
 
     stdin = stdout = stderr = None
 
     def __init__(self) -> None:
-        ours, self.pipe = multiprocessing.Pipe(duplex=False)
-        self.process = multiprocessing.get_context("fork").Process(target=self._serve, args=(ours,))
-        self.process.start()
-        self.pid = self.process.pid
+        super().__init__()
+        self.ours, self.pipe = multiprocessing.Pipe(duplex=False)
 
-    @staticmethod
-    def _serve(pipe: Any) -> None:
+    def run(self) -> None:
         from ipykernel.kernelapp import IPKernelApp
 
         os.setsid()
         _end_with_parent()
-        IPKernelApp.launch_instance(argv=["-f", pipe.recv()])
+        IPKernelApp.launch_instance(argv=["-f", self.ours.recv()])
 
     def poll(self) -> int | None:
-        return self.process.exitcode
+        return self.exitcode
 
     def wait(self) -> int | None:
-        self.process.join()
-        return self.process.exitcode
+        self.join()
+        return self.exitcode
 
     def send_signal(self, number: int) -> None:
-        if self.process.is_alive():
+        if self.is_alive():
             os.kill(self.pid, number)
 
-    def terminate(self) -> None:
-        self.process.terminate()
 
-    def kill(self) -> None:
-        self.process.kill()
+class _Manager(AsyncKernelManager):
+    """Has a provisioner from the beginning, and so does not look for one."""
 
+    forked: _Kernel
 
-class _WarmKernelManager(AsyncKernelManager):
-    """Hands the connection file to a kernel that is there already."""
-
-    forked: _ForkedKernel
-
-    async def _async_pre_start_kernel(self, **kw: Any) -> tuple[list[str], dict[str, Any]]:
-        self.kernel_id = self.kernel_id or os.urandom(8).hex()
-        self.provisioner = _Provisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
-        return await super()._async_pre_start_kernel(**kw)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.provisioner = _Provisioner(kernel_spec=self.kernel_spec, parent=self)
 
 
 class _Provisioner(LocalProvisioner):
+    """Hands the connection file to a kernel that is there already."""
+
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> dict[str, Any]:
         self.process = self.parent.forked
         self.process.pipe.send(self.parent.connection_file)

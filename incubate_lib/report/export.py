@@ -13,13 +13,11 @@ import yaml
 
 from incubate_lib.config import Settings, SettingsError
 from incubate_lib.pipeline.experiment import Experiment
-from incubate_lib.pipeline.graph import Node, Plan
+from incubate_lib.pipeline.graph import Node
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables.hardware import mixed_text, mixes
 from incubate_lib.report.tables.records import from_plan
-from incubate_lib.report.words import flop_unit, label, seconds_text
-
-TEMPLATES = Path(__file__).parent / "templates"
+from incubate_lib.report.words import TEMPLATES, flop_unit, label, seconds_text
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,11 @@ def export(
     `strategy`, or else the first finished one of Deep Incubation in the order of `run`, or the only finished one. Raises
     SettingsError when nothing fits that description, with what is finished, and when the folder is not free.
     """
-    from incubate_lib.training.classes import class_names
-    from incubate_lib.training.data import load_data
-    from incubate_lib.training.phases import load_trained, model_shape, timm_arguments
-    from incubate_lib.training.weights import check_free, save_timm
+    from incubate_lib.data.sets import load_data
+    from incubate_lib.data.sources import open_source
+    from incubate_lib.phases.networks import model_shape, timm_arguments
+    from incubate_lib.phases.recipes import load_trained
+    from incubate_lib.phases.weights import check_free, save_timm
 
     folder = check_free(folder)
     ready = finished(settings, seed)
@@ -69,13 +68,13 @@ def export(
     network = load_trained(taken.node.settings, taken.node.folder, facts.num_classes)
     train, _ = load_data(data, shape=model_shape(settings.model), machine=settings.machine)
     mean, std = (values.flatten().tolist() for values in (train.mean, train.std))
-    names = class_names(data, facts.num_classes, settings.machine)
-    depth = {"depth": len(network.blocks)} if facts.target_depths else {}
-    save_timm(
-        network, folder, timm_arguments(settings.model) | depth | {"num_classes": facts.num_classes},
-        train.shape, mean, std, data.crop_pct if data.is_streamed else 1.0,
-        _card(settings, plan(settings, [taken.strategy], [seed]), mean, std, names, ready), names,
-    )  # fmt: skip
+    names = open_source(data, settings.machine)[0].classes
+    arguments = timm_arguments(settings.model) | {"num_classes": facts.num_classes}
+    if facts.target_depths:
+        arguments["depth"] = len(network.blocks)
+    crop_pct = data.crop_pct if data.is_streamed else 1.0
+    card = _card(settings, taken, mean=mean, std=std, classes=names, ready=ready)
+    save_timm(network, folder, arguments, train.shape, mean, std, crop_pct, card, names)
     return taken.strategy
 
 
@@ -121,52 +120,37 @@ def choose(settings: Settings, ready: list[Finished], strategy: str | None, seed
     return taken, why
 
 
-def _card(settings: Settings, done: Plan, mean: list[float], std: list[float], classes: list[str], ready: list[Finished]) -> str:
-    """Return the model card: YAML front matter and Markdown; no paths of this machine."""
+def _card(settings: Settings, taken: Finished, **shown: Any) -> str:
+    """Return the model card: YAML front matter and Markdown; no paths of this machine. `shown` goes to its template as it is."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    results, data = from_plan(done), settings.data
-    ((name, seed), final), *_ = done.finals.items()
+    done, data = plan(settings, [taken.strategy], [taken.seed]), settings.data
+    results = from_plan(done)
     unit, size = flop_unit(results.strategies["flops"].iloc[0])
-    recipe = settings.model_dump(mode="json", include={"model", "partition"}, exclude_unset=True)
-    recipe |= {
+    training = {n.settings.phase: n.settings.training for n in done.nodes if n.settings.training}
+    strategy = settings.strategies[taken.strategy].model_dump(mode="json", exclude={"weights", "phases"}, exclude_none=True)
+    recipe = settings.model_dump(mode="json", include={"model", "partition"}, exclude_unset=True) | {
         "data": data.model_dump(mode="json", exclude={"folder"}, exclude_unset=True) | {"source": data.source},
         "precision": settings.precision,
-        "strategy": settings.strategies[name].model_dump(mode="json", exclude={"weights", "phases"}, exclude_none=True),
-        "training": {n.settings.phase: n.settings.training.model_dump(mode="json", exclude_none=True)
-                     for n in done.nodes if n.settings.training},
-    }  # fmt: skip
+        "strategy": strategy,
+        "training": {phase: of.model_dump(mode="json", exclude_none=True) for phase, of in training.items()},
+    }
+    functions = {"label": label, "mixes": mixes, "mixed_text": mixed_text, "seconds": seconds_text, "yaml": _yaml}
     card = ModelCard.from_template(
         ModelCardData(library_name="timm", tags=["image-classification", "timm"]),
         template_path=str(TEMPLATES / "card.md"),
-        model=settings.model,
-        data=data,
-        facts=final.experiment.facts,
-        strategy=name,
-        label=label(name),
-        row=results.strategies.iloc[0].to_dict(),
-        summary=final.summary(),
-        phases=results.phases.to_dict("records"),
+        settings=settings,
+        taken=taken,
+        results=results,
+        files=[node.settings.inputs["weights"][:12] for node in done.nodes if "weights" in node.settings.inputs],
         unit=unit,
         size=size,
-        mark=mixes(results.strategies),
-        mixed=mixed_text(results.strategies),
-        files=[node.settings.inputs["weights"][:12] for node in done.nodes if "weights" in node.settings.inputs],
-        mean=_numbers(mean),
-        std=_numbers(std),
-        classes=classes,
         recipe=recipe,
-        ready=ready,
-        taken=next(one for one in ready if (one.strategy, one.seed) == (name, seed)),
-        seconds=seconds_text,
-        yaml=_yaml,
+        **functions,
+        **shown,
     )
     return f"{card}\n"
 
 
 def _yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
-
-
-def _numbers(values: list[float]) -> str:
-    return ", ".join(f"{value:.4f}" for value in values)

@@ -1,20 +1,18 @@
 """The report: one HTML file that needs no other, to be mailed, archived, opened anywhere."""
 
 import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
 
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live.curves import all_curves
 from incubate_lib.report.live.phase_graph import draw
 from incubate_lib.report.live.progress import Reader
+from incubate_lib.report.pages import page
 from incubate_lib.report.tables import mat, plots
 from incubate_lib.report.tables.comparison import comparison, hardware
 from incubate_lib.report.tables.hardware import mixed_text, places
@@ -24,24 +22,22 @@ from incubate_lib.report.tables.verdict import lowered
 from incubate_lib.report.words import flop_unit, label
 from incubate_lib.training.runs import read_json, write_atomic
 
-TEMPLATES = Path(__file__).parent / "templates"
-
 
 def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:
     """Write the report of what is finished and return its path; with the run itself also what widgets show of it."""
-    engine = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    engine.filters["png"] = _png
-    engine.globals |= {"comparison": comparison, "hardware": hardware, "label": label, "mixed_text": mixed_text}
     settings = (read_json(path.parent / "experiment.json") or {}).get("settings")
-    page = engine.get_template("report.html").render(
+    functions = (comparison, flop_unit, hardware, label, mixed_text, pd.isna, places)
+    text = page(
+        "report.html",
         results=results,
         run=run and _the_run(results, run),
         plots=plots,
         mat=mat,
-        every_phase=_phase_table(results),
         settings=settings and json.dumps(settings, indent=1),
+        encoded=lambda figure: base64.b64encode(figure.png(130)).decode(),
+        **{function.__name__: function for function in functions},
     )
-    write_atomic(path, f"{page}\n".encode())
+    write_atomic(path, f"{text}\n".encode())
     return path
 
 
@@ -50,50 +46,29 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
 
     Their modules are imported here: they need torch, which takes seconds, and the rest of an analysis does not.
     """
-    from incubate_lib.report.live.hybrids import hybrids_figure
+    from incubate_lib.report.live.hybrids import Hybrids
     from incubate_lib.report.planner.forecast import forecast, speed_of
     from incubate_lib.report.planner.planner import gantt, strategies_table
 
     names = list(results.strategies["strategy"].unique())
-    settings, seed = run.experiment.settings, int(results.strategies["seed"].iloc[0])
-    one = plan(settings, names, [seed], facts=run.experiment.facts)
-    shown: dict[str, Any] = {"seed": seed, "machines": len(run.experiment.facts.target_depths)}
-    shown |= {"lowered": lowered(run.finals.values()), "graph": draw(one, Reader(one).phases())[0].figure()}
-    shown["curves"] = all_curves(results) if len(results.curves) else None
-    shown["costs"] = None
-    if shown["machines"] > 1:
-        spent = {node.key: summary["train_flops"] for node in one.nodes if (summary := node.summary())}
-        costs = forecast(one, speed_of(results), machines=shown["machines"], spent=spent)
-        shown |= {"gantt": gantt(costs), "costs": strategies_table(costs)}
+    facts, seed = run.experiment.facts, int(results.strategies["seed"].iloc[0])
+    one = plan(run.experiment.settings, names, [seed], facts=facts)
     kinds: dict[bool, str] = {}  # strategies differ in how modules start; what trains is one of two things
     for (name, _), final in one.finals.items():
         for node in final.upstream("incubate"):
             kinds.setdefault(node.settings.imitate, name)
-    shown["hybrids"] = {name: hybrids_figure(one, name) for name in kinds.values()}
     difference = settings_difference(one, names)
-    shown["difference"] = difference if len(names) > 1 and len(difference) else None
+    shown: dict[str, Any] = {
+        "seed": seed,
+        "machines": len(facts.target_depths),
+        "lowered": lowered(run.finals.values()),
+        "graph": draw(one, Reader(one).phases())[0].figure(),
+        "curves": all_curves(results) if len(results.curves) else None,
+        "hybrids": {name: Hybrids(one, name).figure() for name in kinds.values()},
+        "difference": difference if len(names) > 1 and len(difference) else None,
+    }
+    if shown["machines"] > 1:
+        spent = {node.key: summary["train_flops"] for node in one.nodes if (summary := node.summary())}
+        costs = forecast(one, speed_of(results), machines=shown["machines"], spent=spent)
+        shown |= {"gantt": gantt(costs), "costs": strategies_table(costs)}
     return shown
-
-
-def _phase_table(results: Results):
-    table = results.phases.copy()
-    table["module"] = (table["module_index"] + 1).astype("Int64").astype(object).where(table["module_index"].notna(), "")
-    table["top-1 %"] = (100 * table["accuracy"]).map("{:.1f}".format)
-    table["before %"] = (100 * table["start_accuracy"]).map("{:.1f}".format)
-    unit, factor = flop_unit(table["flops"].max() if len(table) else 1)
-    table[unit] = (table["flops"] / factor).map("{:.3f}".format)
-    table["images seen"] = table["images_seen"]
-    table["different an epoch"] = table["distinct_images_per_epoch"].astype("Int64").astype(object)
-    table["waiting for images"] = table["data_share"].map(lambda v: "" if v != v else f"{v:.0%}")
-    table["s"] = table["seconds"].map("{:.1f}".format)
-    table["epochs"] = table["epochs"].map("{:.1f}".format)
-    table["lr"] = table["lr"].map(lambda v: "" if v != v or v is None else f"{v:g}")
-    shown = ["strategy", "seed", "phase", "module", "before %", "top-1 %", "epochs", "steps", "images seen", "different an epoch"]
-    several = ["device", "threads"] if len(places(results.phases)) > 1 else []
-    return table[[*shown, "lr", unit, "s", *several, "waiting for images"]].replace({pd.NA: ""})
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +25,18 @@ MADE_FROM = "made_from"  # in each mirrored folder: the SHA-256 of the records i
 NO_MEASUREMENTS = {"step", "seed", "module_index"}
 
 
-@dataclass(frozen=True)
-class Records:
-    """What one phase has recorded so far."""
-
-    experiment: str
-    key: str
-    began: float  # seconds since 1970
-    config: dict[str, Any]
-    rows: list[dict[str, Any]]  # one an evaluation
-    summary: dict[str, Any]  # empty until the phase is finished
-
-    @classmethod
-    def of(cls, node: Node) -> "Records | None":
-        """Read a phase's folder; None if it has not begun with these settings."""
-        config = node.folder.config()
-        if config is None or config["hash"] != node.digest:
-            return None
-        began = (node.folder.path / "config.json").stat().st_mtime
-        return cls(node.experiment.path.name, node.key, began, config, node.folder.metrics(), node.summary() or {})
-
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(astuple(self)).encode()).hexdigest()
+def _records(node: Node) -> dict[str, Any] | None:
+    """Return what a phase has recorded so far, in numbers and texts; None if it has not begun with these settings."""
+    config = node.folder.config()
+    if config is None or config["hash"] != node.digest:
+        return None
+    return {
+        "run": node.experiment.path.name,
+        "began": (node.folder.path / "config.json").stat().st_mtime,  # seconds since 1970
+        "config": config,
+        "rows": node.folder.metrics(),  # one an evaluation
+        "summary": node.summary() or {},  # empty until the phase is finished
+    }
 
 
 def mirror(plan: Plan, to: str) -> tuple[list[Path], int]:
@@ -59,19 +48,20 @@ def mirror(plan: Plan, to: str) -> tuple[list[Path], int]:
     write, top = {"tensorboard": _tensorboard, "wandb": _wandb}[to], plan.experiment.path / "mirror"
     written, unchanged = [], 0
     with _alone(top) as fresh:
-        for records in filter(None, map(Records.of, plan.nodes)):
-            place, digest = top / to / records.key, records.digest()
+        for node in plan.nodes:
+            records, place = _records(node), top / to / node.key
+            if records is None:
+                continue
+            digest = hashlib.sha256(json.dumps([node.key, records]).encode()).hexdigest()
             if (place / MADE_FROM).exists() and (place / MADE_FROM).read_text() == digest:
                 unchanged += 1
                 continue
-            new, old = fresh / "new" / records.key, fresh / "old" / records.key
+            new = fresh / node.key
             new.mkdir(parents=True)
-            write(records, new)
+            write(new, node.key, **records)
             (new / MADE_FROM).write_text(digest)
-            for folder in (place, old):
-                folder.parent.mkdir(parents=True, exist_ok=True)
-            if place.exists():
-                place.rename(old)
+            shutil.rmtree(place, ignore_errors=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
             new.rename(place)
             written.append(place)
     return written, unchanged
@@ -79,12 +69,9 @@ def mirror(plan: Plan, to: str) -> tuple[list[Path], int]:
 
 def is_at_work(plan: Plan) -> bool:
     """Whether anything trains this run, here or on a cluster, so that there may soon be more to mirror."""
-    if execution.is_running(plan.experiment.path):
-        return True
-    return (
-        any(n.folder.status()["state"] == "running" for n in plan.nodes)
-        or backends.of(plan.experiment).still_active(plan.experiment) > 0
-    )
+    run = plan.experiment
+    trains = execution.is_running(run.path) or any(n.folder.status()["state"] == "running" for n in plan.nodes)
+    return trains or backends.of(run).still_active(run) > 0
 
 
 @contextlib.contextmanager
@@ -112,23 +99,22 @@ def _numbers(record: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in record.items() if type(value) in (int, float) and name not in NO_MEASUREMENTS}
 
 
-def _tensorboard(records: Records, folder: Path) -> None:
+def _tensorboard(folder: Path, key: str, *, run: str, began: float, config: dict, rows: list[dict], summary: dict) -> None:
     """Write one event file; TensorBoard's numbers are float32."""
     from torch.utils.tensorboard import SummaryWriter
 
-    summary, began = records.summary, records.began
     with SummaryWriter(str(folder), purge_step=0) as writer:  # a TensorBoard that is open forgets what the last file said
-        for row in records.rows:
+        for row in rows:
             for name, value in _numbers(row).items():
                 # its relative time is that of training, evaluation and pauses apart
                 writer.add_scalar(name, value, row["step"], walltime=began + row["train_seconds"])
         for name, value in _numbers(summary).items():
             writer.add_scalar(f"final/{name}", value, summary["steps"], walltime=began + summary["train_seconds"])
-        for name, text in {"settings": records.config, "summary": summary}.items():
+        for name, text in {"settings": config, "summary": summary}.items():
             writer.add_text(name, f"```\n{json.dumps(text, indent=1)}\n```", 0, walltime=began)
 
 
-def _wandb(records: Records, folder: Path) -> None:
+def _wandb(folder: Path, key: str, *, run: str, began: float, config: dict, rows: list[dict], summary: dict) -> None:
     """Write one run, offline unless WANDB_MODE says otherwise: then, too, nobody is asked for a key."""
     mode = os.environ.setdefault("WANDB_MODE", "offline")  # init(mode=…) alone leaves W&B's own error reports online
     if mode == "offline":
@@ -142,19 +128,12 @@ def _wandb(records: Records, folder: Path) -> None:
         # nothing about this process, which did not train: no console, no code, no machine
         quiet = {"silent": True, "console": "off", "symlink": False, "disable_git": True, "disable_code": True}
         quiet |= {"x_disable_meta": True, "x_disable_stats": True, "x_save_requirements": False}
-        with wandb.init(
-            dir=folder,
-            mode=mode,
-            project=os.environ.get("WANDB_PROJECT", "incubate"),
-            group=records.experiment,
-            job_type=records.config["phase"],
-            name=records.key,
-            id=hashlib.sha256(f"{records.experiment}/{records.key}".encode()).hexdigest()[:16],  # again the same, written anew
-            config=records.config,
-            settings=wandb.Settings(**quiet),
-        ) as run:
-            for row in records.rows:
-                run.log(_numbers(row), step=row["step"])
-            run.summary.update(records.summary)
+        about = {"group": run, "job_type": config["phase"], "name": key, "config": config}
+        about["id"] = hashlib.sha256(f"{run}/{key}".encode()).hexdigest()[:16]  # again the same, written anew
+        project, settings = os.environ.get("WANDB_PROJECT", "incubate"), wandb.Settings(**quiet)
+        with wandb.init(dir=folder, mode=mode, project=project, settings=settings, **about) as written:
+            for row in rows:
+                written.log(_numbers(row), step=row["step"])
+            written.summary.update(summary)
     except wandb.Error as error:
         raise SettingsError(f"Weights & Biases: {error}") from None

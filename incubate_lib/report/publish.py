@@ -13,10 +13,10 @@ from incubate_lib.report.tables.records import Results, published, published_run
 
 def publish(results: Results) -> list[Path]:
     """Write the tables, read them again, draw the figures from what was read; return the files."""
-    tables = {"": results.strategies, "_phases": results.phases, "_curves": results.curves}
-    if len(results.mntk):
-        tables["_mntk"] = results.mntk[results.mntk["strategy"].isin(mat.SHOWN)]  # of controls nobody asks
-    files = [write_table(table, records.results_folder() / f"{results.name}{part}.csv") for part, table in tables.items()]
+    tables = {part: getattr(results, part) for part in records.COLUMNS}
+    tables["mntk"] = results.mntk[results.mntk["strategy"].isin(mat.SHOWN)]  # of controls nobody asks
+    written = {part: table for part, table in tables.items() if part != "mntk" or len(table)}
+    files = [write_table(table, records.table_file(results.name, part)) for part, table in written.items()]
     return files + _draw(published(results.name))
 
 

@@ -5,55 +5,42 @@ import io
 from matplotlib import figure as mpl_figure
 from matplotlib.patches import Patch
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart; #882255 is Tol's, dark where a blue stands by.
-STYLE = {
-    "end_to_end": {"color": "#000000", "marker": "o", "linestyle": "-"},
-    "deep_incubation": {"color": "#0072B2", "marker": "s", "linestyle": "--"},
-    "deep_incubation_stack": {"color": "#D55E00", "marker": "^", "linestyle": "-."},
-    "deep_incubation_identity": {"color": "#009E73", "marker": "D", "linestyle": ":"},
-    "recommended": {"color": "#009E73", "marker": "h", "linestyle": "-"},
-    "deep_incubation_mat": {"color": "#56B4E9", "marker": ">", "linestyle": "-."},
-    "end_to_end_short": {"color": "#555555", "marker": ".", "linestyle": ":"},
-    "stacking": {"color": "#E69F00", "marker": "P", "linestyle": "-."},
-    "growing": {"color": "#CC79A7", "marker": "v", "linestyle": "-"},
-    "random_modules": {"color": "#555555", "marker": "X", "linestyle": ":"},
-    "imitation": {"color": "#56B4E9", "marker": "<", "linestyle": "--"},
-    "end_to_end_longer": {"color": "#000000", "marker": "*", "linestyle": "--"},
-    "end_to_end_low_resolution": {"color": "#555555", "marker": "d", "linestyle": "-"},
-    "mat": {"color": "#D55E00", "marker": "^", "linestyle": "-"},
-    "mat_random": {"color": "#882255", "marker": "v", "linestyle": "--"},
-    "mat_gradient_norm": {"color": "#009E73", "marker": "D", "linestyle": "-."},
-    "mat_inverted": {"color": "#CC79A7", "marker": "X", "linestyle": ":"},
-    "mat_multirate": {"color": "#E69F00", "marker": "P", "linestyle": "--"},
-    "mat_exact": {"color": "#56B4E9", "marker": "H", "linestyle": "-"},
-}
-SPARE = [{"color": c, "marker": m, "linestyle": "-"} for c, m in zip(("#CC79A7", "#E69F00", "#56B4E9"), "vPX", strict=True)]
-ONE_BY_ONE = [  # looks of curves that are no strategies
-    "end_to_end", "deep_incubation", "deep_incubation_stack", "deep_incubation_identity", "growing", "stacking", "imitation",
-]  # fmt: skip
+from incubate_lib.report.words import LOOKS, STRATEGIES
+
+STYLE = {strategy: about["look"] for strategy, about in STRATEGIES.items()}
+SPARE = {"v": "#CC79A7", "P": "#E69F00", "X": "#56B4E9"}  # marker → colour
+ONE_BY_ONE = LOOKS["one_by_one"]  # whose looks curves have that are of no strategy
 FROZEN, TRAINED = "#D9D9D9", "#F5B041"
-PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}  # beneath words on what is hatched
+# beneath words on what is hatched
+PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
 
 
 class Figure(mpl_figure.Figure):
     """A figure that shows itself in a notebook, without pyplot and its global state."""
 
-    def _repr_png_(self) -> bytes:
+    def png(self, dpi: int = 110) -> bytes:
+        """Return the figure as a PNG file."""
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=110)
+        self.savefig(buffer, format="png", dpi=dpi)
         return buffer.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
 
 
 def style(strategy: str) -> dict[str, str]:
     """Return colour, marker and line style of a strategy, the same in every figure."""
-    return STYLE.get(strategy) or SPARE[sum(map(ord, strategy)) % len(SPARE)]
+    marker, color = list(SPARE.items())[sum(map(ord, strategy)) % len(SPARE)]
+    return STYLE.get(strategy) or {"color": color, "marker": marker, "linestyle": "-"}
 
 
 def filling(trained: bool) -> dict[str, str]:
     """Return how a part of a network is filled: by colour and hatch, whether it trains or is frozen."""
-    return {"edgecolor": "black"} | ({"facecolor": TRAINED} if trained else {"facecolor": FROZEN, "hatch": "//"})
+    look = {"facecolor": TRAINED} if trained else {"facecolor": FROZEN, "hatch": "//"}
+    return {"edgecolor": "black"} | look
 
 
 def trained_and_frozen() -> list[Patch]:
     """Return what a legend says of `filling`."""
-    return [Patch(label=name, **filling(trained)) for name, trained in (("trained", True), ("frozen, never updated", False))]
+    names = {"trained": True, "frozen, never updated": False}
+    return [Patch(label=name, **filling(trained)) for name, trained in names.items()]

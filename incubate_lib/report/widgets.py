@@ -55,18 +55,22 @@ def with_twin(make_widget: Callable[[], ipywidgets.Widget], twin: Callable[[], A
     return twin() if os.environ.get("INCUBATE_HEADLESS") else Twinned(make_widget(), twin)
 
 
-def with_picture(menu: ipywidgets.Widget, draw: Callable[[Any], Figure]) -> ipywidgets.Widget:
-    """Return a menu with the picture of what is chosen beneath it, drawn once for each value.
+def image() -> ipywidgets.Image:
+    """Return the place of a picture.
 
-    The picture is an image, not an output area: for those, clients that execute notebooks write back to the kernel in the middle
-    of a cell, and one run in some dozens hung on it.
+    It is an image, not an output area: for those, clients that execute notebooks write back to the kernel in the middle of a
+    cell, and one run in some dozens hung on it.
     """
-    shown = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
+    return ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
+
+
+def with_picture(menu: ipywidgets.Widget, draw: Callable[[Any], Figure]) -> ipywidgets.Widget:
+    """Return a menu with the picture of what is chosen beneath it, drawn once for each value."""
+    shown = image()
     drawn = functools.cache(lambda value: draw(value)._repr_png_())
 
     def show(_: object = None) -> None:
-        if menu.value is not None:
-            shown.value = drawn(menu.value)
+        shown.value = drawn(menu.value)
 
     menu.observe(show, names="value")
     show()

@@ -1,44 +1,21 @@
 """How strategies, phases and amounts are called, the same in every table, figure and widget."""
 
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 BASELINE = "end_to_end"
+TEMPLATES = Path(__file__).parent / "templates"
+LOOKS = yaml.safe_load((TEMPLATES / "looks.yaml").read_text())
+STRATEGIES = LOOKS["strategies"]
+# what a control is there to show, next to Deep Incubation
+ISOLATES = {strategy: about["isolates"] for strategy, about in STRATEGIES.items() if "isolates" in about}
 
 
 def label(strategy: str) -> str:
     """Return a strategy's name for people."""
-    known = {
-        "end_to_end": "end to end",
-        "deep_incubation": "Deep Incubation, random start (paper)",
-        "deep_incubation_stack": "Deep Incubation, stack start",
-        "deep_incubation_identity": "Deep Incubation, identity start",
-        "recommended": "Deep Incubation, recommended",
-        "deep_incubation_mat": "Deep Incubation with MAT",
-        "stacking": "meta model, stacked, no incubation",
-        "growing": "meta model, grown, no incubation",
-        "random_modules": "random modules, no meta model",
-        "imitation": "modules imitate the meta model",
-        "end_to_end_longer": "end to end, K workers as long",
-        "end_to_end_low_resolution": "end to end, small images first",
-        "end_to_end_short": "end to end, shorter",
-        "mat": "MAT",
-        "mat_random": "random units, as many",
-        "mat_gradient_norm": "largest gradients, as many",
-        "mat_inverted": "smallest eigenvalues, as many",
-        "mat_multirate": "Multirate",
-        "mat_exact": "MAT, error everywhere",
-    }
-    return known.get(strategy, strategy.replace("_", " "))
-
-
-ISOLATES = {  # what a strategy is there to show, next to Deep Incubation
-    "stacking": "whether the meta model's weights, copied into the deep network, do without incubation",
-    "growing": "the same with blocks that begin as nothing: the deep network starts out as the meta model",
-    "random_modules": "whether the recipe of fine-tuning alone does it, without any weights of a meta model",
-    "imitation": "whether modules must learn from labels, or only what the meta module computes",
-    "end_to_end_longer": "whether K workers had better trained the whole network together, as long and without loss",
-    "end_to_end_low_resolution": "whether another saving, small images first, does as well",
-}
+    return STRATEGIES.get(strategy, {}).get("label", strategy.replace("_", " "))
 
 
 def flop_unit(flops: float) -> tuple[str, float]:

@@ -1,1 +1,1 @@
-"""The one loop and what it needs: data, costs, run folders, and the recipes of the phases."""
+"""The one loop and what it needs: devices, costs, run folders."""

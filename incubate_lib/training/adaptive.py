@@ -8,22 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from incubate_lib.config import MATSettings, SettingsError
+from incubate_lib.data.schedule import derive_seed
+from incubate_lib.data.sets import ImageSet
+from incubate_lib.data.stream import StreamedSet
 from incubate_lib.method.mat import PartialUpdates, choose, gradient_norms, same_number
-from incubate_lib.method.mntk import (
-    EXACT,
-    check_kernels,
-    effective_rank,
-    modular_kernels,
-    normalised,
-    principal_eigenvalues,
-    probe_bytes,
-    spectrum,
-)
+from incubate_lib.method.mntk import check_kernels, modular_kernels, probe_bytes
+from incubate_lib.method.spectra import EXACT, effective_rank, normalised, principal_eigenvalues, spectrum
 from incubate_lib.method.units import Unit, find_units
 from incubate_lib.training.costs import all_products, train_flops_per_image
-from incubate_lib.training.data import ImageSet
-from incubate_lib.training.schedule import derive_seed
-from incubate_lib.training.stream import StreamedSet
 from incubate_lib.training.team import ALONE, Team
 
 MEMORY_SHARE = 0.8  # of the free memory that a probe may take

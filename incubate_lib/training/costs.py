@@ -11,8 +11,9 @@ keys once more in the backward pass; `executed_flops_per_image` counts that, too
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ def train_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -
     if any(parameter.device.type != "meta" for parameter in model.parameters()):
         model = copy.deepcopy(model).to("meta")
     model.train()
-    return _go_through(model, _images(image_shape), backward=True)[0] // 2
+    [flops], _ = _go_through(model, _images(image_shape), backward=True)
+    return flops // 2
 
 
 def executed_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
@@ -79,7 +81,7 @@ class FlopCounts:
     """
 
     image_shape: tuple[int, int, int]
-    known: dict[tuple, tuple[int, Tensor]] = field(default_factory=dict)
+    known: dict[tuple, tuple[tuple[int], Tensor]] = field(default_factory=dict)
 
     def per_image(self, model: nn.Module) -> int:
         """Return the FLOPs of forward and backward for one image; everything is on the meta device."""
@@ -102,38 +104,47 @@ class FlopCounts:
         return found
 
     def _part(self, part: nn.Module, x: Tensor, *, backward: bool) -> tuple[int, Tensor]:
-        key = (description(part), x.shape, backward, x.requires_grad)
-        if key not in self.known:
-            self.known[key] = _count(part, x, backward)
-        return self.known[key]
+        key = (x.shape, backward, x.requires_grad)
+        [flops], out = by_blocks(part, self.known, key, lambda: _go_through(part, x, backward=backward))
+        return flops, out
 
 
 def _images(shape: tuple[int, int, int]) -> Tensor:
     return torch.empty(2, *shape, device="meta")  # batch norm cannot train on a single image
 
 
-def _count(part: nn.Module, x: Tensor, backward: bool) -> tuple[int, Tensor]:
-    """Return the FLOPs of a part and its outputs; FLOPs are linear in the number of blocks that are alike."""
-    blocks = getattr(part, "blocks", None)
-    if not isinstance(blocks, nn.Sequential) or len(blocks) < 3 or len({description(block) for block in blocks}) > 1:
-        return _go_through(part, x, backward=backward)
-    try:
-        part.blocks = blocks[:1]
-        one, out = _go_through(part, x, backward=backward)
-        part.blocks = blocks[:2]
-        two, _ = _go_through(part, x, backward=backward)
-    finally:
-        part.blocks = blocks
-    return one + (len(blocks) - 1) * (two - one), out
-
-
-def _go_through(part: nn.Module, x: Tensor, *, backward: bool) -> tuple[int, Tensor]:
+def _go_through(part: nn.Module, x: Tensor, *, backward: bool) -> tuple[tuple[int], Tensor]:
     x = x.detach().requires_grad_(x.requires_grad)
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         out = part(x)
         if backward:
             out.sum().backward()
-    return counter.get_total_flops(), torch.empty_like(out, requires_grad=backward)
+    return (counter.get_total_flops(),), torch.empty_like(out, requires_grad=backward)
+
+
+def by_blocks(part: nn.Module, known: dict, key: tuple, count: Callable[[], tuple]) -> tuple[Sequence[int], Any]:
+    """Return what `count` does of a part, numbers and something else; numbers are linear in the blocks that are alike.
+
+    Of those it counts with one and with two. `known` keeps what was counted, by `key` and the description of the part.
+    """
+    blocks = getattr(part, "blocks", None)
+    alike = isinstance(blocks, nn.Sequential) and len({description(block) for block in blocks}) == 1
+    found = []
+    try:
+        for depth in range(1, 1 + min(2, len(blocks) if alike else 1)):
+            if alike:
+                part.blocks = blocks[:depth]
+            own = (description(part), *key)
+            if own not in known:
+                known[own] = count()
+            found.append(known[own])
+    finally:
+        if alike:
+            part.blocks = blocks
+    numbers, rest = found[0]
+    if len(found) == 2:
+        numbers = [one + (len(blocks) - 1) * (two - one) for one, two in zip(numbers, found[1][0], strict=True)]
+    return numbers, rest
 
 
 def description(block: nn.Module) -> str:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError
-from incubate_lib.training.data import num_classes, splits, unused_classes, unused_in_words
-from incubate_lib.training.folders import Source, place_of
-from incubate_lib.training.sources import open_source
+from incubate_lib.data.folders import Source, place_of
+from incubate_lib.data.sets import splits, unused_classes, unused_in_words
+from incubate_lib.data.sources import open_source
 
 IMAGENET = (1_281_167, 50_000, 1000)  # images to train on, to judge by (None: one pool for both), classes
 KNOWN = {
@@ -39,19 +39,25 @@ def count_images(
     counted. Image files are listed; of shards the heads and labels are read, of Hugging Face's tables the labels. No image is
     opened, nothing is downloaded. SettingsError for a folder that is there and wrong.
     """
-    for name, value, least in (("images", images, 1), ("classes", classes, 2)):
-        if value is not None and value < least:
-            raise SettingsError(f"{name} is {value}; it must be at least {least}")
+    check_numbers({"images": images, "classes": classes})
     share = "" if settings.train_share == 1 else f" Of these images a share of {settings.train_share:g} (data.train_share)."
     if images and classes:
         return Images(images, classes, f"{_in_words(images, classes)}, as given.{share}")
     train, test, how, assumed = _sources(settings, machine)
     source, index = splits(settings.model_copy(update={"train_share": 1.0}), train, test)[0]
-    found = num_classes(train)
+    found = len(train.classes)
     unused = unused_in_words(unused_classes(source.labels[index], found), found)
     given = " (images as given)" if images else " (classes as given)" if classes else ""
     sentence = f"{_in_words(images or len(index), classes or found)}{given}, {how}.{share} {unused}".strip()
     return Images(images or len(index), classes or found, f"ASSUMED: {sentence}" if assumed else sentence, assumed)
+
+
+def check_numbers(numbers: dict[str, int | None]) -> None:
+    """Raise SettingsError for numbers that make no sense, by the names that people gave them under; None is not given."""
+    for name, value in numbers.items():
+        least = 2 if name.endswith("classes") else 1
+        if value is not None and value < least:
+            raise SettingsError(f"{name} is {value}; it must be at least {least}")
 
 
 def _in_words(images: int, classes: int) -> str:

@@ -12,21 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from incubate_lib.data.schedule import steps_per_epoch
 from incubate_lib.training.progress import Progress
 from incubate_lib.training.runs import MNTK, STATUS_SECONDS, PhaseFolder, Stopped
-from incubate_lib.training.schedule import steps_per_epoch
 from incubate_lib.training.team import ALONE, Team
-from incubate_lib.training.trainer import DataSet, Trainer, autocast
+from incubate_lib.training.trainer import Counts, DataSet, Trainer, autocast
 
 DATA_SHARE_WARNED = 0.1  # of training time spent waiting for images
 SAVING_SHARE = 0.05  # checkpoints are spaced so that saving takes at most this share of the time
 
 
 class Chrono:
-    """Seconds of update steps only; the device is synchronised before the clock is read."""
+    """Counts the seconds of update steps only; the device is synchronised before the clock is read."""
 
-    def __init__(self, device: torch.device, seconds: float) -> None:
-        self.device, self.seconds, self.since = device, seconds, None
+    def __init__(self, device: torch.device, counts: Counts) -> None:
+        self.device, self.counts, self.since = device, counts, None
 
     def start(self) -> None:
         self.since = time.perf_counter()
@@ -35,13 +35,13 @@ class Chrono:
         """Return the seconds until now, and go on."""
         self.pause()
         self.start()
-        return self.seconds
+        return self.counts.train_seconds
 
     def pause(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self.since is not None:
-            self.seconds += time.perf_counter() - self.since
+            self.counts.train_seconds += time.perf_counter() - self.since
         self.since = None
 
 
@@ -100,17 +100,15 @@ def fit(
     """
     model, train, settings, team = trainer.model, trainer.train, trainer.settings, trainer.team
     steps, per_epoch = trainer.steps, steps_per_epoch(len(train), settings.batch_size)
-    step, loss_sum, loss_steps, seconds, eval_seconds = 0, 0.0, 0, 0.0, 0.0
-    startup_seconds, startup_wait = 0.0, 0.0  # of each attempt's first update: compiling, starting workers
     state, complaints = folder.load_checkpoint(trainer.check_state)
     for complaint in complaints:
         print(f"{title}: {complaint}; going back to what is sound", flush=True)
-    if state is not None:
+    resumed = state is not None
+    if resumed:
         trainer.load_state(state)
-        step, loss_sum, loss_steps = state["step"], state["loss_sum"], state["loss_steps"]
-        seconds, eval_seconds, trainer.wait_seconds = state["train_seconds"], state["eval_seconds"], state["wait_seconds"]
-        startup_seconds, startup_wait = state["startup_seconds"], state["startup_wait"]
-    resumed, state = state is not None, None  # its tensors are copied; they would stay in memory
+        state = None  # its tensors are copied; they would stay in memory
+    counts = trainer.counts
+    step = counts.step
     if team.all_reduce(torch.tensor([step], device=trainer.device)).item() != step * team.devices:  # also: all have read it
         raise RuntimeError(f"{title}: the devices read different checkpoints (this one is at step {step}); run again")
     if team.is_first:
@@ -119,9 +117,9 @@ def fit(
         folder.start_metrics(step)
         folder.start_metrics(step - 1, MNTK)  # of the evaluation before update `step` nothing is in the checkpoint
     rows = [row for row in folder.metrics() if row["step"] <= step]
-    clock = Chrono(trainer.device, seconds)
+    clock = Chrono(trainer.device, counts)
     progress = Progress(folder, title, steps, step) if team.is_first else None
-    waited = trainer.wait_seconds
+    waited = counts.wait_seconds
     pending: list[Tensor] = []  # losses still on the device; reading one waits for it, so they are read together
     saved_at = read_at = time.monotonic()
     saving_seconds = 0.0
@@ -135,46 +133,30 @@ def fit(
 
     def read_losses() -> float | None:
         """Read the pending losses and return the last; the first that is not finite ends the phase with its step named."""
-        nonlocal loss_sum, loss_steps
         values = (team.all_reduce(torch.stack(pending)) / team.devices).tolist() if pending else []
         for i, value in enumerate(values):
             if not math.isfinite(value):
                 raise not_finite("loss", value, step - len(pending) + i)
-            loss_sum += value
-            loss_steps += 1
+            counts.loss_sum += value
+            counts.loss_steps += 1
         pending.clear()
         return values[-1] if values else None
 
-    def save() -> None:
-        nonlocal saved_at, saving_seconds
-        began = time.monotonic()
-        if team.is_first:
-            folder.save_checkpoint({
-                "step": step, **trainer.state(), "loss_sum": loss_sum, "loss_steps": loss_steps,
-                "train_seconds": clock.seconds, "eval_seconds": eval_seconds, "wait_seconds": trainer.wait_seconds,
-                "startup_seconds": startup_seconds, "startup_wait": startup_wait,
-            })  # fmt: skip
-        saved_at = time.monotonic()
-        saving_seconds = saved_at - began
-
     def evaluate_now() -> None:
-        nonlocal loss_sum, loss_steps, eval_seconds
         began = time.perf_counter()
         result = evaluate(trainer.eval_model, eval_set, trainer.precision, team)
-        eval_seconds += time.perf_counter() - began
+        counts.eval_seconds += time.perf_counter() - began
         if not math.isfinite(result["loss"]):
             raise not_finite("the judged loss", result["loss"], step)
         row = {"step": step, "epoch": step / per_epoch, "images": step * settings.batch_size, **result}
-        row |= {
-            "train_flops": trainer.flops,
-            "train_loss": loss_sum / loss_steps if loss_steps else None,
-            "train_seconds": clock.seconds,
-        }
-        row |= {"lr": trainer.optimizer.param_groups[0]["lr"] if step else None}
+        row["train_flops"] = counts.flops
+        row["train_loss"] = counts.loss_sum / counts.loss_steps if counts.loss_steps else None
+        row["train_seconds"] = counts.train_seconds
+        row["lr"] = trainer.optimizer.param_groups[0]["lr"] if step else None
         if team.is_first:
             folder.add_metrics(row)
         rows.append(row)
-        loss_sum, loss_steps = 0.0, 0
+        counts.loss_sum, counts.loss_steps = 0.0, 0
 
     model.train()
     if not rows:
@@ -191,19 +173,17 @@ def fit(
             clock.pause()  # what follows is for the record only
             if team.is_first:
                 per_image = trainer.mat.flops_per_image(trainer.mat.active)
-                folder.add_metrics(record | {"flops_per_image": per_image, "train_flops": trainer.flops}, MNTK)
+                folder.add_metrics(record | {"flops_per_image": per_image, "train_flops": counts.flops}, MNTK)
                 if record.get("forced"):
                     print(f"{title}: at step {step} every unit would rest; the strongest goes on", flush=True)
             trainer.executed_now()
             clock.start()
         pending.append(trainer.step(step))
-        step += 1
+        step = counts.step = step + 1
         if step == first + 1:
-            startup_wait += trainer.wait_seconds - waited
-            before = clock.seconds
-            clock.pause()
-            clock.start()
-            startup_seconds += clock.seconds - before
+            counts.startup_wait += counts.wait_seconds - waited
+            before = counts.train_seconds
+            counts.startup_seconds += clock.lap() - before
         # record
         due = step == steps or step % (settings.eval_every * per_epoch) == 0
         if not due and step % team.sync_every:
@@ -219,7 +199,11 @@ def fit(
                 progress.update(step, epoch=step / per_epoch, loss=last_loss, accuracy=rows[-1]["accuracy"])
             stop = team.decide(step < steps and should_stop())
             if stop or team.decide(save_due):
-                save()
+                began = time.monotonic()
+                if team.is_first:
+                    folder.save_checkpoint(trainer.state())
+                saved_at = time.monotonic()
+                saving_seconds = saved_at - began
             if stop:
                 team.barrier()  # nobody leaves before it is on disk: a rank that ends takes the others with it
                 if progress:
@@ -228,25 +212,27 @@ def fit(
             read_at = time.monotonic()
     if progress:
         progress.close()
-    steady = clock.seconds - startup_seconds
-    data_share = (trainer.wait_seconds - startup_wait) / steady if steady > 0 else 0.0
+    steady = counts.train_seconds - counts.startup_seconds
+    data_share = (counts.wait_seconds - counts.startup_wait) / steady if steady > 0 else 0.0
     broken = team.gather(sorted(getattr(train, "broken", ())))
     if data_share > DATA_SHARE_WARNED and team.is_first:
         print(f"{title}: {data_share:.0%} of the training time was spent waiting for images; more machine.workers, a faster "
               "disk or data.in_memory would help", flush=True)  # fmt: skip
-    mat = {}
+    numbers = {name: rows[-1][name] for name in ("accuracy", "loss", "train_loss")}
     if trainer.mat:
         probes = folder.metrics(MNTK)
-        mat = {"mat": {
-            "units": [unit.name for unit in trainer.mat.units], "evaluations": len(probes),
-            "seconds": sum(row["seconds"] for row in probes), "flops": sum(row["flops"] for row in probes),
-        }}  # fmt: skip
-    return trainer.eval_model, mat | {
-        "steps": steps, "images_seen": steps * settings.batch_size, "epochs": steps / per_epoch,
+        numbers["mat"] = {"units": [unit.name for unit in trainer.mat.units], "evaluations": len(probes)}
+        numbers["mat"] |= {name: sum(row[name] for row in probes) for name in ("seconds", "flops")}
+    numbers |= {name: getattr(counts, name) for name in ("train_seconds", "eval_seconds", "startup_seconds")}
+    return trainer.eval_model, numbers | {
+        "steps": steps,
+        "images_seen": steps * settings.batch_size,
+        "epochs": steps / per_epoch,
         "distinct_images_per_epoch": math.ceil(per_epoch * settings.batch_size / settings.repeats),
-        "train_flops": trainer.flops, "train_flops_executed": trainer.flops_executed,
-        "train_seconds": clock.seconds, "eval_seconds": eval_seconds, "data_share": data_share,
-        "broken_images": len(broken), "startup_seconds": startup_seconds, "devices": team.devices,
-        "start_accuracy": rows[0]["accuracy"], "accuracy": rows[-1]["accuracy"], "loss": rows[-1]["loss"],
-        "train_loss": rows[-1]["train_loss"],
-    }  # fmt: skip
+        "train_flops": counts.flops,
+        "train_flops_executed": counts.flops_executed,
+        "data_share": data_share,
+        "broken_images": len(broken),
+        "devices": team.devices,
+        "start_accuracy": rows[0]["accuracy"],
+    }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from incubate_lib.method.incubation import Hybrid
-from incubate_lib.training.costs import description
+from incubate_lib.training.costs import by_blocks
 from incubate_lib.training.stopwatch import LiveBytes
 from incubate_lib.training.trainer import autocast
 
@@ -67,31 +67,15 @@ def _part(
     """Return a part's memory and its outputs, as shape of one and whether they want a gradient."""
     size = sum(p.numel() * p.element_size() for p in part.parameters())
     trained = sum(p.numel() * p.element_size() for p in part.parameters() if p.requires_grad)
-    blocks = getattr(part, "blocks", None)
-    alike = isinstance(blocks, nn.Sequential) and len({description(block) for block in blocks}) == 1
-    try:
-        if alike:
-            part.blocks = blocks[:1]
-        key = (description(part), tuple(shape), x_grad, backward, precision)
-        if key not in known:
-            known[key] = _kept(part, shape, x_grad, backward, precision)
-            if alike and len(blocks) > 1:
-                part.blocks = blocks[:2]
-                two = _kept(part, shape, x_grad, backward, precision)
-                known[key] = (*known[key], *(b - a for a, b in zip(known[key][:2], two[:2], strict=True)))
-    finally:
-        if alike:
-            part.blocks = blocks
-    casts, activations, out, out_grad, *block = known[key]
-    if block:
-        casts, activations = (one + (len(blocks) - 1) * more for one, more in zip((casts, activations), block, strict=True))
-    return StepMemory(size, trained, ADAM_STATES * trained, casts, activations), out, out_grad
+    key = (tuple(shape), x_grad, backward, precision)
+    (casts, activations), out = by_blocks(part, known, key, lambda: _kept(part, shape, x_grad, backward, precision))
+    return StepMemory(size, trained, ADAM_STATES * trained, casts, activations), *out
 
 
 def _kept(
     part: nn.Module, shape: Sequence[int], x_grad: bool, backward: bool, precision: str
-) -> tuple[int, int, tuple[int, ...], bool]:
-    """Return what a part keeps for the backward pass, in all and for each image, and the shape of its outputs for one image."""
+) -> tuple[tuple[int, int], tuple[tuple[int, ...], bool]]:
+    """Return what a part keeps for the backward pass, in all and for each image; its output for one image: shape, gradient."""
     kept = {}
     for images in (1, 3):
         with FakeTensorMode():
@@ -103,7 +87,7 @@ def _kept(
                 out = torch.func.functional_call(part, state, x)
             kept[images] = counted.live - before - (0 if backward else _bytes(out))
     per_image = (kept[3] - kept[1]) // 2
-    return max(0, kept[1] - per_image), per_image, tuple(out.shape[1:]), out.requires_grad
+    return (max(0, kept[1] - per_image), per_image), (tuple(out.shape[1:]), out.requires_grad)
 
 
 def _fake(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from incubate_lib.config import PhaseSettings, SettingsError
 from incubate_lib.training.lease import Lease, Lost, holder
@@ -185,15 +185,11 @@ class PhaseFolder:
         import torch
 
         path = self.path / "checkpoint.pt"
-        temporary = _temporary(path)
-        with open(temporary, "wb") as file:
+        with _replaced(path) as file:
             torch.save(state | {"whose": self.whose}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        self._own()
-        if path.exists():
-            os.replace(path, self.path / "checkpoint.previous.pt")
-        os.replace(temporary, path)
+            self._own()
+            if path.exists():
+                os.replace(path, self.path / "checkpoint.previous.pt")
         self.set_status(saved_step=state["step"])
 
     def load_checkpoint(
@@ -207,7 +203,7 @@ class PhaseFolder:
         for path in (self.path / name for name in CHECKPOINTS):
             try:
                 state = _read_checkpoint(path)
-                if self.whose and (state.get("whose") or self.whose) != self.whose:  # None: from before they said so
+                if self.whose and state.get("whose") != self.whose:
                     raise ValueError("it is of other settings or inputs")
                 check(state)
                 return state, complaints
@@ -288,11 +284,15 @@ def _read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     import torch
 
     if not mmap:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # every record has a CRC, which torch.load does not check
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
+        check_records(path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def check_records(path: Path) -> None:
+    """Raise ValueError unless all in a zipped torch file is what its checksums say, which torch.load does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is not what its checksum says")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -301,19 +301,22 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_atomic(path: Path, blob: bytes) -> None:
     """Write a file so that a kill or a full disk leaves the old one or the new one, never half."""
-    temporary = _temporary(path)
+    with _replaced(path) as file:
+        file.write(blob)
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary file that takes this name once it is whole and on the disk."""
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(blob)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def read_json(path: Path) -> Any:

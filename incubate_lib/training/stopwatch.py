@@ -8,21 +8,16 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# Nominal dense TFLOP/s (bfloat16 with tensor cores, float32 without) from NVIDIA's data sheets and its Ampere, Ada and
-# Hopper white papers; what they give "with sparsity" is halved. The first that stands in the device's name counts.
-PEAKS = {
-    "B200": (2250, 75), "GH200": (989, 67), "H200": (989, 67), "H100 PCIe": (756, 51.2), "H100 NVL": (835, 60),
-    "H100": (989, 67), "A100": (312, 19.5), "A40": (149.7, 37.4), "A30": (165, 10.3), "A10": (125, 31.2),
-    "RTX A6000": (154.8, 38.7), "L40S": (362, 91.6), "L40": (181, 90.5), "L4": (121, 30.3), "RTX 4090": (165.2, 82.6),
-    "RTX 3090": (71, 35.6), "V100": (None, 15.7), "T4": (None, 8.1),
-}  # fmt: skip
+PEAKS = yaml.safe_load(Path(__file__).with_name("peaks.yaml").read_text())  # TFLOP/s of GPUs: bfloat16, float32
 PIECE_SECONDS = 0.3  # steps are timed in pieces of at least that long
 WARMUP_STEPS = 3  # not counted; on a CPU a slow step needs only one
 SLOW_SECONDS = 2.0
@@ -76,15 +71,21 @@ def _row(variant: Variant, times: list[dict[Variant, float]], matmul: Variant) -
     own, product = ([of[which] for of in times] for which in (variant, matmul))
     other = variant.against
     ratios = [of[variant] / of[other] for of in times] if other else [math.nan]
-    median = statistics.median
-    return {
-        "variant": variant.name, "rounds": len(own), "steps_a_round": variant.steps, "step_seconds": median(own),
-        "step_seconds_min": min(own), "step_seconds_max": max(own), "step_flops": variant.flops,
-        "flops_per_second": variant.flops / median(own), "matmul_flops_per_second": matmul.flops / median(product),
-        "share_of_matmul": median(variant.flops / t * p / matmul.flops for t, p in zip(own, product, strict=True)),
-        "peak_memory_bytes": variant.memory, "against": other.name if other else None, "ratio": median(ratios),
-        "ratio_min": min(ratios), "ratio_max": max(ratios), "flops_ratio": variant.flops / other.flops if other else math.nan,
-    }  # fmt: skip
+    shares = [variant.flops / t * p / matmul.flops for t, p in zip(own, product, strict=True)]
+    numbers = {"variant": variant.name, "rounds": len(own), "steps_a_round": variant.steps, "step_flops": variant.flops}
+    speeds = {
+        "flops_per_second": variant.flops / statistics.median(own),
+        "matmul_flops_per_second": matmul.flops / statistics.median(product),
+        "share_of_matmul": statistics.median(shares),
+        "peak_memory_bytes": variant.memory,
+        "against": other.name if other else None,
+        "flops_ratio": variant.flops / other.flops if other else math.nan,
+    }
+    return numbers | _spread("step_seconds", own) | speeds | _spread("ratio", ratios)
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def yardstick(device: torch.device, precision: str) -> Variant:

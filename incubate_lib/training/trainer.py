@@ -13,6 +13,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,35 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from incubate_lib.config import DEFAULT_MACHINE, MachineSettings, MATSettings, SettingsError, TrainingSettings
+from incubate_lib.data.order import Order
+from incubate_lib.data.schedule import derive_seed, lr_at, micro_batches, steps_per_epoch, total_steps
+from incubate_lib.data.scratch import own_folder
+from incubate_lib.data.sets import ImageSet
+from incubate_lib.data.stream import StreamedSet
 from incubate_lib.method.incubation import Imitation
 from incubate_lib.method.mat import Piece
 from incubate_lib.training.adaptive import Adaptive
 from incubate_lib.training.costs import executed_flops_per_image
-from incubate_lib.training.data import ImageSet
-from incubate_lib.training.order import Order
-from incubate_lib.training.schedule import derive_seed, lr_at, micro_batches, steps_per_epoch, total_steps
-from incubate_lib.training.scratch import own_folder
-from incubate_lib.training.stream import StreamedSet
 from incubate_lib.training.team import ALONE, Team
 
 NO_DECAY = {"pos_embed", "cls_token", "reg_token", "dist_token"}  # besides biases and norms, in every phase
-COUNTED = ("step", "loss_sum", "loss_steps", "train_seconds", "eval_seconds", "wait_seconds", "startup_seconds", "startup_wait")
 DataSet = ImageSet | StreamedSet
+
+
+@dataclass
+class Counts:
+    """What a trainer has done so far and what that took; part of every checkpoint."""
+
+    step: int = 0
+    loss_sum: float = 0.0  # of `loss_steps` updates, those since the last evaluation
+    loss_steps: int = 0
+    train_seconds: float = 0.0  # of update steps only
+    eval_seconds: float = 0.0
+    wait_seconds: float = 0.0  # for images
+    startup_seconds: float = 0.0  # of each attempt's first update: compiling, starting workers
+    startup_wait: float = 0.0
+    flops: int = 0  # attention not fused, as budgets are counted
+    flops_executed: int = 0  # with fused attention
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
@@ -106,8 +122,9 @@ class Trainer:
         flops_per_image: int = 0,
     ) -> None:
         self.model, self.train, self.settings, self.seed, self.team = model, train, settings, seed, team
-        self.flops_per_image, self.flops = flops_per_image, 0  # of an image while everything trains; all that was spent
-        self.flops_executed, self.executed_of = 0, {}  # the same with fused attention; of an image, by the units that train
+        self.flops_per_image = flops_per_image  # while everything trains
+        self.executed_of: dict[tuple[bool, ...], int] = {}  # FLOPs executed for an image, by the units that train
+        self.counts = Counts()
         self.device = next(model.parameters()).device
         self.precision, self.machine = precision, machine
         self.number, self.micro = micro_batches(settings.batch_size, settings.micro_batch, team.devices)
@@ -128,7 +145,6 @@ class Trainer:
                 settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=train.num_classes
             )
         self.wrap()
-        self.wait_seconds = 0.0  # for images
         self.batches: Iterator[tuple[Tensor, Tensor]] | None = None
 
     def wrap(self) -> None:
@@ -144,8 +160,8 @@ class Trainer:
         """Look at the units of Modular Adaptive Training before update `step`, decide which train, and return a record."""
         with autocast(self.device, self.precision):
             record = self.mat.probe(step)
-        self.flops += record["flops"]
-        self.flops_executed += record["flops_executed"]
+        self.counts.flops += record["flops"]
+        self.counts.flops_executed += record["flops_executed"]
         self._apply(step)
         return record
 
@@ -173,7 +189,7 @@ class Trainer:
         for k in range(self.number):
             began = time.perf_counter()
             x, y = next(self.batches)
-            self.wait_seconds += time.perf_counter() - began
+            self.counts.wait_seconds += time.perf_counter() - began
             seed_everything(derive_seed(self.seed, "draw", step, k * self.team.devices + self.team.rank), self.device)
             x = self.train.finish(x, self.settings)
             if self.mix is not None:
@@ -193,8 +209,8 @@ class Trainer:
         if self.mat and self.mat.settings.slow_every:
             self.mat.updates.drift(self.optimizer)
         if self.team.is_first:
-            self.flops += self.flops_now() * self.settings.batch_size
-        self.flops_executed += self.executed_now() * self.settings.batch_size
+            self.counts.flops += self.flops_now() * self.settings.batch_size
+        self.counts.flops_executed += self.executed_now() * self.settings.batch_size
         if self.ema is not None:
             self.ema.update(self.model, step)
         return losses[0] if self.number == 1 else torch.stack(losses).mean()
@@ -231,25 +247,23 @@ class Trainer:
         """Return what a checkpoint needs; no random states, because all randomness follows from seed and step."""
         ema = {} if self.ema is None else {"ema": self.ema.module.state_dict()}
         mat = {"mat": self.mat.state()} if self.mat else {}
-        spent = {"flops": self.flops, "flops_executed": self.flops_executed}
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **spent, **ema, **mat}
+        networks = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **ema}
+        return networks | mat | asdict(self.counts)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError, KeyError or TypeError unless a checkpoint's content is that of this model, optimizer and phase."""
-        for name in COUNTED:
-            if not math.isfinite(state[name]):
-                raise ValueError(f"its {name} is {state[name]}")
+        for name, value in asdict(_counts(state)).items():
+            if not math.isfinite(value):
+                raise ValueError(f"its {name} is {value}")
         if not 0 <= state["step"] <= self.steps:
             raise ValueError(f"it is at step {state['step']} of {self.steps}")
-        networks = {"model": self.model} if self.ema is None else {"model": self.model, "ema": self.ema.module}
-        for name, network in networks.items():
-            own, given = ({key: tuple(t.shape) for key, t in s.items()} for s in (network.state_dict(), state[name]))
-            if wrong := sorted({key for key, _ in own.items() ^ given.items()}):
+        own = self.state()
+        for name in {"model", "ema"} & own.keys():
+            ours, given = ({(key, tuple(tensor.shape)) for key, tensor in s[name].items()} for s in (own, state))
+            if wrong := sorted({key for key, _ in ours ^ given}):
                 raise ValueError(f"its {name} has other names or shapes: {', '.join(wrong[:3])}")
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         numbers = [number for group in state["optimizer"]["param_groups"] for number in group["params"]]
-        if len(numbers) != len(parameters):
-            raise ValueError(f"its optimizer has {len(numbers)} parameters, not {len(parameters)}")
         for number, parameter in zip(numbers, parameters, strict=True):
             for slot, value in state["optimizer"]["state"].get(number, {}).items():
                 if slot != "step" and value.shape != parameter.shape:
@@ -264,10 +278,12 @@ class Trainer:
             self.ema.module.load_state_dict(state["ema"])
         if self.mat:
             self.mat.load_state(state["mat"])
-        # of a checkpoint from before these were counted here: all updates cost the same
-        images = state["step"] * self.settings.batch_size
-        self.flops = state.get("flops", images * self.flops_per_image)
-        self.flops_executed = state["flops_executed"] if "flops_executed" in state else images * self.executed_now()
+        self.counts = _counts(state)
+
+
+def _counts(state: dict[str, Any]) -> Counts:
+    """Return the counts in a checkpoint; KeyError if one is missing."""
+    return Counts(**{field.name: state[field.name] for field in fields(Counts)})
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -1,7 +1,8 @@
-"""Read by every python that has this folder on its path. Nothing of what is computed changes.
+"""Read by every python that has this folder on its path: all that tests start (conftest.py). Nothing of what is computed changes.
 
 Phases wait, or fail, as a test says in the file $TEST_HOOKS, which `patience.Hooks` writes. torchvision takes CIFAR's files with
-other images in them, whose sums are in the file $TEST_CIFAR.
+other images in them, whose sums are in the file $TEST_CIFAR. Both are asked for when they are needed: a warm process has
+imported everything before a test begins. FLOPs are counted once in all processes (counted.py).
 """
 
 import importlib.util
@@ -9,6 +10,8 @@ import json
 import os
 import sys
 import time
+
+import counted
 
 NAP = 0.1  # seconds: the shortest step of a phase that is held, so that it saves and tells in between as a long one does
 LAST_NAP = 0.3  # seconds: of a step after a stop was asked for; the loop looks once a second, so few steps are left
@@ -36,9 +39,20 @@ class Finder:
 
 
 def with_other_sums(cifar):
-    with open(os.environ["TEST_CIFAR"]) as file:
-        for name, value in json.load(file).items():
-            setattr(cifar.CIFAR100, name, value)
+    begin = cifar.CIFAR100.__init__
+
+    def begin_with_other_sums(self, *arguments, **more):
+        if "TEST_CIFAR" in os.environ:
+            with open(os.environ["TEST_CIFAR"]) as file:
+                vars(self).update(json.load(file))
+        begin(self, *arguments, **more)
+
+    cifar.CIFAR100.__init__ = begin_with_other_sums
+
+
+def with_counts(facts):
+    if "TEST_COUNTS" in os.environ:
+        facts.count = counted.once(facts.count)
 
 
 def with_hooks(loop):
@@ -54,6 +68,8 @@ def rule(kind, folder):
 
 def hooked(fit):
     def hooked_fit(trainer, eval_set, *, folder, should_stop, **more):
+        if not os.path.exists(os.environ.get("TEST_HOOKS", "")):
+            return fit(trainer, eval_set, folder=folder, should_stop=should_stop, **more)
         step, done = trainer.step, 0
 
         def hooked_step(number):
@@ -74,7 +90,6 @@ def hooked(fit):
     return hooked_fit
 
 
-if os.path.exists(os.environ.get("TEST_HOOKS", "")):
-    sys.meta_path.insert(0, Finder("incubate_lib.training.loop", with_hooks))
-if "TEST_CIFAR" in os.environ:
-    sys.meta_path.insert(0, Finder("torchvision.datasets.cifar", with_other_sums))
+sys.meta_path.insert(0, Finder("incubate_lib.training.loop", with_hooks))
+sys.meta_path.insert(0, Finder("incubate_lib.training.facts", with_counts))
+sys.meta_path.insert(0, Finder("torchvision.datasets.cifar", with_other_sums))

@@ -8,16 +8,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 
+from incubate_lib.config.errors import SettingsError, error_message, nearest
 from incubate_lib.config.files import read_yaml
-from incubate_lib.config.models import PhaseName, error_message
-from incubate_lib.config.sections import Frozen, Positive, SettingsError, nearest
+from incubate_lib.config.phase import PhaseName
+from incubate_lib.config.sections import Frozen, Positive
 
 TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", re.ASCII)
-CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")  # line ends of every kind, and what nobody needs
-OURS = {  # sbatch options that the workbook itself must set
-    "job-name", "output", "error", "open-mode", "dependency", "kill-on-invalid-dep", "requeue", "no-requeue", "signal", "array",
-    "wrap", "parsable", "chdir", "clusters", "ntasks", "ntasks-per-node", "hold", "wait", "test-only", "export", "export-file",
-}  # fmt: skip
+# line ends of every kind, and what nobody needs
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+OURS = re.compile(  # options that the workbook itself must set
+    "job-name|output|error|open-mode|dependency|kill-on-invalid-dep|requeue|no-requeue|signal|array|wrap|parsable|chdir|"
+    "clusters|ntasks|ntasks-per-node|hold|wait|test-only|export|export-file"
+)
 
 
 def one_line(value: str) -> str:
@@ -47,7 +49,8 @@ class JobSettings(Frozen):
     partition: Line | None = None  # none: the cluster's default
     gpus_per_node: Annotated[int, Field(ge=0)] = 1  # that train the phase together; 0: on the CPU
     nodes: Positive = 1  # that train the phase together
-    time: str | int | None = None  # limit of one attempt, as Slurm writes it; a number is minutes. A phase may take several
+    # limit of one attempt, as Slurm writes it; a number is minutes. A phase may take several
+    time: str | int | None = None
     cpus_per_task: Positive | None = None  # cores on each node; none: the share of its GPUs in the node
     sbatch: dict[str, str | int | float | bool | None] = {}  # any further option by its long name; false: not
 
@@ -67,7 +70,7 @@ class JobSettings(Frozen):
             field = name.replace("-", "_")
             if field in JobSettings.model_fields:
                 raise ValueError(f"{name} is a field of its own: set {field}")
-            if name in OURS or not re.fullmatch(r"[a-z][a-z-]+", name):
+            if OURS.fullmatch(name) or not re.fullmatch(r"[a-z][a-z-]+", name):
                 raise ValueError(f"{name!r} is set by the workbook, or is no long option of sbatch")
             try:
                 one_line(str(options[name]))
@@ -75,14 +78,23 @@ class JobSettings(Frozen):
                 raise ValueError(f"{name} is {options[name]!r}: {error}") from None
         return options
 
+    def options(self) -> dict[str, Any]:
+        """Return all this as options of sbatch, by their long names."""
+        asked = {name.replace("_", "-"): value for name, value in self if name != "sbatch"}
+        asked |= {"ntasks-per-node": 1, "gpus-per-node": self.gpus_per_node or None}
+        return {name: value for name, value in asked.items() if value is not None} | self.sbatch
+
 
 class SlurmSettings(JobSettings):
     """Options of every job, and what the site needs; `phases` changes them for some phases."""
 
     prologue: list[Line] = []  # lines of bash before python starts: module load …, conda activate …
-    python: Line | None = None  # the interpreter of jobs; none: the one that submits. `python`: what the prologue activates
-    warn_seconds: Positive = 120  # before the time limit a phase is told to save; Slurm may do so a minute earlier
-    attempts: Positive = 3  # a phase that fails so many times in the same way, without a step more, is given up
+    # the interpreter of jobs; none: the one that submits. `python`: what the prologue activates
+    python: Line | None = None
+    # before the time limit a phase is told to save; Slurm may do so a minute earlier
+    warn_seconds: Positive = 120
+    # a phase that fails so many times in the same way, without a step more, is given up
+    attempts: Positive = 3
     phases: dict[PhaseName | Literal["analysis"], JobSettings] = {}  # of which only what is given counts
 
     @field_validator("prologue", mode="before")
@@ -97,35 +109,29 @@ class SlurmSettings(JobSettings):
             general |= {"nodes": 1, "gpus_per_node": min(1, self.gpus_per_node), "cpus_per_task": None}
         changes = self.phases.get(phase, JobSettings()).model_dump(exclude_unset=True)
         sbatch = general["sbatch"] | changes.get("sbatch", {})
-        merged = general | changes | {"sbatch": {name: value for name, value in sbatch.items() if value is not False}}
-        if merged["time"] is not None and minutes(str(merged["time"])) * 60 < self.warn_seconds + 120:
-            raise SettingsError(
-                f"time is {merged['time']}, but a phase is told to save {self.warn_seconds} s before it, or up to a minute "
-                f"earlier; give it at least {math.ceil(self.warn_seconds / 60) + 2} minutes, or lower warn_seconds"
-            )
-        return JobSettings.model_validate(merged)
+        sbatch = {name: value for name, value in sbatch.items() if value is not False}
+        job = JobSettings.model_validate(general | changes | {"sbatch": sbatch})
+        if job.time and minutes(job.time) * 60 < self.warn_seconds + 120:
+            least = f"give it at least {math.ceil(self.warn_seconds / 60) + 2} minutes, or lower warn_seconds"
+            told = f"a phase is told to save {self.warn_seconds} s before it, or up to a minute earlier"
+            raise SettingsError(f"time is {job.time}, but {told}; {least}")
+        return job
 
 
 def load_slurm(site: str | None, options: dict[str, Any], sbatch: Sequence[str] = ()) -> SlurmSettings:
     """Read a site's YAML file, if there is one, and put the options that were given on top; SettingsError if anything is off."""
     raw = read_yaml(Path(site)) if site else {}
     raw |= {name: value for name, value in options.items() if value is not None}
+    pairs = [option.lstrip("-").partition("=") for option in sbatch]
     further = raw.get("sbatch") or {}
-    for option in sbatch:
-        name, equals, value = option.lstrip("-").partition("=")
-        if isinstance(further, dict):
-            further[name] = value if equals else None
-    if further:
-        raw["sbatch"] = further
+    if isinstance(further, dict):
+        raw["sbatch"] = further | {name: value if equals else None for name, equals, value in pairs}
     try:
         return SlurmSettings.model_validate(raw)
     except ValidationError as error:
-        for item in error.errors():
-            if item["type"] == "extra_forbidden":
-                *where, name = map(str, item["loc"])
-                where_text = f"{site}: {'.'.join(where)}{': ' if where else ''}"
-                raise SettingsError(
-                    f"{where_text}unknown field {name!r}; {nearest(name, SlurmSettings.model_fields)}. "
-                    f"Other options of sbatch go under sbatch: {{{name}: …}}"
-                ) from None
+        if unknown := [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]:
+            *where, name = map(str, unknown[0])
+            place = f"{site}: {'.'.join(where)}: " if where else f"{site}: "
+            message = f"unknown field {name!r}; {nearest(name, SlurmSettings.model_fields)}. "
+            raise SettingsError(f"{place}{message}Other options of sbatch go under sbatch: {{{name}: …}}") from None
         raise SettingsError(f"{site or 'options of --backend slurm'}: {error_message(error)}") from None

@@ -1,7 +1,8 @@
 """Finished runs: how they went, what differed, and a widget to choose among them. What cannot be read becomes a sentence."""
 
 import html
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ipywidgets
@@ -10,23 +11,25 @@ from matplotlib.axes import Axes
 
 from incubate_lib.config import SettingsError, data_folder
 from incubate_lib.pipeline.graph import Plan
-from incubate_lib.pipeline.recorded import DAMAGE, reason, recorded_plan
+from incubate_lib.pipeline.recorded import recorded_plan, told_damage
 from incubate_lib.report.live.runs import PUBLISHED, runs_table
 from incubate_lib.report.style import Figure, style
 from incubate_lib.report.tables.comparison import comparison, hardware
 from incubate_lib.report.tables.hardware import mixed_text
 from incubate_lib.report.tables.phases import settings_difference
+from incubate_lib.report.tables.plots import draw_curve, mean_curve
 from incubate_lib.report.tables.records import Results, from_plan, published
-from incubate_lib.report.widgets import with_twin
+from incubate_lib.report.widgets import image, with_twin
 from incubate_lib.report.words import flop_unit, label
 
-AXES = {  # of the curves → column of the curves, of the phases, modules side by side, for people
-    "flops": ("flops", "flops", False, "training cost spent ({unit}), modules one after another"),
-    "critical_flops": ("flops", "flops", True, "training cost spent ({unit}), modules side by side (critical path)"),
-    "seconds": ("train_seconds", "seconds", False, "training time (s), modules one after another"),
-    "critical_seconds": ("train_seconds", "seconds", True, "training time (s), modules side by side (critical path)"),
-    "steps": ("step", "steps", False, "updates, modules one after another"),
-    "epoch": ("epoch", "epochs", False, "epochs, modules one after another"),
+IN_TURN, SIDE_BY_SIDE = "modules one after another", "modules side by side (critical path)"
+AXES = {  # of the curves → column of the curves, of the phases, how modules follow one another, for people
+    "flops": ("flops", "flops", IN_TURN, "training cost spent ({unit})"),
+    "critical_flops": ("flops", "flops", SIDE_BY_SIDE, "training cost spent ({unit})"),
+    "seconds": ("train_seconds", "seconds", IN_TURN, "training time (s)"),
+    "critical_seconds": ("train_seconds", "seconds", SIDE_BY_SIDE, "training time (s)"),
+    "steps": ("step", "steps", IN_TURN, "updates"),
+    "epoch": ("epoch", "epochs", IN_TURN, "epochs"),
 }
 
 
@@ -38,91 +41,88 @@ def open_run(name: str) -> tuple[Results, Plan | None]:
 
     SettingsError in a sentence for anything that cannot be read, and where nothing is finished.
     """
-    try:
+    with told_damage(f"{name} cannot be read"):
         if name.startswith(PUBLISHED):
             return published(name.removeprefix(PUBLISHED)), None
         made = recorded_plan(data_folder() / "runs" / name)
         results = from_plan(made)
-    except SettingsError:
-        raise
-    except DAMAGE as error:
-        raise SettingsError(f"{name} cannot be read: {reason(error)}") from None
     if results.curves.empty:
         raise SettingsError(f"nothing of {name} is finished yet")
     return results, made
 
 
-def curves_figure(
-    results: Results, strategies: Sequence[str] | None = None, seeds: Sequence[int] | None = None, x: str = "flops"
-) -> Figure:
+def curves_figure(results: Results, x: str = "flops") -> Figure:
     """Draw top-1 over what was spent, a colour a strategy: mean over seeds, of up to five strategies with ± one std as a band.
 
     Phases follow one another as they were trained; dashed are hybrids, one module each; a star is the assembled network. `x` is
-    one of AXES. None: all strategies, all seeds. SettingsError for another x, or if nothing is left.
+    one of AXES. SettingsError for another x, or if nothing is there.
     """
     if x not in AXES:
         raise SettingsError(f"x is {x!r}; it must be one of {', '.join(AXES)}")
-    curves, phases = (_chosen(table, strategies, seeds) for table in (results.curves, results.phases))
-    if curves.empty:
+    if results.curves.empty:
         raise SettingsError("nothing is finished of these strategies and seeds")
-    column, spent, _, xlabel = AXES[x]
-    unit, factor = flop_unit(phases.groupby(["strategy", "seed"])[spent].sum().max()) if column == "flops" else ("", 1)
+    column, spent, _, _ = AXES[x]
+    unit, factor = "", 1
+    if column == "flops":
+        unit, factor = flop_unit(results.phases.groupby(["strategy", "seed"])[spent].sum().max())
     figure = Figure(figsize=(10, 5), layout="constrained")
     axis = figure.subplots()
-    names = curves["strategy"].unique()
+    names = results.curves["strategy"].unique()
     for name in names:
-        lines = curve_lines(curves[curves["strategy"] == name], phases[phases["strategy"] == name], x)
-        _draw(axis, lines, factor, style(name), banded=len(names) <= 5)
-        count = curves.loc[curves["strategy"] == name, "seed"].nunique()
-        axis.plot([], [], **style(name) | {"linestyle": "-"}, markersize=4, label=f"{label(name)} (n = {count})")
-    axis.set(xlabel=xlabel.format(unit=unit), ylabel=_score_label(results), title=results.name)
+        for phase, line in curve_lines(results, name, x):
+            if len(names) > 5:
+                line = line.assign(std=0.0)
+            _draw(axis, phase, line["cost"] / factor, line, style(name))
+        count = results.curves.loc[results.curves["strategy"] == name, "seed"].nunique()
+        look = style(name) | {"linestyle": "-", "markersize": 4}
+        axis.plot([], [], label=f"{label(name)} (n = {count})", **look)
+    splits = ", ".join(sorted(map(str, results.strategies["judged_on"].unique())))
+    axis.set_ylabel(f"top-1, {splits} split (%)" if splits else "top-1 (%)")
+    axis.set(xlabel=_axis_label(x, unit), title=results.name)
     axis.grid(alpha=0.3)
     figure.legend(fontsize=9, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def curve_lines(curves: pd.DataFrame, phases: pd.DataFrame, x: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the phases of a strategy in order: their name, and x, mean and std of top-1 (%) over seeds at each evaluation."""
-    column, spent, side_by_side, _ = AXES[x]
-    offset = 0.0
-    for phase in phases["phase"].unique():
-        now, costs = phases[phases["phase"] == phase], [0.0]
+def curve_lines(results: Results, strategy: str, x: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the phases of a strategy in order: their name, and a `mean_curve` whose cost is what was spent till then."""
+    column, spent, order, _ = AXES[x]
+    where = ["phase", "module_index"]
+    chosen = [table[table["strategy"] == strategy] for table in (results.curves, results.phases)]
+    curves, phases = (table.fillna({"module_index": -1}).groupby(where, sort=False) for table in chosen)
+    lines, before, begin, end = dict(iter(curves)), "", 0.0, 0.0
+    for (phase, index), rows in phases:
+        if phase != before or order == IN_TURN:
+            begin = end
         if phase == "assemble":
-            yield phase, pd.DataFrame({"x": [offset], "mean": [100 * now["accuracy"].mean()], "std": [0.0]})
-            continue
-        for index, module in now.groupby(now["module_index"].fillna(-1)):
-            rows = curves[(curves["phase"] == phase) & (curves["module_index"].fillna(-1) == index)].groupby("step")
-            at = offset + (0 if side_by_side else sum(costs))
-            accuracy = 100 * rows["accuracy"].mean(), 100 * rows["accuracy"].std().fillna(0)
-            yield phase, pd.DataFrame({"x": at + rows[column].mean(), "mean": accuracy[0], "std": accuracy[1]})
-            costs.append(module[spent].mean())
-        offset += max(costs) if side_by_side else sum(costs)
+            yield phase, pd.DataFrame({"cost": [begin], "accuracy": [rows["accuracy"].mean()]})
+        elif (phase, index) in lines:
+            line = mean_curve(lines[phase, index], column)
+            yield phase, line.assign(cost=begin + line["cost"])
+        before, end = phase, max(end, begin + rows[spent].mean())
 
 
-def _draw(axis: Axes, lines: Iterable[tuple[str, pd.DataFrame]], factor: float, appearance: dict[str, str], banded: bool) -> None:
-    for phase, line in lines:
-        x, mean = line["x"] / factor, line["mean"]
-        if phase == "assemble":
-            axis.plot(x, mean, marker="*", markersize=14, color=appearance["color"], markeredgecolor="black", zorder=5)
-            continue
-        way = {"linestyle": "--", "linewidth": 1} if phase == "incubate" else {"linestyle": "-", "linewidth": 1.6}
-        every = max(1, len(line) // 10)  # of long curves the markers would hide the lines
-        axis.plot(x, mean, color=appearance["color"], marker=appearance["marker"], markersize=4, markevery=every, **way)
-        if banded:
-            axis.fill_between(x, mean - line["std"], mean + line["std"], color=appearance["color"], alpha=0.12, linewidth=0)
+def _draw(axis: Axes, phase: str, x: pd.Series, line: pd.DataFrame, look: dict[str, str]) -> None:
+    if phase == "assemble":
+        star = {"marker": "*", "markersize": 14, "markeredgecolor": "black", "zorder": 5}
+        axis.plot(x, 100 * line["accuracy"], color=look["color"], **star)
+        return
+    way = {"linestyle": "--", "linewidth": 1} if phase == "incubate" else {"linestyle": "-", "linewidth": 1.6}
+    every = max(1, len(line) // 10)  # of long curves the markers would hide the lines
+    draw_curve(axis, x, line, look | way | {"markersize": 4, "markevery": every}, alpha=0.12)
 
 
-def _score_label(results: Results) -> str:
-    splits = ", ".join(sorted(map(str, results.strategies["judged_on"].unique())))
-    return f"top-1, {splits} split (%)" if splits else "top-1 (%)"
+def _axis_label(x: str, unit: str) -> str:
+    _, _, order, words = AXES[x]
+    return f"{words.format(unit=unit)}, {order}"
 
 
-def _chosen(table: pd.DataFrame, strategies: Sequence[str] | None, seeds: Sequence[int] | None) -> pd.DataFrame:
-    keep = pd.Series(True, index=table.index)
-    for column, values in {"strategy": strategies, "seed": seeds}.items():
-        if values is not None:
-            keep &= table[column].isin(list(values))
-    return table[keep]
+def some_of(results: Results, strategies: Sequence[str], seeds: Sequence[int]) -> Results:
+    """Return what there is of some strategies and seeds."""
+    tables = {name: getattr(results, name) for name in ("strategies", "phases", "curves")}
+    wanted = {"strategy": list(strategies), "seed": list(seeds)}
+    kept = {name: table[table[list(wanted)].isin(wanted).all(axis=1)] for name, table in tables.items()}
+    return replace(results, **kept)
 
 
 # -- the widget ---------------------------------------------------------------------------------------------------------------
@@ -138,75 +138,71 @@ def _browser() -> ipywidgets.Widget:
     run = ipywidgets.Dropdown(description="run", layout={"width": "36rem"})
     strategies = ipywidgets.SelectMultiple(description="strategies", rows=6, layout={"width": "30rem"})
     seeds = ipywidgets.SelectMultiple(description="seeds", rows=6, layout={"width": "12rem"})
-    axis = ipywidgets.Dropdown(options=[(text.format(unit="FLOP"), x) for x, (_, _, _, text) in AXES.items()],
-                               description="x axis", layout={"width": "36rem"})  # fmt: skip
-    runs, said, tables = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
-    picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
-    opened: dict[str, Any] = {}
+    axes = [(_axis_label(x, "FLOP"), x) for x in AXES]
+    axis = ipywidgets.Dropdown(options=axes, description="x axis", layout={"width": "36rem"})
+    said, tables, runs, picture = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML(), image()
+    opened: list[tuple[Results, Plan | None]] = []
 
-    def say(text: str) -> None:
-        said.value = f"<p>{html.escape(text)}</p>"
+    def tell(words: str, drawn: bytes = b"", below: str = "") -> None:
+        said.value, tables.value = f"<p>{html.escape(words)}</p>", below
+        picture.value, picture.layout.display = drawn, None if drawn else "none"
 
-    def say_only(text: str) -> None:
-        picture.layout.display, tables.value = "none", ""
-        say(text)
-
-    def list_runs(_: object = None) -> None:
-        table = runs_table(cells.value)
+    def list_runs() -> None:
+        table, before = runs_table(cells.value), run.value
         runs.value = _html(table, "the runs")
-        before = run.value
         run.options = list(table.loc[~table["state"].str.startswith("study"), "name"])
-        run.value = before if before in run.options else next(iter(run.options), None)  # a menu that had none chooses none
+        # a menu that had none chooses none
+        run.value = before if before in run.options else next(iter(run.options), None)
 
-    def choose(_: object = None) -> None:
+    def choose() -> None:
         opened.clear()
         strategies.options, seeds.options = (), ()
         if run.value is None:
-            say_only("There is no run yet; `incubate run smoke` makes one in a minute.")
-            return
-        try:
-            results, made = open_run(run.value)
-        except SettingsError as error:
-            say_only(str(error))
-            return
-        names, numbers = (list(results.curves[column].unique()) for column in ("strategy", "seed"))
-        strategies.options, seeds.options = [(label(name), name) for name in names], [int(number) for number in numbers]
-        strategies.value, seeds.value = tuple(names), tuple(seeds.options)
-        opened.update(results=results, plan=made)
-        show()
+            raise SettingsError("There is no run yet; `incubate run smoke` makes one in a minute.")
+        results, made = open_run(run.value)
+        strategies.options = [(label(name), name) for name in results.curves["strategy"].unique()]
+        seeds.options = [int(number) for number in results.curves["seed"].unique()]
+        strategies.value = tuple(results.curves["strategy"].unique())
+        seeds.value = seeds.options
+        opened.append((results, made))
 
-    def show(_: object = None) -> None:
-        if not opened:
-            return
-        results, made = opened["results"], opened["plan"]
-        chosen, numbers = list(strategies.value), list(seeds.value)
-        try:
-            drawn = curves_figure(results, chosen, numbers, axis.value)._repr_png_()
-            some = Results(
-                results.name, *(_chosen(table, chosen, numbers) for table in (results.strategies, results.phases, results.curves))
-            )
-            parts = [_html(comparison(some), "Comparison") if len(some.strategies) else ""]
-            if made is not None:
-                ended = [name for name in chosen if any(name == final for final, _ in made.finals)]
-                parts.append(_html(settings_difference(made, ended), "What differs in the settings"))
-        except (SettingsError, *DAMAGE) as error:
-            say_only(str(error) if isinstance(error, SettingsError) else f"{results.name} cannot be shown: {reason(error)}")
-            return
-        picture.value, picture.layout.display = drawn, None
-        tables.value = "".join(parts)
-        text = f"{hardware(some)}. {mixed_text(some.strategies)}" if len(some.strategies) else ""
-        say(text.strip() or "no strategy is finished; these are the phases that are")
+    def show() -> None:
+        for results, made in opened:
+            tell(*_looked_at(results, made, strategies.value, seeds.value, axis.value))
 
-    list_runs()
-    cells.observe(list_runs, names="value")
-    run.observe(choose, names="value")
-    for menu in (strategies, seeds, axis):
-        menu.observe(show, names="value")
-    choose()
+    def follow(step: Callable[[], None], *menus: ipywidgets.Widget) -> None:
+        def stepped(_: object = None) -> None:
+            try:
+                with told_damage(f"{run.value} cannot be shown"):
+                    step()
+            except SettingsError as error:
+                tell(str(error))
+
+        stepped()
+        for menu in menus:
+            menu.observe(stepped, names="value")
+
+    follow(list_runs, cells)
+    follow(choose, run)
+    follow(show, run, strategies, seeds, axis)
     folded = ipywidgets.Accordion([runs], titles=("all runs",), selected_index=None)
-    return ipywidgets.VBox(
-        [ipywidgets.HBox([run, cells]), ipywidgets.HBox([strategies, seeds]), axis, said, picture, tables, folded]
-    )
+    menus = ipywidgets.HBox([run, cells]), ipywidgets.HBox([strategies, seeds]), axis
+    return ipywidgets.VBox([*menus, said, picture, tables, folded])
+
+
+def _looked_at(
+    results: Results, made: Plan | None, strategies: Sequence[str], seeds: Sequence[int], x: str
+) -> tuple[str, bytes, str]:
+    """Return what is said of some strategies and seeds, their curves as PNG, and the tables beneath."""
+    some = some_of(results, strategies, seeds)
+    drawn, words, below = curves_figure(some, x=x).png(), "", ""
+    if len(some.strategies):
+        words = f"{hardware(some)}. {mixed_text(some.strategies)}".strip()
+        below = _html(comparison(some), "Comparison")
+    if made is not None:
+        ended = [name for name in strategies if any(name == final for final, _ in made.finals)]
+        below += _html(settings_difference(made, ended), "What differs in the settings")
+    return words or "no strategy is finished; these are the phases that are", drawn, below
 
 
 def _html(table: pd.DataFrame, title: str) -> str:

@@ -1,23 +1,36 @@
 """The graph of a run's phases with their states, and their learning curves beneath it."""
 
-from itertools import groupby
+from collections import Counter
+from dataclasses import dataclass
 
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest
-from incubate_lib.report.live.curves import MARGIN, curve_legend, draw_row
-from incubate_lib.report.live.picture import FAINT, Picture
+from incubate_lib.report.live.curves import Panel, curve_legend, draw_row
+from incubate_lib.report.live.picture import FAINT, Picture, beneath_one_another
 from incubate_lib.report.live.progress import Phase, Reader, duration
 from incubate_lib.report.style import Figure
-from incubate_lib.report.words import label, phase_name
+from incubate_lib.report.words import LOOKS, label, phase_name
 
 MANY = 4  # rows of phases; where there are more, those that are done or wait are told in one line each
-COLORS = {  # Okabe and Ito's; the word stands in the box as well
-    "done": "#009E73", "running": "#0072B2", "starting": "#56B4E9", "queued": "#56B4E9", "stopped": "#E69F00",
-    "ending": "#E69F00", "interrupted": "#E69F00", "failed": "#D55E00", "lost": "#D55E00", "unreadable": "#D55E00",
-    "skipped": "#CC79A7", "waiting": "#999999",
-}  # fmt: skip
-PALE = {"#009E73": "#E0F3EE", "#0072B2": "#DDECF6", "#56B4E9": "#EAF5FC", "#E69F00": "#FCF2DD", "#D55E00": "#FAE7DC",
-        "#CC79A7": "#F8ECF3", "#999999": "#F4F4F4"}  # fmt: skip
+COLORS = LOOKS["states"]  # of the edge, of the ground
 WIDTH, GAP, BOX_HEIGHT, BOX_STEP = 980, 34, 42, 48  # of the graph, in pixels
+
+
+@dataclass(frozen=True)
+class Box:
+    """A phase in the graph."""
+
+    phase: Phase
+    title: str
+    column: int
+    row: float
+
+    @property
+    def key(self) -> str:
+        return self.phase.node.key
+
+    @property
+    def panel(self) -> Panel:
+        return self.title, [self.phase.rows], self.phase.node.settings.training.epochs
 
 
 def draw(plan: Plan, phases: list[Phase]) -> tuple[Picture, Picture]:
@@ -35,89 +48,75 @@ def draw(plan: Plan, phases: list[Phase]) -> tuple[Picture, Picture]:
         elif len(group) == 1:
             alone.append((title, group[0]))
         else:
-            shown.append((title, group))
-    columns = max([max(_depths(group).values()) for _, group in shown], default=4)
-    width, drawn = min(250.0, (WIDTH - 20 - GAP * (columns - 1)) / columns), set()
+            shown.append((title, _placed(group)))
+    columns = max((box.column + 1 for _, boxes in shown for box in boxes), default=4)
     if alone:
-        _draw_alone(graph, alone, columns, width)
-        _draw_curves(curves, "in one piece", [_panel(phase, title) for title, phase in alone])
-    for title, group in shown:
-        _draw_group(graph, title, group, width, drawn)
-        new = [phase for phase in group if phase.node.settings.training and phase.node.key not in drawn]
-        _draw_curves(curves, title, [_panel(phase, _name(phase.node)) for phase in new])
-        drawn |= {phase.node.key for phase in group}
+        beside = [Box(phase, title, i % columns, i // columns) for i, (title, phase) in enumerate(alone)]
+        shown.insert(0, ("in one piece", beside))
+    width, drawn = min(250.0, (WIDTH - 20 - GAP * (columns - 1)) / columns), set()
+    for title, boxes in shown:
+        _draw_boxes(graph, title, boxes, width, drawn)
+        new = [box for box in boxes if box.phase.node.settings.training and box.key not in drawn]
+        if any(box.phase.rows for box in new):
+            if not curves.marks:
+                curve_legend(curves)
+            draw_row(curves, title, [box.panel for box in new])
+        drawn |= {box.key for box in boxes}
     return graph, curves
-
-
-def _draw_curves(picture: Picture, title: str, panels: list[tuple[str, list, float]]) -> None:
-    if any(rows for _, (rows,), _ in panels):
-        if not picture.marks:
-            curve_legend(picture, MARGIN)
-        draw_row(picture, title, panels)
-
-
-def _panel(phase: Phase, title: str) -> tuple[str, list, float]:
-    return title, [phase.rows], phase.node.settings.training.epochs
 
 
 def _name(node: Node) -> str:
     s = node.settings
-    return phase_name(s.phase, s.module_index, len(s.target_depths)) + (", small images" if s.small_images else "")
+    size = ", small images" if s.small_images else ""
+    return phase_name(s.phase, s.module_index, len(s.target_depths)) + size
 
 
-def _depths(group: list[Phase]) -> dict[str, int]:
-    """Return for each phase how many phases stand in the longest way to it, itself counted."""
-    return longest([phase.node for phase in group], dict.fromkeys((phase.node.key for phase in group), 1))
+def _placed(group: list[Phase]) -> list[Box]:
+    """Place phases from left to right, each behind all that it starts from."""
+    depths = longest([phase.node for phase in group], dict.fromkeys((phase.node.key for phase in group), 1))
+    tall, boxes = Counter(depths.values()), []
+    for phase in group:
+        depth = depths[phase.node.key]
+        row = sum(box.column == depth - 1 for box in boxes) + (max(tall.values()) - tall[depth]) / 2
+        boxes.append(Box(phase, _name(phase.node), depth - 1, row))
+    return boxes
 
 
 def _draw_folded(picture: Picture, title: str, group: list[Phase]) -> None:
     line = group[-1].line
-    color = COLORS[line.state]
-    picture.box(10, picture.height + 3, WIDTH - 20, 24, fill=PALE[color], edge=color)
-    text = f"{line.state}, top-1 {line.accuracy}" if line.accuracy else line.state
+    color, pale = COLORS[line.state]
+    picture.box(10, picture.height + 3, WIDTH - 20, 24, fill=pale, edge=color)
+    text = f"{len(group)} phase{'s' * (len(group) > 1)} {line.state}"
+    text += f", top-1 {line.accuracy}" if line.accuracy else ""
     picture.text(20, picture.height + 19, title, bold=True, room=WIDTH - 300)
-    picture.text(WIDTH - 20, picture.height + 19, f"{len(group)} phase{'s' * (len(group) > 1)} {text}", anchor="end")
+    picture.text(WIDTH - 20, picture.height + 19, text, anchor="end")
     picture.height += 32
 
 
-def _draw_alone(picture: Picture, alone: list[tuple[str, Phase]], columns: int, width: float) -> None:
-    """Draw phases that are a whole strategy each, beside one another."""
-    picture.text(10, picture.height + 16, "in one piece", size=13, bold=True)
-    for i, (title, phase) in enumerate(alone):
-        row, column = divmod(i, columns)
-        _draw_box(picture, 10 + column * (width + GAP), picture.height + 26 + row * BOX_STEP, width, phase, title)
-    picture.height += 26 + -(-len(alone) // columns) * BOX_STEP + 8
-
-
-def _draw_group(picture: Picture, title: str, group: list[Phase], width: float, drawn: set[str]) -> None:
-    depths = _depths(group)
-    by_depth = [list(part) for _, part in groupby(sorted(group, key=lambda p: depths[p.node.key]), lambda p: depths[p.node.key])]
-    tallest = max(map(len, by_depth))
+def _draw_boxes(picture: Picture, title: str, boxes: list[Box], width: float, drawn: set[str]) -> None:
     picture.text(10, picture.height + 16, title, size=13, bold=True, room=WIDTH - 20)
-    places = {}
-    for column, part in enumerate(by_depth):
-        top = picture.height + 26 + (tallest - len(part)) * BOX_STEP / 2
-        for row, phase in enumerate(part):
-            places[phase.node.key] = 10 + column * (width + GAP), top + row * BOX_STEP
-    for phase in group:
-        x, y = places[phase.node.key]
-        for before in phase.node.inputs.values():
+    top = picture.height + 26
+    places = {box.key: (10 + box.column * (width + GAP), top + box.row * BOX_STEP) for box in boxes}
+    for box in boxes:
+        x, y = places[box.key]
+        for before in box.phase.node.inputs.values():
             x0, y0 = places[before.key]
             start, end, bend = (x0 + width, y0 + BOX_HEIGHT / 2), (x, y + BOX_HEIGHT / 2), x - GAP / 2
             picture.line([start, (bend, start[1]), (bend, end[1]), end], color=FAINT)
-    for phase in group:
-        _draw_box(picture, *places[phase.node.key], width, phase, _name(phase.node), shared=phase.node.key in drawn)
-    picture.height += 26 + tallest * BOX_STEP + 8
+    for box in boxes:
+        _draw_box(picture, *places[box.key], width, box, shared=box.key in drawn)
+    picture.height += 26 + (max(box.row for box in boxes) + 1) * BOX_STEP + 8
 
 
-def _draw_box(picture: Picture, x: float, y: float, width: float, phase: Phase, title: str, shared: bool = False) -> None:
-    line, color = phase.line, COLORS.get(phase.line.state, "#999999")
+def _draw_box(picture: Picture, x: float, y: float, width: float, box: Box, shared: bool) -> None:
+    phase, line = box.phase, box.phase.line
+    color, pale = COLORS.get(line.state, COLORS["waiting"])
     hint = line.plain() + (f"; {line.where}" if line.where else "")
-    picture.box(x, y, width, BOX_HEIGHT, fill=PALE[color], edge=color, dashed=shared, hint=hint)
+    picture.box(x, y, width, BOX_HEIGHT, fill=pale, edge=color, dashed=shared, hint=hint)
     state = line.state + (" (shared)" if shared else "")
     if phase.seconds is not None:
         state += f", {duration(phase.seconds)} left"
-    picture.text(x + 8, y + 15, title, bold=True, room=width - (100 if line.accuracy else 16))
+    picture.text(x + 8, y + 15, box.title, bold=True, room=width - (100 if line.accuracy else 16))
     picture.text(x + width - 8, y + 15, line.accuracy and f"top-1 {line.accuracy}", anchor="end")
     picture.text(x + 8, y + 30, state, room=width - 16)
     picture.box(x + 8, y + 34, width - 16, 4, fill="white", radius=2)
@@ -127,6 +126,4 @@ def _draw_box(picture: Picture, x: float, y: float, width: float, phase: Phase, 
 
 def snapshot(plan: Plan) -> Figure:
     """Draw how far a run is: the graph of its phases with their states, and beneath it their curves so far."""
-    graph, curves = draw(plan, Reader(plan).phases())
-    graph.put_below(curves)
-    return graph.figure()
+    return beneath_one_another(*draw(plan, Reader(plan).phases()))

@@ -2,15 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
+from types import SimpleNamespace
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
+from incubate_lib.report.pages import page
 from incubate_lib.report.style import Figure
 
 INK, FAINT = "#222222", "#BBBBBB"
-LETTER = 0.6  # width of an average letter, of its size; that of the widest common font, so that words fit in any
+BOX = {"fill": "white", "edge": "none", "radius": 5, "dashed": False, "hint": ""}
+TEXT = {"size": 12, "color": INK, "bold": False, "anchor": "start"}
+LINE = {"color": INK, "width": 1.5, "dashed": False}
+POINTS = 0.72  # a pixel, at 100 an inch
+# width of an average letter, of its size; that of the widest common font, so that words fit in any
+LETTER = 0.6
 
 
 @dataclass
@@ -26,83 +33,63 @@ class Picture:
     height: float = 0.0
     marks: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
-    def box(self, x: float, y: float, width: float, height: float, *, fill: str = "white", edge: str = "none", radius: float = 5,
-            dashed: bool = False, hint: str = "") -> None:  # fmt: skip
-        """Draw a box; `hint` is shown under the pointer."""
-        self._add("box", locals())
+    def box(self, x: float, y: float, width: float, height: float, **look: Any) -> None:
+        """Draw a box; `look` as BOX, whose hint is shown under the pointer."""
+        self.marks.append(("box", BOX | look | {"x": x, "y": y, "width": width, "height": height}))
 
-    def text(self, x: float, y: float, words: str, *, size: float = 12, color: str = INK, bold: bool = False,
-             anchor: str = "start", room: float | None = None) -> None:  # fmt: skip
-        """Write words on the base line y; `anchor` is start, middle or end; what has no room is cut off."""
-        if room is not None and len(words) * size * LETTER > room:
-            words = words[: max(1, int(room / size / LETTER) - 1)] + "…"
-        self._add("text", locals())
+    def text(self, x: float, y: float, words: str, room: float | None = None, **look: Any) -> None:
+        """Write words on the base line y; `look` as TEXT, anchor start, middle or end; what has no room is cut off."""
+        look = TEXT | look
+        if room is not None and len(words) * look["size"] * LETTER > room:
+            words = words[: max(1, int(room / look["size"] / LETTER) - 1)] + "…"
+        self.marks.append(("text", look | {"x": x, "y": y, "words": words}))
 
-    def line(self, points: Sequence[tuple[float, float]], *, color: str = INK, width: float = 1.5, dashed: bool = False) -> None:
-        self._add("line", locals())
-
-    def put_below(self, other: "Picture") -> None:
-        """Add another picture beneath this one."""
-        for kind, m in other.marks:
-            place = {"points": [(x, y + self.height) for x, y in m["points"]]} if kind == "line" else {"y": m["y"] + self.height}
-            self.marks.append((kind, m | place))
-        self.height += other.height
-
-    def _add(self, kind: str, what: dict[str, Any]) -> None:
-        self.marks.append((kind, {key: value for key, value in what.items() if key != "self"}))
+    def line(self, points: Sequence[tuple[float, float]], **look: Any) -> None:
+        """Draw a line through points; `look` as LINE."""
+        self.marks.append(("line", LINE | look | {"points": points}))
 
     def svg(self) -> str:
         """Return the picture as an SVG element."""
-        inside = []
-        for kind, m in self.marks:
-            if kind == "box":
-                about = {key: m[key] for key in ("x", "y", "width", "height", "fill")}
-                about |= {"rx": m["radius"], "stroke": m["edge"], "stroke-width": 1.5, "stroke-dasharray": m["dashed"] and "4 3"}
-                inside.append(_tag("rect", _tag("title", escape(m["hint"])) if m["hint"] else "", **about))
-            elif kind == "text":
-                about = {"x": m["x"], "y": m["y"], "font-size": m["size"], "fill": m["color"], "text-anchor": m["anchor"]}
-                inside.append(_tag("text", escape(m["words"]), **about, **{"font-weight": m["bold"] and "bold"}))
-            else:
-                points = " ".join(f"{x:.1f},{y:.1f}" for x, y in m["points"])
-                about = {"stroke": m["color"], "stroke-width": m["width"], "stroke-dasharray": m["dashed"] and "2 3"}
-                inside.append(_tag("polyline", points=points, fill="none", **about))
-        about = {
-            "width": self.width,
-            "viewBox": f"0 0 {self.width} {self.height}",  # with it, a narrower page shows all of it, smaller
-            "role": "img",
-            "aria-label": self.about,
-            "style": "background: white; max-width: 100%; height: auto",
-        }
-        return _tag("svg", "".join(inside), **about, **{"font-family": "Helvetica, Arial, sans-serif"})
+        return page("picture.svg", **vars(self))
 
     def figure(self) -> Figure:
         """Return the same picture as a matplotlib figure."""
-        points = 0.72  # a pixel, at 100 an inch
-        figure = Figure(figsize=(self.width / 100, self.height / 100))
-        axis = figure.add_axes((0, 0, 1, 1))
-        axis.set(xlim=(0, self.width), ylim=(self.height, 0))
+        return beneath_one_another(self)
+
+
+def beneath_one_another(*pictures: Picture) -> Figure:
+    """Return pictures of one width as a matplotlib figure; those with nothing in them are left out."""
+    pictures = [picture for picture in pictures if picture.marks]
+    height, bottom = sum(picture.height for picture in pictures), 1.0
+    figure = Figure(figsize=(pictures[0].width / 100, height / 100))
+    for picture in pictures:
+        bottom -= picture.height / height
+        axis = figure.add_axes((0, bottom, 1, picture.height / height))
+        axis.set(xlim=(0, picture.width), ylim=(picture.height, 0))
         axis.axis("off")
-        for order, (kind, m) in enumerate(self.marks):
-            if kind == "box":
-                radius = min(m["radius"], m["width"] / 2, m["height"] / 2)
-                corner = f"round,pad=0,rounding_size={radius}" if radius > 0 else "square,pad=0"
-                style = {"facecolor": m["fill"], "edgecolor": m["edge"], "linestyle": "--" if m["dashed"] else "-"}
-                place = (m["x"], m["y"]), m["width"], m["height"]
-                axis.add_patch(FancyBboxPatch(*place, boxstyle=corner, linewidth=1.1, zorder=order, **style))
-            elif kind == "text":
-                side = {"start": "left", "middle": "center", "end": "right"}[m["anchor"]]
-                weight = "bold" if m["bold"] else "normal"
-                style = {"fontsize": m["size"] * points * 0.92, "fontweight": weight, "color": m["color"], "ha": side}
-                axis.text(m["x"], m["y"], m["words"], va="baseline", parse_math=False, zorder=order, **style)
-            else:
-                style = ":" if m["dashed"] else "-"
-                axis.plot(
-                    *zip(*m["points"], strict=True), color=m["color"], lw=m["width"] * points, linestyle=style, zorder=order
-                )
-        return figure
+        for order, (kind, mark) in enumerate(picture.marks):
+            _DRAW[kind](axis, SimpleNamespace(**mark), order)
+    return figure
 
 
-def _tag(name: str, inside: str = "", **attributes: Any) -> str:
-    shown = {key: f"{value:.1f}" if isinstance(value, float) else value for key, value in attributes.items() if value}
-    about = "".join(f' {key}="{escape(str(value))}"' for key, value in shown.items())
-    return f"<{name}{about}>{inside}</{name}>"
+def _draw_box(axis: Axes, m: SimpleNamespace, order: int) -> None:
+    radius = min(m.radius, m.width / 2, m.height / 2)
+    corner = f"round,pad=0,rounding_size={radius}" if radius > 0 else "square,pad=0"
+    look = {"facecolor": m.fill, "edgecolor": m.edge, "linestyle": "--" if m.dashed else "-"}
+    place = (m.x, m.y), m.width, m.height
+    axis.add_patch(FancyBboxPatch(*place, boxstyle=corner, linewidth=1.1, zorder=order, **look))
+
+
+def _draw_text(axis: Axes, m: SimpleNamespace, order: int) -> None:
+    weight = "bold" if m.bold else "normal"
+    look = {"fontsize": m.size * POINTS * 0.92, "color": m.color, "fontweight": weight}
+    side = {"start": "left", "middle": "center", "end": "right"}[m.anchor]
+    axis.text(m.x, m.y, m.words, ha=side, va="baseline", parse_math=False, zorder=order, **look)
+
+
+def _draw_line(axis: Axes, m: SimpleNamespace, order: int) -> None:
+    look = {"color": m.color, "linewidth": m.width * POINTS, "linestyle": ":" if m.dashed else "-"}
+    axis.plot(*zip(*m.points, strict=True), zorder=order, **look)
+
+
+_DRAW = {"box": _draw_box, "text": _draw_text, "line": _draw_line}

@@ -5,7 +5,7 @@ Nothing is written. Records may be half-written, of another version or damaged; 
 
 import contextlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from incubate_lib import backends
 from incubate_lib.backends import Backend
 from incubate_lib.pipeline.execution import is_running
 from incubate_lib.pipeline.graph import Node, Plan, longest
+from incubate_lib.pipeline.recorded import DAMAGE
 from incubate_lib.pipeline.view import Line, node_line
 from incubate_lib.training.lease import holder
 from incubate_lib.training.runs import METRICS
@@ -52,8 +53,8 @@ class Reader:
             phases.append(self.seen[node.key][1])
         self.backend = backends.of(self.plan.experiment)
         if self.backend.knows(self.plan.experiment):
-            phases = [Phase(**vars(p) | {"line": Line(**vars(p.line))}) for p in phases]  # for it adds to lines
-            self.messages = self.backend.states(self.plan, [p.line for p in phases])
+            phases = [replace(phase, line=replace(phase.line)) for phase in phases]  # for it adds to lines
+            self.messages = self.backend.states(self.plan, [phase.line for phase in phases])
         return phases
 
 
@@ -62,43 +63,49 @@ def _stamp(node: Node) -> list[Any]:
     path = node.folder.path
     files = [path / name for name in ("status.json", "summary.json", METRICS, "model.safetensors")]
     files += [before.folder.path / "summary.json" for before in node.inputs.values()]
-    stamp: list[Any] = []
-    for file in files:
-        try:
-            about = file.stat()
-            stamp.append((about.st_mtime_ns, about.st_size, about.st_ino))
-        except OSError:
-            stamp.append(None)
-    done = stamp[1] is not None
-    return [*stamp, not done and stamp[0] is not None and _is_held(path)]  # a killed process changes no file
+    status, summary, *others = map(_changed, files)
+    held = False  # a killed process changes no file
+    if status and not summary:
+        with contextlib.suppress(*DAMAGE):
+            held = holder(path / "lease") is not None
+    return [status, summary, *others, held]
 
 
-def _is_held(path: Path) -> bool:
-    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OSError):
-        return holder(path / "lease") is not None
-    return False
+def _changed(file: Path) -> tuple[int, ...] | None:
+    try:
+        about = file.stat()
+        return about.st_mtime_ns, about.st_size, about.st_ino
+    except OSError:
+        return None
 
 
 def _read(node: Node, flops: int) -> Phase:
     try:
-        phase = Phase(node, node_line(node), [row for row in node.folder.metrics() if isinstance(row, dict)])
-        if phase.line.state == "done":
-            summary, phase.share = node.summary(), 1.0
-            phase.pace = summary["train_seconds"] + summary["eval_seconds"], summary["train_flops"]
-        elif phase.line.state != "waiting":
-            progress, epochs = node.folder.status().get("progress") or {}, node.settings.training.epochs if flops else 0
-            shares = [progress["step"] / progress["steps"]] if progress else []
-            shares += [phase.rows[-1]["epoch"] / epochs] if phase.rows and epochs else []  # also before it tells of itself
-            phase.share = min(1.0, max(shares, default=0.0))
-            if phase.line.state == "running" and progress.get("eta_seconds") is not None:
-                phase.seconds = progress["eta_seconds"]
-                phase.pace = phase.seconds, flops * (1 - phase.share)
-        else:
-            phase.rows = []  # of other settings, or of other inputs
+        phase = Phase(node, node_line(node))
+        if phase.line.state != "waiting":  # else they are of other settings, or of other inputs
+            phase.rows = [row for row in node.folder.metrics() if isinstance(row, dict)]
+            _read_progress(phase, flops)
         return phase
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:  # half-written, or by hand
+    except (*DAMAGE, ArithmeticError) as error:  # half-written, or by hand
         note = f"its records cannot be read ({type(error).__name__}: {error})"
         return Phase(node, Line(node.key, node.title, "unreadable", note=note))
+
+
+def _read_progress(phase: Phase, flops: int) -> None:
+    node = phase.node
+    if phase.line.state == "done":
+        summary, phase.share = node.summary(), 1.0
+        phase.pace = summary["train_seconds"] + summary["eval_seconds"], summary["train_flops"]
+        return
+    progress = node.folder.status().get("progress") or {}
+    epochs = node.settings.training.epochs if flops else 0
+    shares = [progress["step"] / progress["steps"]] if progress else []
+    if phase.rows and epochs:  # also before it tells of itself
+        shares.append(phase.rows[-1]["epoch"] / epochs)
+    phase.share = min(1.0, max(shares, default=0.0))
+    if phase.line.state == "running" and progress.get("eta_seconds") is not None:
+        phase.seconds = progress["eta_seconds"]
+        phase.pace = phase.seconds, flops * (1 - phase.share)
 
 
 def at_work(plan: Plan, phases: list[Phase]) -> bool:
@@ -114,19 +121,18 @@ def seconds_left(plan: Plan, phases: list[Phase], places: int | None) -> float |
     seconds, flops = (sum(part) for part in zip(*(phase.pace for phase in phases), strict=True))
     if not flops:
         return None
-    left = {
-        p.node.key: 0.0 if p.line.state == "done" else p.seconds or plan.flops[p.node.key] * (1 - p.share) * seconds / flops
-        for p in phases
-    }
+    left, states = {}, {phase.node.key: phase.line.state for phase in phases}
+    for phase in phases:
+        key = phase.node.key
+        counted = plan.flops[key] * (1 - phase.share) * seconds / flops
+        left[key] = 0.0 if states[key] == "done" else phase.seconds or counted
     way = max(longest(plan.nodes, left).values())
     if places is None:
         return way
-    states = {phase.node.key: phase.line.state for phase in phases}
+    idle = [phase.node for phase in phases if phase.line.state not in ("done", "running")]
     running = sum(state == "running" for state in states.values())
-    waits = any(p.line.state != "done" and p.line.state != "running" and
-                all(states[before.key] == "done" for before in p.node.inputs.values()) for p in phases)  # fmt: skip
-    if not waits:  # else there are no more places than are taken
-        running = max(running, places)
+    if not any(all(states[before.key] == "done" for before in node.inputs.values()) for node in idle):
+        running = max(running, places)  # else there are no more places than are taken
     return max(sum(left.values()) / max(1, running), way)
 
 
@@ -155,17 +161,17 @@ def headline(plan: Plan, phases: list[Phase], backend: Backend) -> str:
     return ", ".join(lines)
 
 
-def table(plan: Plan) -> pd.DataFrame:
-    """Return a row for each phase: state, epoch, loss, top-1, ETA; and what a cluster says, and what went wrong, if anything."""
-    reader = Reader(plan)
-    return table_of(reader.phases(), reader.backend.title)
-
-
 def table_of(phases: list[Phase], place: str) -> pd.DataFrame:
-    """Return the table; `place` heads the column that says where a phase is, or why it waits."""
-    lines = [phase.line for phase in phases]
-    titles = Counter(line.title for line in lines)  # meta models of several strategies have the same
-    names = [p.line.title + (f", {p.node.strategy}" if titles[p.line.title] > 1 else "") for p in phases]
-    columns = {"state": "state", "epoch": "epoch", "loss": "loss", "top-1": "accuracy", "ETA": "eta"}
-    columns |= {name: key for name, key in {place: "where", "note": "note"}.items() if any(getattr(line, key) for line in lines)}
-    return pd.DataFrame({"phase": names} | {name: [getattr(line, key) for line in lines] for name, key in columns.items()})
+    """Return a row for each phase: state, epoch, loss, top-1, ETA; and what a cluster says, and what went wrong, if anything.
+
+    `place` heads the column that says where a phase is, or why it waits.
+    """
+    titles = Counter(phase.line.title for phase in phases)  # meta models of several strategies have the same
+    rows = []
+    for phase in phases:
+        line = phase.line
+        name = line.title + (f", {phase.node.strategy}" if titles[line.title] > 1 else "")
+        told = {place: line.where, "note": line.note}
+        rows.append({"phase": name, "state": line.state, **line.numbers(), **told})
+    shown = pd.DataFrame(rows)
+    return shown.drop(columns=[name for name in (place, "note") if (shown[name] == "").all()])

@@ -17,37 +17,24 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from incubate_lib.config import SettingsError
+from incubate_lib.data.sets import ImageSet
+from incubate_lib.data.sources import open_source
+from incubate_lib.data.stream import StreamedSet
 from incubate_lib.method.partition import ViTModule, split
+from incubate_lib.phases.recipes import load_trained, prepare
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.report.style import Figure
-from incubate_lib.report.words import BASELINE, label
-from incubate_lib.training.classes import class_names
-from incubate_lib.training.data import ImageSet
-from incubate_lib.training.phases import load_trained, pick_device, prepare
-from incubate_lib.training.stream import StreamedSet
+from incubate_lib.report.words import BASELINE, LOOKS, label
+from incubate_lib.training.team import pick_device
 from incubate_lib.training.trainer import autocast
 
 BATCH = 64  # images at a time through a network
 PIECE = 16_384  # features at a time in double precision
 SMALLEST = 4  # images that the unbiased estimator needs
-NETWORKS = {  # in which a module stands → for people; in the order in which they come about
-    "start": "hybrid, before incubation",
-    "hybrid": "hybrid, incubated",
-    "assembled": "assembled, before fine-tuning",
-    "finetuned": "after fine-tuning",
-    "end_to_end": "end to end, for comparison",
-}
-LOOKS = {
-    "start": {"color": "#777777", "marker": "o", "linestyle": ":", "markerfacecolor": "white"},
-    "hybrid": {"color": "#0072B2", "marker": "s", "linestyle": "--"},
-    "assembled": {"color": "#D55E00", "marker": "^", "linestyle": "-."},
-    "finetuned": {"color": "#009E73", "marker": "D", "linestyle": "-"},
-    "end_to_end": {"color": "#000000", "marker": "X", "linestyle": (0, (1, 3))},
-}
+NETWORKS = LOOKS["networks"]  # in which a module stands
 
 
 # -- similarity ---------------------------------------------------------------------------------------------------------------
@@ -102,32 +89,29 @@ def similarity(plan: Plan, strategy: str, seed: int = 0, images: int = 256) -> p
     if images < SMALLEST:
         raise SettingsError(f"images is {images}; it takes at least {SMALLEST}")
     count = min(images, len(eval_set))
-    batches = [eval_set.some(some)[0] for some in torch.linspace(0, len(eval_set) - 1, count).long().split(BATCH)]
+    evenly = torch.linspace(0, len(eval_set) - 1, count).long()
+    batches = [eval_set.some(some)[0] for some in evenly.split(BATCH)]
     classes, depths = eval_set.num_classes, final.settings.target_depths
-    small = split(_trained(meta, classes), meta.settings.meta_depths)
+    small = split(load_trained(meta.settings, meta.folder, classes), meta.settings.meta_depths)
     wanted = [_gram(outputs) for outputs in _through(small, batches)]
-    rows = []
-
-    def compare(network: str, index: int, outputs: list[Tensor]) -> None:
-        about = {"strategy": strategy, "seed": seed, "module_index": index, "network": network}
-        rows.append(about | {"cka": _alike(wanted[index], _gram(outputs)), "images": count})
-
+    found = {}  # (module, network) → CKA
     for node in final.upstream("incubate"):
-        index = node.settings.module_index
-        target = _start(node, classes)
+        index, inputs = node.settings.module_index, {name: n.folder.path for name, n in node.inputs.items()}
+        _, target = prepare(node.settings, inputs, classes)
         for network in ("start", "hybrid"):
             if network == "hybrid":
                 target.load_state_dict(node.folder.load_weights())
             *_, outputs = _through([*small[:index], target], batches)
-            compare(network, index, outputs)
+            found[index, network] = _alike(wanted[index], _gram(outputs))
     networks = {"assembled": joined, "finetuned": final, "end_to_end": _baseline(plan, final)}
     for network, node in networks.items():
         if node is not None:
-            for index, outputs in enumerate(_through(split(_trained(node, classes), depths), batches)):
-                compare(network, index, outputs)
-    order = {network: place for place, network in enumerate(NETWORKS)}
-    rows.sort(key=lambda row: (row["module_index"], order[row["network"]]))
-    return pd.DataFrame(rows)
+            modules = split(load_trained(node.settings, node.folder, classes), depths)
+            for index, outputs in enumerate(_through(modules, batches)):
+                found[index, network] = _alike(wanted[index], _gram(outputs))
+    order = [(index, network) for index in range(len(wanted)) for network in NETWORKS]
+    rows = [(strategy, seed, *place, found[place], count) for place in order if place in found]
+    return pd.DataFrame(rows, columns=["strategy", "seed", "module_index", "network", "cka", "images"])
 
 
 def similarity_figure(table: pd.DataFrame) -> Figure:
@@ -138,15 +122,17 @@ def similarity_figure(table: pd.DataFrame) -> Figure:
     there = [network for network in NETWORKS if network in set(table["network"])]
     for place, network in enumerate(there):
         by_module = table[table["network"] == network].groupby("module_index")["cka"]
-        x = by_module.mean().index + 1 + 0.05 * (place - (len(there) - 1) / 2)  # side by side, or equal ones hide each other
+        # side by side, or equal ones hide each other
+        x = by_module.mean().index + 1 + 0.05 * (place - (len(there) - 1) / 2)
         error = by_module.std() if seeds > 1 else None
-        axis.errorbar(x, by_module.mean(), yerr=error, markersize=7, capsize=3, linewidth=1.4, label=NETWORKS[network],
-                      **LOOKS[network])  # fmt: skip
+        look = {"markersize": 7, "capsize": 3, "linewidth": 1.4} | NETWORKS[network]["look"]
+        axis.errorbar(x, by_module.mean(), yerr=error, label=NETWORKS[network]["label"], **look)
     axis.axhline(1, color="#BBBBBB", linewidth=0.8)
     modules = sorted(table["module_index"].unique())
     names = [f"module {i + 1}" + ("\n(logits)" if i == modules[-1] else "") for i in modules]
     axis.set_xticks([i + 1 for i in modules], names)
-    axis.set(ylabel="similarity to the meta module\n(linear CKA, 1: alike)", ylim=(min(-0.05, table["cka"].min() - 0.05), 1.05))
+    axis.set_ylim(min(-0.05, table["cka"].min() - 0.05), 1.05)
+    axis.set_ylabel("similarity to the meta module\n(linear CKA, 1: alike)")
     strategies = ", ".join(label(name) for name in table["strategy"].unique())
     spread = f"mean ± std of {seeds} seeds" if seeds > 1 else "one seed"
     axis.set_title(f"{strategies}: {spread}, {table['images'].iloc[0]} judge images", fontsize=10)
@@ -165,28 +151,23 @@ def _through(modules: Sequence[ViTModule], batches: list[Tensor]) -> Iterator[li
         yield batches
 
 
-def _start(node: Node, classes: int) -> ViTModule:
-    """Return the target module as its incubation began."""
-    return prepare(node.settings, {name: n.folder.path for name, n in node.inputs.items()}, classes)[1]
-
-
 # -- what is finished ---------------------------------------------------------------------------------------------------------
 
 
 def _phases(plan: Plan, strategy: str, seed: int) -> tuple[Node, Node, Node]:
     """Return the phases finetune, meta and assemble of a strategy; SettingsError unless there are such and all are finished."""
-    final = plan.finals.get((strategy, seed))
+    final, about = plan.finals.get((strategy, seed)), f"strategy {strategy}, seed {seed},"
     if final is None:
         there = ", ".join(f"{name} (seed {number})" for name, number in plan.finals) or "none"
-        raise SettingsError(f"strategy {strategy}, seed {seed}, is not part of what was asked for, which is: {there}")
+        raise SettingsError(f"{about} is not part of what was asked for, which is: {there}")
     for phase, what in {"assemble": "modules", "meta": "meta model to compare with"}.items():
         if not final.upstream(phase):
             raise SettingsError(f"strategy {strategy} has no {what}; choose one of Deep Incubation")
-    missing = [node.title for node in [*final.upstream("meta"), *final.upstream("incubate"), *final.upstream("assemble"), final]
-               if node.finished() is None]  # fmt: skip
+    needed = [node for phase in ("meta", "incubate", "assemble") for node in final.upstream(phase)]
+    missing = [node.title for node in (*needed, final) if node.finished() is None]
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise SettingsError(f"strategy {strategy}, seed {seed}, is not finished: {names}; `incubate run` goes on")
+        raise SettingsError(f"{about} is not finished: {names}; `incubate run` goes on")
     return final, final.upstream("meta")[0], final.upstream("assemble")[0]
 
 
@@ -197,14 +178,11 @@ def _baseline(plan: Plan, final: Node) -> Node | None:
     return node if same and node.finished() is not None else None
 
 
-def _trained(node: Node, classes: int) -> VisionTransformer:
-    return load_trained(node.settings, node.folder, classes)
-
-
 # -- disagreements ------------------------------------------------------------------------------------------------------------
 
 CASES = ("both right", "only meta model right", "only deep network right", "both wrong")
-DEEP = {"assembled": NETWORKS["assembled"], "finetuned": NETWORKS["finetuned"]}
+DEEP = ("assembled", "finetuned")
+WHO = {"meta": "meta model", "assembled": "assembled", "finetuned": "fine-tuned"}
 
 
 @dataclass(frozen=True)
@@ -227,12 +205,13 @@ class Disagreements:
 
     def counts(self) -> pd.DataFrame:
         """Return the number of images of each case: a row a network, a column a case."""
-        rows = {name: self.cases(network).value_counts(sort=False) for network, name in DEEP.items()}
+        rows = {NETWORKS[network]["label"]: self.cases(network).value_counts(sort=False) for network in DEEP}
         return pd.DataFrame(rows).T[list(CASES)].rename_axis(index="network", columns=None)
 
     def per_class(self, network: str = "finetuned") -> pd.DataFrame:
         """Return the same numbers by class, and how many images it gains over the meta model; most lost first."""
-        table = pd.crosstab(self.guesses["label"], self.cases(network), dropna=False).reindex(columns=list(CASES), fill_value=0)
+        table = pd.crosstab(self.guesses["label"], self.cases(network), dropna=False)
+        table = table.reindex(columns=list(CASES), fill_value=0)
         table = table[table.sum(axis=1) > 0]
         table.insert(0, "images", table.sum(axis=1))
         table["gain"] = table[CASES[2]] - table[CASES[1]]
@@ -241,9 +220,40 @@ class Disagreements:
 
     def figure(self, network: str = "finetuned", num: int = 8) -> Figure:
         """Draw the first `num` images that only the meta model, and that only the deep network gets right."""
-        return _picture(self, network, num)
+        cases = self.cases(network)
+        figure = Figure(figsize=(1.25 * num, 4.4), layout="constrained")
+        title = f"{label(self.strategy)}, {NETWORKS[network]['label']} (seed {self.seed})"
+        figure.suptitle(title, fontsize=11)
+        wrong_of = {CASES[1]: network, CASES[2]: "meta"}
+        for panel, (case, wrong) in zip(figure.subfigures(2, 1), wrong_of.items(), strict=True):
+            places = cases.index[cases == case]
+            words = f"{case}: {len(places)} of {len(cases)} judge images"
+            panel.suptitle(words, fontsize=10, x=0.01, ha="left")
+            axes = panel.subplots(1, num, squeeze=False)[0]
+            for axis in axes:
+                axis.axis("off")
+            for axis, place, pixels in zip(axes, places, self.pixels(places[:num]), strict=False):
+                right, said = (self._named(place, column) for column in ("label", wrong))
+                axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                axis.set_title(right, fontsize=9, pad=3)
+                below = {"ha": "center", "va": "top", "fontsize": 9, "color": "#A33D00"}
+                axis.text(0.5, -0.04, f"{WHO[wrong]}:\n{said}", transform=axis.transAxes, **below)
+        return figure
+
+    def _named(self, image: int, column: str) -> str:
+        name = self.classes[self.guesses.loc[image, column]]
+        return name if len(name) <= 14 else f"{name[:13]}…"
+
+    def pixels(self, places: Sequence[int]) -> list[np.ndarray]:
+        """Return images [H, W, C] uint8 as they are judged; read again, which spares keeping those of a large set."""
+        if not len(places):
+            return []
+        images, _ = self.eval_set.some(torch.as_tensor(np.asarray(places)))
+        images = 255 * (images * self.eval_set.std + self.eval_set.mean)
+        return list(images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 
+@torch.no_grad()
 def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
     """Ask the meta model, the assembled and the fine-tuned network of a strategy about every judge image.
 
@@ -252,53 +262,15 @@ def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
     final, meta, joined = _phases(plan, strategy, seed)
     eval_set, device = final.data()[1], pick_device()
     nodes = {"meta": meta, "assembled": joined, "finetuned": final}
-    networks = {name: _trained(node, eval_set.num_classes).to(device) for name, node in nodes.items()}
-    found: dict[str, list[Tensor]] = {name: [] for name in ("label", *networks)}
+    classes, about, networks = eval_set.num_classes, final.settings, {}
+    for name, node in nodes.items():
+        networks[name] = load_trained(node.settings, node.folder, classes).to(device)
+    found = []
     for x, y in eval_set.eval_batches():
-        found["label"].append(y.cpu())
-        for name, guess in _guesses(networks, x.to(device), final.settings.precision):
-            found[name].append(guess)
-    guesses = pd.DataFrame({name: torch.cat(parts).numpy() for name, parts in found.items()}).rename_axis(index="image")
-    names = class_names(final.settings.data, eval_set.num_classes, final.experiment.settings.machine)
+        x = x.to(device)
+        with autocast(device, about.precision):
+            guesses = {name: network(x).float().argmax(1).cpu().numpy() for name, network in networks.items()}
+        found.append(pd.DataFrame({"label": y.cpu().numpy()} | guesses))
+    names = open_source(about.data, final.experiment.settings.machine)[0].classes
+    guesses = pd.concat(found, ignore_index=True).rename_axis(index="image")
     return Disagreements(strategy, seed, names, guesses, eval_set)
-
-
-@torch.no_grad()
-def _guesses(networks: dict[str, nn.Module], x: Tensor, precision: str) -> Iterator[tuple[str, Tensor]]:
-    for name, network in networks.items():
-        with autocast(x.device, precision):
-            yield name, network(x).float().argmax(1).cpu()
-
-
-def _picture(found: Disagreements, network: str, num: int) -> Figure:
-    """Draw a row of images a case, with the class above and what the wrong network says below."""
-    cases, rows = found.cases(network), {CASES[1]: network, CASES[2]: "meta"}  # case → who is wrong
-    who = {"meta": "meta model", "assembled": "assembled", "finetuned": "fine-tuned"}
-    figure = Figure(figsize=(1.25 * num, 4.4), layout="constrained")
-    figure.suptitle(f"{label(found.strategy)}, {DEEP[network]} (seed {found.seed})", fontsize=11)
-    for panel, (case, wrong) in zip(figure.subfigures(2, 1), rows.items(), strict=True):
-        places = cases.index[cases == case]
-        panel.suptitle(f"{case}: {len(places)} of {len(cases)} judge images", fontsize=10, x=0.01, ha="left")
-        axes = panel.subplots(1, num, squeeze=False)[0]
-        for axis in axes:
-            axis.axis("off")
-        for axis, image, pixels in zip(axes, places, _pixels(found.eval_set, places[:num]), strict=False):
-            said = found.guesses.loc[image]
-            axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.set_title(_short(found.classes[said["label"]]), fontsize=9, pad=3)
-            axis.text(0.5, -0.04, f"{who[wrong]}:\n{_short(found.classes[said[wrong]])}", transform=axis.transAxes,
-                      ha="center", va="top", fontsize=9, color="#A33D00")  # fmt: skip
-    return figure
-
-
-def _pixels(eval_set: ImageSet | StreamedSet, places: Sequence[int]) -> list[np.ndarray]:
-    """Return images [H, W, C] uint8 as they are judged; read again, which spares keeping those of a large set."""
-    if not len(places):
-        return []
-    images, _ = eval_set.some(torch.as_tensor(np.asarray(places)))
-    images = (255 * (images * eval_set.std + eval_set.mean)).round().clamp(0, 255).to(torch.uint8)
-    return list(images.permute(0, 2, 3, 1).cpu().numpy())
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 14 else f"{name[:13]}…"

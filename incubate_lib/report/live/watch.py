@@ -13,18 +13,20 @@ from typing import Any
 import ipywidgets
 
 from incubate_lib import backends
-from incubate_lib.config import Settings, SettingsError, data_folder, load_settings
+from incubate_lib.config import SettingsError, data_folder, load_settings
 from incubate_lib.pipeline.background import check_lists, stop_run
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Plan
+from incubate_lib.pipeline.recorded import DAMAGE
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live.phase_graph import draw, snapshot
-from incubate_lib.report.live.picture import FAINT
 from incubate_lib.report.live.progress import Phase, Reader, at_work, headline, table_of
-from incubate_lib.report.style import Figure
+from incubate_lib.report.pages import page
 from incubate_lib.report.widgets import Sentence, or_sentence, with_twin
 
-LINGER_SECONDS = 60.0  # that a widget goes on looking while nothing is at work: between phases, or before somebody goes on
+# that a widget goes on looking while nothing is at work: between phases, or before somebody goes on
+LINGER_SECONDS = 60.0
+OLDER = "of an older version whose results are not used any more"
 
 
 def find(preset: str, overrides: Sequence[str], strategies: Sequence[str] | None, seeds: Sequence[int]) -> Plan:
@@ -37,26 +39,17 @@ def find(preset: str, overrides: Sequence[str], strategies: Sequence[str] | None
     try:
         experiment = Experiment.of(settings)
         if not experiment.is_known():
-            raise SettingsError(_not_there(settings, experiment, preset))
-        if not strategies:
-            strategies = backends.of(experiment).strategies(experiment)
-        return plan(settings, strategies, seeds)
+            beside = ""
+            if experiment.path.name != settings.name and not settings.is_variant:
+                beside = f" ({settings.name} beside it is of other settings, or {OLDER})"
+            missing = f"there is no run of these settings in {experiment.path} yet"
+            raise SettingsError(f"{missing}; start_run or `incubate run {preset}` starts one{beside}")
+        return plan(settings, strategies or backends.of(experiment).strategies(experiment), seeds)
     except SettingsError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # fields that are missing, or of another kind
-        raise SettingsError(
-            f"the records in {place} are of another version of this package, or damaged ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}); move that folder away and run again"
-        ) from None
-
-
-def _not_there(settings: Settings, experiment: Experiment, preset: str) -> str:
-    message = f"there is no run of these settings in {experiment.path} yet; start_run or `incubate run {preset}` starts one"
-    if experiment.path.name != settings.name and not settings.is_variant:
-        message += (
-            f" ({settings.name} beside it is of other settings, or of an older version whose results are not used any more)"
-        )
-    return message
+    except DAMAGE as error:
+        damage = f"another version of this package, or damaged ({type(error).__name__}: {str(error).splitlines()[0]})"
+        raise SettingsError(f"the records in {place} are of {damage}; move that folder away and run again") from None
 
 
 class Live(ipywidgets.VBox):
@@ -66,17 +59,19 @@ class Live(ipywidgets.VBox):
     widget is closed or replaced, and with the kernel.
     """
 
-    def __init__(self, preset: str, overrides: Sequence[str], strategies: Any, seeds: Sequence[int], every: float) -> None:
-        self.wanted, self.every = (preset, overrides, strategies, seeds), every
+    def __init__(self, preset: str, overrides: Sequence[str], *which: Any, every: float) -> None:
+        self.wanted, self.every = (preset, overrides, *which), every
         self.reader: Reader | None = None
         self.shown: tuple[list[Phase], list[str]] = [], []
         self.over = threading.Event()
         self.headline, self.said, self.graph, self.curves, self.table = (ipywidgets.HTML() for _ in range(5))
-        self.stop = ipywidgets.Button(description="Stop: save and pause", disabled=True, layout={"width": "auto"})
+        self.stop = ipywidgets.Button(description="Stop: save and pause", disabled=True)
+        self.stop.layout.width = "auto"
         self.stop.tooltip = "Phases that train save a checkpoint first; the run can go on from there"
         self.stop.on_click(self._stop)
         _hear_while_busy(self.stop)
-        super().__init__([self.headline, ipywidgets.HBox([self.stop, self.said]), self.graph, self.curves, self.table])
+        button = ipywidgets.HBox([self.stop, self.said])
+        super().__init__([self.headline, button, self.graph, self.curves, self.table])
         busy = self.refresh()
         replaced = _shown.pop((preset, *overrides), None)
         if replaced:
@@ -88,26 +83,26 @@ class Live(ipywidgets.VBox):
     def refresh(self) -> bool | None:
         """Read the run and show what has changed; return whether anything is at work, None if all is done for good."""
         try:
-            if self.reader is None:
-                self.reader = Reader(find(*self.wanted))
+            self.reader = self.reader or Reader(find(*self.wanted))
             return self._refresh(self.reader)
-        except Exception as error:  # whatever is in those files: a thread's traceback would stand under some other cell
-            message = (
-                str(error) if isinstance(error, SettingsError) else f"the run cannot be shown: {type(error).__name__}: {error}"
-            )
-            self.headline.value = f'<p role="alert" style="{FONT}">{escape(message)}</p>'
-            self.stop.disabled = True
-            return False
+        except SettingsError as error:
+            words = str(error)
+        # whatever is in those files: a thread's traceback would stand under some other cell
+        except Exception as error:
+            words = f"the run cannot be shown: {type(error).__name__}: {error}"
+        self.headline.value = _html(words, role="alert")
+        self.stop.disabled = True
+        return False
 
     def _refresh(self, reader: Reader) -> bool | None:
-        plan, phases = reader.plan, reader.phases()
-        busy = at_work(plan, phases)
-        self.headline.value = f'<p style="{FONT}; font-weight: bold">{escape(headline(plan, phases, reader.backend))}</p>'
+        phases = reader.phases()
+        busy = at_work(reader.plan, phases)
+        self.headline.value = _html(headline(reader.plan, phases, reader.backend), weight="bold")
         self.stop.disabled = not busy
         if (phases, reader.messages) != self.shown:
-            graph, curves = draw(plan, phases)
-            self.graph.value, self.curves.value = (f'<div style="overflow-x: auto">{p.svg()}</div>' for p in (graph, curves))
-            self.table.value = _table_html(phases, reader)
+            self.graph.value, self.curves.value = (picture.svg() for picture in draw(reader.plan, phases))
+            table = table_of(phases, reader.backend.title)
+            self.table.value = page("phases.html", table=table, messages=reader.messages)
             self.shown = phases, reader.messages
         return None if not busy and all(phase.line.state == "done" for phase in phases) else busy
 
@@ -120,7 +115,8 @@ class Live(ipywidgets.VBox):
             if busy:
                 last = time.monotonic()
         if busy is False:
-            self.end("Nothing has been at work for a while, so this picture stands still. Run the cell again to look again.")
+            words = "Nothing has been at work for a while, so this picture stands still."
+            self.end(f"{words} Run the cell again to look again.")
         self.over.set()
 
     def _stop(self, _: Any) -> None:
@@ -130,7 +126,7 @@ class Live(ipywidgets.VBox):
             self._say(str(error))
 
     def _say(self, words: str) -> None:
-        self.said.value = f'<span role="status" style="{FONT}">{escape(words)}</span>'
+        self.said.value = _html(words, role="status")
 
     def end(self, words: str) -> None:
         """Look no more, and say why."""
@@ -154,23 +150,11 @@ def _hear_while_busy(widget: ipywidgets.Widget) -> None:
 
 
 _shown: dict[tuple[str, ...], Live] = {}  # the widget that shows a run, in this kernel
-FONT = "font-size: 14px; line-height: 1.4; margin: 4px 0"
 
 
-def _table_html(phases: list[Phase], reader: Reader) -> str:
-    shown = table_of(phases, reader.backend.title)
-    cell = "padding: 2px 10px; text-align: {}; white-space: {}; border-bottom: 1px solid " + FAINT
-    words = {"phase", "state", reader.backend.title, "note"}
-    styles = [cell.format("left" if name in words else "right", "normal" if name == "note" else "nowrap") for name in shown]
-    head = "".join(f'<th style="{style}">{escape(name)}</th>' for name, style in zip(shown, styles, strict=True))
-    rows = "".join(
-        "<tr>" + "".join(f'<td style="{style}">{escape(word)}</td>' for word, style in zip(row, styles, strict=True))
-        for row in shown.itertuples(index=False)
-    )
-    inside = f'<table style="border-collapse: collapse"><tr>{head}{rows}</table>' + "".join(
-        f"<p>{escape(w)}</p>" for w in reader.messages
-    )
-    return f'<div style="{FONT}; overflow-x: auto">{inside}</div>'
+def _html(words: str, role: str = "", weight: str = "normal") -> str:
+    look = f"font-size: 14px; line-height: 1.4; margin: 4px 0; font-weight: {weight}"
+    return f'<p role="{role}" style="{look}">{escape(words)}</p>'
 
 
 def watch(
@@ -192,9 +176,5 @@ def watch(
         load_settings(preset, list(overrides))
     except (SettingsError, TypeError) as error:
         return Sentence(str(error))
-
-    @or_sentence
-    def twin() -> Figure:
-        return snapshot(find(preset, overrides, strategies, seeds))
-
-    return with_twin(lambda: Live(preset, overrides, strategies, seeds, every), twin)
+    wanted = preset, overrides, strategies, seeds
+    return with_twin(lambda: Live(*wanted, every=every), or_sentence(lambda: snapshot(find(*wanted))))

@@ -39,29 +39,27 @@ def machine_line(table: pd.DataFrame) -> str:
 def doubts(table: pd.DataFrame) -> list[str]:
     """Say so, in a line, if the rounds differ so much that the figures cannot be trusted."""
     spread = (table["step_seconds_max"] / table["step_seconds_min"]).max()
-    message = f"Rounds differ by up to {spread:.1f} times: this machine was busy; measure again when it is quiet."
-    return [message] if spread > BUSY else []
+    busy = "this machine was busy; measure again when it is quiet."
+    return [f"Rounds differ by up to {spread:.1f} times: {busy}"] if spread > BUSY else []
 
 
 def bench_table(table: pd.DataFrame) -> Table:
     """Return the rows of `training.bench.bench` as a table: medians over rounds, in brackets the extremes."""
+    beside = table["against"].map({name: "bare" if str(name).endswith("bare") else "ours" for name in table["against"]})
     cells = {
         "": table["variant"].map(label),
         "images/s": (table["batch"] / table["step_seconds"]).map("{:,.1f}".format),
         "GFLOP/image": (table["step_flops"] / table["batch"] / 1e9).map("{:,.5g}".format),
         **_shared(table),
-        "time": [
-            "" if math.isnan(row.ratio) else f"{row.ratio:.3f} × {'bare' if row.against.endswith('bare') else 'ours'}"
-            for row in table.itertuples()
-        ],
+        "time": (table["ratio"].map("{:.3f} × ".format) + beside).where(table["ratio"].notna(), ""),
     }
     return _rich(cells)
 
 
 def growth_table(table: pd.DataFrame) -> Table:
-    """Return the rows of `training.bench.growth` as a table."""
+    """Return the rows of `phases.bench.growth` as a table."""
     cells = {
-        "size": [f"{row.size} {SERIES[row.series]}" for row in table[["series", "size"]].itertuples(index=False, name="Row")],
+        "size": table["size"].astype(str) + " " + table["series"].map(SERIES),
         "": table["variant"].map(label),
         "GFLOP/step": (table["step_flops"] / 1e9).map("{:,.4g}".format),
         **_shared(table),
@@ -109,30 +107,31 @@ def ratios_in_words(table: pd.DataFrame) -> list[str]:
         verdict = "not kept here, but rounds disagree: repeat it with more --rounds on a quiet machine"
     else:
         verdict = "not kept"
-    lines = [
-        f"Our loop: end to end takes {_span(whole)} times as long as a bare loop over the same network, the meta model "
-        f"{_span(meta)} times; end to end at most {LOOP_LIMIT} is allowed: {verdict}."
-    ]
-    modules = [f"module {i + 1} {_span(row)}, FLOPs {row['flops_ratio']:.3f}" for i, (_, row) in enumerate(twins.iterrows())]
-    share = ours["step_flops"].to_numpy() / ours["step_flops"].sum()  # as weights, so that drift between modules does no harm
+    share = ours["step_flops"].to_numpy() / ours["step_flops"].sum()  # weights: drift between modules does no harm
     seconds, flops = (float((share * twins[column]).sum()) for column in ("ratio", "flops_ratio"))
     memory = ""
     if ours["peak_memory_bytes"].notna().all():
         most = twins["peak_memory_bytes"].to_numpy() / ours["peak_memory_bytes"].to_numpy()
         memory = f" and up to {most.max():.3f} times the memory"
-    lines.append(
+    modules = ", ".join(
+        f"module {number} {_span(row)}, FLOPs {row['flops_ratio']:.3f}"
+        for number, (_, row) in enumerate(twins.iterrows(), start=1)
+    )
+    pair = ["step_seconds", "step_flops"]
+    parts = {"meta model": meta[pair], "hybrids": ours[pair].sum(), "dearest hybrid": ours[pair].max()}
+    costs = [
+        f"{name} {part['step_seconds'] / whole['step_seconds']:.3f} of the time "
+        f"(FLOPs {part['step_flops'] / whole['step_flops']:.3f})"
+        for name, part in parts.items()
+    ]
+    return [
+        f"Our loop: end to end takes {_span(whole)} times as long as a bare loop over the same network, the meta model "
+        f"{_span(meta)} times; end to end at most {LOOP_LIMIT} is allowed: {verdict}.",
         f"Right freezing: with the released code's freezing all {len(ours)} hybrids together take {seconds:.3f} times as long as "
-        f"ours (FLOPs {flops:.3f}){memory}; {', '.join(modules)}."
-    )
-    cost = {name: (part["step_seconds"] / whole["step_seconds"], part["step_flops"] / whole["step_flops"])
-            for name, part in {"meta model": meta, "hybrids": ours[["step_seconds", "step_flops"]].sum(),
-                               "dearest hybrid": ours[["step_seconds", "step_flops"]].max()}.items()}  # fmt: skip
-    lines.append(
-        "In pieces: an image costs, against end to end, "
-        + "; ".join(f"{name} {time:.3f} of the time (FLOPs {count:.3f})" for name, (time, count) in cost.items())
-        + ". Time above FLOPs means that small pieces use this machine less well."
-    )
-    return lines
+        f"ours (FLOPs {flops:.3f}){memory}; {modules}.",
+        f"In pieces: an image costs, against end to end, {'; '.join(costs)}. Time above FLOPs means that small pieces use this "
+        "machine less well.",
+    ]
 
 
 def _span(row: pd.Series) -> str:
@@ -151,7 +150,8 @@ def growth_in_words(table: pd.DataFrame) -> list[str]:
     lines = []
     for (series, variant), points in table.groupby(["series", "variant"], sort=False):
         points = points.sort_values("size")
-        parts = points, points.tail(3)  # small sizes, where overheads fade, must not hide what the large ones do
+        # small sizes, where overheads fade, must not hide what the large ones do
+        parts = points, points.tail(3)
         whole, large = map(exponent, parts)
         if not math.isfinite(whole):
             verdict = "one size says nothing"
@@ -172,7 +172,7 @@ def growth_in_words(table: pd.DataFrame) -> list[str]:
 def growth(table: pd.DataFrame) -> Figure:
     """Draw the measured time of a step against its counted FLOPs, over depth and over image size, both axes logarithmic.
 
-    `table` has the rows of `training.bench.growth`. Bars span the rounds; the grey line has slope 1.
+    `table` has the rows of `phases.bench.growth`. Bars span the rounds; the grey line has slope 1.
     """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     series = table["series"].unique()
@@ -180,19 +180,19 @@ def growth(table: pd.DataFrame) -> Figure:
     for axis, name in zip(axes, series, strict=True):
         part = table[table["series"] == name]
         for variant, points in part.groupby("variant", sort=False):
-            appearance = style("end_to_end" if variant == "end_to_end" else "deep_incubation")
+            look = style("end_to_end" if variant == "end_to_end" else "deep_incubation")
             time, cost = points["step_seconds"], points["step_flops"] / 1e9
             spread = [time - points["step_seconds_min"], points["step_seconds_max"] - time]
-            appearance = {"color": appearance["color"], "marker": appearance["marker"], "linestyle": "none"}
-            legend = f"{label(variant)}: time ∝ FLOPs^{exponent(points):.2f}"
-            axis.errorbar(cost, time, yerr=spread, capsize=3, label=legend, **appearance)
+            look = {"color": look["color"], "marker": look["marker"], "linestyle": "none", "capsize": 3}
+            axis.errorbar(cost, time, yerr=spread, label=f"{label(variant)}: time ∝ FLOPs^{exponent(points):.2f}", **look)
         for size, points in part.groupby("size"):
             top = points.sort_values("step_flops").iloc[-1]
             place = (top["step_flops"] / 1e9, top["step_seconds"])
             axis.annotate(f"{size}", place, (-4, 6), textcoords="offset points", ha="right", fontsize=9)
         ends = np.array([part["step_flops"].min(), part["step_flops"].max()])
         slope_one = ends * (part["step_seconds"] / part["step_flops"]).median()
-        axis.plot(ends / 1e9, slope_one, color="#777777", linewidth=1, zorder=0, label="as FLOPs (slope 1), through the median")
+        line = {"color": "#777777", "linewidth": 1, "zorder": 0, "label": "as FLOPs (slope 1), through the median"}
+        axis.plot(ends / 1e9, slope_one, **line)
         title = f"{name.replace('_', ' ')} (numbers at the points: {SERIES[name]})"
         axis.set(xscale="log", yscale="log", xlabel="counted cost of a step (GFLOP)", title=title)
         axis.grid(alpha=0.3, which="both")

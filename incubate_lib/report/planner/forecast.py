@@ -9,10 +9,13 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pandas as pd
 
-from incubate_lib.config import PhaseSettings, Settings, SettingsError, load_settings, nearest, presets
+from incubate_lib.config import Settings, SettingsError, load_settings, nearest, presets, refuse
+from incubate_lib.data.schedule import micro_batches, total_steps
+from incubate_lib.phases.facts import Facts, count
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest, remaining
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.planner.memory import kind_of, step_memory_of
@@ -20,11 +23,10 @@ from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import places
 from incubate_lib.report.tables.records import Results
 from incubate_lib.training.counts import Images, count_images
-from incubate_lib.training.facts import Facts, count
-from incubate_lib.training.schedule import micro_batches, total_steps
 from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
-DEVICE, SHARE = "H100", 0.4  # assumed where nothing is said; a realistic ceiling for a ViT-B is 0.7, many runs reach 0.1
+# assumed where nothing is said; a realistic ceiling for a ViT-B is 0.7, many runs reach 0.1
+DEVICE, SHARE = "H100", 0.4
 _COUNTED: dict[str, Facts] = {}  # sliders ask often
 
 
@@ -45,31 +47,27 @@ class Speed:
 
 def stated_speed(device: str = DEVICE, share: float = SHARE, precision: str = "bfloat16") -> Speed:
     """Return a share of a device's nominal dense peak in that precision; SettingsError for a device that is not known."""
-    if not 0 < share <= 1:
-        raise SettingsError(f"the share of the peak is {share:g}; it must be above 0 and at most 1")
-    if device not in PEAKS:
-        raise SettingsError(f"the peak of {device!r} is not known; {nearest(device, PEAKS)}; or measure it with `incubate bench`")
-    peak = peak_flops(device, precision)
-    if not peak:
-        raise SettingsError(f"the peak of {device} in {precision} is not known; measure it with `incubate bench … --save NAME`")
-    return Speed(f"{share:.0%} of the {peak / 1e12:g} TFLOP/s ({precision}) of one {device}: an assumption", share * peak)
+    peak, known = peak_flops(device, precision), f"{nearest(device, PEAKS)}; or measure it with `incubate bench`"
+    how = f"the peak of {device} in {precision} is not known; measure it with `incubate bench … --save NAME`"
+    refuse(not 0 < share <= 1, f"the share of the peak is {share:g}; it must be above 0 and at most 1")
+    refuse(device not in PEAKS, f"the peak of {device!r} is not known; {known}")
+    refuse(not peak, how)
+    source = f"{share:.0%} of the {peak / 1e12:g} TFLOP/s ({precision}) of one {device}: an assumption"
+    return Speed(source, share * peak)
 
 
 def measured_speed(name: str) -> Speed:
     """Return what `incubate bench … --save NAME` measured; SettingsError if there is no such table."""
-    folder = records.results_folder()
-    known = [p.stem.removeprefix("bench_") for p in sorted(folder.glob("bench_*.csv")) if "growth" not in p.stem]
-    if name not in known:
-        raise SettingsError(
-            f"no measured speed {name!r}; {nearest(name, known)}; `incubate bench PRESET --save NAME` measures one"
-        )
-    rows = pd.read_csv(folder / f"bench_{name}.csv").set_index("variant")
+    tables = sorted(records.results_folder().glob("bench_*.csv"))
+    known = {path.stem.removeprefix("bench_"): path for path in tables if "growth" not in path.stem}
+    how = "`incubate bench PRESET --save NAME` measures one"
+    refuse(name not in known, f"no measured speed {name!r}; {nearest(name, known)}; {how}")
+    rows = pd.read_csv(known[name]).set_index("variant")
     first = rows.iloc[0]
     source = f"measured with {first['settings']} on {first['device']}, {first['threads']} thread(s), {first['precision']}, "
     source += f"batch {first['batch']}, {first['date'][:10]}"
-    rates = rows["flops_per_second"]
-    return Speed(source, float(rates["end_to_end"]), {str(kind): float(rate) for kind, rate in rates.items()}, first["model"],
-                 _where(rows))  # fmt: skip
+    rates = rows["flops_per_second"].to_dict()
+    return Speed(source, rates["end_to_end"], rates, first["model"], _where(rows))
 
 
 def speed_of(results: Results) -> Speed:
@@ -77,11 +75,11 @@ def speed_of(results: Results) -> Speed:
     trained = results.phases[results.phases["flops"] > 0]
     kinds = [kind_of(phase.phase, phase.module_index) for phase in trained.itertuples()]
     sums = trained.groupby(kinds)[["flops", "seconds"]].sum()
-    rates = sums["flops"] / sums["seconds"]
     whole = trained["flops"].sum() / trained["seconds"].sum()
     where = places(results.strategies)
-    source = "that of the run itself" + (f", in which seconds of {len(where)} devices are mixed" if len(where) > 1 else "")
-    return Speed(source, float(whole), {str(kind): float(rate) for kind, rate in rates.items()})
+    mixed = f", in which seconds of {len(where)} devices are mixed" if len(where) > 1 else ""
+    rates = (sums["flops"] / sums["seconds"]).to_dict()
+    return Speed(f"that of the run itself{mixed}", float(whole), rates)
 
 
 def _where(rows: pd.DataFrame) -> str:
@@ -99,25 +97,26 @@ def open_plan(
     strategies: Sequence[str] | None = None,
     images: int | None = None,
     classes: int | None = None,
-    counted: Images | None = None,
 ) -> Plan:
     """Return the plan of one seed without opening images: for a preset, a file, or any plain timm ViT by its name.
 
     A timm name gets the ImageNet recipe and four modules. Images and classes are counted, as `count_images` does it, unless
-    they are given; the plan's `images` says which numbers it is made for. `images` are those before `data.train_share`;
-    `counted` are both, for those who plan the same images again and again.
+    they are given; the plan's `images` says which numbers it is made for. `images` are those before `data.train_share`.
     """
     settings = open_settings(preset, overrides)
-    known = counted or count_images(settings.data, settings.machine, images=images, classes=classes)
-    shared = round(known.count * settings.data.train_share)
-    facts = _facts(settings, known.classes).model_copy(update={"num_images": shared})
-    return replace(plan(settings, list(strategies) if strategies else None, facts=facts), images=known.sentence)
+    counted = count_images(settings.data, settings.machine, images=images, classes=classes)
+    return plan_of(settings, counted, strategies)
+
+
+def plan_of(settings: Settings, counted: Images, strategies: Sequence[str] | None = None) -> Plan:
+    """Return the plan of one seed for so many images, of which `data.train_share` is trained on."""
+    shared = round(counted.count * settings.data.train_share)
+    facts = _facts(settings, counted.classes).model_copy(update={"num_images": shared})
+    return replace(plan(settings, strategies, facts=facts), images=counted.sentence)
 
 
 def open_settings(preset: str, overrides: Sequence[str] = ()) -> Settings:
     """Return the settings of a preset, of a file, or of a plain timm ViT by its name."""
-    from pathlib import Path
-
     if preset in presets() or Path(preset).suffix in (".yaml", ".yml") or os.path.exists(preset):
         return load_settings(preset, list(overrides))
     import timm
@@ -151,8 +150,8 @@ class Forecast:
     strategies: strategy, flops, critical_flops, device_hours, hours, memory.
     """
 
-    name: str
     network: str
+    images: str  # for how many images and classes it is, in words
     speed: Speed
     machines: int
     devices: int  # of each machine, that train one phase together
@@ -160,7 +159,6 @@ class Forecast:
     adaptive: list[str]  # strategies that train adaptively, planned as if no unit ever rested
     phases: pd.DataFrame  # begin and end in hours; memory in bytes of a device
     strategies: pd.DataFrame
-    images: str = ""  # for how many images and classes it is, in words
 
 
 def forecast(todo: Plan, speed: Speed, *, machines: int = 1, spent: dict[str, int] | None = None) -> Forecast:
@@ -169,60 +167,76 @@ def forecast(todo: Plan, speed: Speed, *, machines: int = 1, spent: dict[str, in
     `spent` has the FLOPs of phases that were trained, by their keys: with Modular Adaptive Training they are known only then. Of
     phases that could begin, the one with the longest way to the end goes first, as `incubate run` does it.
     """
-    if machines < 1:
-        raise SettingsError(f"machines is {machines}; it must be at least 1")
-    flops, settings = todo.flops | (spent or {}), todo.experiment.settings
-    devices, known, rows, totals = settings.machine.team_size, {}, [], []
+    refuse(machines < 1, f"machines is {machines}; it must be at least 1")
+    spent = spent or {}
+    flops, settings = todo.flops | spent, todo.experiment.settings
+    devices, known, rows, totals, adaptive = settings.machine.team_size, {}, [], [], []
     for (name, _), final in todo.finals.items():
         nodes = closure([final])
-        hours = {n.key: speed.seconds(n.settings.phase, n.settings.module_index, flops[n.key]) / 3600 for n in nodes}
+        kinds = {node.key: (node.settings.phase, node.settings.module_index) for node in nodes}
+        hours = {key: speed.seconds(*kind, flops[key]) / 3600 for key, kind in kinds.items()}
         places = _schedule(nodes, {key: time / devices for key, time in hours.items()}, machines)
         own = []
         for node in nodes:
-            begin, end, machine = places[node.key]
-            images = _at_once(node.settings, devices)
-            own.append({
-                "strategy": name, "phase": node.settings.phase,
-                "module": None if node.settings.module_index is None else node.settings.module_index + 1,
-                "epochs": node.settings.training.epochs if node.settings.training else 0.0,
-                "steps": _steps(node), "flops": float(flops[node.key]), "device_hours": hours[node.key],
-                "begin": begin, "end": end, "machine": machine, "images": images,
-                "memory": step_memory_of(node, known).peak(images) if images else 0,
-            })  # fmt: skip
+            phase, training, images, steps = node.settings, node.settings.training, 0, 0
+            if training:
+                images = micro_batches(training.batch_size, training.micro_batch, devices)[1]
+                steps = total_steps(training.epochs, todo.experiment.facts.num_images, training.batch_size)
+            own.append(
+                {
+                    "strategy": name,
+                    "phase": phase.phase,
+                    "module": None if phase.module_index is None else phase.module_index + 1,
+                    "epochs": training.epochs if training else 0.0,
+                    "steps": steps,
+                    "flops": float(flops[node.key]),
+                    "device_hours": hours[node.key],
+                    **dict(zip(("begin", "end", "machine"), places[node.key], strict=True)),
+                    "images": images,
+                    "memory": step_memory_of(node, known).peak(images) if images else 0,
+                }
+            )
         rows += own
         table = pd.DataFrame(own)
-        totals.append({
-            "strategy": name, "flops": table["flops"].sum(), "critical_flops": float(longest(nodes, flops)[final.key]),
-            "device_hours": table["device_hours"].sum(), "hours": table["end"].max(), "memory": int(table["memory"].max()),
-        })  # fmt: skip
-    phases = pd.DataFrame(rows).astype({"module": "Int64"})
+        totals.append(
+            {
+                "strategy": name,
+                "flops": table["flops"].sum(),
+                "critical_flops": float(longest(nodes, flops)[final.key]),
+                "device_hours": table["device_hours"].sum(),
+                "hours": table["end"].max(),
+                "memory": int(table["memory"].max()),
+            }
+        )
+        if any(node.settings.mat and node.key not in spent for node in nodes):
+            adaptive.append(name)
     whole = [name for name, _ in todo.finals if settings.strategies[name].kind == "end_to_end"]
     free = [name for name in whole if not settings.is_matched(name)]
-    reference = next(iter([*free, *whole]), None)
-    adaptive = [name for (name, _), final in todo.finals.items()
-                if any(node.settings.mat and node.key not in (spent or {}) for node in closure([final]))]  # fmt: skip
     return Forecast(
-        settings.name,
-        str(settings.model),
-        speed,
-        machines,
-        devices,
-        reference,
-        adaptive,
-        phases,
-        pd.DataFrame(totals),
-        todo.images,
+        network=str(settings.model),
+        images=todo.images,
+        speed=speed,
+        machines=machines,
+        devices=devices,
+        reference=next(iter([*free, *whole]), None),
+        adaptive=adaptive,
+        phases=pd.DataFrame(rows).astype({"module": "Int64"}),
+        strategies=pd.DataFrame(totals),
     )
 
 
-def _schedule(nodes: list[Node], hours: dict[str, float], machines: int) -> dict[str, tuple[float, float, int]]:
-    """Return begin, end and machine of each phase."""
-    places: dict[str, tuple[float, float, int]] = {}
+Place = tuple[float, float, int]  # begin and end in hours, and the machine
+
+
+def _schedule(nodes: list[Node], hours: dict[str, float], machines: int) -> dict[str, Place]:
+    """Return where each phase goes."""
+    places: dict[str, Place] = {}
     free = dict.fromkeys(range(1, machines + 1), 0.0)  # machine → when it is free
     waiting, rest = list(nodes), remaining(nodes, hours)
     while waiting:
         ready = [node for node in waiting if all(before.key in places for before in node.inputs.values())]
-        begins = {node.key: max((places[b.key][1] for b in node.inputs.values()), default=0.0) for node in ready}
+        ends = {node.key: [places[before.key][1] for before in node.inputs.values()] for node in ready}
+        begins = {key: max(before, default=0.0) for key, before in ends.items()}
         now = max(min(free.values()), min(begins.values()))
         node = max((n for n in ready if begins[n.key] <= now), key=lambda n: rest[n.key])
         machine = next(machine for machine, time in free.items() if time <= now)
@@ -230,17 +244,6 @@ def _schedule(nodes: list[Node], hours: dict[str, float], machines: int) -> dict
         places[node.key] = (now, free[machine], machine)
         waiting.remove(node)
     return places
-
-
-def _steps(node: Node) -> int:
-    training = node.settings.training
-    return total_steps(training.epochs, node.experiment.facts.num_images, training.batch_size) if training else 0
-
-
-def _at_once(phase: PhaseSettings, devices: int) -> int:
-    """Return the images that one device takes at once; 0 where nothing is trained."""
-    training = phase.training
-    return micro_batches(training.batch_size, training.micro_batch, devices)[1] if training else 0
 
 
 # -- against what was measured ------------------------------------------------------------------------------------------
@@ -253,23 +256,24 @@ def against_measured(results: Results, speed: Speed) -> pd.DataFrame:
     ratio (predicted over measured), where (the devices that were measured), elsewhere (whether that is not just the speed's).
     Only seconds of training count on both sides.
     """
-    rows = []
     trained = results.phases[results.phases["flops"] > 0]
+    rows = []
     for strategy, phases in trained.groupby("strategy", sort=False):
-        own, all_seeds = [], results.strategies.get("strategy", pd.Series(dtype=object)) == strategy
-        whole_run = _where(results.strategies[all_seeds])
+        all_seeds = results.strategies.get("strategy", pd.Series(dtype=object)) == strategy
+        whole_run = _where(results.strategies[all_seeds])  # older tables say it once for all phases
+        own = []
         for (phase, module), seeds in phases.groupby(["phase", "module_index"], sort=False, dropna=False):
-            flops, seconds = seeds["flops"].mean(), seeds["seconds"]
-            own.append({
-                "where": _where(seeds) or whole_run,  # older tables say it once for all phases
-                "phase": phase, "module": module + 1, "flops": flops, "measured": seconds.mean(), "spread": seconds.std(),
-                "predicted": speed.seconds(phase, module, flops),
-            })  # fmt: skip
-        whole = phases.groupby("seed")["seconds"].sum()
-        sums = {column: sum(row[column] for row in own) for column in ("flops", "predicted")}
-        own.append({"phase": "all phases", "module": None, **sums, "measured": whole.mean(), "spread": whole.std(),
-                    "where": _where(phases) or whole_run})  # fmt: skip
-        rows += [{"strategy": strategy, **row} for row in own]
+            flops = seeds["flops"].mean()
+            place = {"strategy": strategy, "phase": phase, "where": _where(seeds) or whole_run}
+            times = {"module": module + 1, "flops": flops, "predicted": speed.seconds(phase, module, flops)}
+            own.append(place | times | _spread(seeds["seconds"]))
+        place = {"strategy": strategy, "phase": "all phases", "where": _where(phases) or whole_run}
+        times = {column: sum(row[column] for row in own) for column in ("flops", "predicted")}
+        rows += [*own, place | times | _spread(phases.groupby("seed")["seconds"].sum())]
     table = pd.DataFrame(rows).astype({"module": "Int64"})
     elsewhere = (table["where"] != speed.device) & (table["where"] != "") & bool(speed.device)
     return table.assign(ratio=table["predicted"] / table["measured"], elsewhere=elsewhere)
+
+
+def _spread(seconds: pd.Series) -> dict[str, float]:
+    return {"measured": seconds.mean(), "spread": seconds.std()}

@@ -5,9 +5,9 @@ import torch
 from incubate_lib.config import PhaseSettings
 from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation
 from incubate_lib.method.partition import ViTModule
+from incubate_lib.phases.networks import build_parts, build_target, model_shape
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.training.memory import StepMemory, memory_by_part
-from incubate_lib.training.phases import build_parts, build_target, model_shape
 
 _PARTS: dict = {}  # memory of parts that were gone through; sliders ask often
 

@@ -7,8 +7,10 @@ from incubate_lib.report.planner.forecast import open_plan
 from incubate_lib.training.counts import IMAGENET
 
 PUBLISHED_HOURS = {  # A100-hours: end to end for 300 epochs, Deep Incubation (arXiv 2212.04129)
-    "imagenet-vit-b": (290, 390), "imagenet-vit-l": (1090, 890), "imagenet-vit-h": (4790, 2720),
-}  # fmt: skip
+    "imagenet-vit-b": (290, 390),
+    "imagenet-vit-l": (1090, 890),
+    "imagenet-vit-h": (4790, 2720),
+}
 
 
 def published_costs(peak: float = 312e12) -> pd.DataFrame:
@@ -22,10 +24,9 @@ def published_costs(peak: float = 312e12) -> pd.DataFrame:
         todo = open_plan(preset, strategies=names, images=IMAGENET[0], classes=IMAGENET[-1])
         flops = [sum(todo.flops[n.key] for n in closure([todo.finals[name, 0]])) for name in names]
         budgets = [f"{epochs} / end to end" for epochs in ("100+100", "50+50", "25+25")]
-        rows.append({
-            "network": preset.removeprefix("imagenet-"),
-            **{budget: f / flops[0] for budget, f in zip(budgets, flops[1:], strict=True)},
-            "end to end, hours": whole_hours, "… share of peak": flops[0] / (whole_hours * 3600 * peak),
-            "in pieces, hours": pieces_hours, "… share of peak ": flops[1] / (pieces_hours * 3600 * peak),
-        })  # fmt: skip
+        row = {"network": preset.removeprefix("imagenet-")}
+        row |= {budget: one / flops[0] for budget, one in zip(budgets, flops[1:], strict=True)}
+        row |= {"end to end, hours": whole_hours, "… share of peak": flops[0] / (whole_hours * 3600 * peak)}
+        row |= {"in pieces, hours": pieces_hours, "… share of peak ": flops[1] / (pieces_hours * 3600 * peak)}
+        rows.append(row)
     return pd.DataFrame(rows).set_index("network")

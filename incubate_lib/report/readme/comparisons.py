@@ -4,14 +4,26 @@ import itertools
 
 import pandas as pd
 
-from incubate_lib.report.readme.sources import compared_with, run_of, study_of
+from incubate_lib.report.readme.sources import run_of, study_of
 from incubate_lib.report.readme.text import markdown, with_minus
 from incubate_lib.report.tables import studies
 from incubate_lib.report.tables.mat import against_others
 from incubate_lib.report.tables.records import published_runs
-from incubate_lib.report.tables.statistics import interval_text, paired, rounded
+from incubate_lib.report.tables.statistics import interval_text, rounded
+from incubate_lib.report.tables.studies import WITHOUT
 from incubate_lib.report.tables.verdict import differences
-from incubate_lib.report.words import BASELINE, label
+from incubate_lib.report.words import label
+
+# further families that README speaks of, each a list of pairs
+BEST = ["growing", "deep_incubation_identity", "stacking", "deep_incubation_stack"]
+MORE = {
+    "digits-strategies": [
+        list(itertools.combinations(BEST, 2)),
+        [("deep_incubation_identity", "end_to_end_longer")],
+        [("random_start_inherited_stem_and_head", "random_start_half_for_meta")],
+    ],
+    "mat-digits": [[("deep_incubation_mat", "deep_incubation")]],
+}
 
 
 def comparisons() -> str:
@@ -23,40 +35,32 @@ def comparisons() -> str:
         "the difference, and excludes zero exactly where it is clear; beside it the 95 % interval that the difference would "
         "have if it were the only one.\n"
     ]
-    for name in studies.published_studies():
+    for name in [*studies.published_studies(), *published_runs()]:
         table = study_of(name)
-        parts.append(f"## {name}\n")
-        parts.append(_comparison_table(studies.gains(table).assign(other=BASELINE), table.axes))
         there = set(table.results["strategy"])
-        for strategy, control in studies.WITHOUT.items():
-            if {strategy, control} <= there:
-                parts.append(_comparison_table(studies.gains(table, control, [strategy]).assign(other=control), table.axes))
-        if not table.axes:
-            best = ["growing", "deep_incubation_identity", "stacking", "deep_incubation_stack"]
-            parts.append(_comparison_table(differences(table.results, list(itertools.combinations(best, 2))), []))
-            pairs = [("deep_incubation_identity", "end_to_end_longer")]
-            pairs += [("random_start_inherited_stem_and_head", "random_start_half_for_meta")]
-            parts += [_comparison_table(differences(table.results, [pair]), []) for pair in pairs]
-    for name in published_runs():
-        rows = run_of(name).strategies
-        parts.append(f"## {name}\n")
-        parts.append(_comparison_table(compared_with(name, BASELINE, None), []))
-        if "mat" in set(rows["strategy"]):
-            parts.append(_comparison_table(against_others(run_of(name)), []))
-            inside = [("deep_incubation_mat", "deep_incubation")]
-            parts += [_comparison_table(differences(rows, inside), [])] if len(paired(rows, *inside[0])) else []
+        families = [studies.gains(table)]
+        families += [studies.gains(table, control, [it]) for it, control in WITHOUT.items() if {it, control} <= there]
+        families += [against_others(run_of(name))] if "mat" in there else []
+        families += [differences(table.results, pairs) for pairs in MORE.get(name, ())]
+        parts += [f"## {name}\n", *(_table(found, table.axes) for found in families)]
     return "\n".join(parts)
 
 
-def _comparison_table(found: pd.DataFrame, axes: list[str]) -> str:
+def _table(found: pd.DataFrame, axes: list[str]) -> str:
     rows = []
     for row in found.to_dict("records"):
         gain, half = row["gain"], row["half_alone"]
-        intervals = (gain - half, gain + half), (row["low"], row["high"])
-        rows.append([
-            *(row[axis] for axis in axes), label(row["strategy"]), label(row["other"]), str(row["seeds"]), rounded(gain, 2, "+"),
-            *(interval_text(low, high, 2) for low, high in intervals), f"{row['p_holm']:.2g}",
-            "**clear**" if row["clear"] else "inside the noise",
-        ])  # fmt: skip
-    head = [*axes, "strategy", "against", "seeds", "points", "95 % alone", "corrected", "p, corrected", ""]
-    return with_minus(markdown(head, rows))
+        rows.append(
+            {axis: row[axis] for axis in axes}
+            | {
+                "strategy": label(row["strategy"]),
+                "against": label(row["other"]),
+                "seeds": str(row["seeds"]),
+                "points": rounded(gain, 2, "+"),
+                "95 % alone": interval_text(gain - half, gain + half, 2),
+                "corrected": interval_text(row["low"], row["high"], 2),
+                "p, corrected": f"{row['p_holm']:.2g}",
+                "": "**clear**" if row["clear"] else "inside the noise",
+            }
+        )
+    return with_minus(markdown(rows))

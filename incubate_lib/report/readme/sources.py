@@ -8,7 +8,6 @@ from incubate_lib.report.tables import records, studies
 from incubate_lib.report.tables.mat import against_others
 from incubate_lib.report.tables.records import Results, published
 from incubate_lib.report.tables.studies import StudyTable
-from incubate_lib.report.tables.verdict import differences
 from incubate_lib.report.words import BASELINE
 
 
@@ -19,57 +18,51 @@ def run_of(name: str) -> Results:
 
 @functools.cache
 def study_of(name: str) -> StudyTable:
-    return studies.published(name)
+    """Return a study, or a run as one: it has no axes, so all of it is one cell."""
+    if name in studies.published_studies():
+        return studies.published(name)
+    return StudyTable(name, run_of(name).strategies.drop(columns=["images_seen", "steps"]), pd.DataFrame())
 
 
-def is_study(source: str) -> bool:
-    return source.partition(":")[0] in studies.published_studies()
+def at_cell(table: pd.DataFrame, source: str) -> pd.DataFrame:
+    """Return the rows of a study's table that are of the cell which a source names, or all."""
+    name, _, cell = source.partition(":")
+    for axis, value in zip(study_of(name).axes, cell.split(","), strict=True) if cell else ():
+        table = table[table[axis] == value]
+    return table
 
 
 @functools.cache
 def rows_of(source: str, strategy: str | None = None) -> pd.DataFrame:
     """Return the rows of a run, a study or one of its cells, and of one strategy."""
-    name, _, cell = source.partition(":")
-    rows = study_of(name).results if is_study(source) else run_of(name).strategies
-    for axis, value in zip(study_of(name).axes, cell.split(","), strict=True) if cell else ():
-        rows = rows[rows[axis] == value]
+    rows = at_cell(study_of(source.partition(":")[0]).results, source)
     rows = rows if strategy is None else rows[rows["strategy"] == strategy]
     if rows.empty:
         raise KeyError(f"{source} {strategy or ''} is in no tracked table")
     return rows
 
 
+@functools.cache
+def compared_with(name: str, other: str, only: str | None = None) -> pd.DataFrame:
+    """Return the comparisons of a family: of everything with `other`, of one strategy with it, or of MAT with everything."""
+    if only == "mat" and other != BASELINE:
+        return against_others(run_of(name)).query("other == @other")
+    return studies.gains(study_of(name), other, (only,) if only else ())
+
+
 def own_comparisons(source: str, strategy: str, other: str) -> pd.DataFrame:
     """Return a strategy's comparisons with `other`, judged in their family: with end to end everything, with others one
     strategy."""
     found = compared_with(source.partition(":")[0], other, None if other == BASELINE else strategy)
-    return found[found["strategy"] == strategy]
+    return at_cell(found[found["strategy"] == strategy], source)
 
 
-@functools.cache
-def compared_with(name: str, other: str, only: str | None) -> pd.DataFrame:
-    if is_study(name):
-        return studies.gains(study_of(name), other, only and [only])
-    if only == "mat":
-        return against_others(run_of(name)).query("other == @other")
-    rows = rows_of(name)
-    return differences(rows, [(each, other) for each in rows["strategy"].unique() if each != other and only in (None, each)])
-
-
-def comparison(source: str, strategy: str, other: str) -> pd.Series:
+def comparison(source: str, strategy: str, other: str = BASELINE) -> pd.Series:
     """Return the row of one comparison."""
-    name, _, cell = source.partition(":")
-    found = own_comparisons(source, strategy, other)
-    for axis, value in zip(study_of(name).axes, cell.split(","), strict=True) if cell else ():
-        found = found[found[axis] == value]
-    (_, row), *more = found.iterrows()
+    (_, row), *more = own_comparisons(source, strategy, other).iterrows()
     if more:
-        raise KeyError(f"{source} is {len(found)} cells")
+        raise KeyError(f"{source} is several cells")
     return row
-
-
-def verdict(row: pd.Series) -> str:
-    return "clear" if row["clear"] else "inside the noise"
 
 
 def bench_of(name: str) -> pd.DataFrame:

@@ -9,6 +9,8 @@ def with_minus(text: str) -> str:
     return re.sub(r"(?<!\w)-(?=[\d.])", "−", text)
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """Return a table of rows that all have the same columns."""
+    head = list(rows[0])
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row.values())} |" for row in rows)]
     return "\n".join(lines) + "\n"

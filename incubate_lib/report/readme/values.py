@@ -3,20 +3,12 @@
 import functools
 import itertools
 import re
-from collections.abc import Callable
 
 from incubate_lib.config import presets
 from incubate_lib.report.planner.bench import OURS
-from incubate_lib.report.readme.sources import (
-    bench_of,
-    compared_with,
-    comparison,
-    own_comparisons,
-    rows_of,
-    run_of,
-    study_of,
-    verdict,
-)
+from incubate_lib.report.planner.published import PUBLISHED_HOURS
+from incubate_lib.report.readme import sources
+from incubate_lib.report.readme.sources import comparison, own_comparisons, rows_of, run_of
 from incubate_lib.report.tables.hardware import mixes, places
 from incubate_lib.report.tables.statistics import interval_text, paired, rounded, spread
 from incubate_lib.report.tables.verdict import differences
@@ -48,7 +40,8 @@ def most_of_others(source: str, *strategies: str) -> str:
 def gain(source: str, strategy: str, other: str = BASELINE) -> str:
     """A difference in points with its corrected interval and the verdict."""
     row = comparison(source, strategy, other)
-    return f"{rounded(row['gain'], 1, '+')} {interval_text(row['low'], row['high'])}, {verdict(row)}"
+    verdict = "clear" if row["clear"] else "inside the noise"
+    return f"{rounded(row['gain'], 1, '+')} {interval_text(row['low'], row['high'])}, {verdict}"
 
 
 def points(source: str, strategy: str, other: str = BASELINE) -> str:
@@ -88,7 +81,7 @@ def clear_among(source: str, *strategies: str) -> str:
 
 def compared(source: str) -> str:
     """How many comparisons with end to end a study or a run shows."""
-    return str(compared_with(source, BASELINE, None)["comparisons"].iloc[0])
+    return str(sources.compared_with(source, BASELINE)["comparisons"].iloc[0])
 
 
 def cost(source: str, strategy: str, column: str = "flops", reference: str = "", other: str = BASELINE) -> str:
@@ -119,10 +112,9 @@ def hardware(source: str) -> str:
 
 def tuned(study: str, strategy: str, which: str) -> str:
     """What fine-tuning adds to the assembled network, in points: `mean`, `least` or `most` of the cells."""
-    table = study_of(study)
-    rows = table.results[table.results["strategy"] == strategy]
+    rows, axes = rows_of(study, strategy), sources.study_of(study).axes
     added = 100 * (rows["accuracy"] - rows["assembled_accuracy"])
-    cells = added.groupby([rows[axis] for axis in table.axes]).mean()
+    cells = added.groupby([rows[axis] for axis in axes]).mean()
     return rounded({"mean": added.mean(), "least": cells.min(), "most": cells.max()}[which], 1, "+")
 
 
@@ -206,8 +198,6 @@ def planned(preset: str, strategy: str, row: str = "in all") -> str:
 
 def peak_share(preset: str, strategy: str) -> str:
     """The share of an A100's bf16 peak, in percent, that the authors' hours and the planned FLOPs imply."""
-    from incubate_lib.report.planner.published import PUBLISHED_HOURS
-
     whole, pieces = PUBLISHED_HOURS[preset]
     hours = whole if strategy.startswith(BASELINE) else pieces
     return rounded(100 * _planned(preset)["in all"][strategy] / (hours * 3600 * 312e12))
@@ -215,8 +205,6 @@ def peak_share(preset: str, strategy: str) -> str:
 
 def hours(preset: str) -> str:
     """The authors' A100-hours, end to end and in pieces."""
-    from incubate_lib.report.planner.published import PUBLISHED_HOURS
-
     return " → ".join(map(str, PUBLISHED_HOURS[preset]))
 
 
@@ -230,17 +218,11 @@ def predicted(run: str, bench: str) -> str:
 
 def bench_rates(name: str, what: str) -> str:
     """What a bench says: `matmul` (GFLOP/s of a large product), `least` and `most` (shares of it that steps reach, in %)."""
-    rows = bench_of(name)
+    rows = sources.bench_of(name)
     ours = rows[rows.index.str.fullmatch(rf"end_to_end|meta|{OURS}")]["share_of_matmul"]
     values = {"matmul": rows["matmul_flops_per_second"].iloc[0] / 1e9, "least": 100 * ours.min(), "most": 100 * ours.max()}
     return rounded(values[what], 0)
 
 
-VALUES: dict[str, Callable[..., str]] = {
-    f.__name__: f
-    for f in (
-        top, mean, least, most_of_others, gain, points, alone, count_clear, ahead, span, clear_among, compared, cost, seeds,
-        images, hardware, tuned, over_meta, without, at_epoch, active, low_blocks, two_largest, probing, planned, peak_share,
-        hours, predicted, bench_rates,
-    )
-}  # fmt: skip
+# every function of this file that has a public name
+VALUES = {name: f for name, f in list(globals().items()) if getattr(f, "__module__", "") == __name__ and name[0] != "_"}

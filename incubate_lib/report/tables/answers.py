@@ -4,8 +4,9 @@ import pandas as pd
 
 from incubate_lib.config.study import BASELINE
 from incubate_lib.report.tables.hardware import mixed_text
-from incubate_lib.report.tables.statistics import compare, family_text, gain_text, paired
-from incubate_lib.report.tables.studies import COSTS, WITHOUT, StudyTable, at_equal_cost, cells, gains, relative_costs
+from incubate_lib.report.tables.statistics import family_text, gain_text
+from incubate_lib.report.tables.studies import WITHOUT, StudyTable, at_equal_cost, gains
+from incubate_lib.report.tables.verdict import cells, differences
 from incubate_lib.report.words import label
 
 
@@ -21,9 +22,9 @@ def answer(table: StudyTable) -> list[str]:
 def reached(table: StudyTable) -> pd.DataFrame:
     """Return the cheapest cell in which each strategy is at least as good on average as end to end in its best cell.
 
-    Cells are compared along the axis `budget`, with the other axes' values kept; without that axis a cell is compared with
-    itself. Columns: the other axes, strategy, the budget at which, accuracy, best (end to end's), flops, critical_flops and
-    seconds relative to end to end's best, then `statistics.COLUMNS`; the family is every cell that was compared.
+    Cells are compared along the axis `budget`, with the other axes' values kept. Columns: the other axes, the budget at which,
+    strategy, accuracy, best (end to end's), flops, critical_flops and seconds relative to end to end's best, then
+    `statistics.COLUMNS`; the family is every cell that was compared.
     """
     candidates = _against_best(table)
     good = candidates[candidates["accuracy"] >= candidates["best"]].sort_values("flops", kind="stable")
@@ -38,26 +39,18 @@ def _against_best(table: StudyTable) -> pd.DataFrame:
     """Compare every cell of every strategy with end to end's best cell, on the seeds that both have; what is not finished is
     left out. The columns are those of `reached`.
     """
-    others, budget = _other_axes(table), ["budget"] if "budget" in table.axes else []
-    rows, found = [], []
-    for place, group in cells(table.results, others):
-        parts = [part for _, part in cells(group, budget)]
-        base = [part[part["strategy"] == BASELINE].dropna(subset="accuracy") for part in parts]
-        best = max((cell for cell in base if len(cell)), key=lambda cell: cell["accuracy"].mean(), default=None)
-        if best is None:
-            continue
-        for name in (name for name in group["strategy"].unique() if name != BASELINE):
-            for cell in (part[part["strategy"] == name] for part in parts):
-                gain = paired(pd.concat([cell, best]), name, BASELINE)
-                if gain.empty:
-                    continue
-                mine, theirs = (part[part["seed"].isin(gain.index)] for part in (cell, best))
-                where = place | {"strategy": name} | {axis: cell[axis].iloc[0] for axis in budget}
-                means = {"accuracy": mine["accuracy"].mean(), "best": theirs["accuracy"].mean()}
-                rows.append(where | means | relative_costs(mine, theirs))
-                found.append(gain)
-    named = pd.DataFrame(rows, columns=[*others, "strategy", *budget, "accuracy", "best", *COSTS])
-    return pd.concat([named, compare(found)], axis="columns")
+    others = _other_axes(table)
+    parts = []
+    for _, group in cells(table.results, others):
+        base = group[group["strategy"] == BASELINE].dropna(subset="accuracy")
+        best = base[base["budget"] == base.groupby("budget", sort=False)["accuracy"].mean().idxmax()] if len(base) else base
+        for place, part in cells(group[group["strategy"] != BASELINE], ["budget"]):
+            parts += [part, best.assign(**place)]
+    pairs = [(name, BASELINE) for name in table.results["strategy"].unique() if name != BASELINE]
+    found = differences(pd.concat([table.results[:0], *parts]), pairs, [*others, "budget"])
+    order = {column: list(table.results[column].unique()).index for column in (*others, "strategy")}
+    found = found.sort_values(list(order), key=lambda c: c.map(order[c.name]), kind="stable", ignore_index=True)
+    return found.drop(columns="other").rename(columns={"other_accuracy": "best"})
 
 
 def _cheapest(table: StudyTable) -> list[str]:

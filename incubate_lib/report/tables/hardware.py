@@ -56,6 +56,4 @@ def mixed_text(table: pd.DataFrame) -> str:
 def hardware_row(summaries: list[dict]) -> dict:
     """Return device and threads of what was trained; of phases from several machines all of them, in one order."""
     where = list(dict.fromkeys((s["provenance"]["device"], s["provenance"]["threads"]) for s in summaries))
-    if len(where) == 1:
-        return {"device": where[0][0], "threads": where[0][1]}
     return {"device": SEVERAL.join(d for d, _ in where), "threads": SEVERAL.join(str(t) for _, t in where)}

@@ -3,11 +3,11 @@
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
-from matplotlib.lines import Line2D
 
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.report.style import Figure, style
 from incubate_lib.report.tables.hardware import MIXED, mixed_text, mixes
+from incubate_lib.report.tables.plots import draw_curve, legend_below, mean_curve
 from incubate_lib.report.tables.records import Results
 from incubate_lib.report.tables.statistics import family_text, points_text, spread, verdict_text
 from incubate_lib.report.tables.verdict import differences
@@ -21,7 +21,7 @@ def units_table(node: Node) -> pd.DataFrame:
     import torch
 
     from incubate_lib.method.units import count_units, find_units
-    from incubate_lib.training.phases import build_target
+    from incubate_lib.phases.networks import build_target
 
     with torch.device("meta"):
         model = build_target(node.settings, node.experiment.facts.num_classes)
@@ -47,16 +47,9 @@ def _size(model, unit) -> int:
 
 
 def mean_curves(results: Results, cost: str) -> dict[str, pd.DataFrame]:
-    """Return for each strategy that trains in one phase a row an evaluation: cost, accuracy, its deviation, number of seeds."""
-    curves = {}
-    for name, table in results.curves.groupby("strategy", sort=False):
-        if table["phase"].nunique() == 1:
-            grouped = table.groupby("step")
-            curves[name] = pd.DataFrame({
-                "cost": grouped[cost].mean(), "accuracy": grouped["accuracy"].mean(), "std": grouped["accuracy"].std(),
-                "seeds": grouped["seed"].nunique(),
-            })  # fmt: skip
-    return curves
+    """Return for each strategy that trains in one phase its `plots.mean_curve`."""
+    groups = results.curves.groupby("strategy", sort=False)
+    return {name: mean_curve(table, cost) for name, table in groups if table["phase"].nunique() == 1}
 
 
 def reach(results: Results) -> pd.DataFrame:
@@ -85,17 +78,13 @@ def reach(results: Results) -> pd.DataFrame:
 
 def estimator_costs(results: Results) -> pd.DataFrame:
     """Return what looking at the kernels cost: evaluations, seconds, and the shares of the phase's time and FLOPs."""
-    table = results.phases.reindex(
-        columns=["strategy", "phase", "module_index", "looks", "look_seconds", "look_flops", "seconds", "flops"]
-    )
-    table = table[table["looks"].fillna(0) > 0]
-    grouped = table.groupby(["strategy", "phase"], sort=False)[["looks", "look_seconds", "seconds", "look_flops", "flops"]].mean()
-    shown = pd.DataFrame({
-        "evaluations": grouped["looks"].round(1), "seconds": grouped["look_seconds"].round(2),
-        "of the training time": (grouped["look_seconds"] / grouped["seconds"]).map("{:.1%}".format),
-        "of the training FLOPs": (grouped["look_flops"] / grouped["flops"]).map("{:.1%}".format),
-    })  # fmt: skip
-    return shown.reset_index().assign(strategy=lambda t: t["strategy"].map(label))
+    counts = ["looks", "look_seconds", "look_flops", "seconds", "flops"]
+    table = results.phases.reindex(columns=["strategy", "phase", *counts])
+    mean = table[table["looks"].fillna(0) > 0].groupby(["strategy", "phase"], sort=False)[counts].mean()
+    shown = pd.DataFrame({"evaluations": mean["looks"].round(1), "seconds": mean["look_seconds"].round(2)})
+    for cost, heading in {"seconds": "of the training time", "flops": "of the training FLOPs"}.items():
+        shown[heading] = (mean[f"look_{cost}"] / mean[cost]).map("{:.1%}".format)
+    return shown.rename(index=label, level="strategy").reset_index()
 
 
 def verdict(results: Results) -> str:
@@ -104,8 +93,7 @@ def verdict(results: Results) -> str:
     if label("mat") not in table.index or label(BASELINE) not in table.index:
         return "Nothing to say yet: it takes end_to_end and mat."
     finals = results.strategies.pivot(index="seed", columns="strategy", values="accuracy").mul(100)
-    flops_all, flops_to = (column for column in table.columns if column.startswith(COSTS["flops"]))
-    seconds_all, seconds_to = (column for column in table.columns if column.startswith(COSTS["train_seconds"]))
+    _, flops_all, flops_to, seconds_all, seconds_to = table.columns
     row = table.loc[label("mat")]
     lines = [
         f"MAT ends at {spread(finals['mat'].dropna())} %, full training at {spread(finals[BASELINE].dropna())} %; it takes "
@@ -145,20 +133,15 @@ def accuracy_against_costs(results: Results) -> Figure:
     panels = (("flops", factor, f"training cost ({unit})"), ("train_seconds", 1, f"training time (s){several}"))
     for axis, (cost, scale, name) in zip(axes, panels, strict=True):
         for strategy, curve in mean_curves(results, cost).items():
-            appearance, mean = style(strategy), 100 * curve["accuracy"]
-            legend = f"{label(strategy)} (n = {int(curve['seeds'].max())})"
-            axis.plot(curve["cost"] / scale, mean, markersize=4, label=legend, **appearance)
-            deviation = 100 * curve["std"].fillna(0)
-            axis.fill_between(
-                curve["cost"] / scale, mean - deviation, mean + deviation, color=appearance["color"], alpha=0.1, linewidth=0
-            )
+            look = style(strategy) | {"markersize": 4, "label": f"{label(strategy)} (n = {curve['seeds'].max()})"}
+            draw_curve(axis, curve["cost"] / scale, curve, look, alpha=0.1)
         baseline = results.strategies[results.strategies["strategy"] == BASELINE]["accuracy"].mean()
         if baseline == baseline:
             axis.axhline(100 * baseline, color="#555555", linewidth=0.8, linestyle="--")
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=10, loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, axes[0], fontsize=10, ncols=3)
     return figure
 
 
@@ -174,8 +157,8 @@ def eigenvalue_map(table: pd.DataFrame, strategy: str = "mat", seed: int | None 
     part = part[part["module_index"].isna() | (part["module_index"] == part["module_index"].min())]
     part = part[part["phase"] == part["phase"].iloc[0]]
     names = list(dict.fromkeys(part["unit"]))
-    values = part.pivot(index="unit", columns="epoch", values="eigenvalue").loc[names]
-    active = part.pivot(index="unit", columns="epoch", values="active").loc[names].to_numpy()
+    wide = part.pivot(index="unit", columns="epoch").loc[names]
+    values, active = wide["eigenvalue"], wide["active"].to_numpy()
     cuts = part.groupby("epoch")["cut"].first()
     figure = Figure(figsize=(11, max(3.6, min(8, 0.14 * len(names) + 1.6))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -186,13 +169,11 @@ def eigenvalue_map(table: pd.DataFrame, strategy: str = "mat", seed: int | None 
     left.scatter(columns, rows, s=5, color="white", edgecolors="black", linewidths=0.3)
     every = max(1, -(-len(names) // 16))  # labels that do not touch
     left.set_yticks(range(0, len(names), every), names[::every], fontsize=9)
-    left.set_xticks(
-        range(len(values.columns)), [f"{epoch:g}" for epoch in values.columns.to_numpy().round(1)], fontsize=10, rotation=90
-    )
+    epochs = [f"{epoch:g}" for epoch in values.columns.to_numpy().round(1)]
+    left.set_xticks(range(len(epochs)), epochs, fontsize=10, rotation=90)
     left.set(xlabel="epoch (a dot: rests from here on)", title="largest eigenvalue of each unit's kernel")
     figure.colorbar(picture, ax=left, label="λ max")
-    for _, line in values.iterrows():
-        right.plot(values.columns, line, color="#999999", linewidth=0.5, alpha=0.7)
+    right.plot(values.columns, values.T, color="#999999", linewidth=0.5, alpha=0.7)
     right.plot(values.columns, values.median(), color="#0072B2", label="median of units")
     right.plot(cuts.index, cuts, color="#D55E00", linestyle="--", marker="o", markersize=3, label="threshold")
     right.set(yscale="log", xlabel="epoch", ylabel="λ max", title="the threshold among all units")
@@ -209,19 +190,17 @@ def rank_against_eigenvalue(table: pd.DataFrame, strategy: str = "mat") -> Figur
     if part.empty:
         return _nothing(strategy)
     epochs = sorted(part["epoch"].unique())
-    chosen = [epochs[i] for i in sorted({0, len(epochs) // 2, len(epochs) - 1})]
+    chosen = sorted({epochs[0], epochs[len(epochs) // 2], epochs[-1]})
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     for axis, epoch in zip(axes, chosen, strict=True):
-        for on, marker, color in ((1, "o", "#D55E00"), (0, "x", "#0072B2")):
+        for on, marker, color, name in ((1, "o", "#D55E00", "active"), (0, "x", "#0072B2", "rests")):
             some = part[(part["epoch"] == epoch) & (part["active"] == on)]
-            axis.scatter(some["eigenvalue"], some["effective_rank"], s=14, marker=marker, color=color, alpha=0.7)
+            axis.plot("eigenvalue", "effective_rank", marker, data=some, color=color, alpha=0.7, markersize=4, label=name)
         axis.set(xscale="log", xlabel="λ max", title=f"epoch {epoch:g}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("effective rank")
-    handles = [Line2D([], [], color="#D55E00", marker="o", linestyle="none", label="active"),
-               Line2D([], [], color="#0072B2", marker="x", linestyle="none", label="rests")]  # fmt: skip
-    axes[0].legend(handles=handles, fontsize=10)
+    axes[0].legend(fontsize=10)
     return figure
 
 

@@ -1,12 +1,13 @@
 """Tables of single phases: their settings, and in what these differ, their costs, their curves."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
 from incubate_lib.config import SettingsError
 from incubate_lib.pipeline.graph import Node, Plan, closure
+
+WHOLE = "the whole phase"  # in the place of a setting, where not all strategies have the phase
 
 
 def settings_table(node: Node) -> pd.DataFrame:
@@ -59,22 +60,20 @@ def settings_difference(plan: Plan, strategies: Sequence[str] | None = None) -> 
     names = list(dict.fromkeys(name for name, _ in plan.finals)) if strategies is None else list(strategies)
     if unknown := [name for name in names if name not in finals]:
         raise SettingsError(f"strategy {unknown[0]} is not part of this run, which has: {', '.join(finals) or 'none'}")
-    values: dict[tuple[str, str], dict[str, Any]] = {}
-    have: dict[str, list[str]] = {}
+    columns: dict[str, dict[tuple[str, str], str]] = {}
     for name in names:
         phases = {node.settings.phase: node for node in reversed(closure([finals[name]]))}  # of modules the first
+        columns[name] = {}
         for phase, node in reversed(phases.items()):
-            have.setdefault(phase, []).append(name)
-            for setting, value in settings_table(node)["value"].items():
-                if setting not in ("phase", "seed", "module_index"):
-                    values.setdefault((phase, setting), {})[name] = value
-    rows = {(phase, "the whole phase"): {name: "yes" if name in those else "–" for name in names}
-            for phase, those in have.items() if len(those) < len(names)}  # fmt: skip
-    for (phase, setting), by_name in values.items():
-        row = [str(by_name.get(name, "–")) for name in have[phase]]
-        if len(set(row)) > 1:
-            rows[phase, setting] = dict.fromkeys(names, "") | dict(zip(have[phase], row, strict=True))
-    index = pd.MultiIndex.from_arrays([[key[i] for key in rows] for i in (0, 1)], names=["phase", "setting"])
-    table = pd.DataFrame(list(rows.values()), index=index, columns=names)
-    order = {phase: place for place, phase in enumerate(have)}
-    return table.sort_index(level="phase", key=lambda level: level.map(order), sort_remaining=False, kind="stable")
+            settings = settings_table(node)["value"].drop(["phase", "seed", "module_index"], errors="ignore")
+            columns[name] |= {(phase, WHOLE): "yes"} | {(phase, setting): str(value) for setting, value in settings.items()}
+    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
+    order = list(dict.fromkeys(phase for phase, _ in keys))
+    rows: dict[tuple[str, str], list[str | None]] = {}
+    for phase, setting in sorted(keys, key=lambda key: order.index(key[0])):
+        absent = {name: "–" if setting == WHOLE or (phase, WHOLE) in columns[name] else None for name in names}
+        row = [columns[name].get((phase, setting), absent[name]) for name in names]
+        if len({*row} - {None}) > 1:
+            rows[phase, setting] = row
+    index = pd.MultiIndex.from_tuples(rows, names=["phase", "setting"])
+    return pd.DataFrame(list(rows.values()), index=index, columns=names).fillna("")

@@ -27,9 +27,8 @@ def image_rows(rows: dict[str, np.ndarray], num: int = 10) -> Figure:
 
 def network_diagram(depths: Sequence[int], what: str) -> Figure:
     """Draw a whole network that trains end to end, module by module; `what` is `meta` or `target`. No depths: one piece."""
-    return _boxes(
-        [("network", 0, True)] if not depths else [(f"{what} {i + 1}", blocks, True) for i, blocks in enumerate(depths)]
-    )
+    modules = [(f"{what} {i + 1}", blocks, True) for i, blocks in enumerate(depths)]
+    return _boxes(modules or [("network", 0, True)])
 
 
 def hybrid_diagram(target_depths: Sequence[int], meta_depths: Sequence[int], index: int) -> Figure:
@@ -91,10 +90,10 @@ def module_bars(phases: pd.DataFrame) -> Figure:
     place = np.arange(len(names))
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.bar(
-        place - 0.2, 100 * mean["start_accuracy"], 0.4, color="white", edgecolor="black", hatch="..", label="before incubation"
-    )
-    left.bar(place + 0.2, 100 * mean["accuracy"], 0.4, yerr=100 * sd, color=TRAINED, edgecolor="black", label="after", capsize=3)
+    before = {"color": "white", "hatch": "..", "label": "before incubation"}
+    after = {"color": TRAINED, "yerr": 100 * sd, "capsize": 3, "label": "after"}
+    left.bar(place - 0.2, 100 * mean["start_accuracy"], 0.4, edgecolor="black", **before)
+    left.bar(place + 0.2, 100 * mean["accuracy"], 0.4, edgecolor="black", **after)
     meta = phases.loc[phases["phase"] == "meta", "accuracy"].mean()
     left.axhline(100 * meta, color="black", linestyle="--", linewidth=1, label=f"meta model ({meta:.1%})")
     left.set(ylabel="top-1 of the hybrid (%)", ylim=(0, 105))
@@ -115,6 +114,7 @@ def accuracy_vs_cost(results: Results) -> Figure:
     """
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     table = results.strategies
+    meta = results.phases[results.phases["phase"] == "meta"].drop_duplicates("seed")
     unit, factor = flop_unit(table["flops"].max())
     widest = table["flops"].max() / factor
     axes = figure.subplots(1, 2, sharey=True)
@@ -122,36 +122,31 @@ def accuracy_vs_cost(results: Results) -> Figure:
     for axis, (column, title) in zip(axes, panels.items(), strict=True):
         costs = table.groupby("strategy", sort=False)[column].mean() / factor
         for name, group in table.groupby("strategy", sort=False):
-            appearance, accuracy = style(name), 100 * group["accuracy"]
+            look = {key: style(name)[key] for key in ("color", "marker")}
             beside = list(costs.index[(costs - costs[name]).abs() < 0.03 * widest])
             x = costs[name] + (beside.index(name) - (len(beside) - 1) / 2) * 0.045 * widest
-            axis.scatter(
-                [x - 0.014 * widest] * len(group),
-                accuracy,
-                color=appearance["color"],
-                marker=appearance["marker"],
-                alpha=0.4,
-                s=14,
-            )
-            error = accuracy.std() if len(group) > 1 else None
-            axis.errorbar(x, accuracy.mean(), yerr=error, color=appearance["color"], marker=appearance["marker"], markersize=8,
-                          capsize=4, linestyle="none", label=f"{label(name)} (n = {len(group)})")  # fmt: skip
-        _meta_model(axis, results, factor)
+            axis.scatter([x - 0.014 * widest] * len(group), 100 * group["accuracy"], alpha=0.4, s=14, **look)
+            _mean(axis, x, group["accuracy"], label(name), markersize=8, **look)
+        if len(meta):  # what the small network reaches, and for how little
+            look = {"color": "#777777", "marker": "*", "markersize": 10}
+            _mean(axis, meta["flops"].mean() / factor, meta["accuracy"], "the meta model alone", **look)
         axis.set(title=title, xlabel=f"training cost ({unit}), equal ones drawn side by side", xlim=(0, 1.12 * widest))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"top-1, {table['judged_on'].iloc[0]} split (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=2, frameon=False)
+    legend_below(figure, axes[0], fontsize=9, ncols=2)
     return figure
 
 
-def _meta_model(axis, results: Results, factor: float) -> None:
-    """Mark the meta model alone: what the small network reaches, and for how little."""
-    meta = results.phases[results.phases["phase"] == "meta"].drop_duplicates("seed")
-    if meta.empty:
-        return
-    error = 100 * meta["accuracy"].std() if len(meta) > 1 else None
-    axis.errorbar(meta["flops"].mean() / factor, 100 * meta["accuracy"].mean(), yerr=error, color="#777777", marker="*",
-                  markersize=10, capsize=4, linestyle="none", label=f"the meta model alone (n = {len(meta)})")  # fmt: skip
+def _mean(axis, x: float, accuracy: pd.Series, name: str, **look) -> None:
+    """Mark the mean of accuracies (0 … 1, one a seed), with a bar of one standard deviation if there are several."""
+    error = 100 * accuracy.std() if len(accuracy) > 1 else None
+    look |= {"capsize": 4, "linestyle": "none", "label": f"{name} (n = {len(accuracy)})"}
+    axis.errorbar(x, 100 * accuracy.mean(), yerr=error, **look)
+
+
+def legend_below(figure: Figure, axis, **look) -> None:
+    """Explain what one of a figure's panels shows, below all of them."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", frameon=False, **look)
 
 
 def convergence(results: Results) -> Figure:
@@ -159,18 +154,13 @@ def convergence(results: Results) -> Figure:
 
     The mean over seeds, with ± one standard deviation as a band; end-to-end training on the same axis.
     """
-    cut = results.phases[results.phases["phase"] == "assemble"]["strategy"].unique()
     names = [n for n in results.curves["strategy"].unique() if n != BASELINE]
     unit, factor = flop_unit(results.phases.groupby(["strategy", "seed"])["flops"].sum().max())
     figure = Figure(figsize=(10, 3.9 * max(1, len(names))), layout="constrained")
     axes = figure.subplots(max(1, len(names)), 1, sharex=True, squeeze=False)[:, 0]
     for axis, name in zip(axes, names or [BASELINE], strict=True):
-        _line(axis, results.curves[results.curves["strategy"] == BASELINE], 0, factor, style(BASELINE), label(BASELINE))
-        if name != BASELINE:
-            if name in cut:
-                _staircase(axis, results, name, factor)
-            else:
-                _one_after_another(axis, results, name, factor)
+        for drawn in dict.fromkeys((BASELINE, name)):
+            _phases(axis, results, drawn, factor)
         seeds = results.strategies.loc[results.strategies["strategy"] == name, "seed"].nunique()
         axis.set(ylabel="top-1 (%)", title=f"{label(name)} against end to end (n = {seeds})")
         axis.grid(alpha=0.3)
@@ -179,51 +169,52 @@ def convergence(results: Results) -> Figure:
     return figure
 
 
-def _one_after_another(axis, results: Results, name: str, factor: float) -> None:
-    curves, phases = (table[table["strategy"] == name] for table in (results.curves, results.phases))
-    spent, legend = 0.0, label(name)
-    for phase in phases["phase"].unique():
-        _line(axis, curves[curves["phase"] == phase], spent, factor, style(name), legend)
-        spent, legend = spent + phases.loc[phases["phase"] == phase, "flops"].mean(), None
+PIECES = {  # line style and legend of the phases of a network that is cut into modules
+    "meta": (":", "meta model"),
+    "incubate": ("--", "hybrids: one module incubated at a time"),
+    "finetune": ("-", "fine-tuning"),
+}
 
 
-def _staircase(axis, results: Results, name: str, factor: float) -> None:
-    curves = results.curves[results.curves["strategy"] == name]
-    phases = results.phases[results.phases["strategy"] == name]
-    cost = phases.groupby(["phase", "module_index"], dropna=False)["flops"].mean()
-    appearance, spent = style(name), 0.0
-    _line(axis, curves[curves["phase"] == "meta"], 0, factor, appearance | {"linestyle": ":"}, "meta model")
-    spent += cost.loc[cost.index.get_level_values("phase") == "meta"].sum()
-    for index in sorted(curves["module_index"].dropna().unique()):
-        legend = "hybrids: one module incubated at a time" if index == 0 else None
-        _line(
-            axis, curves[curves["module_index"] == index], spent, factor, appearance | {"linestyle": "--", "alpha": 0.7}, legend
-        )
-        axis.axvline(spent / factor, color="#BBBBBB", linewidth=0.7)
-        spent += cost.loc[("incubate", index)]
-    axis.axvline(spent / factor, color="#BBBBBB", linewidth=0.7)
-    assembled = 100 * phases.loc[phases["phase"] == "assemble", "accuracy"].mean()
-    axis.plot(spent / factor, assembled, marker="*", markersize=15, color=appearance["color"], markeredgecolor="black",
-              linestyle="none", label=f"assembled, before fine-tuning ({assembled:.1f} %)", zorder=5)  # fmt: skip
-    _line(axis, curves[curves["phase"] == "finetune"], spent, factor, appearance | {"linestyle": "-"}, "fine-tuning")
+STAR = {"marker": "*", "markersize": 15, "markeredgecolor": "black", "linestyle": "none", "zorder": 5}
 
 
-def _line(axis, curves: pd.DataFrame, offset: float, factor: float, appearance: dict, legend: str | None) -> None:
-    if curves.empty:
-        return
-    grouped = curves.groupby("step")
-    x = (offset + grouped["flops"].mean()) / factor
-    mean, sd = 100 * grouped["accuracy"].mean(), 100 * grouped["accuracy"].std().fillna(0)
-    axis.plot(
-        x,
-        mean,
-        color=appearance["color"],
-        linestyle=appearance["linestyle"],
-        marker=appearance["marker"],
-        markersize=3,
-        label=legend,
+def _phases(axis, results: Results, name: str, factor: float) -> None:
+    """Draw a strategy's phases, each from where the costs of those before it end, and its assembled network as a star."""
+    where = ["phase", "module_index"]
+    curves, phases = (
+        table[table["strategy"] == name].fillna({"module_index": -1}).groupby(where, sort=False)
+        for table in (results.curves, results.phases)
     )
-    axis.fill_between(x, mean - sd, mean + sd, color=appearance["color"], alpha=0.15, linewidth=0)
+    look, spent = style(name), 0.0
+    is_cut, lines = any(phase == "assemble" for phase, _ in phases.groups), dict(iter(curves))
+    for (phase, module), group in phases:
+        if phase == "assemble":
+            assembled = 100 * group["accuracy"].mean()
+            legend = f"assembled, before fine-tuning ({assembled:.1f} %)"
+            axis.plot(spent / factor, assembled, color=look["color"], label=legend, **STAR)
+        elif (phase, module) in lines:
+            linestyle, legend = PIECES[phase] if is_cut else (look["linestyle"], None if spent else label(name))
+            curve = mean_curve(lines[phase, module], "flops")
+            line = look | {"linestyle": linestyle, "markersize": 3, "label": None if module > 0 else legend}
+            draw_curve(axis, (spent + curve["cost"]) / factor, curve, line, alpha=0.15)
+        if is_cut and phase in ("incubate", "assemble"):
+            axis.axvline(spent / factor, color="#BBBBBB", linewidth=0.7)
+        spent += group["flops"].mean()
+
+
+def mean_curve(curves: pd.DataFrame, cost: str, by: str = "step") -> pd.DataFrame:
+    """Return a row an evaluation of a phase: mean cost and accuracy, its deviation over seeds (`std`), number of seeds."""
+    return curves.groupby(by).agg(
+        cost=(cost, "mean"), accuracy=("accuracy", "mean"), std=("accuracy", "std"), seeds=("seed", "nunique")
+    )
+
+
+def draw_curve(axis, x: pd.Series, curve: pd.DataFrame, look: dict, alpha: float) -> None:
+    """Draw a `mean_curve` in percent, with a band of one standard deviation."""
+    mean, deviation = 100 * curve["accuracy"], 100 * curve["std"].fillna(0)
+    axis.plot(x, mean, **look)
+    axis.fill_between(x, mean - deviation, mean + deviation, color=look["color"], alpha=alpha, linewidth=0)
 
 
 PUBLISHED = {"accuracy_vs_cost": accuracy_vs_cost, "convergence": convergence}

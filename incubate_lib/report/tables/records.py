@@ -5,6 +5,8 @@ longest way through the graph: modules side by side). The meta model always coun
 CSV files in data/results, so that a tracked figure can be drawn again from a tracked table.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,38 +14,21 @@ from typing import Any
 import pandas as pd
 
 from incubate_lib.config import SettingsError, load_settings, nearest, presets
+from incubate_lib.config.files import read_yaml
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables.hardware import hardware_row, mixed_text
 from incubate_lib.report.tables.verdict import against_baseline, meta_alone, not_from_nothing
-from incubate_lib.report.words import label
+from incubate_lib.report.words import TEMPLATES, label
 from incubate_lib.training.runs import MNTK
 
-STRATEGY_COLUMNS = [
-    "strategy", "seed", "accuracy", "meta_accuracy", "assembled_accuracy", "flops", "critical_flops", "seconds",
-    "critical_seconds", "images_seen", "steps", "judged_on", "device", "threads", "torch", "date", "commit",
-]  # fmt: skip
-PHASE_COLUMNS = [
-    "strategy", "seed", "phase", "module_index", "start_accuracy", "accuracy", "loss", "train_loss", "epochs", "steps",
-    "images_seen", "distinct_images_per_epoch", "flops", "flops_executed", "seconds", "eval_seconds", "data_share", "devices",
-    "lr", "parameters", "looks", "look_seconds", "look_flops", "device", "threads", "precision",
-]  # fmt: skip
-CURVE_COLUMNS = [
-    "strategy",
-    "seed",
-    "phase",
-    "module_index",
-    "epoch",
-    "step",
-    "flops",
-    "train_seconds",
-    "train_loss",
-    "loss",
-    "accuracy",
-]
-MNTK_COLUMNS = [
-    "strategy", "seed", "phase", "module_index", "epoch", "step", "unit", "eigenvalue", "effective_rank", "active", "cut",
-]  # fmt: skip
+COLUMNS: dict[str, list[str]] = read_yaml(TEMPLATES / "columns.yaml")
+
+
+def _table(part: str, rows: list[dict] | pd.DataFrame) -> pd.DataFrame:
+    """Return rows as the table of an experiment that is called so, with all of its columns."""
+    table = pd.DataFrame(rows, columns=COLUMNS[part])
+    return table.astype({"module_index": "Int64"}) if "module_index" in table else table
 
 
 @dataclass(frozen=True)
@@ -51,10 +36,10 @@ class Results:
     """What is finished of an experiment."""
 
     name: str
-    strategies: pd.DataFrame  # STRATEGY_COLUMNS
-    phases: pd.DataFrame  # PHASE_COLUMNS; a shared phase stands in every strategy that needs it
-    curves: pd.DataFrame  # CURVE_COLUMNS
-    mntk: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=MNTK_COLUMNS))  # a row a unit and evaluation
+    strategies: pd.DataFrame  # columns.yaml says what each has
+    phases: pd.DataFrame
+    curves: pd.DataFrame
+    mntk: pd.DataFrame = field(default_factory=lambda: _table("mntk", []))
     published: bool = False  # read from the project's tracked tables, not from runs of this machine
 
     def verdict(self) -> str:
@@ -70,61 +55,62 @@ class Results:
 
 def from_plan(plan: Plan) -> Results:
     """Read the records of all finished strategies of a plan, and of their phases."""
-    strategies, phases, curves, kernels = [], [], [], []
+    rows: dict[str, list[dict]] = {part: [] for part in COLUMNS}
     for (name, seed), final in plan.finals.items():
-        for node in closure([final]):
-            summary = node.summary()
+        needed = [(node, node.summary()) for node in closure([final])]
+        of = {"strategy": name, "seed": seed}
+        for node, summary in needed:
             if summary is None:
                 continue
-            row = summary | {"strategy": name}  # a shared phase is recorded under the first strategy that needed it
-            row |= {"flops": _number(summary["train_flops"]), "seconds": summary["train_seconds"]}
-            row |= {"precision": node.settings.precision} | {key: summary["provenance"][key] for key in ("device", "threads")}
-            if (executed := summary.get("train_flops_executed")) is not None:  # not in records from before it was counted
-                row["flops_executed"] = _number(executed)
-            row["lr"] = node.settings.training.peak_lr if node.settings.training else None
-            if mat := summary.get("mat"):
-                row |= {"looks": mat["evaluations"], "look_seconds": mat["seconds"], "look_flops": mat["flops"]}
-            phases.append(row)
+            rows["phases"].append(_phase_row(node, summary) | of)
+            shared = of | {key: summary[key] for key in ("phase", "module_index")}
             per_step = summary["train_flops"] / summary["steps"] if summary["steps"] else 0
-            shared = {"strategy": name, "seed": seed, "phase": summary["phase"], "module_index": summary["module_index"]}
-            curves += [
-                shared | metric | {"flops": metric.get("train_flops", metric["step"] * per_step)}
-                for metric in node.folder.metrics()
-            ]
-            kernels += [shared | unit for unit in _units_of(node, summary)]
-        if all(node.summary() for node in closure([final])):
-            summary = final.summary()
-            strategies.append({"strategy": name, "seed": seed, **_strategy_row(name, final, summary)})
-    return Results(
-        plan.experiment.path.name,
-        pd.DataFrame(strategies, columns=STRATEGY_COLUMNS),
-        pd.DataFrame(phases, columns=PHASE_COLUMNS).astype({"module_index": "Int64"}),
-        pd.DataFrame(curves, columns=CURVE_COLUMNS).astype({"module_index": "Int64"}),
-        pd.DataFrame(kernels, columns=MNTK_COLUMNS).astype({"module_index": "Int64"}),
-    )
+            for metric in node.folder.metrics():
+                rows["curves"].append(shared | metric | {"flops": metric.get("train_flops", metric["step"] * per_step)})
+            rows["mntk"] += [shared | unit for unit in _units_of(node, summary)]
+        if all(summary for _, summary in needed):
+            rows["strategies"].append(of | _strategy_row(name, final, {node.key: summary for node, summary in needed}))
+    return Results(plan.experiment.path.name, **{part: _table(part, rows[part]) for part in COLUMNS})
 
 
-def _units_of(node: Node, summary: dict) -> list[dict]:
-    """Return a row for each unit at each evaluation of the modular NTK."""
-    rows = []
+def _phase_row(node: Node, summary: dict) -> dict:
+    training, where, mat = node.settings.training, summary["provenance"], summary.get("mat") or {}
+    return summary | {
+        "flops": _number(summary["train_flops"]),
+        "flops_executed": _number(summary.get("train_flops_executed", math.nan)),  # not in records from before it was counted
+        "seconds": summary["train_seconds"],
+        "lr": training.peak_lr if training else None,
+        "looks": mat.get("evaluations", math.nan),
+        "look_seconds": mat.get("seconds", math.nan),
+        "look_flops": mat.get("flops", math.nan),
+        "device": where["device"],
+        "threads": where["threads"],
+        "precision": node.settings.precision,
+    }
+
+
+def _units_of(node: Node, summary: dict) -> Iterator[dict]:
+    """Yield a row for each unit at each evaluation of the modular NTK."""
     for probe in node.folder.metrics(MNTK):
-        ranks = probe["effective_ranks"] or [None] * len(probe["eigenvalues"])
-        for unit in zip(summary["mat"]["units"], probe["eigenvalues"], ranks, probe["active"], strict=True):
-            rows.append(dict(zip(("unit", "eigenvalue", "effective_rank", "active"), unit, strict=True)) | {
-                "epoch": probe["epoch"], "step": probe["step"], "cut": probe["cut"],
-            })  # fmt: skip
-    return rows
+        lists = {"unit": summary["mat"]["units"], "eigenvalue": probe["eigenvalues"], "active": probe["active"]}
+        if probe["effective_ranks"]:
+            lists["effective_rank"] = probe["effective_ranks"]
+        at = {key: probe[key] for key in ("epoch", "step", "cut")}
+        yield from (at | row for row in pd.DataFrame(lists).to_dict("records"))
 
 
 def published(name: str) -> Results:
     """Read the tracked tables of an experiment; SettingsError if there are none of that name."""
     if name not in (known := published_runs()):
         raise SettingsError(f"no published run {name!r}; {nearest(name, known)}; `incubate report PRESET --publish` makes one")
-    read = [pd.read_csv(results_folder() / f"{name}{part}.csv") for part in ("", "_phases", "_curves")]
-    phases, curves = (table.astype({"module_index": "Int64"}) for table in read[1:])
-    path = results_folder() / f"{name}_mntk.csv"
-    kernels = pd.read_csv(path).astype({"module_index": "Int64"}) if path.exists() else pd.DataFrame(columns=MNTK_COLUMNS)
-    return Results(name, read[0], phases.reindex(columns=PHASE_COLUMNS), curves, kernels, published=True)
+    files = {part: table_file(name, part) for part in COLUMNS}
+    tables = {part: _table(part, pd.read_csv(path) if path.exists() else []) for part, path in files.items()}
+    return Results(name, **tables, published=True)
+
+
+def table_file(name: str, part: str) -> Path:
+    """Return the tracked file of one of an experiment's tables."""
+    return results_folder() / f"{name}{'' if part == 'strategies' else f'_{part}'}.csv"
 
 
 def published_runs() -> list[str]:
@@ -160,31 +146,29 @@ def load_results(preset: str, overrides: list[str], strategies: list[str], seeds
     results = from_plan(plan(load_settings(preset, overrides), strategies, seeds))
     if not results.strategies.empty:
         return results
-    if overrides or preset not in presets() or not (results_folder() / f"{preset}.csv").exists():
+    if overrides or preset not in presets() or preset not in published_runs():
         raise SettingsError(f"no strategy of {preset} is finished here; `incubate run {preset}` first")
     return published(preset)
 
 
-def _strategy_row(strategy: str, final: Node, summary: dict) -> dict:
-    needed = {node.key: node.summary() for node in closure([final])}
-    row = {"accuracy": summary["accuracy"]}
+def _strategy_row(strategy: str, final: Node, needed: dict[str, dict]) -> dict:
+    """Return the row of a finished strategy from the summaries of all phases that it needs (node key → summary)."""
+    settings, summary = final.experiment.settings, needed[final.key]
+    where, row = summary["provenance"], {"accuracy": summary["accuracy"]}
     for phase, column in {"meta": "meta_accuracy", "assemble": "assembled_accuracy"}.items():
         row[column] = next((s["accuracy"] for s in needed.values() if s["phase"] == phase), None)
+    # K workers that share each batch have a critical path of its K-th part
+    shared = settings.strategies[strategy].match_on == "critical_path" and settings.is_matched(strategy)
     for short, name in {"flops": "train_flops", "seconds": "train_seconds"}.items():
-        row[short] = _number(sum(s[name] for s in needed.values()))
-        row[f"critical_{short}"] = _number(longest(closure([final]), {key: s[name] for key, s in needed.items()})[final.key])
-    settings = final.experiment.settings
-    if settings.strategies[strategy].match_on == "critical_path" and settings.is_matched(strategy):  # K workers share each batch
-        workers = len(final.experiment.facts.target_depths)
-        row |= {f"critical_{short}": row[short] / workers for short in ("flops", "seconds")}
+        costs = {key: s[name] for key, s in needed.items()}
+        row[short] = _number(sum(costs.values()))
+        path = _number(longest(closure([final]), costs)[final.key])
+        row[f"critical_{short}"] = row[short] / len(final.experiment.facts.target_depths) if shared else path
     row |= {name: sum(s[name] for s in needed.values()) for name in ("images_seen", "steps")}
-    where = summary["provenance"]
     row |= hardware_row([s for s in needed.values() if s["train_seconds"]] or [summary])
-    row |= {"torch": where["versions"]["torch"], "date": where["date"]}
-    return row | {
-        "judged_on": final.settings.data.eval_split,
-        "commit": (where["commit"] or "")[:10] + ("+" if where["dirty"] else ""),
-    }
+    commit = (where["commit"] or "")[:10] + ("+" if where["dirty"] else "")
+    row |= {"judged_on": final.settings.data.eval_split, "torch": where["versions"]["torch"]}
+    return row | {"date": where["date"], "commit": commit}
 
 
 def _number(count: float) -> float:

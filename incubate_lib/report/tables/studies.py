@@ -1,7 +1,6 @@
 """A study's tables, and what they say in numbers and sentences."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +12,9 @@ from incubate_lib.pipeline.study import Cost, Walk
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import hardware_of, mixes
 from incubate_lib.report.tables.records import from_plan, write_table
-from incubate_lib.report.tables.statistics import COLUMNS as JUDGED
-from incubate_lib.report.tables.statistics import compare, gain_text, paired
-from incubate_lib.report.words import flop_unit, label
-
-COSTS = ["flops", "critical_flops", "seconds"]
+from incubate_lib.report.tables.statistics import gain_text, spread
+from incubate_lib.report.tables.verdict import cells, differences
+from incubate_lib.report.words import flop_unit, label, seconds_text
 
 
 @dataclass(frozen=True)
@@ -67,10 +64,9 @@ def published_studies() -> list[str]:
 
 def published(name: str) -> StudyTable:
     """Read the tracked tables of a study; SettingsError with the nearest names if there are none."""
-    path = records.results_folder() / f"study_{name}.csv"
-    if not path.exists():
-        raise SettingsError(f"no tracked table of a study {name!r}; {nearest(name, published_studies())}")
-    return read_tables(path.parent, f"study_{name}", name)
+    if name not in (known := published_studies()):
+        raise SettingsError(f"no tracked table of a study {name!r}; {nearest(name, known)}")
+    return read_tables(records.results_folder(), f"study_{name}", name)
 
 
 def read_tables(folder: Path, stem: str, name: str) -> StudyTable:
@@ -95,28 +91,10 @@ def described(table: StudyTable) -> str:
 # -- what they say --------------------------------------------------------------------------------------------------------
 
 
-def gains(table: StudyTable, baseline: str = BASELINE, only: list[str] | None = None) -> pd.DataFrame:
-    """Return each strategy's gain in points over the baseline in the same cell, paired by seed; all are one family.
-
-    `only` are the strategies that are compared; left out: all. Columns: the axes, strategy, `statistics.COLUMNS`, then flops,
-    critical_flops and seconds relative to the baseline's (seconds NaN where devices differ).
-    """
-    rows, found = [], []
-    for place, cell in cells(table.results, table.axes):
-        groups = dict(iter(cell.groupby("strategy", sort=False)))
-        for name in (name for name in groups if name != baseline and baseline in groups and name in (only or groups)):
-            gain = paired(cell, name, baseline)
-            if len(gain):
-                found.append(gain)
-                rows.append(place | {"strategy": name} | relative_costs(groups[name], groups[baseline]))
-    named = pd.DataFrame(rows, columns=[*table.axes, "strategy", *COSTS])
-    return pd.concat([named, compare(found)], axis="columns")[[*table.axes, "strategy", *JUDGED, *COSTS]]
-
-
-def relative_costs(rows: pd.DataFrame, others: pd.DataFrame) -> dict[str, float]:
-    """Return the mean costs of some runs over those of others; seconds are NaN where the two are not of one same device."""
-    costs = (rows[COSTS].mean() / others[COSTS].mean()).to_dict()
-    return costs | ({"seconds": math.nan} if mixes(rows, others) else {})
+def gains(table: StudyTable, baseline: str = BASELINE, only: Sequence[str] = ()) -> pd.DataFrame:
+    """Return each strategy's `differences` from the baseline in the same cell; `only` some strategies', left out: all."""
+    names = only or table.results["strategy"].unique()
+    return differences(table.results, [(name, baseline) for name in names if name != baseline], table.axes)
 
 
 def at_equal_cost(table: StudyTable) -> pd.DataFrame:
@@ -136,27 +114,21 @@ def seeds_count(table: StudyTable) -> str:
     return (f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}") + " seeds"
 
 
-def cells(rows: pd.DataFrame, axes: list[str]) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
-    """Yield each cell's place, its values along the axes, and its rows."""
-    for values, cell in rows.groupby(axes, sort=False) if axes else [((), rows)]:
-        yield dict(zip(axes, values, strict=True)), cell
-
-
 def summary(table: StudyTable) -> pd.DataFrame:
     """Return a table for people: a row a cell and strategy; top-1 as mean ± standard deviation, and costs."""
-    from incubate_lib.report.tables.statistics import spread
-    from incubate_lib.report.words import seconds_text
-
     unit, factor = flop_unit(table.results["flops"].max() if len(table.results) else 1)
-    gain = gains(table).set_index([*table.axes, "strategy"]) if len(table.results) else pd.DataFrame()
+    found = gains(table)
+    gain = dict(
+        zip(found[[*table.axes, "strategy"]].itertuples(index=False, name=None), map(gain_text, found.to_dict("records")))
+    )
     rows = []
     for place, cell in cells(table.results, table.axes):
         for name, group in cell.groupby("strategy", sort=False):
-            key = (*place.values(), name)
-            found = gain.loc[key if len(key) > 1 else key[0]] if key in gain.index or name in gain.index else None
             rows.append(place | {
-                "strategy": label(name), "seeds": len(group), "top-1 %": spread(100 * group["accuracy"]),
-                "over end to end": "" if found is None else gain_text(found),
+                "strategy": label(name),
+                "seeds": len(group),
+                "top-1 %": spread(100 * group["accuracy"]),
+                "over end to end": gain.get((*place.values(), name), ""),
                 "assembled %": spread(100 * group["assembled_accuracy"].dropna()),
                 unit: f"{group['flops'].mean() / factor:.3g}",
                 f"critical path {unit}": f"{group['critical_flops'].mean() / factor:.3g}",
@@ -165,11 +137,8 @@ def summary(table: StudyTable) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-WITHOUT = {
-    "recommended": "growing",
-    "deep_incubation_identity": "growing",
-    "deep_incubation_stack": "stacking",
-}  # the same start, never incubated
+# the same start, never incubated
+WITHOUT = {"recommended": "growing", "deep_incubation_identity": "growing", "deep_incubation_stack": "stacking"}
 
 
 def costs_text(costs: list[Cost], speed: float | None, jobs: int) -> str:
@@ -182,16 +151,13 @@ def costs_text(costs: list[Cost], speed: float | None, jobs: int) -> str:
     total = sum(cost.flops for cost in costs)
     if not total:
         return "\n".join([*lines, "Everything is trained."])
-    total_text = f"Altogether {total / factor:.3g} {unit}"
-    if speed:
-        hours = total / speed / jobs / 3600
-        total_text += f", about {hours:.1f} hours" if hours >= 1 else f", about {60 * hours:.0f} minutes"
-        total_text += (
-            f" for {jobs} phases side by side, at the {speed / 1e9:.3g} GFLOP/s that finished ones had here, without evaluation."
-        )
-    else:
-        total_text += "; nothing was trained here yet that would tell how long that takes."
-    return "\n".join([*lines, total_text])
+    lines.append(f"Altogether {total / factor:.3g} {unit}")
+    if not speed:
+        return "\n".join(lines) + "; nothing was trained here yet that would tell how long that takes."
+    hours = total / speed / jobs / 3600
+    time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    speed_text = f"{speed / 1e9:.3g} GFLOP/s that finished ones had here, without evaluation."
+    return "\n".join(lines) + f", about {time} for {jobs} phases side by side, at the {speed_text}"
 
 
 def doubts(table: StudyTable) -> list[str]:

@@ -10,9 +10,11 @@ from matplotlib.ticker import LogLocator
 
 from incubate_lib.report.style import STYLE, Figure, style
 from incubate_lib.report.tables.hardware import MIXED, mixes
+from incubate_lib.report.tables.plots import legend_below, mean_curve
 from incubate_lib.report.tables.records import write_figure
 from incubate_lib.report.tables.statistics import rounded
-from incubate_lib.report.tables.studies import StudyTable, at_equal_cost, cells, seeds_count, seeds_text
+from incubate_lib.report.tables.studies import StudyTable, at_equal_cost, seeds_count, seeds_text
+from incubate_lib.report.tables.verdict import cells
 from incubate_lib.report.words import flop_unit, label
 
 COSTS = {
@@ -38,12 +40,10 @@ def fronts(table: StudyTable) -> Figure | None:
             unit, factor = ("s", 1.0) if cost == "seconds" else flop_unit(rows[cost].max())
             title += f", {MIXED} on several devices" if cost == "seconds" and mixes(rows) else ""
             for name, group in rows.groupby("strategy", sort=False):
-                points = group.groupby("budget", sort=False)
-                x = np.array([part[cost].mean() / factor for _, part in points])
-                y = np.array([100 * part["accuracy"].mean() for _, part in points])
-                sd = np.array([100 * part["accuracy"].std() if len(part) > 1 else 0.0 for _, part in points])
-                order, appearance = np.argsort(x), style(name)
-                axis.errorbar(x[order], y[order], yerr=sd[order], capsize=3, label=label(name), markersize=5, **appearance)
+                curve = mean_curve(group, cost, by="budget").sort_values("cost")
+                look = style(name) | {"label": label(name), "markersize": 5, "capsize": 3}
+                deviation = 100 * curve["std"].fillna(0)
+                axis.errorbar(curve["cost"] / factor, 100 * curve["accuracy"], yerr=deviation, **look)
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
@@ -52,9 +52,7 @@ def fronts(table: StudyTable) -> Figure | None:
             axis.grid(alpha=0.3, which="both")
             axis.title.set_fontsize(10)
         line[0].set_ylabel(f"top-1, {rows['judged_on'].iloc[0]} split (%)")
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), fontsize=10, loc="outside lower center", ncols=3, frameon=False, handlelength=3.5
-    )
+    legend_below(figure, axes[0, 0], fontsize=10, ncols=3, handlelength=3.5)
     figure.suptitle(f"{table.name}: {seeds_text(table)}", fontsize=10)
     return figure
 
@@ -63,21 +61,24 @@ def ranking(table: StudyTable) -> Figure | None:
     """Draw a study of a single cell: each strategy's top-1, before and after fine-tuning, and what it costs. None for others."""
     if table.axes:
         return None
-    groups = sorted(table.results.groupby("strategy", sort=False), key=lambda pair: pair[1]["accuracy"].mean())
-    figure = Figure(figsize=(11, 0.34 * len(groups) + 1.6), layout="constrained")
+    groups = table.results.groupby("strategy", sort=False)
+    deviation = 100 * groups["accuracy"].std().fillna(0)
+    means = groups[["accuracy", "assembled_accuracy", "flops", "critical_flops"]].mean()
+    means = means.sort_values("accuracy", kind="stable")
+    figure = Figure(figsize=(11, 0.34 * len(means) + 1.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     unit, factor = flop_unit(table.results["flops"].max())
-    for y, (name, group) in enumerate(groups):
+    for y, (name, mean) in enumerate(means.iterrows()):
         color = style(name)["color"] if name in STYLE else "#555555"
-        top, assembled = 100 * group["accuracy"], 100 * group["assembled_accuracy"].mean()
-        left.errorbar(top.mean(), y, xerr=top.std() if len(top) > 1 else 0.0, fmt="o", color=color, capsize=3, markersize=6)
-        if not np.isnan(assembled):
-            left.plot(assembled, y, "o", markerfacecolor="none", color=color, markersize=6)
+        marks = {"color": color, "markersize": 6}
+        left.errorbar(100 * mean["accuracy"], y, xerr=deviation[name], fmt="o", capsize=3, **marks)
+        left.plot(100 * mean["assembled_accuracy"], y, "o", markerfacecolor="none", **marks)
         pale = {"color": color, "alpha": 0.3, "edgecolor": color, "linewidth": 0.8}
-        right.barh(y, group["flops"].mean() / factor, height=0.62, **pale)
-        right.barh(y, group["critical_flops"].mean() / factor, height=0.62, color=color)
-    left.set_yticks(range(len(groups)), [label(name) for name, _ in groups], fontsize=10)
-    left.set_xlabel(f"top-1, {table.results['judged_on'].iloc[0]} split (%); hollow: assembled, before fine-tuning")
+        right.barh(y, mean["flops"] / factor, height=0.62, **pale)
+        right.barh(y, mean["critical_flops"] / factor, height=0.62, color=color)
+    left.set_yticks(range(len(means)), means.index.map(label), fontsize=10)
+    split = table.results["judged_on"].iloc[0]
+    left.set_xlabel(f"top-1, {split} split (%); hollow: assembled, before fine-tuning")
     right.set_xlabel(f"training cost ({unit}); dark: critical path")
     for axis in (left, right):
         axis.grid(alpha=0.3, axis="x")
@@ -94,43 +95,35 @@ def gain_map(table: StudyTable) -> Figure | None:
     found = at_equal_cost(table)
     if found.empty or not table.axes:
         return None
-    if len(table.axes) == 1:
-        column = table.axes[0]
-        panels = {"": (found.assign(strategy=found["strategy"].map(label)), "strategy", column)}
-    else:
-        rows, column = table.axes[:2]
-        panels = {label(name): (part, rows, column) for name, part in found.groupby("strategy", sort=False)}
+    found = found.assign(strategy=found["strategy"].map(label))
+    rows, column = ["strategy", *table.axes[:2]][-2:]
+    panels = {"": found} if rows == "strategy" else dict(iter(found.groupby("strategy", sort=False)))
     bound = found["gain"].abs().max()
-    columns = max(part[column].nunique() for part, _, column in panels.values())
-    lines = max(part[rows].nunique() for part, rows, _ in panels.values())
+    columns, lines = (max(part[axis].nunique() for part in panels.values()) for axis in (column, rows))
     width = (1.5 * columns + 4.5) if len(panels) == 1 else (1.1 * columns + 1.0) * len(panels) + 1.5
     figure = Figure(figsize=(width, 0.6 * lines + 1.8), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, (part, rows, column)) in zip(axes, panels.items(), strict=True):
+    for axis, (title, part) in zip(axes, panels.items(), strict=True):
         image = _map(axis, part, rows, column, bound)
         axis.set_title(title, fontsize=10, loc="left")
     figure.colorbar(image, ax=list(axes), label="points of top-1", shrink=0.8)
-    figure.suptitle(
-        f"{table.name}: points over end to end at equal FLOPs\nmean of {seeds_count(table)}, paired by seed; noise: not clear "
-        f"after correction for {found['comparisons'].max()} comparisons",
-        fontsize=10,
-    )
+    seeds, count = seeds_count(table), found["comparisons"].max()
+    title = f"{table.name}: points over end to end at equal FLOPs\nmean of {seeds}, paired by seed; noise: not clear "
+    figure.suptitle(f"{title}after correction for {count} comparisons", fontsize=10)
     return figure
 
 
 def _map(axis, part: pd.DataFrame, rows: str, column: str, bound: float):
-    row_values = list(dict.fromkeys(part[rows]))
-    column_values = list(dict.fromkeys(part[column]))
-    values = np.full((len(row_values), len(column_values)), np.nan)
-    for _, row in part.iterrows():
-        i, j = row_values.index(row[rows]), column_values.index(row[column])
-        values[i, j] = row["gain"]
+    part = part.set_index([rows, column])
+    values = part["gain"].unstack(sort=False)
+    for (name, value), row in part.iterrows():
         text = rounded(row["gain"], 1, "+") + ("" if row["clear"] else "\nnoise")
         light = np.dot(colormaps["PuOr"](0.5 + row["gain"] / bound / 2)[:3], (0.2126, 0.7152, 0.0722)) > 0.45
-        axis.text(j, i, text, ha="center", va="center", fontsize=10, color="black" if light else "white")
+        look = {"ha": "center", "va": "center", "fontsize": 10, "color": "black" if light else "white"}
+        axis.text(values.columns.get_loc(value), values.index.get_loc(name), text, **look)
     image = axis.imshow(values, cmap="PuOr", vmin=-bound, vmax=bound, aspect="auto")
-    axis.set_xticks(range(len(column_values)), [textwrap.fill(value, 14) for value in column_values])
-    axis.set_yticks(range(len(row_values)), row_values, fontsize=10)
+    axis.set_xticks(range(len(values.columns)), [textwrap.fill(value, 14) for value in values.columns])
+    axis.set_yticks(range(len(values)), values.index, fontsize=10)
     axis.set(xlabel=column, ylabel="" if rows == "strategy" else rows)
     return image
 

@@ -1,14 +1,18 @@
 """What records say in words: each strategy against end to end, the meta model alone, fine-tuning that made a network worse."""
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean, stdev
 
 import pandas as pd
 
 from incubate_lib.pipeline.graph import Node
+from incubate_lib.report.tables.hardware import mixes
 from incubate_lib.report.tables.statistics import compare, family_text, paired, points_text, verdict_text
 from incubate_lib.report.words import BASELINE, label
+
+COSTS = ["flops", "critical_flops", "seconds"]
 
 
 def is_lower(before: list[float], after: list[float], images: int) -> bool:
@@ -51,28 +55,44 @@ def _seeds(group: list[Node]) -> str:
     return f"mean of {len(group)} seeds" if len(group) > 1 else "one seed"
 
 
-def differences(table: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
+def differences(table: pd.DataFrame, pairs: Iterable[tuple[str, str]], axes: Sequence[str] = ()) -> pd.DataFrame:
     """Return how far the first strategy of each pair is ahead of the second, in points, paired by seed; all are one family.
 
-    A row a pair that has a seed in common. Columns: strategy, other, `statistics.COLUMNS`, flops and critical_flops (the
-    first's over the second's).
+    A row a cell and pair that have a seed in common; cells are those of a study with these axes, without axes there is one.
+    Columns: the axes, strategy, other, accuracy and other_accuracy (means over the common seeds), flops, critical_flops and
+    seconds (the first's over the second's; seconds NaN where devices differ), then `statistics.COLUMNS`.
     """
-    found = [(*pair, gain) for pair in pairs if len(gain := paired(table, *pair))]
-    cost = table.groupby("strategy").mean(numeric_only=True).reindex(columns=["flops", "critical_flops"])
-    names = pd.DataFrame({"strategy": [name for name, *_ in found], "other": [other for _, other, _ in found]})
-    ratios = pd.DataFrame([cost.loc[name] / cost.loc[other] for name, other, _ in found], columns=cost.columns)
-    return pd.concat([names, compare([gain for *_, gain in found]), ratios.reset_index(drop=True)], axis="columns")
+    rows, found = [], []
+    for (place, cell), (name, other) in itertools.product(cells(table, axes), pairs):
+        gain = paired(cell, name, other)
+        if gain.empty:
+            continue
+        cell = cell[cell["seed"].isin(gain.index)]
+        mine, theirs = (cell[cell["strategy"] == each] for each in (name, other))
+        means = {"accuracy": mine["accuracy"].mean(), "other_accuracy": theirs["accuracy"].mean()}
+        costs = mine.reindex(columns=COSTS).mean() / theirs.reindex(columns=COSTS).mean()
+        if mixes(mine, theirs):
+            costs["seconds"] = math.nan
+        found.append(gain)
+        rows.append(place | {"strategy": name, "other": other} | means | costs.to_dict())
+    named = pd.DataFrame(rows, columns=[*axes, "strategy", "other", "accuracy", "other_accuracy", *COSTS])
+    return pd.concat([named, compare(found)], axis="columns")
+
+
+def cells(rows: pd.DataFrame, axes: Sequence[str]) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
+    """Yield each cell's place, its values along the axes, and its rows."""
+    for values, cell in rows.groupby(list(axes), sort=False) if axes else [((), rows)]:
+        yield dict(zip(axes, values, strict=True)), cell
 
 
 def against_baseline(table: pd.DataFrame) -> list[str]:
     """Say of each strategy how it does against end to end, and what was corrected for."""
     found = differences(table, [(name, BASELINE) for name in table["strategy"].unique() if name != BASELINE])
-    text = []
-    for row in found.to_dict("records"):
-        text.append(
-            f"{label(row['strategy'])}: {points_text(row['gain'])} than end to end ({verdict_text(row)}), for "
-            f"{row['flops']:.2f} times its training FLOPs, {row['critical_flops']:.2f} times on the critical path."
-        )
+    text = [
+        f"{label(row['strategy'])}: {points_text(row['gain'])} than end to end ({verdict_text(row)}), for "
+        f"{row['flops']:.2f} times its training FLOPs, {row['critical_flops']:.2f} times on the critical path."
+        for row in found.to_dict("records")
+    ]
     return [*text, family_text(found["comparisons"].max())] if text else []
 
 

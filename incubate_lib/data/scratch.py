@@ -9,12 +9,11 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from incubate_lib.config import DataSettings, MachineSettings, SettingsError
-from incubate_lib.training.folders import folder_of, has_folder
+from incubate_lib.config import MADE, DataSettings, MachineSettings, SettingsError
+from incubate_lib.data.folders import folder_of
 
 COPIERS = 16  # files at once: what bounds many small files on a network disk is latency
 
@@ -26,7 +25,7 @@ def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
     in the first two levels of the original have changed. Raises SettingsError without a place, OSError without enough room
     or where somebody else may have put something there.
     """
-    if machine.scratch is None or not has_folder(data):
+    if machine.scratch is None or data.source in MADE:
         return machine
     place = Path(os.path.expanduser(os.path.expandvars(machine.scratch)))
     if "$" in str(place):
@@ -35,7 +34,8 @@ def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
     try:
         place.mkdir(parents=True, exist_ok=True)
         copy = own_folder(place, "machine.scratch") / f"{original.name}-{_stamp(original)}"
-        with _one_at_a_time(copy.with_name(f"{copy.name}.lock")):
+        with open(f"{copy}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # among the processes of this machine; the disk is local
             if not copy.exists():
                 _copy(original, copy)
     except OSError as error:  # no bad input: another machine, or another time, may do
@@ -63,18 +63,18 @@ def own_folder(place: Path, setting: str) -> Path:
 
 def _copy(original: Path, copy: Path) -> None:
     began = time.monotonic()
-    files = [Path(folder) / name for folder, _, names in os.walk(original, followlinks=True) for name in names]
+    folders = os.walk(original, followlinks=True)
+    files = [Path(folder) / name for folder, _, names in folders for name in names]
     size, free = sum(file.stat().st_size for file in files), shutil.disk_usage(copy.parent).free
     if size > free:
         raise OSError(f"{free / 1e9:.1f} GB are free, but {original} has {size / 1e9:.1f} GB")
     print(f"copying {len(files)} files ({size / 1e9:.2f} GB) to {copy.parent} …", flush=True)
-    half = copy.with_name(f"{copy.name}.{socket.gethostname()}.half")  # of a process that was killed, or of this one
+    half = Path(f"{copy}.{socket.gethostname()}.half")  # of a process that was killed, or of this one
     shutil.rmtree(half, ignore_errors=True)
     for folder in {file.parent.relative_to(original) for file in files}:
         (half / folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(COPIERS) as pool:
-        for _ in pool.map(lambda file: shutil.copyfile(file, half / file.relative_to(original)), files):
-            pass
+        list(pool.map(lambda file: shutil.copyfile(file, half / file.relative_to(original)), files))
     try:
         half.rename(copy)
     except OSError:
@@ -86,14 +86,6 @@ def _copy(original: Path, copy: Path) -> None:
 
 def _stamp(original: Path) -> str:
     """Return what changes with the place of the original, or when files come or go in its first two levels of folders."""
-    folders = [original, *sorted(path for pattern in ("*", "*/*") for path in original.glob(pattern) if path.is_dir())]
-    seen = [(str(path), path.stat().st_mtime_ns) for path in folders]
+    below = sorted(path for path in [*original.glob("*"), *original.glob("*/*")] if path.is_dir())
+    seen = [(str(path), path.stat().st_mtime_ns) for path in [original, *below]]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:8]
-
-
-@contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold a lock among the processes of this machine; the disk is local, so the kernel's lock is good."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -11,10 +11,10 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,54 +24,46 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings
-from incubate_lib.training.folders import Opener
-from incubate_lib.training.opened import is_turned
-from incubate_lib.training.order import EVAL_BATCH, Order
-from incubate_lib.training.schedule import derive_seed, micro_batches, total_steps
-from incubate_lib.training.transforms import make_transform
+from incubate_lib.config import DataSettings, MachineSettings, SettingsError, TrainingSettings
+from incubate_lib.data.decode import Opener, is_turned
+from incubate_lib.data.folders import Source
+from incubate_lib.data.order import EVAL_BATCH, Order
+from incubate_lib.data.schedule import derive_seed, micro_batches, total_steps
+from incubate_lib.data.transforms import make_transform
 
 PREFETCH = 4  # batches that each worker reads ahead
 SHARED_MEMORY = "/dev/shm"  # where torch puts what one process hands to another
 MAX_BROKEN = 100  # unreadable images in a row that are passed over; more, and something else is wrong
 
 
-class Checked(NamedTuple):
-    """What was found when images were opened."""
-
-    opened: int
-    broken: dict[str, str]  # images that cannot be read: name → reason
-    turned: int  # images with a camera's orientation tag, which is not followed
-
-
 @dataclass
 class StreamedSet:
     """Images read when they are needed, by worker processes, through timm's transforms."""
 
-    opener: Opener
-    labels: np.ndarray  # [M], of the source
+    source: Source
     index: np.ndarray  # [N], which of the source's images belong to this set
     shape: tuple[int, int, int]  # C, H, W
     num_classes: int
     settings: DataSettings
     device: torch.device
-    machine: MachineSettings = DEFAULT_MACHINE
+    machine: MachineSettings
     broken: dict[str, str] = field(default_factory=dict)  # images passed over so far: name → reason
-    eval_loader: DataLoader | None = None  # kept, because starting its workers takes longer than a small evaluation
+    eval_loader: DataLoader | None = None  # kept: starting its workers takes longer than a small evaluation
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __post_init__(self) -> None:
-        channels = self.shape[0]
-        mean, std = (np.array(v) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-        mean, std = (v if channels == 3 else np.full(channels, v.mean()) for v in (mean, std))
-        self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=self.device)[:, None, None] for v in (mean, std))
+        self.labels = self.source.labels[self.index]
+        stats = np.array([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])  # [2, 3]
+        if self.shape[0] != 3:
+            stats = stats.mean(1, keepdims=True).repeat(self.shape[0], 1)
+        self.mean, self.std = torch.tensor(stats, dtype=torch.float32, device=self.device)[:, :, None, None]
 
     def preview(self, num: int, recipe: TrainingSettings | None = None) -> Tensor:
         """Return the first images as uint8 [num, C, H, W], as judged, or augmented as in training."""
         reader = self._reader(recipe)
-        return torch.stack([self._sound(reader[i, i]) for i in range(min(num, len(self)))])
+        return self._sound(*_collate([reader[i, i] for i in range(min(num, len(self)))]))[0]
 
     def normalise(self, images: Tensor) -> Tensor:
         return (images.float() / 255 - self.mean) / self.std
@@ -79,17 +71,17 @@ class StreamedSet:
     def some(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return images as judged, normalised [N, C, H, W], and labels [N] of an index; read here, without workers."""
         reader = replace(self._reader(None), skip_broken=self.settings.skip_broken)
-        images, labels, *troubles = _collate([reader[i, 0] for i in index.tolist()])
-        self._note(*troubles, passed_over=self.settings.skip_broken and len(labels) == len(index))
+        images, labels = self._sound(*_collate([reader[i, 0] for i in index.tolist()]))
         return self.normalise(images.to(self.device)), labels.to(self.device)
 
     def batches(self, order: Order) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield micro-batches to train on: uint8 images [B, C, H, W] and labels [B]; `finish` makes them ready."""
-        sampler = _Seeded(order, derive_seed(order.seed, "augment"))
-        _, micro = micro_batches(order.settings.batch_size, order.settings.micro_batch, order.devices)
-        for images, labels, *troubles in self._loader(order.settings, sampler, order.devices):
-            self._note(*troubles, passed_over=self.settings.skip_broken and len(labels) == micro)
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        seed = derive_seed(order.seed, "augment")  # and epoch and place give each augmentation's
+        sampler = (
+            [(int(i), derive_seed(seed, epoch, int(place))) for i, place in zip(images, places, strict=True)]
+            for epoch, places, images in order
+        )
+        yield from self._read(self._loader(order.settings, sampler, order.devices))
 
     def finish(self, images: Tensor, recipe: TrainingSettings) -> Tensor:
         """Normalise, and erase rectangles on the device, drawing from the global generators."""
@@ -105,12 +97,17 @@ class StreamedSet:
             mine = range(rank, len(self), devices)
             batches = [[(i, 0) for i in mine[k : k + EVAL_BATCH]] for k in range(0, len(mine), EVAL_BATCH)]
             self.eval_loader = self._loader(None, batches, devices)
-        for images, labels, *troubles in self.eval_loader:
-            self._note(*troubles)
-            yield self.normalise(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
+        for images, labels in self._read(self.eval_loader):
+            yield self.normalise(images), labels
 
-    def check(self, every: int = 1) -> "Checked":
-        """Open every n-th image."""
+    def _read(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in loader:
+            images, labels = self._sound(*batch)
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def check(self, every: int = 1) -> tuple[int, dict[str, str], int]:
+        """Open every n-th image. Return how many were opened, name and reason of those that cannot be read, and how many have
+        a camera's orientation tag, which is not followed."""
         reader = self._reader(None)
         some = range(0, len(self), every)
         broken, turned = {}, 0
@@ -124,22 +121,21 @@ class StreamedSet:
                 for error, has_tag in pool.map(inspect, some[start : start + 10_000]):
                     broken.update([error] if error else [])
                     turned += has_tag
-        return Checked(len(some), broken, turned)
+        return len(some), broken, turned
 
     def _reader(self, recipe: TrainingSettings | None) -> "_Reader":
         """Return what worker processes run; without a recipe the centre crop by which images are judged."""
-        mean, std = (tuple(v.flatten().tolist()) for v in (self.mean, self.std))
-        transform = make_transform(self.shape, recipe, crop_pct=self.settings.crop_pct, mean=mean, std=std)
+        mean = tuple(self.mean.flatten().tolist())
+        transform = make_transform(self.shape, recipe, crop_pct=self.settings.crop_pct, mean=mean)
         mode = "L" if self.shape[0] == 1 else "RGB"
-        skip = self.settings.skip_broken and recipe is not None  # judging by another image would count that one twice
-        return _Reader(self.opener, self.labels, self.index, transform, mode, skip)
+        skip = self.settings.skip_broken and recipe is not None  # judging by another would count that one twice
+        return _Reader(self.source.opener, self.labels, self.index, transform, mode, skip)
 
     def _workers(self, devices: int) -> int:
         """Return how many processes read for this one."""
         if self.machine.workers is not None:
             return self.machine.workers
-        cores = int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))  # this phase's share of them
-        return max(1, cores // devices)
+        return max(1, _cores() // devices)
 
     def read_ahead(self, batch: int, batches: int, workers: int) -> int:
         """Return the bytes of shared memory that so many worker processes fill at most.
@@ -151,41 +147,38 @@ class StreamedSet:
             return 0
         one = _pages(batch * math.prod(self.shape)) + _pages(batch * 8)  # images uint8, labels int64
         semaphores = (3 * workers + 8) * mmap.PAGESIZE
-        return min(workers * PREFETCH + 2, batches) * one + _tensor_bytes(self.opener) + semaphores
+        return min(workers * PREFETCH + 2, batches) * one + _tensor_bytes(self.source.opener) + semaphores
 
     def _loader(self, recipe: TrainingSettings | None, batches: Any, devices: int) -> DataLoader:
-        workers = self._workers(devices)
-        how = {}
-        if workers:
-            context = multiprocessing.get_context(self.machine.start_method)
-            if self.machine.start_method == "forkserver":
-                context.set_forkserver_preload([__name__])  # so that workers need not import torch each
-            how = {"multiprocessing_context": context, "persistent_workers": True, "prefetch_factor": PREFETCH}
-            how["worker_init_fn"] = _end_with_reader
+        workers, start_method = self._workers(devices), self.machine.start_method
+        multiprocessing.set_forkserver_preload([__name__])  # so that workers need not import torch each
         return DataLoader(
             self._reader(recipe), batch_sampler=batches, num_workers=workers, collate_fn=_collate,
-            pin_memory=self.device.type == "cuda", **how,
+            pin_memory=self.device.type == "cuda", persistent_workers=bool(workers), worker_init_fn=_end_with_reader,
+            prefetch_factor=PREFETCH if workers else None, multiprocessing_context=start_method if workers else None,
         )  # fmt: skip
 
-    def _note(self, broken: list[tuple[str, str]], faults: Sequence[str] = (), passed_over: bool = False) -> None:
-        """Remember images that cannot be read; SettingsError unless others were taken in their place, and for any fault."""
+    def _sound(
+        self, images: Tensor | None, labels: Tensor, broken: list[tuple[str, str]], faults: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Return images and labels of a batch; SettingsError if one is missing."""
         if faults:
             raise SettingsError(
                 f"an image's transforms failed: {faults[0]}; another training.randaugment, or another version of timm or "
                 "pillow, may do"
             )
+        self.note(broken, fatal=images is None)
+        return images, labels
+
+    def note(self, broken: Iterable[tuple[str, str]], *, fatal: bool) -> None:
+        """Remember images that cannot be read (name, reason); SettingsError if there are some, and nothing is in their place."""
         self.broken.update(broken)
-        if broken and not passed_over:
-            name, reason = broken[0]
+        if broken and fatal:
+            name, reason = next(iter(broken))
             raise SettingsError(
                 f"{len(self.broken)} image(s) cannot be read, the first: {name} ({reason}); `incubate check` names all of "
                 "them, data.skip_broken=true takes the next image in place of each that is to be trained on"
             )
-
-    def _sound(self, item: "_Item") -> Tensor:
-        images, _, *troubles = _collate([item])
-        self._note(*troubles)
-        return images[0]
 
 
 # -- shared memory, through which worker processes hand images over -------------------------------------------------------
@@ -202,30 +195,33 @@ def check_shared_memory(
     machine, workers = eval_set.machine, eval_set._workers(devices)
     sharing = min(machine.devices, devices)  # a notebook judges on one device, whatever the machine has
     mine = math.ceil(len(eval_set) / devices)
-    number, micro = micro_batches(recipe.batch_size, recipe.micro_batch, devices) if recipe else (0, 0)
+    reads = [(eval_set, min(mine, EVAL_BATCH), math.ceil(mine / EVAL_BATCH))]  # set, size and number of batches
+    if recipe:
+        number, micro = micro_batches(recipe.batch_size, recipe.micro_batch, devices)
+        reads.append((train, micro, number * total_steps(recipe.epochs, len(train), recipe.batch_size)))
 
     def needed(workers: int) -> int:
-        size = eval_set.read_ahead(min(mine, EVAL_BATCH), math.ceil(mine / EVAL_BATCH), workers)
-        if recipe:
-            size += train.read_ahead(micro, number * total_steps(recipe.epochs, len(train), recipe.batch_size), workers)
-        return size
+        return sum(part.read_ahead(batch, batches, workers) for part, batch, batches in reads)
 
     try:
         there = os.statvfs(SHARED_MEMORY)
     except OSError:  # not on this system
         return
-    cores = len(os.sched_getaffinity(0))
-    share = int(os.environ.get("INCUBATE_THREADS") or cores) / cores
+    share = _cores() / len(os.sched_getaffinity(0))
     room = int(min(there.f_bavail, share * there.f_blocks) * there.f_frsize / sharing)
-    if needed(workers) <= room:
-        return
-    fits = next((fewer for fewer in range(workers, 0, -1) if needed(fewer) <= room), 0)
-    megabytes, instead = needed(workers) / 1e6, f"{fits} or fewer" if fits else "0, which reads without them"
-    raise SettingsError(
-        f"{SHARED_MEMORY} has room for {room / 1e6:.0f} MB of images that are read ahead, but machine.workers {workers} can "
-        f"fill {megabytes:.0f} MB and would then wait for ever; set machine.workers to {instead}, or give {SHARED_MEMORY} more "
-        "room (docker run --shm-size)"
-    )
+    fits = next(fewer for fewer in range(workers, -1, -1) if needed(fewer) <= room)
+    if fits < workers:
+        instead = f"{fits} or fewer" if fits else "0, which reads without them"
+        raise SettingsError(
+            f"{SHARED_MEMORY} has room for {room / 1e6:.0f} MB of images that are read ahead, but machine.workers {workers} can "
+            f"fill {needed(workers) / 1e6:.0f} MB and would then wait for ever; set machine.workers to {instead}, or give "
+            f"{SHARED_MEMORY} more room (docker run --shm-size)"
+        )
+
+
+def _cores() -> int:
+    """Return this phase's share of the cores, where several run side by side."""
+    return int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))
 
 
 def _pages(size: int) -> int:
@@ -237,25 +233,14 @@ def _tensor_bytes(value: Any, depth: int = 4) -> int:
     """Return what the tensors in an object take in shared memory, where they go when worker processes get a copy of it."""
     if isinstance(value, Tensor):
         return _pages(value.nbytes)
-    return sum(_tensor_bytes(part, depth - 1) for part in vars(value).values()) if depth and hasattr(value, "__dict__") else 0
+    parts = vars(value).values() if depth and hasattr(value, "__dict__") else ()
+    return sum(_tensor_bytes(part, depth - 1) for part in parts)
 
 
 # -- in worker processes --------------------------------------------------------------------------------------------------
 
-# Image or none, label, images that cannot be read (name, reason), transforms that failed.
-_Item = tuple[Tensor | None, int, list[tuple[str, str]], list[str]]
-
-
-@dataclass(frozen=True)
-class _Seeded:
-    """The sampler of a training loader: batches of (place in the set, seed of its augmentation)."""
-
-    order: Order
-    seed: int
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch, places, images in self.order:
-            yield [(i, derive_seed(self.seed, epoch, p)) for i, p in zip(images.tolist(), places.tolist(), strict=True)]
+# Image or none, label, images that cannot be read (name, reason), what a transform failed of.
+_Item = tuple[Tensor | None, int, list[tuple[str, str]], str]
 
 
 @dataclass(frozen=True)
@@ -284,10 +269,10 @@ class _Reader(torch.utils.data.Dataset):
                     made = torch.as_tensor(self.transform(image))  # older timm: an array
                 except Exception as fault:  # whatever other versions of timm and pillow do not agree on
                     name = self.opener.name(int(self.index[at]))
-                    return None, 0, broken, [f"{name} with seed {seed} ({type(fault).__name__}: {fault})"]
-                return made, int(self.labels[self.index[at]]), broken, []
+                    return None, 0, broken, f"{name} with seed {seed} ({type(fault).__name__}: {fault})"
+                return made, int(self.labels[at]), broken, ""
             broken.append(error)
-        return None, 0, broken, []
+        return None, 0, broken, ""
 
     def open(self, i: int) -> tuple[Image.Image | None, tuple[str, str] | None]:
         """Return the decoded image, or its name and why it cannot be read."""
@@ -306,13 +291,13 @@ def _end_with_reader(worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    if os.environ.get("INCUBATE_STOP"):  # a cluster warns every process of a job, and torch has workers end at that
+    if os.environ.get("INCUBATE_STOP"):  # a cluster warns all processes of a job; torch has workers end at that
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _collate(items: list[_Item]) -> tuple[Tensor, Tensor, list[tuple[str, str]], list[str]]:
-    images = [image for image, *_ in items if image is not None]
-    labels = [label for image, label, *_ in items if image is not None]
-    broken = [error for _, _, errors, _ in items for error in errors]
-    faults = [fault for *_, faults in items for fault in faults]
-    return torch.stack(images) if images else torch.empty(0), torch.tensor(labels), broken, faults
+def _collate(items: list[_Item]) -> tuple[Tensor | None, Tensor, list[tuple[str, str]], list[str]]:
+    """Return images, none if one is missing, labels, and what was wrong."""
+    images, labels, broken, faults = zip(*items, strict=True)
+    whole = all(image is not None for image in images)
+    broken = [error for errors in broken for error in errors]
+    return torch.stack(images) if whole else None, torch.tensor(labels), broken, [fault for fault in faults if fault]

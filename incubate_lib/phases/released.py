@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from incubate_lib.config import ModelSettings, SettingsError, error_message, in_a_line
 from incubate_lib.method.incubation import assemble
 from incubate_lib.method.partition import ViTModule, split
-from incubate_lib.training.phases import build_model
-from incubate_lib.training.weights import check_fits, check_free, check_values, first, save_timm
+from incubate_lib.phases.networks import build_model
+from incubate_lib.phases.weights import check_fits, check_free, check_values, first, save_timm
+from incubate_lib.training.runs import check_records
 
 State = dict[str, Tensor]
 NAMES = {width: f"vit_{size}_patch16_224" for width, size in {192: "tiny", 384: "small", 768: "base", 1024: "large"}.items()}
@@ -110,13 +111,10 @@ def _load(path: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():
         raise SettingsError(f"cannot read {path}: it is a folder or a device, not a file")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # every record has a CRC, which torch.load does not check
-            if damaged:
-                raise ValueError(f"{damaged} is not what its checksum says")
+        if is_zip := zipfile.is_zipfile(path):
+            check_records(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released code's options; a class without code
-            raw = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            raw = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # unpickling a damaged file raises anything

@@ -11,25 +11,19 @@ from incubate_lib.config import SettingsError, TrainingSettings
 
 
 def make_transform(
-    shape: tuple[int, int, int],
-    recipe: TrainingSettings | None,
-    *,
-    crop_pct: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    shape: tuple[int, int, int], recipe: TrainingSettings | None, *, crop_pct: float, mean: tuple[float, ...]
 ) -> Callable[[Image.Image], Any]:
     """Return what makes a uint8 image of `shape` (C, H, W) of a decoded one: a recipe's augmentation, drawn anew each time.
 
     Without a recipe it is the centre crop by which images are judged. Raises SettingsError for a `randaugment` that is
     not in timm's notation.
     """
-    if recipe is None:
-        how = {"is_training": False, "crop_pct": crop_pct}
-    else:
+    how: dict[str, Any] = {"is_training": recipe is not None, "crop_pct": crop_pct}
+    if recipe is not None:
         jitter = None if recipe.randaugment else recipe.color_jitter or None
-        how = {"is_training": True, "hflip": 0.5 * recipe.hflip, "auto_augment": recipe.randaugment, "color_jitter": jitter}
+        how |= {"hflip": 0.5 * recipe.hflip, "auto_augment": recipe.randaugment, "color_jitter": jitter}
     try:
-        transform = create_transform(shape, interpolation="bicubic", mean=mean, std=std, use_prefetcher=True, **how)
+        transform = create_transform(shape, interpolation="bicubic", mean=mean, use_prefetcher=True, **how)
     except Exception as error:  # timm checks its notation by asserts
         raise SettingsError(f"training.randaugment {recipe and recipe.randaugment!r}: {error or 'not timm notation'}") from None
     for operation in operations(transform):

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings
-from incubate_lib.training.folders import Source
-from incubate_lib.training.order import EVAL_BATCH, Order
-from incubate_lib.training.sources import open_source
-from incubate_lib.training.stream import StreamedSet
+from incubate_lib.data.folders import Source
+from incubate_lib.data.order import EVAL_BATCH, Order
+from incubate_lib.data.sources import open_source
+from incubate_lib.data.stream import StreamedSet
 
 Shape = tuple[int, int, int]  # C, H, W
 SHOWN = 5  # of the things that a sentence lists
@@ -68,7 +69,7 @@ class ImageSet:
     def eval_batches(self, rank: int = 0, devices: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised batches of every image that falls to this rank: each image once over all ranks."""
         for index in torch.arange(rank, len(self), devices, device=self.labels.device).split(EVAL_BATCH):
-            yield self.normalise(self.images[index]), self.labels[index]
+            yield self.some(index)
 
 
 def load_data(
@@ -84,18 +85,18 @@ def load_data(
     """
     device = torch.device(device)
     train, test = open_source(settings, machine)
-    classes = num_classes(train)
+    classes = len(train.classes)  # a name for each label
     learn, eval_set = splits(settings, train, test)
     if settings.is_streamed:
         sets = [
-            StreamedSet(source.opener, source.labels, index, shape or (3, 224, 224), classes, settings, device, machine)
+            StreamedSet(source, index, shape or (3, 224, 224), classes, settings, device, machine)
             for source, index in (learn, eval_set)
         ]
         for part in sets:
-            found = list(part.check(every=max(1, len(part) // 64))[1].items())  # all of a large set would take hours
-            part._note(found, passed_over=settings.skip_broken)
+            _, broken, _ = part.check(every=max(1, len(part) // 64))  # all of a large set would take hours
+            part.note(broken.items(), fatal=not settings.skip_broken)
         return tuple(sets)
-    (x, y), (eval_x, eval_y) = (_pixels(settings, *part) for part in (learn, eval_set))
+    (x, y), (eval_x, eval_y) = (_pixels(*part) for part in (learn, eval_set))
     if pad := settings.pad:
         x, eval_x = (np.pad(pixels, ((0, 0), (0, 0), (pad, pad), (pad, pad))) for pixels in (x, eval_x))
     if settings.resize:
@@ -106,24 +107,11 @@ def load_data(
     bessel = x[:, 0].size / (x[:, 0].size - 1)
     std = np.sqrt(bessel * (counts * (levels - mean[:, None]) ** 2).sum(1)).clip(1e-3)
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (mean, std))
-
-    def put(pixels: np.ndarray, labels: np.ndarray) -> ImageSet:
-        return ImageSet(torch.from_numpy(pixels).to(device), torch.from_numpy(labels).to(device), mean, std, classes)
-
-    return put(x, y), put(eval_x, eval_y)
+    x, y, eval_x, eval_y = (torch.from_numpy(v).to(device) for v in (x, y, eval_x, eval_y))
+    return ImageSet(x, y, mean, std, classes), ImageSet(eval_x, eval_y, mean, std, classes)
 
 
-def labels_of(part: ImageSet | StreamedSet) -> np.ndarray:
-    """Return the labels [N] of all images of a set."""
-    return part.labels[part.index] if isinstance(part, StreamedSet) else part.labels.cpu().numpy()
-
-
-def num_classes(train: Source) -> int:
-    """Return the outputs that a network for these images needs."""
-    return max(len(train.classes), int(train.labels.max()) + 1)
-
-
-def unused_classes(labels: np.ndarray, count: int) -> list[int]:
+def unused_classes(labels: np.ndarray | Tensor, count: int) -> list[int]:
     """Return which of so many classes have none of these labels [N]."""
     return np.setdiff1d(np.arange(count), labels).tolist()
 
@@ -143,60 +131,58 @@ def splits(settings: DataSettings, train: Source, test: Source | None) -> tuple[
     """Return (source, index of its images) to train on and to judge by."""
     rest = np.arange(len(train.labels))
     if test is None:
-        rest, eval_set = _cut(settings, train.labels, rest, settings.test_images or len(rest) // 3, "data.test_images")
+        rest, held = _cut(settings, train.labels, rest, settings.test_images or len(rest) // 3, "test_images")
         test = train
     else:
-        eval_set = np.arange(len(test.labels))
-        if settings.test_images not in (None, len(eval_set)):
-            _, eval_set = _cut(settings, test.labels, eval_set, settings.test_images, "data.test_images")
+        held = np.arange(len(test.labels))
+        if settings.test_images not in (None, len(held)):
+            _, held = _cut(settings, test.labels, held, settings.test_images, "test_images")
     if settings.eval_split == "val":
-        rest, eval_set = _cut(settings, train.labels, rest, settings.val_images or len(rest) // 6, "data.val_images")
+        rest, held = _cut(settings, train.labels, rest, settings.val_images or len(rest) // 6, "val_images")
         test = train
     if settings.train_share < 1:
-        _, rest = _cut(settings, train.labels, rest, round(settings.train_share * len(rest)), "data.train_share")
-    return (train, rest), (test, eval_set)
+        _, rest = _cut(settings, train.labels, rest, round(settings.train_share * len(rest)), "train_share")
+    return (train, rest), (test, held)
 
 
-def _cut(settings: DataSettings, labels: np.ndarray, index: np.ndarray, size: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+def _cut(settings: DataSettings, labels: np.ndarray, index: np.ndarray, size: int, field: str) -> tuple[np.ndarray, np.ndarray]:
     """Cut `size` images off `index`, every class in its proportion; return what is left and what was cut off."""
     labels = labels[index]
     classes = len(np.unique(labels))
     if not classes <= size <= len(index) - classes:
         raise SettingsError(
-            f"{what} is {getattr(settings, what.removeprefix('data.')) or size}; of {len(index)} images in {classes} classes, "
+            f"data.{field} is {getattr(settings, field) or size}; of {len(index)} images in {classes} classes, "
             f"{classes} to {len(index) - classes} can be set apart"
         )
     shuffled = np.random.default_rng(settings.split_seed).permutation(len(index))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.unique(labels, return_counts=True)[1]
-    share = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])  # how far into its class each image stands, 0 … 1
+    share = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])  # how far into its class each stands
     place = np.empty(len(index))
     place[by_class] = share
     cut = shuffled[np.argsort(place[shuffled], kind="stable")[:size]]
-    left = np.ones(len(index), dtype=bool)
-    left[cut] = False
-    return index[left], np.sort(index[cut])
+    return np.delete(index, cut), np.sort(index[cut])
 
 
-def _pixels(settings: DataSettings, source: Source, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pixels(source: Source, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return images [N, C, H, W] and labels [N] of an index; opened images must all be of one size and mode."""
     if source.pixels is not None:
         return source.pixels[index], source.labels[index]
-    images, first = [], None
+    images: list[Image.Image] = []
     for i in map(int, index):
+        name = source.opener.name(i)
         try:
-            image = source.opener(i)
+            images.append(source.opener(i))
         except Exception as error:
-            raise SettingsError(f"{source.opener.name(i)} cannot be read ({type(error).__name__}: {error})") from None
-        kind = image.size, image.mode
-        first = first or kind
-        if kind != first:
-            message = f"{source.opener.name(i)} is {image.size[0]} × {image.size[1]} pixels of mode {image.mode}"
-            alike = f"and the first is {first[0][0]} × {first[0][1]}, {first[1]}"
+            raise SettingsError(f"{name} cannot be read ({type(error).__name__}: {error})") from None
+        image, first = images[-1], images[0]
+        if (image.size, image.mode) != (first.size, first.mode):
+            message = f"{name} is {image.size[0]} × {image.size[1]} pixels of mode {image.mode}"
+            alike = f"and the first is {first.size[0]} × {first.size[1]}, {first.mode}"
             raise SettingsError(f"{message}; with data.in_memory all must be L or RGB and alike, {alike}")
-        pixels = np.asarray(image)
-        images.append(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
-    return np.stack(images), source.labels[index]
+    pixels = np.stack([np.asarray(image) for image in images])
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+    return pixels, source.labels[index]
 
 
 def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:

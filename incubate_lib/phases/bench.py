@@ -25,13 +25,15 @@ from incubate_lib.config import (
     SettingsError,
     TrainingSettings,
 )
+from incubate_lib.data.schedule import micro_batches
+from incubate_lib.data.sets import ImageSet
 from incubate_lib.method.incubation import Hybrid
+from incubate_lib.phases.networks import build_model, model_shape
+from incubate_lib.phases.recipes import prepare
 from incubate_lib.training.costs import train_flops_per_image
-from incubate_lib.training.counts import IMAGENET, count_images
-from incubate_lib.training.data import ImageSet
-from incubate_lib.training.phases import build_model, model_shape, pick_device, prepare, provenance, repeat_exactly
-from incubate_lib.training.schedule import micro_batches
+from incubate_lib.training.counts import IMAGENET, check_numbers, count_images
 from incubate_lib.training.stopwatch import Variant, measure, peak_flops, yardstick
+from incubate_lib.training.team import pick_device, provenance, repeat_exactly
 from incubate_lib.training.trainer import Trainer, autocast, compiled, make_optimizer
 
 GPU_BATCH = 256  # images of a step, unless the settings have fewer
@@ -142,7 +144,7 @@ def bench(
     Returns one row a variant. Two variants live at a time; `log` is given a line before each two. Raises SettingsError
     for numbers that make no sense and for a batch that the device cannot hold.
     """
-    _check(batch=batch, rounds=rounds, classes=classes)
+    check_numbers({"--batch": batch, "--rounds": rounds, "--classes": classes})
     device = pick_device()
     repeat_exactly(device)
     if classes is None:
@@ -196,7 +198,7 @@ def growth(
 
     Returns one row a point, with its `series` (depth or image_size) and `size`; a series is measured in turn as a whole.
     """
-    _check(batch=batch, rounds=rounds)
+    check_numbers({"--batch": batch, "--rounds": rounds})
     device = pick_device()
     repeat_exactly(device)
     batch = batch or (GPU_BATCH if device.type == "cuda" else 4)
@@ -231,13 +233,6 @@ def about(settings: Settings, device: torch.device) -> dict[str, Any]:
         "device": where["device"], "threads": where["threads"], "torch": where["versions"]["torch"], "date": where["date"],
         "commit": (where["commit"] or "")[:10] + ("+" if where["dirty"] else ""),
     }  # fmt: skip
-
-
-def _check(**numbers: int | None) -> None:
-    for name, value in numbers.items():
-        least = 2 if name == "classes" else 1
-        if value is not None and value < least:
-            raise SettingsError(f"--{name} is {value}; it must be at least {least}")
 
 
 @contextlib.contextmanager

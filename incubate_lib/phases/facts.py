@@ -17,15 +17,14 @@ class Facts(Frozen):
     num_classes: int
     target_depths: list[int]
     meta_depths: list[int]
-    flops_per_image: dict[
-        str, int
-    ]  # training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …
+    # Training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …
+    flops_per_image: dict[str, int]
     low_resolution: dict[str, int] = {}  # strategies that begin with small images → their size in pixels
-    unsupported: dict[str, str]  # starts, and strategies with small images, that these networks cannot have, and why
-    units: dict[str, int] = {}  # kinds of units that Modular Adaptive Training finds in the target network → their number
+    unsupported: dict[str, str]  # starts, and strategies with small images, that these networks lack, and why
+    units: dict[str, int] = {}  # kinds of units of Modular Adaptive Training in the target network → their number
     unsupported_units: dict[str, str] = {}  # kinds among them that cannot be used, and why
     weights: dict[str, str] = {}  # files that strategies start from → SHA-256
-    unused_classes: list[int] = []  # classes without an image to train on: labels that do not begin at 0 or have gaps
+    unused_classes: list[int] = []  # without an image to train on: labels that do not begin at 0 or have gaps
 
     def flops_of(self, phase: PhaseSettings) -> int:
         """Return the training FLOPs of one image in this phase; 0 where nothing is trained."""
@@ -42,8 +41,8 @@ def _kind_of(phase: PhaseSettings) -> str:
 
 def measure(settings: Settings) -> Facts:
     """Read the images, build the networks on the meta device and count; SettingsError if they do not fit together."""
-    from incubate_lib.training.data import labels_of, load_data, unused_classes
-    from incubate_lib.training.phases import model_shape
+    from incubate_lib.data.sets import load_data, unused_classes
+    from incubate_lib.phases.networks import model_shape
 
     shape = model_shape(settings.model)
     train, _ = load_data(settings.data, shape=shape, machine=settings.machine)
@@ -56,17 +55,18 @@ def measure(settings: Settings) -> Facts:
         for phase in strategy.trains:
             train.preview(1, settings.training_of(name, phase))  # an augmentation that cannot work fails now
     facts = count(settings, len(train), train.num_classes)
-    _check_classes(settings, train.num_classes)
-    return facts.model_copy(update={"unused_classes": unused_classes(labels_of(train), train.num_classes)})
+    _check_classes(settings)
+    return facts.model_copy(update={"unused_classes": unused_classes(train.labels, train.num_classes)})
 
 
-def _check_classes(settings: Settings, num_classes: int) -> None:
+def _check_classes(settings: Settings) -> None:
     """Raise SettingsError where weights to start from have the same classes as the images, in another order."""
-    from incubate_lib.training.classes import check_order, class_names, label_names
+    from incubate_lib.data.sources import open_source
+    from incubate_lib.phases.classes import check_order, label_names
 
     for name, strategy in settings.strategies.items():
         if strategy.weights and (known := label_names(strategy.weights)):
-            names = class_names(settings.data, num_classes, settings.machine)
+            names = open_source(settings.data, settings.machine)[0].classes
             check_order(names, known, f"strategies.{name}.weights")
 
 
@@ -74,74 +74,72 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     """Build the networks on the meta device and count, for so many images to train on; none is needed for it."""
     import torch
 
-    from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
     from incubate_lib.method.units import count_units
+    from incubate_lib.phases.networks import build_model, model_shape
     from incubate_lib.training.costs import FlopCounts
-    from incubate_lib.training.phases import build_model, build_parts, model_shape
 
     shape = model_shape(settings.model)
     with torch.device("meta"):
         model = build_model(settings.model, settings.model.depth, num_classes, any_kind=settings.partition is None)
-        _check_output(model, settings.model, shape, num_classes)
-        units = count_units(model)
-    sizes, small, too_small = _small_images(settings, model, shape, num_classes)
+    _check_output(settings.model, model, shape, num_classes)
+    units, counts = count_units(model), FlopCounts(shape)
+    sizes, small, unsupported = _small_images(settings, model, shape, num_classes)
     if settings.partition is None:
-        return Facts(
-            num_images=num_images, num_classes=num_classes, target_depths=[], meta_depths=[],
-            flops_per_image={"target": FlopCounts(shape).per_image(model)} | small, unsupported=too_small, units=units,
-            low_resolution=sizes, unsupported_units=_unsupported_units(model, units, shape),
-            weights=_weights(settings, num_classes, [], []),
-        )  # fmt: skip
-    with torch.device("meta"):
-        target_depths, meta_depths = settings.partition.depths(len(model.blocks))
+        depths, unsupported_units = ([], []), _unsupported_units(model, units, shape)
+        flops = {"target": counts.per_image(model)}
+    else:
+        depths, unsupported_units = settings.partition.depths(len(model.blocks)), {}
+        flops, starts = _parts(settings, depths, counts, num_classes)
+        unsupported |= starts
+    return Facts(
+        num_images=num_images, num_classes=num_classes, target_depths=depths[0], meta_depths=depths[1],
+        flops_per_image=flops | small, unsupported=unsupported, units=units, low_resolution=sizes,
+        unsupported_units=unsupported_units, weights=_weights(settings, num_classes, *depths),
+    )  # fmt: skip
 
-        any_phase = PhaseSettings(
-            phase="meta", seed=0, data=settings.data, model=settings.model, target_depths=target_depths,
-            meta_depths=meta_depths, training=settings.training,
-        )  # fmt: skip
+
+def _parts(
+    settings: Settings, depths: tuple[list[int], list[int]], counts: Any, num_classes: int
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Return the FLOPs of the meta and the target network and of each hybrid, and the starts that modules cannot have, why."""
+    import torch
+
+    from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
+    from incubate_lib.phases.networks import build_parts
+
+    any_phase = PhaseSettings(
+        phase="meta", seed=0, data=settings.data, model=settings.model, target_depths=depths[0], meta_depths=depths[1],
+        training=settings.training,
+    )  # fmt: skip
+    with torch.device("meta"):
         targets, metas = (build_parts(any_phase, which, num_classes) for which in ("target", "meta"))
-        counts = FlopCounts(shape)
         flops = {"meta": counts.per_image(assemble(metas)), "target": counts.per_image(assemble(targets))}
         for i, target in enumerate(targets):
             flops[f"incubate-{i}"] = counts.per_image(make_hybrid(metas, target, i))
             flops[f"imitate-{i}"] = counts.per_image(make_imitation(metas, target, i))
-        unsupported = dict(too_small)
+        unsupported = {}
         for start in ("stack", "identity"):
             try:
                 for target, meta in zip(targets, metas, strict=True):
                     start_module(target, meta, start, inherit_stem=True, inherit_head=True)
             except ValueError as error:
                 unsupported[start] = str(error)
-    return Facts(
-        num_images=num_images, num_classes=num_classes, target_depths=target_depths, meta_depths=meta_depths,
-        flops_per_image=flops | small, unsupported=unsupported, units=units, low_resolution=sizes,
-        weights=_weights(settings, num_classes, target_depths, meta_depths),
-    )  # fmt: skip
+    return flops, unsupported
 
 
-def _check_output(model: Any, settings: ModelSettings, shape: tuple[int, int, int], num_classes: int) -> None:
-    """Raise SettingsError unless a network on the meta device gives a row of logits for each image.
-
-    Of the blocks of a plain Vision Transformer, which change no shape, one is gone through.
-    """
+def _check_output(settings: ModelSettings, model: Any, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raise SettingsError unless a network on the meta device gives a row of logits for each image."""
     import torch
-    from timm.models.vision_transformer import VisionTransformer
 
     network = f"model.name {settings.name!r} with model.options {settings.options}"
-    blocks = model.blocks if type(model) is VisionTransformer else None
     try:
-        if blocks is not None:
-            model.blocks = blocks[:1]
         with torch.no_grad():
-            logits = model.train()(torch.empty(2, *shape, device="meta"))  # batch norm cannot train on a single image
+            logits = model.train()(torch.empty(2, *shape, device="meta"))  # batch norm cannot train on one image
     except Exception as error:  # networks check their images by asserts and by failing somewhere inside
         raise SettingsError(
             f"{network} fails with images of {shape} (channels, height, width: model.in_chans, model.img_size): "
             f"{in_a_line(error)}"
         ) from None
-    finally:
-        if blocks is not None:
-            model.blocks = blocks
     found = tuple(getattr(logits, "shape", ())) or f"a {type(logits).__name__}"
     if found != (2, num_classes):
         raise SettingsError(f"{network} gives {found} for two images, where logits are (2, {num_classes}): a row for each image")
@@ -156,25 +154,24 @@ def _small_images(
     """
     import torch
 
+    from incubate_lib.phases.networks import build_model
     from incubate_lib.training.costs import FlopCounts
-    from incubate_lib.training.phases import build_model
 
     sizes, flops, unsupported = {}, {}, {}
     for name, strategy in settings.strategies.items():
         if strategy.low_resolution is None:
             continue
-        patch = model.patch_embed.patch_size[0] if hasattr(model, "patch_embed") and hasattr(model, "pos_embed") else 1
+        has_patches = hasattr(model, "patch_embed") and hasattr(model, "pos_embed")
+        patch = model.patch_embed.patch_size[0] if has_patches else 1
         size = strategy.low_resolution.img_size or max(1, shape[1] // 2 // patch) * patch
         try:
             if size >= shape[1] or size % patch:
                 raise SettingsError(
                     f"it must be smaller than the network's ({shape[1]} pixels) and divisible by its patches ({patch})"
                 )
+            smaller = settings.model.model_copy(update={"img_size": size})
             with torch.device("meta"):
-                small = build_model(
-                    settings.model.model_copy(update={"img_size": size}), settings.model.depth, num_classes,
-                    any_kind=settings.partition is None,
-                )  # fmt: skip
+                small = build_model(smaller, smaller.depth, num_classes, any_kind=settings.partition is None)
             flops[f"target-{size}"] = FlopCounts((shape[0], size, size)).per_image(small)
             sizes[name] = size
         except (SettingsError, RuntimeError) as error:  # the latter from poolings that find nothing left
@@ -208,15 +205,15 @@ def _unsupported_units(model: Any, kinds: Iterable[str], shape: tuple[int, int, 
 
 def _weights(settings: Settings, num_classes: int, target_depths: list[int], meta_depths: list[int]) -> dict[str, str]:
     """Return the SHA-256 of each file of weights that a strategy starts from; SettingsError for one that does not fit."""
-    from incubate_lib.training.phases import build_model
-    from incubate_lib.training.weights import load_into, sha256, weights_file
+    from incubate_lib.phases.networks import build_model
+    from incubate_lib.phases.weights import load_into, sha256, weights_file
 
     weights = {}
     for name, strategy in settings.strategies.items():
         if strategy.weights:
-            depths = {"finetune": target_depths}.get(strategy.kind, meta_depths)
+            depth = sum(target_depths if strategy.kind == "finetune" else meta_depths) or None
             try:
-                model = build_model(settings.model, sum(depths) or None, num_classes, any_kind=settings.partition is None)
+                model = build_model(settings.model, depth, num_classes, any_kind=settings.partition is None)
                 load_into(model, strategy.weights)
             except SettingsError as error:
                 raise SettingsError(f"strategies.{name}.weights: {error}") from None

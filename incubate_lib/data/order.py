@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from incubate_lib.config import TrainingSettings
-from incubate_lib.training.schedule import derive_seed, micro_batches, steps_per_epoch
+from incubate_lib.data.schedule import derive_seed, micro_batches, steps_per_epoch
 
 EVAL_BATCH = 256  # images judged at once
 

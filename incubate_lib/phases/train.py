@@ -1,0 +1,91 @@
+"""Train one phase: load its images, build what trains, train it, and write down the result."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from incubate_lib.config import SettingsError
+from incubate_lib.data.schedule import derive_seed
+from incubate_lib.data.scratch import stage
+from incubate_lib.data.sets import load_data
+from incubate_lib.data.stream import check_shared_memory
+from incubate_lib.phases.job import Job
+from incubate_lib.phases.networks import model_shape
+from incubate_lib.phases.recipes import prepare
+from incubate_lib.training.lease import Lease
+from incubate_lib.training.loop import evaluate, fit
+from incubate_lib.training.runs import PhaseFolder, whose
+from incubate_lib.training.team import Team, provenance, repeat_exactly
+from incubate_lib.training.trainer import Trainer
+
+NONE_DONE = ["steps", "images_seen", "distinct_images_per_epoch", "broken_images", "train_flops", "train_flops_executed"]
+NO_TIME = ["epochs", "train_seconds", "eval_seconds", "data_share"]
+UNTRAINED = dict.fromkeys(NONE_DONE, 0) | dict.fromkeys(NO_TIME, 0.0) | {"devices": 1, "train_loss": None}
+
+
+def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
+    """Be one device of a phase, or its only one: load, train, and if it is the first, write the result.
+
+    Returns the summary, None for other devices. Raises SettingsError when the images are not those that were planned with.
+    """
+    s = job.settings
+    home = PhaseFolder(job.folder, Lease(job.folder / "lease", job.lease), whose(s, job.about["inputs_sha256"]))
+    repeat_exactly(team.device, job.machine.deterministic, strictly=s.phase != "end_to_end" or bool(s.target_depths))
+    machine = stage(s.data, job.machine)
+    train, eval_set = load_data(s.data, team.device, model_shape(s.model), machine)
+    if (len(train), train.num_classes) != job.expected:
+        raise SettingsError(
+            f"there are {len(train)} training images in {train.num_classes} classes, but {job.expected[0]} in "
+            f"{job.expected[1]} when this experiment began; look at data.folder (machine.data_folder), or give the "
+            "experiment another name"
+        )
+    if s.data.is_streamed:
+        check_shared_memory(eval_set, train, s.training, team.devices)
+    model, result = prepare(s, job.inputs, train.num_classes)
+    model.to(team.device)
+    kept = model
+    if s.training is None:
+        numbers = UNTRAINED | evaluate(model, eval_set, s.precision, team)
+        numbers |= {"start_accuracy": numbers["accuracy"]}
+        if s.phase == "meta" and team.is_first:  # read from a file: a single point, where others have a curve
+            home.start_metrics(-1)
+            row = {"step": 0, "epoch": 0.0, "images": 0, "train_flops": 0, "train_seconds": 0.0, "train_loss": None, "lr": None}
+            home.add_metrics(row | {name: numbers[name] for name in ("loss", "accuracy")})
+    else:
+        trainer = Trainer(
+            model,
+            train,
+            s.training,
+            seed=derive_seed(s.seed, s.phase, s.module_index or 0),
+            precision=s.precision,
+            machine=machine,
+            team=team,
+            mat=s.mat,
+            flops_per_image=job.flops_per_image,
+        )
+        kept, numbers = fit(trainer, eval_set, folder=home, title=job.title, should_stop=_stop_asked(job.stop_files))
+    if not team.is_first:
+        return None
+    numbers |= {
+        "flops_per_image": job.flops_per_image if s.training else 0,
+        "parameters": sum(p.numel() for p in result.parameters()),
+        "train_images": len(train),
+        "judge_images": len(eval_set),
+    }
+    identity = {"phase": s.phase, "module_index": s.module_index, "seed": s.seed, "hash": s.digest()}
+    tensors = (kept.target if s.phase == "incubate" else kept).state_dict()
+    return home.finish(identity | job.about | numbers | {"provenance": provenance(team.device)}, tensors)
+
+
+def _stop_asked(stop_files: dict[str, int | None]) -> Callable[[], bool]:
+    """Return a function that tells whether one of the files was touched since (by its own time stamps: clocks differ)."""
+    return lambda: any(modified(path) not in (None, before) for path, before in stop_files.items())
+
+
+def modified(path: Path | str) -> int | None:
+    """Return when a file was last touched, in ns; None if it is not there."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return None
