@@ -101,6 +101,7 @@ class _Recording(TorchFunctionMode):
         super().__init__()
         self.outputs: list[_Output] = []
         self.calls: dict[str, tuple[int, int]] = {}  # of a layer: when it was called first, when it returned last
+        self.repeated: set[str] = set()  # layers that are called several times
         self.uses: dict[str, tuple[int, int]] = {}  # of a parameter or a buffer: its first and its last use
         self.names: dict[int, list[str]] = {}
         for name, tensor in _tensors(model):
@@ -126,6 +127,8 @@ class _Recording(TorchFunctionMode):
 
     def leave(self, layer: str, output: Any) -> None:
         began, source, shape = self.open.pop(layer)
+        if layer in self.calls:
+            self.repeated.add(layer)
         self.calls[layer] = (min(began, self.calls.get(layer, (began,))[0]), self.now)
         if isinstance(output, Tensor) and output.requires_grad:
             self.outputs.append(_Output(self.now, layer, _vertex(output), tuple(output.shape), source, shape))
@@ -161,7 +164,7 @@ def find_chain(model: nn.Module, shape: Sequence[int]) -> Chain:
     places: dict[Vertex, int] = {}
     made_by: list[list[_Output]] = []
     for output in recording.outputs:
-        if is_cut(output.vertex):
+        if is_cut(output.vertex) and output.layer not in recording.repeated:
             place = places.setdefault(output.vertex, len(places))
             if place == len(made_by):
                 made_by.append([output])
@@ -377,6 +380,22 @@ def divide_at(chain: Chain, layers: Sequence[str]) -> Partition:
     return Partition(chain, (*ends, len(chain.stretches) - 1))
 
 
+def counted_through(partition: Partition, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of module `index` under the network's names, where its blocks are counted within the module.
+
+    So are those of the released checkpoints. Tensors that have the network's names already stay as they are.
+    """
+    places = partition.blocks(index)
+    if any(name.startswith(f"{place}.") for name in tensors for place in places[-1:]):
+        return dict(tensors)
+    within = {f"{place.rpartition('.')[0]}.{i}": place for i, place in enumerate(places)}
+    renamed = {}
+    for name, tensor in tensors.items():
+        own = next((own for own in within if name.startswith(f"{own}.")), "")
+        renamed[within.get(own, "") + name[len(own) :]] = tensor
+    return renamed
+
+
 # -- running a part of it ----------------------------------------------------------------------------------------------
 
 
@@ -439,7 +458,7 @@ def outputs(model: nn.Module, partition: Partition, x: Tensor) -> list[Tensor]:
 
 def without(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
     """Return `model` with blocks left out, sharing the weights of all others; its names stay what they are."""
-    return replaced(model, {name: None for name in blocks})
+    return replaced(model, dict.fromkeys(blocks))
 
 
 def in_names_of(meta: nn.Module, own: Partition, target: nn.Module, partition: Partition) -> nn.Module:

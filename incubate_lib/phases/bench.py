@@ -28,7 +28,7 @@ from incubate_lib.config import (
 from incubate_lib.data.schedule import micro_batches
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.method.incubation import Hybrid
-from incubate_lib.phases.networks import build_model, model_shape
+from incubate_lib.phases.networks import chain_of, model_shape
 from incubate_lib.phases.recipes import prepare
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.counts import IMAGENET, check_numbers, count_images
@@ -53,8 +53,7 @@ class Bench:
             raise SettingsError("partition is missing: without modules there are no hybrids to measure beside end to end")
         self.settings, self.batch, self.classes, self.device = settings, batch, classes, device
         self.shape = model_shape(settings.model)
-        with torch.device("meta"):
-            depth = len(build_model(settings.model, settings.model.depth, classes).blocks)
+        depth = len(chain_of(settings.model, settings.model.depth).blocks)
         self.target_depths, self.meta_depths = settings.partition.depths(depth)
         self.recipe = TrainingSettings(epochs=1e9, batch_size=batch, lr=LR, warmup_epochs=0.0, label_smoothing=0.0)
         images = torch.randint(256, (batch, *self.shape), dtype=torch.uint8, device=device)
@@ -68,22 +67,20 @@ class Bench:
             phase=phase, seed=0, data=self.settings.data, model=self.settings.model, target_depths=self.target_depths,
             meta_depths=self.meta_depths, module_index=index, start=None if index is None else "random", training=self.recipe,
         )  # fmt: skip
-        return prepare(s, {}, self.classes)[0]
+        return prepare(s, {}, self.classes)
 
     def ours(self, phase: str, index: int | None = None) -> Variant:
         """Return a phase in our loop."""
         with self.device:
             model = self.build(phase, index)
-        return self._in_our_loop(phase if index is None else f"{phase}-{index}", model, trains=model)
+        return self._in_our_loop(phase if index is None else f"{phase}-{index}", model)
 
     def bare(self, ours: Variant) -> Variant:
-        """Return the same network, straight from timm, in a loop as short as a loop can be; ours is compared with it.
+        """Return a copy of a network in a loop as short as a loop can be; ours is compared with it.
 
         Its images are normalised beforehand, and it does not ask a GPU to repeat itself bit for bit.
         """
-        with self.device:
-            model = build_model(self.settings.model, len(ours.model.blocks), self.classes).train()
-        model.load_state_dict(ours.model.state_dict())
+        model = copy.deepcopy(ours.model).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
         runner = compiled(model, self.settings.machine.compile)
         x, y = self.data.normalise(self.data.images), self.data.labels
@@ -102,33 +99,34 @@ class Bench:
 
     def released(self, ours: Variant) -> Variant:
         """Return a copy of our hybrid with the released code's freezing, in our loop; it is compared with ours."""
-        model = released_freezing(copy.deepcopy(ours.model))
-        twin = self._in_our_loop(f"{ours.name}-released", model, trains=model[1])
+        model = copy.deepcopy(ours.model)
+        optimizer = make_optimizer(model, self.recipe)  # holds what trains now
+        twin = self._in_our_loop(f"{ours.name}-released", released_freezing(model), optimizer)
         twin.against = ours
         return twin
 
-    def _in_our_loop(self, name: str, model: nn.Module, *, trains: nn.Module) -> Variant:
-        """Return a model in our loop; the optimiser holds the trainable parameters of `trains` alone."""
+    def _in_our_loop(self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Variant:
+        """Return a model in our loop, with an optimiser of all that trains if none is given."""
         flops = self.batch * train_flops_per_image(model, self.shape)
         machine = self.settings.machine
         trainer = Trainer(model, self.data, self.recipe, seed=0, precision=self.settings.precision, machine=machine)
-        if trains is not model:
-            trainer.optimizer = make_optimizer(trains, self.recipe)
+        trainer.optimizer = optimizer or trainer.optimizer
         trainer.begin(0)
         number = itertools.count()
         return Variant(name, lambda: trainer.step(next(number)), flops, model, trainer.optimizer,
                        compiled=machine.compile != "off", exact=True)  # fmt: skip
 
 
-def released_freezing(hybrid: Hybrid) -> nn.Sequential:
-    """Return prefix, target and suffix of a hybrid, sharing its weights, as the released code treats them.
+def released_freezing(hybrid: Hybrid) -> nn.Module:
+    """Return a hybrid's network, sharing its weights, as the released code treats it.
 
-    The prefix runs in train mode and under autograd. The suffix is not frozen: its weight gradients are computed, and
-    because the optimiser holds the target, `[1]`, alone, nothing uses or clears them.
+    All of it runs in train mode. What lies behind the module is not frozen: its weight gradients are computed, and because
+    the optimiser holds the module's alone, nothing uses or clears them.
     """
-    model = nn.Sequential(hybrid.prefix, hybrid.target, hybrid.suffix).train()
-    model[2].requires_grad_(True)
-    return model
+    network = hybrid.network.train()
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(hybrid.partition.owner(name) >= hybrid.index)
+    return network
 
 
 def bench(

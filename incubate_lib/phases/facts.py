@@ -75,12 +75,12 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     import torch
 
     from incubate_lib.method.units import count_units
-    from incubate_lib.phases.networks import build_model, model_shape
+    from incubate_lib.phases.networks import build_model, chain_of, model_shape
     from incubate_lib.training.costs import FlopCounts
 
     shape = model_shape(settings.model)
     with torch.device("meta"):
-        model = build_model(settings.model, settings.model.depth, num_classes, any_kind=settings.partition is None)
+        model = build_model(settings.model, settings.model.depth, num_classes)
     _check_output(settings.model, model, shape, num_classes)
     units, counts = count_units(model), FlopCounts(shape)
     sizes, small, unsupported = _small_images(settings, model, shape, num_classes)
@@ -88,7 +88,8 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
         depths, unsupported_units = ([], []), _unsupported_units(model, units, shape)
         flops = {"target": counts.per_image(model)}
     else:
-        depths, unsupported_units = settings.partition.depths(len(model.blocks)), {}
+        blocks = len(chain_of(settings.model, settings.model.depth).blocks)
+        depths, unsupported_units = settings.partition.depths(blocks), {}
         flops, starts = _parts(settings, depths, counts, num_classes)
         unsupported |= starts
     return Facts(
@@ -104,24 +105,29 @@ def _parts(
     """Return the FLOPs of the meta and the target network and of each hybrid, and the starts that modules cannot have, why."""
     import torch
 
-    from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
-    from incubate_lib.phases.networks import build_parts
+    from incubate_lib.method.incubation import start_module
+    from incubate_lib.phases.networks import build_meta, build_target, in_target_names, meta_partition_of, partition_of
 
     any_phase = PhaseSettings(
         phase="meta", seed=0, data=settings.data, model=settings.model, target_depths=depths[0], meta_depths=depths[1],
         training=settings.training,
     )  # fmt: skip
     with torch.device("meta"):
-        targets, metas = (build_parts(any_phase, which, num_classes) for which in ("target", "meta"))
-        flops = {"meta": counts.per_image(assemble(metas)), "target": counts.per_image(assemble(targets))}
-        for i, target in enumerate(targets):
-            flops[f"incubate-{i}"] = counts.per_image(make_hybrid(metas, target, i))
-            flops[f"imitate-{i}"] = counts.per_image(make_imitation(metas, target, i))
+        meta, target = build_meta(any_phase, num_classes), build_target(any_phase, num_classes)
+        partition = partition_of(any_phase)
+        flops = {
+            "meta": counts.per_image(meta, meta_partition_of(any_phase)),
+            "target": counts.per_image(target, partition),
+        }
+        meta = in_target_names(any_phase, meta, target)
+        for i in range(partition.num_modules):
+            flops[f"incubate-{i}"] = sum(counts.hybrid(meta, target, partition, i))
+            flops[f"imitate-{i}"] = sum(counts.hybrid(meta, target, partition, i, imitates=True))
         unsupported = {}
         for start in ("stack", "identity"):
             try:
-                for target, meta in zip(targets, metas, strict=True):
-                    start_module(target, meta, start, inherit_stem=True, inherit_head=True)
+                for i in range(partition.num_modules):
+                    start_module(target, meta, partition, i, start, inherit_stem=True, inherit_head=True)
             except ValueError as error:
                 unsupported[start] = str(error)
     return flops, unsupported
@@ -154,10 +160,11 @@ def _small_images(
     """
     import torch
 
-    from incubate_lib.phases.networks import build_model
+    from incubate_lib.phases.networks import build_model, in_one_piece
     from incubate_lib.training.costs import FlopCounts
 
     sizes, flops, unsupported = {}, {}, {}
+    whole = None if settings.partition is None else in_one_piece(settings.model)
     for name, strategy in settings.strategies.items():
         if strategy.low_resolution is None:
             continue
@@ -171,8 +178,8 @@ def _small_images(
                 )
             smaller = settings.model.model_copy(update={"img_size": size})
             with torch.device("meta"):
-                small = build_model(smaller, smaller.depth, num_classes, any_kind=settings.partition is None)
-            flops[f"target-{size}"] = FlopCounts((shape[0], size, size)).per_image(small)
+                small = build_model(smaller, smaller.depth, num_classes)
+            flops[f"target-{size}"] = FlopCounts((shape[0], size, size)).per_image(small, whole)
             sizes[name] = size
         except (SettingsError, RuntimeError) as error:  # the latter from poolings that find nothing left
             unsupported[name] = f"small images of {size} pixels: {str(error).splitlines()[0]}"
@@ -213,7 +220,7 @@ def _weights(settings: Settings, num_classes: int, target_depths: list[int], met
         if strategy.weights:
             depth = sum(target_depths if strategy.kind == "finetune" else meta_depths) or None
             try:
-                model = build_model(settings.model, depth, num_classes, any_kind=settings.partition is None)
+                model = build_model(settings.model, depth, num_classes)
                 load_into(model, strategy.weights)
             except SettingsError as error:
                 raise SettingsError(f"strategies.{name}.weights: {error}") from None

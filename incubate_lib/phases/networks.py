@@ -2,40 +2,36 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import timm
 import torch
-from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import DropPath, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from incubate_lib.config import ModelSettings, PhaseSettings, SettingsError, in_a_line, nearest
 from incubate_lib.data.schedule import derive_seed
-from incubate_lib.method.incubation import assemble
-from incubate_lib.method.partition import ViTModule, split
+from incubate_lib.method.network import Chain, NotAChain, Partition, divide, find_chain, in_names_of, without
 
 
-def build_model(
-    settings: ModelSettings, depth: int | None, num_classes: int, drop_path: float = 0.0, *, any_kind: bool = False
-) -> nn.Module:
-    """Return a randomly initialised timm ViT of `depth` blocks (None: timm's own), or with `any_kind` any timm model.
+def check_name(settings: ModelSettings) -> None:
+    """Raise SettingsError for a name that timm does not know."""
+    if not timm.is_model(settings.name):
+        raise SettingsError(f"model.name: timm has no {settings.name!r}; {nearest(settings.name, timm.list_models())}")
+
+
+def build_model(settings: ModelSettings, depth: int | None, num_classes: int, drop_path: float = 0.0) -> nn.Module:
+    """Return a randomly initialised timm model, of `depth` blocks if its constructor takes that (None: timm's own).
 
     SettingsError names what does not fit, and weights that nothing initialised.
     """
-    if not timm.is_model(settings.name):
-        raise SettingsError(f"model.name: timm has no {settings.name!r}; {nearest(settings.name, timm.list_models())}")
+    check_name(settings)
     arguments = timm_arguments(settings) | ({} if depth is None else {"depth": depth})
     try:
         model = _create(settings.name, num_classes=num_classes, drop_path_rate=drop_path or None, **arguments)
     except Exception as error:  # timm checks its arguments by asserts and by failing somewhere inside
-        message = f"timm cannot build model.name {settings.name!r} with {arguments}: {in_a_line(error)}"
-        raise SettingsError(message if any_kind else f"{message} (only plain Vision Transformers can be taken apart)") from None
-    if type(model) is not VisionTransformer and not any_kind:
-        raise SettingsError(
-            f"model.name {settings.name!r} is a {type(model).__name__}, not a plain timm VisionTransformer, and cannot be taken "
-            "apart; without partition it can be trained end to end"
-        )
+        raise SettingsError(f"timm cannot build model.name {settings.name!r} with {arguments}: {in_a_line(error)}") from None
     if unset := [name for name, tensor in model.state_dict().items() if not tensor.is_meta and tensor.isnan().any()]:
         raise SettingsError(
             f"timm leaves {len(unset)} tensor(s) of model.name {settings.name!r} with {arguments} without a start, first "
@@ -74,39 +70,99 @@ def timm_arguments(settings: ModelSettings) -> dict[str, Any]:
     return arguments
 
 
-def build_parts(s: PhaseSettings, which: str, num_classes: int) -> list[ViTModule]:
-    """Return the freshly initialised modules of the `meta` or the `target` network.
-
-    The whole network is built from the run's seed and then cut, so a module's start does not depend on which modules
-    are trained, in what order or in what process, and all of them together are the start of end-to-end training.
-    """
-    depths = {"meta": s.meta_depths, "target": s.target_depths}[which]
-    return split(_from_seed(s, which, sum(depths), num_classes), depths)
-
-
 def build_target(s: PhaseSettings, num_classes: int) -> nn.Module:
-    """Return the whole target network, freshly initialised; of any kind if it is not to be taken apart."""
-    if s.target_depths:
-        return assemble(build_parts(s, "target", num_classes))
-    return _from_seed(s, "target", s.model.depth, num_classes, any_kind=True)
+    """Return the whole target network, freshly initialised from the run's seed.
+
+    So a module's start does not depend on which modules are trained, in what order or in what process, and all of them
+    together are the start of end-to-end training.
+    """
+    depth = s.model.depth
+    if s.target_depths and takes_depth(s.model):
+        depth = sum(s.target_depths)
+    return _from_seed(s, "target", depth, num_classes)
 
 
-def _from_seed(s: PhaseSettings, which: str, depth: int | None, num_classes: int, any_kind: bool = False) -> nn.Module:
+def build_meta(s: PhaseSettings, num_classes: int) -> nn.Module:
+    """Return the meta model, freshly initialised from the run's seed: the same constructor with less depth where it takes a
+    depth, else the target network with blocks left out and drop-path growing over those that stay.
+    """
+    if takes_depth(s.model):
+        return _from_seed(s, "meta", sum(s.meta_depths), num_classes)
+    partition = partition_of(s)
+    kept = {block for i, depth in enumerate(s.meta_depths) for block in partition.blocks(i)[:depth]}
+    model = without(_from_seed(s, "meta", s.model.depth, num_classes), [b for b in partition.chain.blocks if b not in kept])
+    rates = torch.linspace(0, s.training.drop_path if s.training else 0.0, len(kept)).tolist()
+    for block, rate in zip([b for b in partition.chain.blocks if b in kept], rates, strict=True):
+        for layer in model.get_submodule(block).modules():
+            if isinstance(layer, DropPath):
+                layer.drop_prob = rate
+    return model
+
+
+def partition_of(s: PhaseSettings) -> Partition:
+    """Return how the target network is cut."""
+    depth = sum(s.target_depths) if takes_depth(s.model) else s.model.depth
+    return divide(chain_of(s.model, depth), s.target_depths)
+
+
+def meta_partition_of(s: PhaseSettings) -> Partition:
+    """Return how the meta model is cut, under the names that it is saved with."""
+    return divide(chain_of(s.model, sum(s.meta_depths)), s.meta_depths) if takes_depth(s.model) else partition_of(s)
+
+
+def in_target_names(s: PhaseSettings, meta: nn.Module, target: nn.Module) -> nn.Module:
+    """Return the meta model under the target's names, sharing its weights."""
+    return in_names_of(meta, meta_partition_of(s), target, partition_of(s)) if takes_depth(s.model) else meta
+
+
+def in_one_piece(settings: ModelSettings) -> Partition:
+    """Return a network as one module, whose blocks are known."""
+    chain = chain_of(settings, settings.depth)
+    return divide(chain, [len(chain.blocks)])
+
+
+def takes_depth(settings: ModelSettings) -> bool:
+    """Whether the network's constructor takes its number of blocks."""
+    return _takes_depth(settings.model_dump_json(exclude={"depth"}))
+
+
+@cache
+def _takes_depth(settings: str) -> bool:
+    settings, sizes = ModelSettings.model_validate_json(settings), set()
+    with contextlib.suppress(SettingsError), torch.device("meta"):
+        for depth in (1, 2):
+            sizes.add(sum(parameter.numel() for parameter in build_model(settings, depth, 2).parameters()))
+    return len(sizes) == 2
+
+
+def chain_of(settings: ModelSettings, depth: int | None) -> Chain:
+    """Return where a network can be cut; SettingsError if it cannot, or cannot be built."""
+    return _chain_of(settings.model_dump_json(exclude={"depth"}), depth)
+
+
+@cache
+def _chain_of(settings: str, depth: int | None) -> Chain:
+    settings = ModelSettings.model_validate_json(settings)
+    with torch.device("meta"):
+        model = build_model(settings, depth, 2)
+    try:
+        return find_chain(model, model_shape(settings))
+    except NotAChain as error:
+        raise SettingsError(
+            f"model.name {settings.name!r} cannot be taken apart: {error}; without partition it can be trained end to end"
+        ) from None
+
+
+def _from_seed(s: PhaseSettings, which: str, depth: int | None, num_classes: int) -> nn.Module:
     drop_path = s.training.drop_path if s.training else 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(s.seed, "init", which))
-        return build_model(s.model, depth, num_classes, drop_path, any_kind=any_kind)
+        return build_model(s.model, depth, num_classes, drop_path)
 
 
 def model_shape(settings: ModelSettings) -> tuple[int, int, int]:
-    """Return the images that a model takes: C, H, W. One that takes any size gets model.img_size, or timm's usual."""
-    try:
-        with torch.device("meta"):
-            model = build_model(settings, 1, 2)
-        return (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    except SettingsError:  # no plain Vision Transformer
-        if not timm.is_model(settings.name):
-            raise
+    """Return the images that a model takes: C, H, W. What is not set is timm's usual."""
+    check_name(settings)
     channels, height, width = timm.get_pretrained_cfg(settings.name).input_size
     return (settings.in_chans or channels, settings.img_size or height, settings.img_size or width)
 

@@ -22,9 +22,8 @@ from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_
 from torch import Tensor, nn
 
 from incubate_lib.config import ModelSettings, SettingsError, error_message, in_a_line
-from incubate_lib.method.incubation import assemble
-from incubate_lib.method.partition import ViTModule, split
-from incubate_lib.phases.networks import build_model
+from incubate_lib.method.network import counted_through, divide
+from incubate_lib.phases.networks import build_model, chain_of, model_shape
 from incubate_lib.phases.weights import check_fits, check_free, check_values, first, save_timm
 from incubate_lib.training.runs import check_records
 
@@ -44,21 +43,20 @@ def import_released(
     `read_released` does, and if the folder is not free.
     """
     check_free(folder)
-    settings, modules = read_released(files, name=name, num_heads=num_heads)
-    model = assemble(modules).eval()
+    settings, model, depths = read_released(files, name=name, num_heads=num_heads)
     arguments = settings.timm_arguments() | {"num_classes": model.num_classes}
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if settings.in_chans != 3:
         mean, std = ([sum(values) / 3] * settings.in_chans for values in (mean, std))
-    shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    save_timm(model, folder, arguments, shape, mean, std, DEFAULT_CROP_PCT)
-    return settings, list(modules[0].depths)
+    save_timm(model, folder, arguments, model_shape(settings), mean, std, DEFAULT_CROP_PCT)
+    return settings, depths
 
 
 def read_released(
     files: Sequence[str | Path], *, name: str | None = None, num_heads: int | None = None
-) -> tuple[ModelSettings, list[ViTModule]]:
-    """Return the modules in one checkpoint (a plain state dict is one module), or those of K hybrids: stage i of file i.
+) -> tuple[ModelSettings, nn.Module, list[int]]:
+    """Return the network in one checkpoint, or that of K hybrids, stage i of file i, and the blocks of each stage; a plain
+    state dict is one stage.
 
     `name` is the timm architecture and `num_heads` the number of heads, where they cannot be inferred. Raises
     SettingsError for a file that cannot be read safely, whose copies disagree, or that is not a plain ViT classifier,
@@ -76,12 +74,15 @@ def read_released(
         raise SettingsError(f"{files[0]}: stage {depths.index(0)} has no blocks")
     with torch.device("meta"):  # random weights would take longer than everything else
         model = build_model(settings, settings.depth, len(whole["head.weight"]))
-    modules = split(model.to_empty(device="cpu"), depths)
-    for i, (module, stage) in enumerate(zip(modules, stages, strict=True)):
+    model.to_empty(device="cpu")
+    partition = divide(chain_of(settings, settings.depth), depths)
+    own = model.state_dict()
+    for i, stage in enumerate(stages):
         path = files[i if len(files) > 1 else 0]
-        check_fits(module.state_dict(), stage, f"{path}, stage {i}" if len(stages) > 1 else str(path))
-        module.load_state_dict(stage)
-    return settings, modules
+        given = counted_through(partition, i, stage)
+        check_fits(partition.part(i, own), given, f"{path}, stage {i}" if len(stages) > 1 else str(path))
+        model.load_state_dict(given, strict=False)
+    return settings, model.eval(), depths
 
 
 def _read(path: Path) -> list[State]:

@@ -12,7 +12,7 @@ from incubate_lib.data.sets import load_data
 from incubate_lib.data.stream import check_shared_memory
 from incubate_lib.phases.job import Job
 from incubate_lib.phases.networks import model_shape
-from incubate_lib.phases.recipes import prepare
+from incubate_lib.phases.recipes import prepare, result
 from incubate_lib.training.lease import Lease
 from incubate_lib.training.loop import evaluate, fit
 from incubate_lib.training.runs import PhaseFolder, whose
@@ -42,8 +42,8 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
         )
     if s.data.is_streamed:
         check_shared_memory(eval_set, train, s.training, team.devices)
-    model, result = prepare(s, job.inputs, train.num_classes)
-    model.to(team.device)
+    model = prepare(s, job.inputs, train.num_classes).to(team.device)
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = model
     if s.training is None:
         numbers = UNTRAINED | evaluate(model, eval_set, s.precision, team)
@@ -69,13 +69,12 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
         return None
     numbers |= {
         "flops_per_image": job.flops_per_image if s.training else 0,
-        "parameters": sum(p.numel() for p in result.parameters()),
+        "parameters": parameters,
         "train_images": len(train),
         "judge_images": len(eval_set),
     }
     identity = {"phase": s.phase, "module_index": s.module_index, "seed": s.seed, "hash": s.digest()}
-    tensors = (kept.target if s.phase == "incubate" else kept).state_dict()
-    return home.finish(identity | job.about | numbers | {"provenance": provenance(team.device)}, tensors)
+    return home.finish(identity | job.about | numbers | {"provenance": provenance(team.device)}, result(kept))
 
 
 def _stop_asked(stop_files: dict[str, int | None]) -> Callable[[], bool]:

@@ -53,7 +53,7 @@ def export(
     """
     from incubate_lib.data.sets import load_data
     from incubate_lib.data.sources import open_source
-    from incubate_lib.phases.networks import model_shape, timm_arguments
+    from incubate_lib.phases.networks import model_shape, takes_depth, timm_arguments
     from incubate_lib.phases.recipes import load_trained
     from incubate_lib.phases.weights import check_free, save_timm
 
@@ -70,8 +70,8 @@ def export(
     mean, std = (values.flatten().tolist() for values in (train.mean, train.std))
     names = open_source(data, settings.machine)[0].classes
     arguments = timm_arguments(settings.model) | {"num_classes": facts.num_classes}
-    if facts.target_depths:
-        arguments["depth"] = len(network.blocks)
+    if facts.target_depths and takes_depth(settings.model):
+        arguments["depth"] = sum(facts.target_depths)
     crop_pct = data.crop_pct if data.is_streamed else 1.0
     card = _card(settings, taken, mean=mean, std=std, classes=names, ready=ready)
     save_timm(network, folder, arguments, train.shape, mean, std, crop_pct, card, names)

@@ -11,8 +11,10 @@ keys once more in the backward pass; `executed_flops_per_image` counts that, too
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from incubate_lib.method.incubation import Hybrid, Imitation
+from incubate_lib.method.network import Partition, has_layer, without
 
 
 def train_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
@@ -31,9 +33,7 @@ def train_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -
     """
     if any(parameter.device.type != "meta" for parameter in model.parameters()):
         model = copy.deepcopy(model).to("meta")
-    model.train()
-    [flops], _ = _go_through(model, _images(image_shape), backward=True)
-    return flops // 2
+    return FlopCounts(image_shape).per_image(model)
 
 
 def executed_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
@@ -74,79 +74,129 @@ def _product(first: int) -> Callable[..., int]:
 
 @dataclass
 class FlopCounts:
-    """The same counts for a network before it is trained, and for hybrids made of the same modules: exact, too, and sooner.
+    """The same counts for networks before they are trained, module by module: exact, too, and sooner.
 
-    Going through all operations of a deep network takes seconds. So of blocks that are alike two are gone through,
-    and of modules that are alike one.
+    Going through all operations of a deep network takes seconds. So of the blocks of a module that are alike two are gone
+    through (the first may need no gradient of what it is given), and all hybrids of two networks are counted by three runs.
     """
 
     image_shape: tuple[int, int, int]
-    known: dict[tuple, tuple[tuple[int], Tensor]] = field(default_factory=dict)
+    known: dict[tuple, list[int]] = field(default_factory=dict)
 
-    def per_image(self, model: nn.Module) -> int:
-        """Return the FLOPs of forward and backward for one image; everything is on the meta device."""
-        return sum(flops for _, flops in self.parts(model))
+    def per_image(self, network: nn.Module, partition: Partition | None = None) -> int:
+        """Return the FLOPs of forward and backward for one image with today's requires_grad, on the meta device."""
+        return sum(self._counted(network, partition))
 
-    def parts(self, model: nn.Module) -> list[tuple[nn.Module, int]]:
-        """Return the modules that an image goes through in training, in order, and each one's FLOPs; a whole network is one."""
-        model.train()
-        x, found = _images(self.image_shape), []
-        prefix, target, suffix = (model.prefix, model.target, model.suffix) if isinstance(model, Hybrid) else ((), model, ())
-        for part in prefix:
-            flops, x = self._part(part, x, backward=False)
-            found.append((part, flops // 2))
-        if isinstance(model, Imitation):
-            found.append((model.model_of, self._part(model.model_of, x, backward=False)[0] // 2))
-            suffix = ()
-        for part in (target, *suffix):
-            flops, x = self._part(part, x, backward=True)
-            found.append((part, flops // 2))
-        return found
+    def hybrid(self, meta: nn.Module, target: nn.Module, partition: Partition, index: int, imitates: bool = False) -> list[int]:
+        """Return what each module of the hybrid of module `index` costs for one image; of an imitation what is used of them.
 
-    def _part(self, part: nn.Module, x: Tensor, *, backward: bool) -> tuple[int, Tensor]:
-        key = (x.shape, backward, x.requires_grad)
-        [flops], out = by_blocks(part, self.known, key, lambda: _go_through(part, x, backward=backward))
-        return flops, out
+        `meta` has the target's names. Both are left all trainable.
+        """
+        target_alone = self._counted(target.requires_grad_(True), partition, apart=True)
+        before = self._counted(meta.requires_grad_(False), partition)
+        behind = self._counted(meta, partition, image_grad=True)
+        meta.requires_grad_(True)
+        if imitates:
+            return [*before[:index], before[index] + target_alone[index], *[0] * (partition.num_modules - index - 1)]
+        return [*before[:index], target_alone[index], *behind[index + 1 :]]
 
+    def _counted(
+        self, network: nn.Module, partition: Partition | None, *, image_grad: bool = False, apart: bool = False
+    ) -> list[int]:
+        key = (description(network), partition and partition.ends, image_grad, apart)
+        if key not in self.known:
+            network.train()
 
-def _images(shape: tuple[int, int, int]) -> Tensor:
-    return torch.empty(2, *shape, device="meta")  # batch norm cannot train on a single image
+            def count(thinned: nn.Module) -> list[int]:
+                # batch norm cannot train on a single image
+                x = torch.empty(2, *self.image_shape, device="meta", requires_grad=image_grad)
+                with FlopCounterMode(display=False) as counter:
+                    return by_stretch(thinned, partition, x, lambda _: counter.get_total_flops(), apart=apart)
 
-
-def _go_through(part: nn.Module, x: Tensor, *, backward: bool) -> tuple[tuple[int], Tensor]:
-    x = x.detach().requires_grad_(x.requires_grad)
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-        out = part(x)
-        if backward:
-            out.sum().backward()
-    return (counter.get_total_flops(),), torch.empty_like(out, requires_grad=backward)
+            self.known[key] = [flops // 2 for flops in by_module(network, partition, count)]
+        return list(self.known[key])
 
 
-def by_blocks(part: nn.Module, known: dict, key: tuple, count: Callable[[], tuple]) -> tuple[Sequence[int], Any]:
-    """Return what `count` does of a part, numbers and something else; numbers are linear in the blocks that are alike.
+def by_module(network: nn.Module, partition: Partition | None, count: Callable[[nn.Module], list[int]]) -> list[int]:
+    """Return what each module of a network comes to, if `count` says it of each stretch.
 
-    Of those it counts with one and with two. `known` keeps what was counted, by `key` and the description of the part.
+    It is given the network with two of a module's blocks that are alike; all others come to what the second does.
     """
-    blocks = getattr(part, "blocks", None)
-    alike = isinstance(blocks, nn.Sequential) and len({description(block) for block in blocks}) == 1
-    found = []
+    if partition is None:
+        return count(network)
+    chain, groups = partition.chain, {}
+    for stretch, part in enumerate(chain.stretches):
+        if part.block and has_layer(network, part.block):
+            alike = (partition.module_of(stretch), part.shape, description(network.get_submodule(part.block)))
+            groups.setdefault(alike, []).append(stretch)
+    left_out = [chain.stretches[i].block for group in groups.values() for i in group[2:]]
+    found = count(without(network, left_out) if left_out else network)
+    sums = [0] * partition.num_modules
+    for stretch, number in enumerate(found):
+        sums[partition.module_of(stretch)] += number
+    for (module, *_), group in groups.items():
+        sums[module] += sum(found[group[1]] for _ in group[2:])
+    return sums
+
+
+def by_stretch(
+    network: nn.Module,
+    partition: Partition | None,
+    x: Tensor,
+    read: Callable[[Tensor], int],
+    *,
+    backward: bool = True,
+    apart: bool = False,
+    run: Callable[[Tensor], Tensor] | None = None,
+) -> list[int]:
+    """Run a network, or have `run` run it; return by how much the number that `read` returns grows in each stretch.
+
+    With `backward` that of the backward pass is added; with `apart` no gradient leaves a module. `read` is given what the
+    stretch hands on. Without a partition the network is one stretch.
+    """
+    stretches = partition.chain.stretches if partition else (None,)
+    grown, last = [0] * len(stretches), len(stretches) - 1
+    state = {"stretch": last, "before": read(x)}
+    outputs: list[tuple[int, Tensor]] = []  # of what is gone through backward by itself
+
+    def note(stretch: int, tensor: Tensor) -> None:
+        now = read(tensor)
+        grown[stretch] += now - state["before"]
+        state["before"] = now
+
+    def arrived(gradient: Tensor, stretch: int) -> None:
+        note(state["stretch"], gradient)
+        state["stretch"] = stretch
+
+    def reached(layer: nn.Module, args: Any, output: Tensor, stretch: int) -> Tensor | None:
+        note(stretch, output)
+        if apart and stretch in partition.ends:
+            outputs.append((stretch, output))
+            return output.detach()
+        if backward and output.requires_grad:
+            output.register_hook(partial(arrived, stretch=stretch))
+        return None
+
+    handles = []
+    for stretch, part in enumerate(stretches[:-1]):
+        if not part.block or has_layer(network, part.block):
+            hook = partial(reached, stretch=stretch)
+            handles.append(network.get_submodule(part.name).register_forward_hook(hook))
     try:
-        for depth in range(1, 1 + min(2, len(blocks) if alike else 1)):
-            if alike:
-                part.blocks = blocks[:depth]
-            own = (description(part), *key)
-            if own not in known:
-                known[own] = count()
-            found.append(known[own])
+        out = (run or network)(x)
     finally:
-        if alike:
-            part.blocks = blocks
-    numbers, rest = found[0]
-    if len(found) == 2:
-        numbers = [one + (len(blocks) - 1) * (two - one) for one, two in zip(numbers, found[1][0], strict=True)]
-    return numbers, rest
+        for handle in handles:
+            handle.remove()
+    note(last, out)
+    for stretch, output in reversed([*outputs, (last, out)]):
+        if backward and output.requires_grad:
+            state["stretch"] = stretch
+            output.sum().backward()
+            note(state["stretch"], output)
+    return grown
 
 
 def description(block: nn.Module) -> str:
-    """Describe layers, sizes, and which parameters are trained."""
-    return f"{block} {[(name, tuple(p.shape), p.requires_grad) for name, p in block.named_parameters()]}"
+    """Describe layers, sizes, and which parameters are trained; drop-path, which costs nothing, may differ."""
+    layers = re.sub(r"DropPath\([^)]*\)", "Identity()", str(block))
+    return f"{layers} {[(name, tuple(p.shape), p.requires_grad) for name, p in block.named_parameters()]}"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from incubate_lib.method.incubation import Hybrid
-from incubate_lib.training.costs import by_blocks
+from incubate_lib.method.network import Partition
+from incubate_lib.training.costs import by_module, by_stretch, description
 from incubate_lib.training.stopwatch import LiveBytes
 from incubate_lib.training.trainer import autocast
 
@@ -40,54 +41,63 @@ class StepMemory:
 
 def step_memory(model: nn.Module, image_shape: tuple[int, int, int], *, precision: str = "float32") -> StepMemory:
     """Return the memory of a step of a network, or of a hybrid, on the meta device, for images [C, H, W]."""
-    return sum(memory_by_part(model, image_shape, precision=precision).values(), StepMemory())
+    return sum(memory_by_part(model, image_shape, precision=precision), StepMemory())
 
 
 def memory_by_part(
-    model: nn.Module, image_shape: tuple[int, int, int], *, precision: str = "float32", known: dict | None = None
-) -> dict[str, StepMemory]:
-    """Return the memory of each part: of a hybrid prefix, target and suffix, a part a module; of any other model itself.
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    partition: Partition | None = None,
+    *,
+    precision: str = "float32",
+    known: dict | None = None,
+) -> list[StepMemory]:
+    """Return the memory of each module of a network, in order, or of a hybrid; a network that is not cut is one.
 
-    `known` is filled with what was found for parts that are alike, for those who ask for many.
+    `known` is filled with what was found, for those who ask for many.
     """
     known = {} if known is None else known
-    if not isinstance(model, Hybrid):
-        return {"network": _part(model, image_shape, False, True, precision, known)[0]}
-    memory, x = {}, (image_shape, False)
-    parts = [*((m, False) for m in model.prefix), (model.target, True), *((m, True) for m in model.suffix)]
-    for number, (part, backward) in enumerate(parts):
-        name = f"module {number + 1}"
-        memory[name], *x = _part(part, *x, backward, precision, known)
+    network, partition = (model.network, model.partition) if isinstance(model, Hybrid) else (model, partition)
+    key = (description(network), image_shape, precision, partition and partition.ends)
+    if key not in known:
+        known[key] = _memory(network, image_shape, partition, precision)
+    return known[key]
+
+
+def _memory(network: nn.Module, shape: Sequence[int], partition: Partition | None, precision: str) -> list[StepMemory]:
+    modules = partition.num_modules if partition else 1
+    size, trained = [0] * modules, [0] * modules
+    for name, parameter in network.named_parameters():
+        module = partition.owner(name) if partition else 0
+        size[module] += parameter.numel() * parameter.element_size()
+        trained[module] += parameter.numel() * parameter.element_size() * parameter.requires_grad
+    kept = {
+        images: by_module(
+            network, partition, lambda thinned, images=images: _kept(thinned, (images, *shape), partition, precision)
+        )
+        for images in (1, 3)
+    }
+    memory = []
+    for module, (one, three) in enumerate(zip(kept[1], kept[3], strict=True)):
+        image = (three - one) // 2
+        weights, learned = size[module], trained[module]
+        memory.append(StepMemory(weights, learned, ADAM_STATES * learned, max(0, one - image), image))
     return memory
 
 
-def _part(
-    part: nn.Module, shape: Sequence[int], x_grad: bool, backward: bool, precision: str, known: dict
-) -> tuple[StepMemory, tuple[int, ...], bool]:
-    """Return a part's memory and its outputs, as shape of one and whether they want a gradient."""
-    size = sum(p.numel() * p.element_size() for p in part.parameters())
-    trained = sum(p.numel() * p.element_size() for p in part.parameters() if p.requires_grad)
-    key = (tuple(shape), x_grad, backward, precision)
-    (casts, activations), out = by_blocks(part, known, key, lambda: _kept(part, shape, x_grad, backward, precision))
-    return StepMemory(size, trained, ADAM_STATES * trained, casts, activations), *out
+def _kept(network: nn.Module, shape: Sequence[int], partition: Partition | None, precision: str) -> list[int]:
+    """Return the bytes that each stretch keeps for the backward pass; what is handed on where nothing is, goes again."""
+    with FakeTensorMode():
+        state = {name: _fake(tensor) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+        x = torch.empty(shape, device=CPU)
+        counted = LiveBytes([x, *state.values()])
 
+        def live(handed_on: Tensor) -> int:
+            return counted.live - (0 if handed_on.requires_grad or handed_on is x else _bytes(handed_on))
 
-def _kept(
-    part: nn.Module, shape: Sequence[int], x_grad: bool, backward: bool, precision: str
-) -> tuple[tuple[int, int], tuple[tuple[int, ...], bool]]:
-    """Return what a part keeps for the backward pass, in all and for each image; its output for one image: shape, gradient."""
-    kept = {}
-    for images in (1, 3):
-        with FakeTensorMode():
-            state = {name: _fake(tensor) for name, tensor in (*part.named_parameters(), *part.named_buffers())}
-            x = torch.empty(images, *shape, device=CPU, requires_grad=x_grad and backward)
-            counted = LiveBytes([x, *state.values()])
-            before = counted.live
-            with counted, torch.set_grad_enabled(backward), autocast(CPU, precision):
-                out = torch.func.functional_call(part, state, x)
-            kept[images] = counted.live - before - (0 if backward else _bytes(out))
-    per_image = (kept[3] - kept[1]) // 2
-    return (max(0, kept[1] - per_image), per_image), (tuple(out.shape[1:]), out.requires_grad)
+        run = lambda x: torch.func.functional_call(network, state, x)  # noqa: E731
+        with counted, autocast(CPU, precision):
+            return by_stretch(network, partition, x, live, backward=False, run=run)
 
 
 def _fake(tensor: Tensor) -> Tensor:

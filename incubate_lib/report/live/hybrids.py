@@ -17,7 +17,8 @@ from torch import nn
 from incubate_lib.config import Settings, SettingsError
 from incubate_lib.data.schedule import micro_batches
 from incubate_lib.method.incubation import Imitation
-from incubate_lib.phases.networks import build_target, model_shape
+from incubate_lib.method.network import Partition, has_layer
+from incubate_lib.phases.networks import build_target, model_shape, partition_of
 from incubate_lib.phases.recipes import prepare
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
@@ -93,32 +94,29 @@ class Hybrids:
             raise SettingsError(f"index is {index}; this strategy has the modules 0 … {len(self.nodes) - 1}")
         node = self.nodes[index]
         with torch.device("meta"):
-            model, _ = prepare(node.settings, {}, node.experiment.facts.num_classes)
+            model = prepare(node.settings, {}, node.experiment.facts.num_classes)
         before, inside, behind = WORK_OF_IMITATION if isinstance(model, Imitation) else WORK
-        modules = [*model.prefix, model.target, *model.suffix]
-        works = [before] * index + [inside] + [behind] * (len(modules) - index - 1)
-        parts = [(f"module {i + 1}", *part) for i, part in enumerate(zip(modules, works, strict=True))]
-        return self._counted(f"module {index + 1} of {len(self.nodes)} incubates", node, model, parts)
+        works = [before] * index + [inside] + [behind] * (len(self.nodes) - index - 1)
+        kept = [[b for b in model.partition.blocks(i) if has_layer(model.network, b)] for i in range(len(works))]
+        flops, memory = self._flops.parts(model), self._memory_of(node, model)
+        parts = [Part(f"module {i + 1}", len(kept[i]), i == index, works[i], flops[i], memory[i]) for i in range(len(works))]
+        return Costs(f"module {index + 1} of {len(self.nodes)} incubates", parts, _at_once(node))
 
     def whole(self) -> Costs:
         """Return what the network costs as end-to-end training has it."""
         node = self.nodes[0]
         with torch.device("meta"):
             model = build_target(node.settings, node.experiment.facts.num_classes)
-        return self._counted("end to end", node, model, [("whole network", model, WORK[1])])
+        partition = partition_of(node.settings)
+        flops, memory = self._flops.per_image(model, partition), self._memory_of(node, model, partition)
+        whole = sum(memory, StepMemory())
+        return Costs(
+            "end to end", [Part("whole network", len(partition.chain.blocks), True, WORK[1], flops, whole)], _at_once(node)
+        )
 
-    def _counted(self, title: str, node: Node, model: nn.Module, parts: Sequence[tuple]) -> Costs:
-        s, target = node.settings, getattr(model, "target", model)
-        flops = dict(self._flops.parts(model))
-        if isinstance(model, Imitation):
-            flops[target] += flops[model.model_of]
-        memory = memory_by_part(model, self._flops.image_shape, precision=s.precision, known=self._memory)
-        team = node.experiment.settings.machine.team_size
-        counted = [
-            Part(name, len(module.blocks), module is target, work, flops.get(module, 0), bytes_)
-            for (name, module, work), bytes_ in zip(parts, memory.values(), strict=True)
-        ]
-        return Costs(title, counted, micro_batches(s.training.batch_size, s.training.micro_batch, team)[1])
+    def _memory_of(self, node: Node, model: nn.Module, partition: Partition | None = None) -> list[StepMemory]:
+        shape, precision = self._flops.image_shape, node.settings.precision
+        return memory_by_part(model, shape, partition, precision=precision, known=self._memory)
 
     def figure(self, index: int | None = None) -> Figure:
         """Draw the hybrid of module `index` (0-based), or those of all modules, over the network as end-to-end training has it,
@@ -135,6 +133,12 @@ class Hybrids:
             axis.spines[["top", "right", "left"]].set_visible(False)
             axis.tick_params(left=False)
         return figure
+
+
+def _at_once(node: Node) -> int:
+    """Return the images that one device has at once."""
+    s, team = node.settings, node.experiment.settings.machine.team_size
+    return micro_batches(s.training.batch_size, s.training.micro_batch, team)[1]
 
 
 @or_sentence

@@ -11,19 +11,20 @@ Summaries mislead: in small networks that pool by averaging the class token, whi
 Letters: n images, p and q features, B images of a batch, C channels, H and W pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from incubate_lib.config import SettingsError
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.data.sources import open_source
 from incubate_lib.data.stream import StreamedSet
-from incubate_lib.method.partition import ViTModule, split
+from incubate_lib.method.network import Partition, counted_through, outputs
+from incubate_lib.phases.networks import build_target, in_target_names, partition_of
 from incubate_lib.phases.recipes import load_trained, prepare
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.report.style import Figure
@@ -91,24 +92,23 @@ def similarity(plan: Plan, strategy: str, seed: int = 0, images: int = 256) -> p
     count = min(images, len(eval_set))
     evenly = torch.linspace(0, len(eval_set) - 1, count).long()
     batches = [eval_set.some(some)[0] for some in evenly.split(BATCH)]
-    classes, depths = eval_set.num_classes, final.settings.target_depths
-    small = split(load_trained(meta.settings, meta.folder, classes), meta.settings.meta_depths)
-    wanted = [_gram(outputs) for outputs in _through(small, batches)]
-    found = {}  # (module, network) → CKA
+    classes, s = eval_set.num_classes, final.settings
+    partition, found = partition_of(s), {}  # (module, network) → CKA
+    trained = load_trained(meta.settings, meta.folder, classes)
+    wanted = [_gram(module) for module in _outputs(in_target_names(s, trained, build_target(s, classes)), partition, batches)]
     for node in final.upstream("incubate"):
         index, inputs = node.settings.module_index, {name: n.folder.path for name, n in node.inputs.items()}
-        _, target = prepare(node.settings, inputs, classes)
+        hybrid = prepare(node.settings, inputs, classes)
         for network in ("start", "hybrid"):
             if network == "hybrid":
-                target.load_state_dict(node.folder.load_weights())
-            *_, outputs = _through([*small[:index], target], batches)
-            found[index, network] = _alike(wanted[index], _gram(outputs))
+                hybrid.network.load_state_dict(counted_through(partition, index, node.folder.load_weights()), strict=False)
+            found[index, network] = _alike(wanted[index], _gram(_outputs(hybrid.network, partition, batches)[index]))
     networks = {"assembled": joined, "finetuned": final, "end_to_end": _baseline(plan, final)}
     for network, node in networks.items():
         if node is not None:
-            modules = split(load_trained(node.settings, node.folder, classes), depths)
-            for index, outputs in enumerate(_through(modules, batches)):
-                found[index, network] = _alike(wanted[index], _gram(outputs))
+            modules = _outputs(load_trained(node.settings, node.folder, classes), partition, batches)
+            for index, module in enumerate(modules):
+                found[index, network] = _alike(wanted[index], _gram(module))
     order = [(index, network) for index in range(len(wanted)) for network in NETWORKS]
     rows = [(strategy, seed, *place, found[place], count) for place in order if place in found]
     return pd.DataFrame(rows, columns=["strategy", "seed", "module_index", "network", "cka", "images"])
@@ -141,14 +141,12 @@ def similarity_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _through(modules: Sequence[ViTModule], batches: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Send batches of images through modules one after another; yield the outputs of each, on the CPU."""
-    device = pick_device()
-    for module in modules:
-        module.to(device).eval()
-        with torch.no_grad():
-            batches = [module(x.to(device)).cpu() for x in batches]
-        yield batches
+@torch.no_grad()
+def _outputs(network: nn.Module, partition: Partition, batches: list[Tensor]) -> list[list[Tensor]]:
+    """Send batches of images through a network; return the outputs of each module, batch by batch, on the CPU."""
+    network, device = network.to(pick_device()).eval(), pick_device()
+    found = [[output.cpu() for output in outputs(network, partition, x.to(device))] for x in batches]
+    return [list(module) for module in zip(*found, strict=True)]
 
 
 # -- what is finished ---------------------------------------------------------------------------------------------------------

@@ -3,9 +3,16 @@
 import torch
 
 from incubate_lib.config import PhaseSettings
-from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation
-from incubate_lib.method.partition import ViTModule
-from incubate_lib.phases.networks import build_parts, build_target, model_shape
+from incubate_lib.method.incubation import Hybrid, Imitation
+from incubate_lib.method.network import Partition
+from incubate_lib.phases.networks import (
+    build_meta,
+    build_target,
+    in_target_names,
+    meta_partition_of,
+    model_shape,
+    partition_of,
+)
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.training.memory import StepMemory, memory_by_part
 
@@ -26,32 +33,33 @@ def step_memory_of(node: Node, known: dict) -> StepMemory:
     if key not in known:
         classes, shape = node.experiment.facts.num_classes, model_shape(phase.model)
         with torch.device("meta"):
-            model = network_of(phase, classes, known)
-        parts = memory_by_part(model, shape, precision=phase.precision, known=_PARTS)
-        memory = sum(parts.values(), StepMemory())
+            model, partition = network_of(phase, classes, known)
+        parts = memory_by_part(model, shape, partition, precision=phase.precision, known=_PARTS)
+        memory = sum(parts, StepMemory())
         average = memory.weights if phase.training.ema else 0  # of the weights, kept beside them
         known[key] = memory + StepMemory(weights=average)
     return known[key]
 
 
-def network_of(phase: PhaseSettings, classes: int, built: dict) -> torch.nn.Module:
-    """Return what a phase trains; `built` keeps the modules, which several phases share.
+def network_of(phase: PhaseSettings, classes: int, built: dict) -> tuple[torch.nn.Module, Partition | None]:
+    """Return what a phase trains, and how it is cut; `built` keeps the networks, which several phases share.
 
-    Without drop-path: it keeps nothing, but makes blocks differ that can be counted as one.
+    Without drop-path, which keeps nothing.
     """
     phase = phase.model_copy(update={"training": phase.training.model_copy(update={"drop_path": 0.0})})
 
-    def parts(which: str, depths: list[int]) -> list[ViTModule]:
-        key = (which, tuple(depths), phase.model.img_size)
+    def network(which: str) -> torch.nn.Module:
+        key = (which, *phase.target_depths, *phase.meta_depths, phase.model.img_size)
         if key not in built:
-            built[key] = build_parts(phase, which, classes)
-        return built[key]
+            built[key] = (build_meta if which == "meta" else build_target)(phase, classes)
+        return built[key].requires_grad_(True)
 
-    if phase.phase == "incubate":
-        i, targets = phase.module_index, parts("target", phase.target_depths)
-        return (make_imitation if phase.imitate else make_hybrid)(parts("meta", phase.meta_depths), targets[i], i)
+    if not phase.target_depths:
+        return network("target"), None
     if phase.phase == "meta":
-        return assemble(parts("meta", phase.meta_depths)).requires_grad_(True)
-    if phase.target_depths:
-        return assemble(parts("target", phase.target_depths)).requires_grad_(True)
-    return build_target(phase, classes)
+        return network("meta"), meta_partition_of(phase)
+    partition = partition_of(phase)
+    if phase.phase == "incubate":
+        made_of = in_target_names(phase, network("meta"), network("target")), network("target")
+        return (Imitation if phase.imitate else Hybrid)(*made_of, partition, phase.module_index), partition
+    return network("target"), partition
