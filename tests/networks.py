@@ -1,11 +1,14 @@
 """Small networks of every kind that Modular Adaptive Training knows, images for them, and masks over their units."""
 
+import copy
+
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from incubate_lib.data.sets import ImageSet
+from incubate_lib.method.network import Partition, divide, find_chain, in_names_of
 
 
 def vit(depth: int = 3) -> nn.Module:
@@ -28,6 +31,20 @@ def resnet() -> nn.Module:
 NETWORKS = {
     "heads": (vit, 8), "sublayers": (vit, 8), "blocks": (vit, 8), "conv_layers": (vgg, 32), "filters": (resnet, 32),
 }  # fmt: skip
+
+
+def cut(model: nn.Module, depths: list[int]) -> Partition:
+    """Return how a Vision Transformer is cut into modules of so many blocks."""
+    shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    return divide(find_chain(copy.deepcopy(model), shape), depths)
+
+
+def made_of(
+    meta: nn.Module, meta_depths: list[int], target: nn.Module, depths: list[int]
+) -> tuple[nn.Module, nn.Module, Partition]:
+    """Return what hybrids are made of: the meta model under the target's names, the target, how that is cut."""
+    partition = cut(target, depths)
+    return in_names_of(meta, cut(meta, meta_depths), target, partition), target, partition
 
 
 def images_for(size: int) -> torch.Tensor:

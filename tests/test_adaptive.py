@@ -4,15 +4,14 @@ import math
 
 import pytest
 import torch
-from networks import NETWORKS, gradients, images_for, masks, vit
+from networks import NETWORKS, gradients, images_for, made_of, masks, vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from incubate_lib.config import DataSettings, MATSettings, SettingsError, TrainingSettings
 from incubate_lib.data.sets import load_data
-from incubate_lib.method.incubation import make_hybrid
+from incubate_lib.method.incubation import Hybrid
 from incubate_lib.method.mat import PartialUpdates
-from incubate_lib.method.partition import split
 from incubate_lib.method.units import find_units
 from incubate_lib.training import adaptive
 from incubate_lib.training.costs import all_products, executed_flops_per_image, train_flops_per_image
@@ -173,15 +172,15 @@ def test_the_probe_is_the_same_throughout_and_follows_from_the_seed():
 
 
 def test_inside_a_hybrid_only_units_of_the_target_module_take_part():
-    meta, target = split(vit(2), [1, 1]), split(vit(4), [2, 2])[0]
-    hybrid = make_hybrid(meta, target, 0)
-    before = {name: value.clone() for name, value in hybrid.state_dict().items() if not name.startswith("target.")}
+    hybrid = Hybrid(*made_of(vit(2), [1, 1], vit(4), [2, 2]), 0)
+    frozen = hybrid.state_dict().keys() - {f"network.{name}" for name in hybrid.module_state()}
+    before = {name: hybrid.state_dict()[name].clone() for name in frozen}
     how = MATSettings(units="blocks", probe=4, threshold="quantile", alpha=1.0, warmup_epochs=0)
     trainer = Trainer(hybrid, data_of(8), TrainingSettings(epochs=1, batch_size=8), seed=0, mat=how)
     trainer.begin(0)
     record = trainer.adapt(0)
     trainer.step(0)
-    assert [unit.name for unit in trainer.mat.units] == ["target.blocks.0", "target.blocks.1"] and sum(record["active"]) == 1
+    assert [unit.name for unit in trainer.mat.units] == ["network.blocks.0", "network.blocks.1"] and sum(record["active"]) == 1
     assert all(torch.equal(value, hybrid.state_dict()[name]) for name, value in before.items())
 
 

@@ -16,7 +16,6 @@ from checkpoints import DEPTHS, KINDS, images_of, network, opened, released, sam
 
 from incubate_lib.cli import main
 from incubate_lib.config import SettingsError
-from incubate_lib.method.incubation import assemble
 from incubate_lib.phases.networks import build_model
 from incubate_lib.phases.released import _settings, import_released, read_released
 
@@ -36,11 +35,11 @@ def test_a_released_checkpoint_becomes_a_timm_folder_with_the_same_logits(kind, 
     output = capsys.readouterr().out
     assert f"{' + '.join(map(str, depths))} in 4 module(s)" in output and "weights: " in output
     assert set(yaml.safe_load(output.split("needs:\n")[1])) == {"model", "strategies"}
-    settings, modules = read_released([file], num_heads=2)
-    assert [len(m.blocks) for m in modules] == depths and settings.depth == sum(depths)
+    settings, model, blocks = read_released([file], num_heads=2)
+    assert blocks == depths and settings.depth == sum(depths)
     tagged = read_released([file], name=f"{settings.name}.some_tag", num_heads=2)[0]
     assert tagged == settings, "the part after the dot names weights of timm"
-    assert same_logits(original, assemble(modules).eval())
+    assert same_logits(original, model)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +99,8 @@ def test_wrappers_within_a_network_and_names_that_come_twice(tmp_path):
     names = {name: name.replace("blocks.1.", "blocks.1._orig_mod.").replace("attn.", "attn._checkpoint_wrapped_module.")
              for name in original.state_dict()}  # fmt: skip
     content = {names[name]: tensor for name, tensor in original.state_dict().items()}
-    _, (module,) = read_released([saved(tmp_path / "a.pth", content)])
-    assert same_logits(original, assemble([module]).eval())
+    _, model, [_] = read_released([saved(tmp_path / "a.pth", content)])
+    assert same_logits(original, model)
     read_released([saved(tmp_path / "b.pth", content | {"module.norm.bias": original.norm.bias.detach()})])
     twice = saved(tmp_path / "c.pth", content | {"module.norm.bias": original.norm.bias.detach() + 1})
     with pytest.raises(SettingsError, match=r"c.pth holds norm.bias twice, with different values, once as module.norm.bias"):
@@ -136,8 +135,8 @@ def test_target_checkpoints_assemble_to_the_known_network(kind, targets, tmp_pat
 
 def test_more_than_ten_modules_keep_their_order(tmp_path):
     final, files = hybrids(tmp_path, [2] * 11)
-    _, modules = read_released(files, num_heads=2)
-    assert same_logits(final, assemble(modules).eval())
+    _, model, _ = read_released(files, num_heads=2)
+    assert same_logits(final, model)
     as_a_shell_sorts = sorted(files)
     assert as_a_shell_sorts != files
     with pytest.raises(SettingsError, match=r"MT_base_10.pth is given as number 3, but its stage 2 .* in the order of their"):

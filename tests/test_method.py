@@ -3,8 +3,11 @@
 import copy
 import functools
 import itertools
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -326,6 +329,32 @@ def test_more_than_ten_modules_keep_their_order(images):
     assert [partition.blocks(index) for index in range(12)] == [[f"blocks.{index}"] for index in range(12)]
     parts = [partition.part(index, target.state_dict()) for index in range(12)]
     assert torch.equal(assemble(build("vit", seed=3, depth=12), partition, parts)(images), target(images))
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "swin"])
+def test_the_readmes_block_runs_in_a_loop_of_ones_own(name, images):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    [block] = re.findall(r"```python\n(import copy, timm\n.*?)```", readme, re.S)
+    trained = []
+
+    def train(model):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        loss(model.train(), images).backward()
+        optimizer.step()
+        trained.append([name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])])
+
+    chain = divided(name).chain
+    depths = [1] * 3 + [len(chain.blocks) - 3]
+    small = {"train": train, "timm": SimpleNamespace(create_model=lambda _: build(name))}
+    block = (
+        block.replace("import copy, timm", "import copy")
+        .replace("(3, 224, 224)", "(3, 32, 32)")
+        .replace("[3, 3, 3, 3]", str(depths))
+    )
+    exec(block, small)
+    assert len(trained) == 6 and all(trained)
+    assert len(set(itertools.chain(*trained[1:5]))) == sum(map(len, trained[1:5])), "each tensor by one module"
 
 
 def test_method_stands_alone():

@@ -3,14 +3,13 @@
 import pytest
 import timm
 import torch
-from networks import KERNELS, with_kernels
+from networks import KERNELS, made_of, with_kernels
 from timm.layers import StdConv2d
 from torch import nn
 from torch.func import functional_call, jacrev
 
-from incubate_lib.method.incubation import make_hybrid
+from incubate_lib.method.incubation import Hybrid
 from incubate_lib.method.mntk import kernel_by_definition, modular_kernels, probe_bytes
-from incubate_lib.method.partition import split
 from incubate_lib.method.spectra import effective_rank, normalised, principal_eigenvalues, spectrum
 from incubate_lib.method.units import Unit, count_units, find_units
 
@@ -84,11 +83,10 @@ def test_kernels_of_heads_and_of_filters_add_up_to_their_layers():
 
 def test_a_hybrids_units_are_those_of_its_target_module():
     torch.manual_seed(0)
-    parts = [split(KERNELS["vit"](), [1, 1]) for _ in range(2)]
-    hybrid = make_hybrid(parts[0], parts[1][1], 1).double()
+    hybrid = Hybrid(*made_of(KERNELS["vit"](), [1, 1], KERNELS["vit"](), [1, 1]), 1).double()
     images = torch.randn(3, 1, 8, 8, dtype=torch.float64)
     units = find_units(hybrid, "sublayers")
-    assert [unit.name for unit in units] == ["target.blocks.0.attn", "target.blocks.0.mlp"]
+    assert [unit.name for unit in units] == ["network.blocks.1.attn", "network.blocks.1.mlp"]
     torch.testing.assert_close(modular_kernels(hybrid, units, images), by_jacobian(hybrid, units, images, "sum"))
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from layouts import settings_file, write_folder, write_shards
-from networks import vit
+from networks import cut, vit
 from torch.nn import functional
 
 from incubate_lib.cli import main
@@ -172,12 +172,11 @@ def test_memory_of_a_hybrid_is_that_of_its_parts():
     todo = open_plan("smoke")
     node = next(n for n in todo.nodes if n.settings.phase == "incubate" and n.settings.module_index == 1)
     with torch.device("meta"):
-        hybrid = network_of(node.settings, 4, {})
-    parts = memory_by_part(hybrid, (1, 8, 8))
-    first, target, last = parts.values()
+        hybrid, _ = network_of(node.settings, 4, {})
+    first, target, last = parts = memory_by_part(hybrid, (1, 8, 8))
     assert first.activations == first.gradients == 0, "nothing waits for the backward pass before the target"
     assert target.gradients > 0 and last.gradients == 0 and last.activations > 0, "behind it the error passes through"
-    assert sum(p.weights for p in parts.values()) == sum(p.numel() * 4 for p in hybrid.parameters())
+    assert sum(p.weights for p in parts) == sum(p.numel() * 4 for p in hybrid.parameters())
 
 
 def test_alike_blocks_are_counted_once_and_the_sum_is_exact():
@@ -185,11 +184,11 @@ def test_alike_blocks_are_counted_once_and_the_sum_is_exact():
         deep, mixed = vit(depth=7), vit(depth=7)
         mixed.blocks[3].requires_grad_(False)  # not alike: gone through block by block
     shape = (deep.patch_embed.proj.in_channels, *deep.patch_embed.img_size)
-    by_two = step_memory(deep, shape)
+    by_two, whole = memory_by_part(deep, shape, cut(deep, [7])), step_memory(deep, shape)
     with torch.device("meta"):
         mixed.blocks[3].requires_grad_(True)
         mixed.blocks[3].extra = torch.nn.Identity()  # another description, the same computation
-    assert step_memory(mixed, shape) == by_two
+    assert memory_by_part(mixed, shape, cut(mixed, [7])) == by_two == [whole]
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,19 @@ Nothing is trained and no image is read: networks live on the meta device, and t
 """
 
 import functools
+import itertools
 import re
 import shlex
 
 import pytest
 import torch
 import yaml
+from networks import cut, made_of
 from timm.models.vision_transformer import VisionTransformer
 
 from incubate_lib.cli import parser
 from incubate_lib.config import load_settings, presets
-from incubate_lib.method.incubation import assemble, make_hybrid, make_imitation, start_module
-from incubate_lib.method.partition import split
+from incubate_lib.method.incubation import Hybrid, Imitation, start_module
 from incubate_lib.method.units import count_units
 from incubate_lib.phases.facts import Facts
 from incubate_lib.phases.networks import build_model, model_shape
@@ -82,9 +83,11 @@ def facts_of(preset):
     images, classes = IMAGES[settings.data.source]
     target, meta, target_depths, meta_depths = networks(preset)
     counts = FlopCounts(model_shape(settings.model))
-    flops = {"meta": counts.per_image(meta.requires_grad_(True)), "target": counts.per_image(target)}
-    for i, module in enumerate(split(target, target_depths)):
-        flops[f"incubate-{i}"] = counts.per_image(make_hybrid(split(meta, meta_depths), module, i))
+    parts = made_of(meta, meta_depths, target, target_depths)
+    flops = {"meta": counts.per_image(meta.requires_grad_(True), cut(meta, meta_depths))}
+    flops["target"] = counts.per_image(target.requires_grad_(True), parts[2])
+    for i in range(len(target_depths)):
+        flops[f"incubate-{i}"] = sum(counts.hybrid(*parts, i))
     return Facts(
         num_images=images, num_classes=classes, target_depths=target_depths, meta_depths=meta_depths, flops_per_image=flops,
         unsupported={}, units=count_units(target),
@@ -272,7 +275,7 @@ def test_flops_are_the_known_ones():
     nodes = {"meta": own["meta"][0], "target": own["finetune"][0]} | {f"incubate-{i}": n for i, n in enumerate(own["incubate"])}
     for name, node in nodes.items():  # as planning counts them, all blocks
         with torch.device("meta"):
-            assert train_flops_per_image(prepare(node.settings, {}, 1000)[0], (3, 224, 224)) == counted[name]
+            assert train_flops_per_image(prepare(node.settings, {}, 1000), (3, 224, 224)) == counted[name]
     for preset, shares in RELATIVE.items():
         budgets = ("deep_incubation", "deep_incubation_50", "deep_incubation_25")
         baseline = total(preset, "end_to_end_300")
@@ -286,11 +289,14 @@ def test_counts_by_parts_are_those_of_the_whole(more):
         target, meta = (
             VisionTransformer(img_size=8, patch_size=4, embed_dim=16, num_heads=2, num_classes=3, depth=n, **more) for n in (8, 4)
         )
-    targets, metas, counts = split(target, [3, 1, 4]), split(meta, [1, 1, 2]), FlopCounts((3, 8, 8))
-    made = [lambda i=i, make=make: make(metas, targets[i], i) for i in range(3) for make in (make_hybrid, make_imitation)]
-    for build in (lambda: meta, lambda: target, *made):
-        assert counts.per_image(build()) == train_flops_per_image(build(), (3, 8, 8))
-    assert [len(part.blocks) for part in targets] == [3, 1, 4]
+    meta, target, partition = made_of(meta, [1, 1, 2], target, [3, 1, 4])
+    counts, shape = FlopCounts((3, 8, 8)), (3, 8, 8)
+    for network in (meta, target):
+        network.requires_grad_(True)
+        assert counts.per_image(network, partition) == train_flops_per_image(network, shape)
+    for i, (imitates, kind) in itertools.product(range(3), enumerate((Hybrid, Imitation))):
+        counted = counts.hybrid(meta, target, partition, i, bool(imitates))
+        assert sum(counted) == train_flops_per_image(kind(meta, target, partition, i), shape)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -316,14 +322,12 @@ def test_the_network_is_the_published_one_and_comes_apart(preset):
     assert isinstance(target.norm_pre, torch.nn.Identity) and target.patch_embed.proj.bias is not None
     for name in (n for n, s in settings.strategies.items() if s.kind == "deep_incubation"):
         strategy = settings.strategies[name]
-        modules = split(target, target_depths)
-        for i, module in enumerate(modules):
-            metas = split(meta, meta_depths)
-            start_module(module, metas[i], strategy.start, strategy.inherit_stem, strategy.inherit_head)
-            hybrid = make_hybrid(metas, module, i)
-            trained = sum(p.numel() for p in hybrid.parameters() if p.requires_grad)
-            assert trained == sum(p.numel() for p in module.parameters())
-        assert sum(p.numel() for p in assemble(modules).parameters()) == parameters
+        parts, trained = made_of(meta, meta_depths, target, target_depths), 0
+        for i in range(len(target_depths)):
+            stem, head = strategy.inherit_stem, strategy.inherit_head
+            start_module(target, parts[0], parts[2], i, strategy.start, inherit_stem=stem, inherit_head=head)
+            trained += sum(p.numel() for p in Hybrid(*parts, i).parameters() if p.requires_grad)
+        assert trained == parameters
 
 
 @pytest.mark.parametrize("preset", PRESETS)

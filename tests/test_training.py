@@ -8,13 +8,12 @@ import shutil
 import pytest
 import timm
 import torch
-from networks import image_set
+from networks import image_set, made_of
 from torch import nn
 
 from incubate_lib.config import MachineSettings, TrainingSettings, load_settings
 from incubate_lib.data.schedule import derive_seed, lr_at, steps_per_epoch, total_steps
-from incubate_lib.method.incubation import make_hybrid
-from incubate_lib.method.partition import join, split
+from incubate_lib.method.incubation import Hybrid
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.loop import evaluate, fit
@@ -74,11 +73,11 @@ def vit(depth=2, **options):
 def test_weight_decay_spares_biases_norms_and_embeddings_in_every_phase(phase):
     model = vit(reg_tokens=1)
     if phase == "hybrid":
-        model = make_hybrid(split(model, [1, 1]), split(vit(4, reg_tokens=1), [2, 2])[0], 0)
-    names = {id(p): name for name, p in model.named_parameters()}
+        model = Hybrid(*made_of(model, [1, 1], vit(4, reg_tokens=1), [2, 2]), 0)
+    names = {id(p): name.removeprefix("network.") for name, p in model.named_parameters()}
     groups = make_optimizer(model, TrainingSettings(weight_decay=0.05)).param_groups
-    decayed = {names[id(p)].removeprefix("target.") for g in groups if g["weight_decay"] for p in g["params"]}
-    spared = {names[id(p)].removeprefix("target.") for g in groups if not g["weight_decay"] for p in g["params"]}
+    decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+    spared = {names[id(p)] for g in groups if not g["weight_decay"] for p in g["params"]}
     assert {"pos_embed", "cls_token", "reg_token"} <= spared
     assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
     assert all(name.endswith(".bias") or "norm" in name or name in ("pos_embed", "cls_token", "reg_token") for name in spared)
@@ -166,9 +165,9 @@ def test_flops_of_vit_b_are_the_known_ones():
     shape = (3, 224, 224)
     assert train_flops_per_image(target, shape) / 1e9 == pytest.approx(105.15, abs=0.005)
     assert train_flops_per_image(meta, shape) / 1e9 == pytest.approx(35.36, abs=0.005)
+    parts = made_of(meta, [1] * 4, target, [3] * 4)
     for index, expected in enumerate([44.44, 41.18, 38.16, 35.13]):
-        meta.requires_grad_(True)
-        hybrid = make_hybrid(split(meta, [1] * 4), split(target, [3] * 4)[index], index)
+        hybrid = Hybrid(*parts, index)
         assert train_flops_per_image(hybrid, shape) / 1e9 == pytest.approx(expected, abs=0.005)
 
 
@@ -279,13 +278,13 @@ def test_compiled_gradients_equal_eager_ones_after_every_change_of_phase(monkeyp
     aot_eager traces forward and backward as inductor does, and needs no C++ compiler.
     """
     monkeypatch.setattr("incubate_lib.training.trainer.compiled", lambda model, mode: compiled(model, mode, "aot_eager"))
-    meta, target = split(vit(2), [1, 1]), split(vit(4), [2, 2])
+    meta, target, partition = made_of(vit(2), [1, 1], vit(4), [2, 2])
     phases = {
-        "meta": lambda: join(meta),
-        "module 1": lambda: make_hybrid(meta, target[0], 0),
-        "module 2": lambda: make_hybrid(meta, target[1], 1),
-        "module 1 again": lambda: make_hybrid(meta, target[0], 0),
-        "finetune": lambda: join(target),
+        "meta": lambda: meta,
+        "module 1": lambda: Hybrid(meta, target, partition, 0),
+        "module 2": lambda: Hybrid(meta, target, partition, 1),
+        "module 1 again": lambda: Hybrid(meta, target, partition, 0),
+        "finetune": lambda: target.requires_grad_(True),
     }
     for name, make in phases.items():
         model = make()

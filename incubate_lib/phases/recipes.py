@@ -36,7 +36,7 @@ def result(model: nn.Module) -> dict[str, Tensor]:
     return model.module_state() if isinstance(model, Hybrid) else model.state_dict()
 
 
-def _networks(s: PhaseSettings, inputs: Inputs, num_classes: int) -> tuple[nn.Module, nn.Module]:
+def networks(s: PhaseSettings, inputs: Inputs, num_classes: int) -> tuple[nn.Module, nn.Module]:
     """Return the meta model under the target's names, trained if it is among the inputs, and the target network."""
     meta, target = build_meta(s, num_classes), build_target(s, num_classes)
     if inputs:
@@ -50,7 +50,7 @@ def _start(s: PhaseSettings, meta: nn.Module, target: nn.Module, index: int) -> 
 
 
 def _incubate(s: PhaseSettings, inputs: Inputs, num_classes: int) -> Hybrid:
-    meta, target = _networks(s, inputs, num_classes)
+    meta, target = networks(s, inputs, num_classes)
     _start(s, meta, target, s.module_index)
     return (Imitation if s.imitate else Hybrid)(meta, target, partition_of(s), s.module_index)
 
@@ -58,7 +58,7 @@ def _incubate(s: PhaseSettings, inputs: Inputs, num_classes: int) -> Hybrid:
 def _assemble(s: PhaseSettings, inputs: Inputs, num_classes: int) -> nn.Module:
     """Put incubated modules together; where nothing was incubated, modules as they start."""
     if "meta" in inputs:
-        meta, target = _networks(s, inputs, num_classes)
+        meta, target = networks(s, inputs, num_classes)
         for index in range(len(s.target_depths)):
             _start(s, meta, target, index)
         return target

@@ -71,17 +71,13 @@ def _memory(network: nn.Module, shape: Sequence[int], partition: Partition | Non
         module = partition.owner(name) if partition else 0
         size[module] += parameter.numel() * parameter.element_size()
         trained[module] += parameter.numel() * parameter.element_size() * parameter.requires_grad
-    kept = {
-        images: by_module(
-            network, partition, lambda thinned, images=images: _kept(thinned, (images, *shape), partition, precision)
-        )
-        for images in (1, 3)
-    }
+    one, three = (
+        by_module(network, partition, lambda thinned, n=n: _kept(thinned, (n, *shape), partition, precision)) for n in (1, 3)
+    )
     memory = []
-    for module, (one, three) in enumerate(zip(kept[1], kept[3], strict=True)):
-        image = (three - one) // 2
-        weights, learned = size[module], trained[module]
-        memory.append(StepMemory(weights, learned, ADAM_STATES * learned, max(0, one - image), image))
+    for weights, learned, first, all_three in zip(size, trained, one, three, strict=True):
+        image = (all_three - first) // 2
+        memory.append(StepMemory(weights, learned, ADAM_STATES * learned, max(0, first - image), image))
     return memory
 
 

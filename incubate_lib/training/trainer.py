@@ -32,7 +32,7 @@ from incubate_lib.data.schedule import derive_seed, lr_at, micro_batches, steps_
 from incubate_lib.data.scratch import own_folder
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.data.stream import StreamedSet
-from incubate_lib.method.incubation import Imitation
+from incubate_lib.method.incubation import Hybrid, Imitation
 from incubate_lib.method.mat import Piece
 from incubate_lib.training.adaptive import Adaptive
 from incubate_lib.training.costs import executed_flops_per_image
@@ -72,7 +72,9 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequenc
 
     Parameters of which rows can rest alone are given to it in `pieces`.
     """
-    exempt = [name for name, _ in model.named_parameters() if name.split(".")[-1] in NO_DECAY]
+    prefix, network = ("network.", model.network) if isinstance(model, Hybrid) else ("", model)
+    own = {prefix + name for name in getattr(network, "no_weight_decay", set)()}
+    exempt = [name for name, _ in model.named_parameters() if name in own or name.split(".")[-1] in NO_DECAY]
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=exempt)
     leaves: dict[int, list[nn.Parameter]] = {}
     for piece in pieces:

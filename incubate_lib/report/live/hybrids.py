@@ -16,10 +16,10 @@ from torch import nn
 
 from incubate_lib.config import Settings, SettingsError
 from incubate_lib.data.schedule import micro_batches
-from incubate_lib.method.incubation import Imitation
+from incubate_lib.method.incubation import Hybrid
 from incubate_lib.method.network import Partition, has_layer
 from incubate_lib.phases.networks import build_target, model_shape, partition_of
-from incubate_lib.phases.recipes import prepare
+from incubate_lib.phases.recipes import networks
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.style import PAPER, Figure, filling, trained_and_frozen
@@ -94,11 +94,14 @@ class Hybrids:
             raise SettingsError(f"index is {index}; this strategy has the modules 0 … {len(self.nodes) - 1}")
         node = self.nodes[index]
         with torch.device("meta"):
-            model = prepare(node.settings, {}, node.experiment.facts.num_classes)
-        before, inside, behind = WORK_OF_IMITATION if isinstance(model, Imitation) else WORK
+            meta, target = networks(node.settings, {}, node.experiment.facts.num_classes)
+        partition, imitates = partition_of(node.settings), node.settings.imitate
+        flops = self._flops.hybrid(meta, target, partition, index, imitates)
+        hybrid = Hybrid(meta, target, partition, index)
+        memory = self._memory_of(node, hybrid)
+        before, inside, behind = WORK_OF_IMITATION if imitates else WORK
         works = [before] * index + [inside] + [behind] * (len(self.nodes) - index - 1)
-        kept = [[b for b in model.partition.blocks(i) if has_layer(model.network, b)] for i in range(len(works))]
-        flops, memory = self._flops.parts(model), self._memory_of(node, model)
+        kept = [[b for b in partition.blocks(i) if has_layer(hybrid.network, b)] for i in range(len(works))]
         parts = [Part(f"module {i + 1}", len(kept[i]), i == index, works[i], flops[i], memory[i]) for i in range(len(works))]
         return Costs(f"module {index + 1} of {len(self.nodes)} incubates", parts, _at_once(node))
 
@@ -109,10 +112,8 @@ class Hybrids:
             model = build_target(node.settings, node.experiment.facts.num_classes)
         partition = partition_of(node.settings)
         flops, memory = self._flops.per_image(model, partition), self._memory_of(node, model, partition)
-        whole = sum(memory, StepMemory())
-        return Costs(
-            "end to end", [Part("whole network", len(partition.chain.blocks), True, WORK[1], flops, whole)], _at_once(node)
-        )
+        blocks, memory = len(partition.chain.blocks), sum(memory, StepMemory())
+        return Costs("end to end", [Part("whole network", blocks, True, WORK[1], flops, memory)], _at_once(node))
 
     def _memory_of(self, node: Node, model: nn.Module, partition: Partition | None = None) -> list[StepMemory]:
         shape, precision = self._flops.image_shape, node.settings.precision
