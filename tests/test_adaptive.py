@@ -78,7 +78,7 @@ def test_with_all_units_active_it_is_full_training_to_the_last_bit(kind):
     assert len(mat.mat.history) == 3
     for (name, a), b in zip(plain.model.state_dict().items(), mat.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    assert mat.flops == plain.flops + 3 * mat.mat.probe_flops
+    assert mat.counts.flops == plain.counts.flops + 3 * mat.mat.probe_flops
 
 
 def test_rows_are_stepped_as_adamw_steps_whole_parameters():

@@ -119,7 +119,7 @@ def test_every_image_is_judged_once_whatever_the_number_of_devices(tmp_path):
 def test_training_on_a_folder_learns_and_reports_what_it_saw(tmp_path, data_folder):
     write_folder(tmp_path / "set", train=16)
     (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set", ", crop_pct: 1.0"))
-    changes = ["training.epochs=25", "training.lr=4e-3", "training.warmup_epochs=2", "training.clip_grad=1.0"]
+    changes = ["training.epochs=25", "training.lr=2e-3", "training.warmup_epochs=2", "training.clip_grad=1.0"]
     changes += ["training.repeats=2", "training.erase=0.2", "precision=bfloat16"]
     summary = open_phase("meta", str(tmp_path / "mine.yaml"), changes).run()
     assert summary["accuracy"] > 0.9  # chance is a third, and brightness tells the class

@@ -90,6 +90,7 @@ def hooked(fit):
     return hooked_fit
 
 
-sys.meta_path.insert(0, Finder("incubate_lib.training.loop", with_hooks))
-sys.meta_path.insert(0, Finder("incubate_lib.training.facts", with_counts))
-sys.meta_path.insert(0, Finder("torchvision.datasets.cifar", with_other_sums))
+if "PYTEST_CURRENT_TEST" in os.environ:  # a test started this process; pytest-xdist's own find this folder on their path, too
+    sys.meta_path.insert(0, Finder("incubate_lib.training.loop", with_hooks))
+    sys.meta_path.insert(0, Finder("incubate_lib.phases.facts", with_counts))
+    sys.meta_path.insert(0, Finder("torchvision.datasets.cifar", with_other_sums))

@@ -137,10 +137,9 @@ def _submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: C
     """
     experiment = plan.experiment
     missing = to_do(plan.nodes, is_complete)  # a job that finds its phase complete after all ends at once
-    jobs = requests(missing, slurm)
+    jobs = check(requests(missing, slurm))
     for devices in {team(node, jobs) for node in missing}:  # can batches be shared out among them?
         load_settings(source["preset"], [*source["overrides"], *devices])
-    jobs = check(jobs)
     for script in scripts(plan, missing, source, slurm, jobs):
         script.arguments([])  # what it cannot hold is told before anything is written
     experiment.create()
