@@ -145,10 +145,10 @@ def hardships(site, others):
     cluster.kill(nodes[2])
     call("scontrol", "update", f"NodeName={nodes[2]}", "State=DOWN", "Reason=test")
     cluster.restart_controller()
+    cluster.wait_for(lambda: "ended" in attempts(0)[0], "the time limit of seed 0")
+    call("scontrol", "update", f"JobId={ids[0]}", "TimeLimit=60")  # at once: its next attempt is to have more time
     wait_for_attempt(2, 1)
     call("scontrol", "requeue", ids[1])
-    cluster.wait_for(lambda: "ended" in attempts(0)[0], "the time limit of seed 0")
-    call("scontrol", "update", f"JobId={ids[0]}", "TimeLimit=60")
     wait_for_attempt(2, 0, 2)
     site.hooks.let_go(f"{run}/{KEYS[2]}")
     wait_for_attempt(3, 1)
