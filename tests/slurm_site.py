@@ -1,7 +1,10 @@
-"""Somebody who is logged in on a test cluster."""
+"""Somebody who is logged in on a test cluster, and the same phases trained without it."""
 
 import contextlib
+import hashlib
 import itertools
+import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ from slurm_cluster import Cluster
 
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline.experiment import Experiment
+from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live.watch import Live
 from incubate_lib.training.runs import PhaseFolder, read_json
 
@@ -90,3 +94,34 @@ class Site:
 
     def attempts(self, run: str, key: str) -> list[dict]:
         return read_json(self.data / "runs" / run / key / "attempts.json") or []
+
+
+def weights(folder: Path) -> dict[str, str]:
+    files = folder.rglob("model.safetensors")
+    return {str(p.parent.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def train_here(data: str, overrides: list[str], strategies: list[str], seeds: list[int]) -> None:
+    import torch
+
+    os.environ["INCUBATE_DATA"] = data
+    torch.set_num_threads(1)
+    plan(load_settings("smoke", overrides), strategies, seeds).run()
+
+
+class TrainedHere:
+    """Phases trained on this machine, uninterrupted and with one thread, each set in a process that begins at once."""
+
+    def __init__(self, wanted: dict[str, tuple[Path, list[str], list[str], list[int]]]) -> None:
+        self.begun, context = {}, multiprocessing.get_context("forkserver")
+        for what, (folder, *how) in wanted.items():
+            process = context.Process(target=train_here, args=(str(folder), *how))
+            process.start()
+            self.begun[what] = folder, process
+
+    def weights(self, what: str) -> dict[str, str]:
+        """Wait until a set is trained; return the hash of each phase's weights."""
+        folder, process = self.begun[what]
+        process.join()
+        assert process.exitcode == 0
+        return weights(next((folder / "runs").iterdir()))

@@ -1,20 +1,16 @@
 """The chain on a real Slurm cluster of several nodes, started for the test on this machine."""
 
-import hashlib
 import itertools
-import multiprocessing
 import os
 import re
 import time
-from pathlib import Path
 
 import pytest
 import slurm_cluster
 import yaml
-from slurm_site import Site
+from slurm_site import Site, TrainedHere, weights
 
-from incubate_lib.config import load_settings
-from incubate_lib.pipeline.strategies import open_phase, plan
+from incubate_lib.pipeline.strategies import open_phase
 
 missing = [] if os.environ.get("INCUBATE_REQUIRE_SLURM") else slurm_cluster.missing()  # then they fail instead
 pytestmark = [
@@ -25,7 +21,6 @@ pytestmark = [
 ]
 BOTH = ["--strategies", "end_to_end", "deep_incubation"]
 MODULES = [f"seed-0/deep_incubation/incubate-{module}" for module in range(3)]
-context = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="module")
@@ -36,36 +31,11 @@ def site(tmp_path_factory):
     assert not site.cluster.processes()
 
 
-def weights(folder: Path) -> dict[str, str]:
-    files = folder.rglob("model.safetensors")
-    return {str(p.parent.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def train_here(data: str, overrides: list[str], strategies: list[str], seeds: list[int]) -> None:
-    import torch
-
-    os.environ["INCUBATE_DATA"] = data
-    torch.set_num_threads(1)
-    plan(load_settings("smoke", overrides), strategies, seeds).run()
-
-
 @pytest.fixture(scope="module")
 def here(tmp_path_factory, chain):
     """The same phases trained on this machine, uninterrupted and with one thread: what → weights. They begin early, too."""
     wanted = {"chain": ([], ["end_to_end", "deep_incubation"], [0]), "hardships": (LONG, ["end_to_end"], [0, 1, 2])}
-    begun = {}
-    for what, (overrides, strategies, seeds) in wanted.items():
-        folder = tmp_path_factory.mktemp("here")
-        begun[what] = folder, context.Process(target=train_here, args=(str(folder), overrides, strategies, seeds))
-        begun[what][1].start()
-
-    def weights_of(what: str) -> dict[str, str]:
-        folder, process = begun[what]
-        process.join()
-        assert process.exitcode == 0
-        return weights(next((folder / "runs").iterdir()))
-
-    return weights_of
+    return TrainedHere({what: (tmp_path_factory.mktemp("here"), *how) for what, how in wanted.items()}).weights
 
 
 # -- the happy path -------------------------------------------------------------------------------------------------------
@@ -175,10 +145,10 @@ def hardships(site, others):
     cluster.kill(nodes[2])
     call("scontrol", "update", f"NodeName={nodes[2]}", "State=DOWN", "Reason=test")
     cluster.restart_controller()
+    cluster.wait_for(lambda: "ended" in attempts(0)[0], "the time limit of seed 0")
+    call("scontrol", "update", f"JobId={ids[0]}", "TimeLimit=60")  # at once: its next attempt is to have more time
     wait_for_attempt(2, 1)
     call("scontrol", "requeue", ids[1])
-    cluster.wait_for(lambda: "ended" in attempts(0)[0], "the time limit of seed 0")
-    call("scontrol", "update", f"JobId={ids[0]}", "TimeLimit=60")
     wait_for_attempt(2, 0, 2)
     site.hooks.let_go(f"{run}/{KEYS[2]}")
     wait_for_attempt(3, 1)
