@@ -74,7 +74,14 @@ def _phase(key: str, folder: Path) -> Phase:
 
 def tensors(folder: Path, changes: Sequence[Change] = CHANGES) -> dict[str, torch.Tensor]:
     """Return a phase's weights by today's names."""
-    return renamed_keys(load_file(folder / "model.safetensors"), "tensors", changes)
+    stored = renamed_keys(load_file(folder / "model.safetensors"), "tensors", changes)
+    config = json.loads((folder / "config.json").read_text())
+    index, depths = config["module_index"], config["target_depths"]
+    if not index or any(name.startswith(f"blocks.{sum(depths[: index + 1]) - 1}.") for name in stored):
+        return stored
+    # Modules of before counted their blocks from 0, now they have the network's names.
+    number = re.compile(r"blocks\.(\d+)\.")
+    return {number.sub(lambda m: f"blocks.{int(m[1]) + sum(depths[:index])}.", name): t for name, t in stored.items()}
 
 
 def curves(folder: Path, changes: Sequence[Change] = CHANGES) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from incubate_lib.config.files import load_settings as load_settings
 from incubate_lib.config.files import presets as presets
 from incubate_lib.config.models import DEFAULT_MACHINE as DEFAULT_MACHINE
 from incubate_lib.config.models import Settings as Settings
+from incubate_lib.config.phase import TASK as TASK
 from incubate_lib.config.phase import PhaseSettings as PhaseSettings
 from incubate_lib.config.sections import LARGEST_SEED as LARGEST_SEED
 from incubate_lib.config.sections import MADE as MADE

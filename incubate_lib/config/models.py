@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from incubate_lib.config.errors import SettingsError, nearest, refuse, validated
-from incubate_lib.config.phase import FORMAT, digest
+from incubate_lib.config.phase import FORMAT, TASK, digest
 from incubate_lib.config.sections import (
     ARRAYS,
     DataSettings,
@@ -33,6 +33,7 @@ class Settings(Frozen):
 
     name: Name
     description: str = ""
+    task: str = TASK  # what is learned
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     partition: PartitionSettings | None = None  # none: the network is not cut, and any timm model will do
@@ -181,4 +182,6 @@ class Settings(Frozen):
             for later in ("lr_scale", "warmup_share"):
                 if values.get(later) == STRATEGIES.get(name, {}).get(later):
                     values.pop(later, None)
+        if self.task != TASK:
+            sections["task"] = self.task
         return digest({"format": FORMAT, **sections, "phases": as_set(self.phases), "strategies": own})

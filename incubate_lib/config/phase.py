@@ -8,6 +8,7 @@ from incubate_lib.config.sections import DataSettings, Frozen, MATSettings, Mode
 from incubate_lib.config.strategies import Start
 
 PhaseName = Literal["meta", "incubate", "assemble", "finetune", "end_to_end"]
+TASK = "classification"
 # of everything a phase's result depends on besides its settings; raise it when old results must not be reused
 FORMAT = 3
 
@@ -17,6 +18,7 @@ class PhaseSettings(Frozen):
 
     phase: PhaseName
     seed: Seed
+    task: str = TASK
     data: DataSettings
     model: ModelSettings
     target_depths: list[int]
@@ -41,6 +43,8 @@ class PhaseSettings(Frozen):
             for field in later:  # what was trained before there were these stays good
                 if not section[field]:
                     del section[field]
+        if self.task == TASK:
+            del values["task"]
         return digest(values)
 
 

@@ -51,6 +51,10 @@ class Hybrid(nn.Module):
         """Map images [B, C, H, W] to logits. Nothing before the module needs a gradient; behind it, it passes through."""
         return self.network(x)
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that the network wants no decay of, as timm's networks say it."""
+        return {f"network.{name}" for name in getattr(self.network, "no_weight_decay", set)()}
+
     def module_state(self) -> dict[str, Tensor]:
         """Return the trained module's tensors, under the target network's names."""
         return self.partition.part(self.index, self.network.state_dict())

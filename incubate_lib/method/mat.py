@@ -79,13 +79,13 @@ def same_number(active: Tensor, scores: Tensor) -> Tensor:
     return chosen
 
 
-def gradient_norms(model: nn.Module, units: Sequence[Unit], images: Tensor, labels: Tensor) -> Tensor:
-    """Return the norm of the mean loss's gradient for each unit, in eval mode: float64 [U] on the CPU."""
+def gradient_norms(model: nn.Module, units: Sequence[Unit], images: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the norm of the gradient of the outputs' mean `loss` for each unit, in eval mode: float64 [U] on the CPU."""
     names = sorted({name for unit in units for name in unit.rows})
     parameters = {name: model.get_parameter(name).detach().requires_grad_() for name in names}
     with eval_mode(model), torch.enable_grad():
-        logits = torch.func.functional_call(model, parameters, (images,))
-        gradients = torch.autograd.grad(F.cross_entropy(logits.float(), labels), list(parameters.values()))
+        output = torch.func.functional_call(model, parameters, (images,))
+        gradients = torch.autograd.grad(loss(output), list(parameters.values()))
     if images.is_meta:  # only to be counted
         return torch.zeros(len(units))
     squares = {n: g.double().square().reshape(len(g), -1).sum(1).cpu() for n, g in zip(parameters, gradients, strict=True)}

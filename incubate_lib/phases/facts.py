@@ -7,7 +7,8 @@ sees in a moment that everything is done. This module itself does not import tor
 from collections.abc import Iterable
 from typing import Any
 
-from incubate_lib.config import Frozen, ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line
+from incubate_lib import tasks
+from incubate_lib.config import Frozen, ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line, nearest
 
 
 class Facts(Frozen):
@@ -45,6 +46,7 @@ def measure(settings: Settings) -> Facts:
     from incubate_lib.phases.networks import model_shape
 
     shape = model_shape(settings.model)
+    task_of(settings)
     train, _ = load_data(settings.data, shape=shape, machine=settings.machine)
     if train.shape != shape:
         raise SettingsError(
@@ -57,6 +59,13 @@ def measure(settings: Settings) -> Facts:
     facts = count(settings, len(train), train.num_classes)
     _check_classes(settings)
     return facts.model_copy(update={"unused_classes": unused_classes(train.labels, train.num_classes)})
+
+
+def task_of(settings: Settings) -> tasks.Task:
+    """Return what is learned; SettingsError if there is no such task."""
+    if settings.task not in tasks.names():
+        raise SettingsError(f"unknown task {settings.task!r}; {nearest(settings.task, tasks.names())}")
+    return tasks.get(settings.task)
 
 
 def _check_classes(settings: Settings) -> None:
@@ -78,12 +87,12 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     from incubate_lib.phases.networks import build_model, chain_of, model_shape
     from incubate_lib.training.costs import FlopCounts
 
-    shape = model_shape(settings.model)
+    shape, outputs = model_shape(settings.model), task_of(settings).outputs(num_classes)
     with torch.device("meta"):
-        model = build_model(settings.model, settings.model.depth, num_classes)
-    _check_output(settings.model, model, shape, num_classes)
+        model = build_model(settings.model, settings.model.depth, outputs)
+    _check_output(settings.model, model, shape, outputs)
     units, counts = count_units(model), FlopCounts(shape)
-    sizes, small, unsupported = _small_images(settings, model, shape, num_classes)
+    sizes, small, unsupported = _small_images(settings, model, shape, outputs)
     if settings.partition is None:
         depths, unsupported_units = ([], []), _unsupported_units(model, units, shape)
         flops = {"target": counts.per_image(model)}
@@ -95,7 +104,7 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     return Facts(
         num_images=num_images, num_classes=num_classes, target_depths=depths[0], meta_depths=depths[1],
         flops_per_image=flops | small, unsupported=unsupported, units=units, low_resolution=sizes,
-        unsupported_units=unsupported_units, weights=_weights(settings, num_classes, *depths),
+        unsupported_units=unsupported_units, weights=_weights(settings, outputs, *depths),
     )  # fmt: skip
 
 
@@ -109,7 +118,7 @@ def _parts(
     from incubate_lib.phases.networks import build_meta, build_target, in_target_names, meta_partition_of, partition_of
 
     any_phase = PhaseSettings(
-        phase="meta", seed=0, data=settings.data, model=settings.model, target_depths=depths[0], meta_depths=depths[1],
+        phase="meta", seed=0, task=settings.task, data=settings.data, model=settings.model, target_depths=depths[0], meta_depths=depths[1],
         training=settings.training,
     )  # fmt: skip
     with torch.device("meta"):
@@ -133,8 +142,8 @@ def _parts(
     return flops, unsupported
 
 
-def _check_output(settings: ModelSettings, model: Any, shape: tuple[int, int, int], num_classes: int) -> None:
-    """Raise SettingsError unless a network on the meta device gives a row of logits for each image."""
+def _check_output(settings: ModelSettings, model: Any, shape: tuple[int, int, int], outputs: int) -> None:
+    """Raise SettingsError unless a network on the meta device gives a row of so many outputs for each image."""
     import torch
 
     network = f"model.name {settings.name!r} with model.options {settings.options}"
@@ -147,12 +156,12 @@ def _check_output(settings: ModelSettings, model: Any, shape: tuple[int, int, in
             f"{in_a_line(error)}"
         ) from None
     found = tuple(getattr(logits, "shape", ())) or f"a {type(logits).__name__}"
-    if found != (2, num_classes):
-        raise SettingsError(f"{network} gives {found} for two images, where logits are (2, {num_classes}): a row for each image")
+    if found != (2, outputs):
+        raise SettingsError(f"{network} gives {found} for two images, where logits are (2, {outputs}): a row for each image")
 
 
 def _small_images(
-    settings: Settings, model: Any, shape: tuple[int, int, int], num_classes: int
+    settings: Settings, model: Any, shape: tuple[int, int, int], outputs: int
 ) -> tuple[dict[str, int], dict[str, int], dict[str, str]]:
     """Return the size of the small images that strategies begin with, what training on one costs, and what is not possible, why.
 
@@ -178,7 +187,7 @@ def _small_images(
                 )
             smaller = settings.model.model_copy(update={"img_size": size})
             with torch.device("meta"):
-                small = build_model(smaller, smaller.depth, num_classes)
+                small = build_model(smaller, smaller.depth, outputs)
             flops[f"target-{size}"] = FlopCounts((shape[0], size, size)).per_image(small, whole)
             sizes[name] = size
         except (SettingsError, RuntimeError) as error:  # the latter from poolings that find nothing left
@@ -210,7 +219,7 @@ def _unsupported_units(model: Any, kinds: Iterable[str], shape: tuple[int, int, 
     return unsupported_units
 
 
-def _weights(settings: Settings, num_classes: int, target_depths: list[int], meta_depths: list[int]) -> dict[str, str]:
+def _weights(settings: Settings, outputs: int, target_depths: list[int], meta_depths: list[int]) -> dict[str, str]:
     """Return the SHA-256 of each file of weights that a strategy starts from; SettingsError for one that does not fit."""
     from incubate_lib.phases.networks import build_model
     from incubate_lib.phases.weights import load_into, sha256, weights_file
@@ -220,7 +229,7 @@ def _weights(settings: Settings, num_classes: int, target_depths: list[int], met
         if strategy.weights:
             depth = sum(target_depths if strategy.kind == "finetune" else meta_depths) or None
             try:
-                model = build_model(settings.model, depth, num_classes)
+                model = build_model(settings.model, depth, outputs)
                 load_into(model, strategy.weights)
             except SettingsError as error:
                 raise SettingsError(f"strategies.{name}.weights: {error}") from None

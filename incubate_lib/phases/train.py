@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from incubate_lib import tasks
 from incubate_lib.config import SettingsError
 from incubate_lib.data.schedule import derive_seed
 from incubate_lib.data.scratch import stage
@@ -42,16 +43,17 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
         )
     if s.data.is_streamed:
         check_shared_memory(eval_set, train, s.training, team.devices)
+    task = tasks.get(s.task)
     model = prepare(s, job.inputs, train.num_classes).to(team.device)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = model
     if s.training is None:
-        numbers = UNTRAINED | evaluate(model, eval_set, s.precision, team)
-        numbers |= {"start_accuracy": numbers["accuracy"]}
+        numbers = UNTRAINED | evaluate(model, eval_set, task, s.precision, team)
+        numbers |= {"start_score": numbers["score"]}
         if s.phase == "meta" and team.is_first:  # read from a file: a single point, where others have a curve
             home.start_metrics(-1)
             row = {"step": 0, "epoch": 0.0, "images": 0, "train_flops": 0, "train_seconds": 0.0, "train_loss": None, "lr": None}
-            home.add_metrics(row | {name: numbers[name] for name in ("loss", "accuracy")})
+            home.add_metrics(row | {name: numbers[name] for name in ("loss", "score")})
     else:
         trainer = Trainer(
             model,
@@ -63,15 +65,17 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
             team=team,
             mat=s.mat,
             flops_per_image=job.flops_per_image,
+            task=task,
         )
         kept, numbers = fit(trainer, eval_set, folder=home, title=job.title, should_stop=_stop_asked(job.stop_files))
     if not team.is_first:
         return None
     numbers |= {
+        "metric": task.score.name,
         "flops_per_image": job.flops_per_image if s.training else 0,
         "parameters": parameters,
         "train_images": len(train),
-        "judge_images": len(eval_set),
+        "eval_images": len(eval_set),
     }
     identity = {"phase": s.phase, "module_index": s.module_index, "seed": s.seed, "hash": s.digest()}
     return home.finish(identity | job.about | numbers | {"provenance": provenance(team.device)}, result(kept))

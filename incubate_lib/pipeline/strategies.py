@@ -239,7 +239,7 @@ class _Strategy:
         about["inputs"] = {key: node.digest for key, node in inputs.items()}
         if weights:
             about["inputs"]["weights"] = self.facts.weights[weights]
-        about |= {"phase": phase, "seed": self.seed, "training": training}
+        about |= {"phase": phase, "seed": self.seed, "task": self.settings.task, "training": training}
         about |= {"precision": self.settings.precision, "target_depths": target, "meta_depths": meta}
         settings = PhaseSettings(**about)
         key = f"seed-{self.seed}/" + (key or f"{self.name}/{phase}")

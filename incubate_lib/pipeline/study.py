@@ -31,7 +31,7 @@ UNDER_WAY = 3  # exit status
 RunRates = dict[str, float]  # phase → learning rate
 Stage = tuple[str, list["Trial"]]
 OF_STRATEGIES = {"kind", "weights", "low_resolution"}
-FACTS_FROM = {"data": ..., "model": ..., "partition": ..., "strategies": {"__all__": OF_STRATEGIES}}
+FACTS_FROM = {"task": ..., "data": ..., "model": ..., "partition": ..., "strategies": {"__all__": OF_STRATEGIES}}
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,19 @@
-"""What is learned, behind one interface. Members are files beside this one, each with an object `TASK`, found by name."""
+"""What is learned, behind one interface. Members are files beside this one, each with an object `TASK`, found by name.
+
+Files of tasks import torch where they compute only: the names of metrics are asked for in a moment.
+"""
 
 import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from incubate_lib.config import TASK
 
-DEFAULT = "classification"
-_registered: dict[str, "Task"] = {}
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -23,67 +27,97 @@ class Metric:
     digits: int = 3
     higher_is_better: bool = True
 
+    @property
+    def heading(self) -> str:
+        """What stands above a column or beside an axis, e.g. `top-1 %`."""
+        return f"{self.label} {self.unit}".strip()
+
+    @property
+    def worst(self) -> float:
+        """What training counts that ended without a number."""
+        return float("-inf" if self.higher_is_better else "inf")
+
+    @property
+    def sign(self) -> int:
+        """Times this, more is better."""
+        return 1 if self.higher_is_better else -1
+
     def written(self, value: float) -> str:
-        """Return a value as people write it, e.g. 0.934 as 93.4 %."""
-        return f"{self.scale * value:.{self.digits}f}" + (f" {self.unit}" if self.unit else "")
+        """Return a value as people write it, e.g. 0.934 as 93.4%."""
+        space = "" if self.unit == "%" else " "
+        return f"{self.scale * value:.{self.digits}f}{space}{self.unit}".strip()
 
 
 class Task:
     """What a batch is, how it is made ready, the loss of an output, and how evaluation adds up.
 
-    The loop sees batches that it cannot open, a loss, and sums. A batch is what the data yields: here a tuple whose first
-    member goes into the network. Methods draw from the global generators only, which the trainer seeds for every micro-batch.
+    The loop sees batches that it cannot open, a loss, and sums. A batch is what the data yields: of images a pair of images
+    and labels. Methods draw from the global generators only, which the trainer seeds for every micro-batch.
     """
 
     name = ""
-    metrics: tuple[Metric, ...] = ()  # the first is the score: what rates, strategies and modules are compared by
+    metrics: tuple[Metric, ...] = ()  # the first is the score, by which rates, modules and strategies are compared
+    num_sums = 0  # S, see `sums`
 
     @property
     def score(self) -> Metric:
         return self.metrics[0]
 
-    def outputs(self, data: Any) -> int:
-        """Return how many outputs the network's head needs for this data."""
+    def outputs(self, num_classes: int) -> int:
+        """Return how many outputs the head needs for data of so many classes; ValueError if the task cannot learn them."""
         raise NotImplementedError
 
-    def start(self, data: Any, settings: Any) -> Any:
+    def chance(self, num_classes: int) -> float | None:
+        """Return the score of guessing; None where nobody knows."""
+        return None
+
+    def start(self, data: Any, recipe: Any) -> Any:
         """Return what `ready` needs besides a batch, made once a phase."""
 
-    def ready(self, batch: Any, data: Any, settings: Any, extra: Any) -> Any:
+    def ready(self, batch: Any, data: Any, recipe: Any, extra: Any) -> Any:
         """Return a training batch on the device, augmented; `extra` is what `start` returned."""
         raise NotImplementedError
 
-    def inputs(self, batch: Any) -> Tensor:
+    def inputs(self, batch: Any) -> "Tensor":
         """Return what goes into the network: [B, …]."""
         return batch[0]
 
-    def loss(self, output: Tensor, batch: Any, settings: Any) -> Tensor:
-        """Return the mean loss of a training batch, in float32."""
+    def loss(self, output: "Tensor", batch: Any, recipe: Any = None) -> "Tensor":
+        """Return the mean loss of a batch, in float32; of an evaluated one where there is no recipe."""
         raise NotImplementedError
 
-    def sums(self, output: Tensor, batch: Any) -> Tensor:
+    def sums(self, output: "Tensor", batch: Any) -> "Tensor":
         """Return sums over the samples of an evaluated batch, float64 [S]: first their number, then their losses, then what
         `divided` needs. Over batches and devices they are added up."""
         raise NotImplementedError
 
     def divided(self, sums: list[float]) -> Mapping[str, float]:
-        """Return mean loss, named loss, and all metrics, of all sums [S]."""
+        """Return all metrics by name, and the mean loss, named loss, of the sums [S] over all samples."""
         raise NotImplementedError
 
+    def mistakes(self, output: "Tensor", batch: Any) -> list[str | None]:
+        """Return for each sample of an evaluated batch what to write under it where the network is wrong; None where not."""
+        return [None] * len(output)
 
-def register(task: Task) -> None:
-    """Add a task that has no file here."""
-    _registered[task.name] = task
+    def evaluated(self, sums: list[float]) -> dict[str, float]:
+        """Return the mean loss, the score under that name, and the other metrics under theirs, of all sums [S]."""
+        found = dict(self.divided(sums))
+        return {"loss": found.pop("loss"), "score": found.pop(self.score.name)} | found
 
 
 def names() -> list[str]:
-    return sorted({*_registered, *(member.name for member in pkgutil.iter_modules(__path__))})
+    return sorted(member.name for member in pkgutil.iter_modules(__path__))
 
 
-def get(name: str = DEFAULT) -> Task:
+@cache
+def get(name: str = TASK) -> Task:
     """Return a task by its name; KeyError if there is none."""
-    if name not in _registered:
-        if name not in names():
-            raise KeyError(name)
-        register(importlib.import_module(f"{__name__}.{name}").TASK)
-    return _registered[name]
+    if name not in names():
+        raise KeyError(name)
+    return importlib.import_module(f"{__name__}.{name}").TASK
+
+
+@cache
+def metric(name: str) -> Metric:
+    """Return a metric of any task by its name; KeyError if there is none."""
+    return {metric.name: metric for task in map(get, names()) for metric in task.metrics}[name]

@@ -3,43 +3,53 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from timm.data import Mixup
-from torch import Tensor
-
 from incubate_lib.tasks import Metric, Task
 
 
 class Classification(Task):
     name = "classification"
     metrics = (Metric("accuracy", "top-1", "%", scale=100.0, digits=1),)
+    num_sums = 3
 
-    def outputs(self, data: Any) -> int:
-        return data.num_classes
+    def outputs(self, num_classes: int) -> int:
+        return num_classes
 
-    def start(self, data: Any, settings: Any) -> Mixup | None:
-        if not (settings.mixup or settings.cutmix):
+    def chance(self, num_classes: int) -> float:
+        return 1 / num_classes
+
+    def start(self, data: Any, recipe: Any) -> Any:
+        if not (recipe.mixup or recipe.cutmix):
             return None
-        return Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=data.num_classes)
+        from timm.data import Mixup
 
-    def ready(self, batch: Any, data: Any, settings: Any, extra: Mixup | None) -> Any:
+        return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=data.num_classes)
+
+    def ready(self, batch: Any, data: Any, recipe: Any, extra: Any) -> Any:
         x, y = batch
-        x = data.finish(x, settings)
+        x = data.finish(x, recipe)
         return (x, y) if extra is None else extra(x, y)
 
-    def loss(self, output: Tensor, batch: Any, settings: Any) -> Tensor:
-        smoothing = 0.0 if settings.mixup or settings.cutmix else settings.label_smoothing  # Mixup smooths its own targets
-        return F.cross_entropy(output.float(), batch[1], label_smoothing=smoothing)
+    def loss(self, output: Any, batch: Any, recipe: Any = None) -> Any:
+        from torch.nn.functional import cross_entropy
 
-    def sums(self, output: Tensor, batch: Any) -> Tensor:
+        is_mixed = recipe is None or recipe.mixup or recipe.cutmix  # Mixup smooths its own targets
+        return cross_entropy(output.float(), batch[1], label_smoothing=0.0 if is_mixed else recipe.label_smoothing)
+
+    def sums(self, output: Any, batch: Any) -> Any:
+        import torch
+        from torch.nn.functional import cross_entropy
+
         y, logits = batch[1], output.float()
-        loss = F.cross_entropy(logits, y, reduction="sum").double()
+        loss = cross_entropy(logits, y, reduction="sum").double()
         return torch.stack([torch.ones_like(loss) * len(y), loss, (logits.argmax(1) == y).sum().double()])
 
     def divided(self, sums: list[float]) -> Mapping[str, float]:
         number, loss, correct = sums
         return {"loss": loss / number, "accuracy": correct / number}
+
+    def mistakes(self, output: Any, batch: Any) -> list[str | None]:
+        pairs = zip(batch[1].tolist(), output.argmax(1).tolist(), strict=True)
+        return [None if label == guess else f"{label}, not {guess}" for label, guess in pairs]
 
 
 TASK = Classification()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from incubate_lib.config import MATSettings, SettingsError
 from incubate_lib.data.schedule import derive_seed
@@ -15,6 +16,7 @@ from incubate_lib.method.mat import PartialUpdates, choose, gradient_norms, same
 from incubate_lib.method.mntk import check_kernels, modular_kernels, probe_bytes
 from incubate_lib.method.spectra import EXACT, effective_rank, normalised, principal_eigenvalues, spectrum
 from incubate_lib.method.units import Unit, find_units
+from incubate_lib.tasks import Task, get
 from incubate_lib.training.costs import all_products, train_flops_per_image
 from incubate_lib.training.team import ALONE, Team
 
@@ -39,10 +41,12 @@ class Adaptive:
         flops_per_image: int,
         seed: int,
         team: Team = ALONE,
+        task: Task = get(),
     ) -> None:
-        self.model, self.settings, self.seed, self.team = model, settings, seed, team
+        self.model, self.settings, self.seed, self.team, self.task = model, settings, seed, team, task
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(derive_seed(seed, "probe")))
-        self.images, self.labels = train.some(order[: settings.probe])
+        self.batch = train.some(order[: settings.probe])
+        self.images = task.inputs(self.batch)
         self.every = max(1, round(settings.every_epochs * steps_per_epoch))
         self.warmup = round(settings.warmup_epochs * steps_per_epoch)
         try:
@@ -51,7 +55,7 @@ class Adaptive:
             self.updates = PartialUpdates(model, self.units, self.images[:1], cut=settings.cut, stop_error=settings.stop_error)
         except ValueError as error:
             raise SettingsError(f"mat.units {settings.units!r}: {error}") from None
-        check_probe(model, self.units, self.images, settings, train.num_classes)
+        check_probe(model, self.units, self.images, settings, task.outputs(train.num_classes))
         self.active = torch.ones(len(self.units), dtype=torch.bool)
         self.history: list[list[float]] = []  # principal eigenvalues [E][U]
         self.flops_of: dict[tuple[bool, ...], int] = {tuple(self.active.tolist()): flops_per_image}
@@ -94,7 +98,7 @@ class Adaptive:
         This takes passes of its own: under a counter some products round otherwise, and a phase that goes on from a
         checkpoint must see the numbers that an uninterrupted one saw.
         """
-        self.executed = self._count(self.model, self.images, self.labels)
+        self.executed = self._count(self.model, self.images)
 
     def _ranked(self, active: Tensor, eigenvalues: Tensor, step: int) -> Tensor:
         """Return the units that train: MAT's, or as many by another ranking, for a control."""
@@ -106,7 +110,7 @@ class Adaptive:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "mat", step))
             scores = torch.rand(len(active), generator=generator)
         else:
-            scores = self.team.share(gradient_norms(self.model, self.units, self.images, self.labels))
+            scores = self.team.share(gradient_norms(self.model, self.units, self.images, self._loss))
         return same_number(active, scores)
 
     def wanted(self, step: int) -> Tensor:
@@ -127,9 +131,9 @@ class Adaptive:
     def _count_on_meta(self) -> tuple[int, int]:
         """Return the FLOPs of a look and of a ranking as budgets are counted: attention not fused."""
         model = copy.deepcopy(self.model).to("meta")
-        return self._count(model, torch.empty_like(self.images, device="meta"), self.labels.to("meta"))
+        return self._count(model, torch.empty_like(self.images, device="meta"))
 
-    def _count(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[int, int]:
+    def _count(self, model: nn.Module, images: Tensor) -> tuple[int, int]:
         """Return the FLOPs of looking at the kernels, and of ranking units by their gradients.
 
         The eigenvalues' are not counted; where they are found by power iteration, its number of steps is not known before.
@@ -139,8 +143,13 @@ class Adaptive:
         if self.settings.rank != "gradient_norm":
             return probing.get_total_flops(), 0
         with all_products() as ranking:
-            gradient_norms(model, self.units, images, labels)
+            gradient_norms(model, self.units, images, self._loss)
         return probing.get_total_flops(), ranking.get_total_flops()
+
+    def _loss(self, output: Tensor) -> Tensor:
+        """Return the mean loss of the probe; of one that is only counted, on the meta device, too."""
+        batch = tree_map(lambda value: value.to(output.device) if isinstance(value, Tensor) else value, self.batch)
+        return self.task.loss(output, batch)
 
     def state(self) -> dict[str, Any]:
         return {"history": self.history, "active": self.active.tolist()}
@@ -149,12 +158,12 @@ class Adaptive:
         self.history, self.active = state["history"], torch.tensor(state["active"], dtype=torch.bool)
 
 
-def check_probe(model: nn.Module, units: Sequence[Unit], images: Tensor, settings: MATSettings, num_classes: int) -> None:
+def check_probe(model: nn.Module, units: Sequence[Unit], images: Tensor, settings: MATSettings, outputs: int) -> None:
     """Raise SettingsError when a probe needs more memory than is free, and say how many images would do."""
     free = free_memory(images.device)
     if free is None:
         return
-    rows = num_classes if settings.outputs == "all" else 1  # of the kernels, an image
+    rows = outputs if settings.outputs == "all" else 1  # of the kernels, an image
     per_image = rows * probe_bytes(model, units, tuple(images.shape[1:]))
     most = len(images)
     while most and most * per_image + len(units) * (most * rows) ** 2 * 4 > MEMORY_SHARE * free:

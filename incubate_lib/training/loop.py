@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from incubate_lib.data.schedule import steps_per_epoch
+from incubate_lib.tasks import Task
 from incubate_lib.training.progress import Progress
 from incubate_lib.training.runs import MNTK, STATUS_SECONDS, PhaseFolder, Stopped
 from incubate_lib.training.team import ALONE, Team
@@ -46,42 +46,41 @@ class Chrono:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: DataSet, precision: str = "float32", team: Team = ALONE) -> dict[str, float]:
-    """Return mean loss and accuracy (0 … 1): sums over all samples, divided once. The model's mode is left as it was.
+def evaluate(model: nn.Module, data: DataSet, task: Task, precision: str = "float32", team: Team = ALONE) -> dict[str, float]:
+    """Return mean loss, score and other metrics: sums over all samples, divided once. The model's mode is left as it was.
 
-    Each image is counted exactly once, however many devices share the work; all take the first device's buffers.
+    Each sample is counted exactly once, however many devices share the work; all take the first device's buffers.
     """
     team.broadcast_buffers(model)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
-    for x, y in data.eval_batches(team.rank, team.devices):
+    sums = torch.zeros(task.num_sums, dtype=torch.float64, device=device)
+    for batch in data.eval_batches(team.rank, team.devices):
         with autocast(device, precision):
-            logits = model(x).float()
-        loss = F.cross_entropy(logits, y, reduction="sum")
-        sums += torch.stack([loss.double(), (logits.argmax(1) == y).sum().double(), torch.ones_like(loss).double() * len(y)])
-    loss, correct, images = team.all_reduce(sums).tolist()
+            output = model(task.inputs(batch))
+        sums += task.sums(output, batch)
+    number, *rest = team.all_reduce(sums).tolist()
     model.train(was_training)
-    assert images == len(data), f"{images} images judged, not {len(data)}"
-    return {"loss": loss / len(data), "accuracy": correct / len(data)}
+    assert number == len(data), f"{number} samples evaluated, not {len(data)}"
+    return task.evaluated([number, *rest])
 
 
 @torch.no_grad()
-def mistakes(model: nn.Module, data: DataSet, num: int = 10) -> tuple[Tensor, list[int], list[int]]:
-    """Return the first images that the model gets wrong, uint8 [num, C, H, W], their labels and what it says."""
+def mistakes(model: nn.Module, data: DataSet, task: Task, num: int = 10) -> tuple[Tensor, list[str]]:
+    """Return the first images that the model gets wrong, uint8 [num, C, H, W], and what to write under each."""
     model.eval()
     device = next(model.parameters()).device
-    images, labels, guesses = [], [], []
-    for x, y in data.eval_batches():
-        guess = model(x.to(device)).argmax(1).to(y.device)
-        wrong = guess != y
+    images, captions = [torch.zeros(0, *data.shape, dtype=torch.uint8)], []
+    for batch in data.eval_batches():
+        x = task.inputs(batch)
+        told = task.mistakes(model(x.to(device)).to(x.device), batch)
+        wrong = [place for place, caption in enumerate(told) if caption is not None]
         images.append((255 * (x[wrong] * data.std + data.mean)).round().clamp(0, 255).to(torch.uint8).cpu())
-        labels += y[wrong].tolist()
-        guesses += guess[wrong].tolist()
-        if len(labels) >= num:
+        captions += [told[place] for place in wrong]
+        if len(captions) >= num:
             break
-    return torch.cat(images)[:num], labels[:num], guesses[:num]
+    return torch.cat(images)[:num], captions[:num]
 
 
 def fit(
@@ -144,7 +143,7 @@ def fit(
 
     def evaluate_now() -> None:
         began = time.perf_counter()
-        result = evaluate(trainer.eval_model, eval_set, trainer.precision, team)
+        result = evaluate(trainer.eval_model, eval_set, trainer.task, trainer.precision, team)
         counts.eval_seconds += time.perf_counter() - began
         if not math.isfinite(result["loss"]):
             raise not_finite("the judged loss", result["loss"], step)
@@ -196,7 +195,7 @@ def fit(
             if due:
                 evaluate_now()
             if progress:
-                progress.update(step, epoch=step / per_epoch, loss=last_loss, accuracy=rows[-1]["accuracy"])
+                progress.update(step, epoch=step / per_epoch, loss=last_loss, score=rows[-1]["score"])
             stop = team.decide(step < steps and should_stop())
             if stop or team.decide(save_due):
                 began = time.monotonic()
@@ -218,7 +217,7 @@ def fit(
     if data_share > DATA_SHARE_WARNED and team.is_first:
         print(f"{title}: {data_share:.0%} of the training time was spent waiting for images; more machine.workers, a faster "
               "disk or data.in_memory would help", flush=True)  # fmt: skip
-    numbers = {name: rows[-1][name] for name in ("accuracy", "loss", "train_loss")}
+    numbers = {name: rows[-1][name] for name in ("score", "loss", "train_loss")}
     if trainer.mat:
         probes = folder.metrics(MNTK)
         numbers["mat"] = {"units": [unit.name for unit in trainer.mat.units], "evaluations": len(probes)}
@@ -234,5 +233,5 @@ def fit(
         "data_share": data_share,
         "broken_images": len(broken),
         "devices": team.devices,
-        "start_accuracy": rows[0]["accuracy"],
+        "start_score": rows[0]["score"],
     }

@@ -55,6 +55,7 @@ class PhaseFolder:
         if not isinstance(summary, dict) or "hash" not in summary or digest not in (None, summary["hash"]):
             return None
         made_from = summary.get("inputs_sha256", {})
+        summary = {"metric": "accuracy"} | _renamed(summary)
         return summary if all(made_from.get(name) == sha for name, sha in (used or {}).items()) else None
 
     def finished(self, digest: str | None = None, used: dict[str, str] | None = None) -> dict[str, Any] | None:
@@ -79,7 +80,7 @@ class PhaseFolder:
         with contextlib.suppress(FileNotFoundError):
             for line in (self.path / file).read_bytes().splitlines():
                 with contextlib.suppress(ValueError):
-                    rows.append(json.loads(line))
+                    rows.append(_renamed(json.loads(line)))
         return rows
 
     @property
@@ -243,6 +244,14 @@ class PhaseFolder:
                 raise SettingsError(f"{self.weights} is damaged; delete it and run again")
             raise SettingsError(f"{self.weights} is missing or damaged; run again, and it is made again")
         return load(blob)
+
+
+# columns of records that were written before, and what they are called now
+BEFORE = {"accuracy": "score", "start_accuracy": "start_score", "judge_images": "eval_images"}
+
+
+def _renamed(record: dict[str, Any]) -> dict[str, Any]:
+    return {BEFORE.get(name, name): value for name, value in record.items()}
 
 
 def whose(settings: PhaseSettings, used: dict[str, str] | None) -> dict[str, Any]:

@@ -12,15 +12,14 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -32,14 +31,15 @@ from incubate_lib.data.schedule import derive_seed, lr_at, micro_batches, steps_
 from incubate_lib.data.scratch import own_folder
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.data.stream import StreamedSet
-from incubate_lib.method.incubation import Hybrid, Imitation
 from incubate_lib.method.mat import Piece
+from incubate_lib.tasks import Task, get
 from incubate_lib.training.adaptive import Adaptive
 from incubate_lib.training.costs import executed_flops_per_image
 from incubate_lib.training.team import ALONE, Team
 
 NO_DECAY = {"pos_embed", "cls_token", "reg_token", "dist_token"}  # besides biases and norms, in every phase
 DataSet = ImageSet | StreamedSet
+Losses = Callable[[Callable[[Tensor], Any], Tensor, Callable[[Tensor], Tensor]], Iterator[Tensor]]
 
 
 @dataclass
@@ -58,6 +58,11 @@ class Counts:
     flops_executed: int = 0  # with fused attention
 
 
+def of_the_output(run: Callable[[Tensor], Tensor], x: Tensor, loss: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """Yield the losses of an update, each of which is gone through backward before the next is computed: here one."""
+    yield loss(run(x))
+
+
 def seed_everything(seed: int, device: torch.device) -> None:
     """Seed all generators that a micro-batch may draw from. (torch.manual_seed takes a stack trace without a GPU.)"""
     random.seed(seed)
@@ -72,8 +77,7 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequenc
 
     Parameters of which rows can rest alone are given to it in `pieces`.
     """
-    prefix, network = ("network.", model.network) if isinstance(model, Hybrid) else ("", model)
-    own = {prefix + name for name in getattr(network, "no_weight_decay", set)()}
+    own = getattr(model, "no_weight_decay", set)()
     exempt = [name for name, _ in model.named_parameters() if name in own or name.split(".")[-1] in NO_DECAY]
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=exempt)
     leaves: dict[int, list[nn.Parameter]] = {}
@@ -122,8 +126,11 @@ class Trainer:
         team: Team = ALONE,
         mat: MATSettings | None = None,
         flops_per_image: int = 0,
+        task: Task = get(),
+        losses: Losses = of_the_output,
     ) -> None:
         self.model, self.train, self.settings, self.seed, self.team = model, train, settings, seed, team
+        self.task, self.losses = task, losses
         self.flops_per_image = flops_per_image  # while everything trains
         self.executed_of: dict[tuple[bool, ...], int] = {}  # FLOPs executed for an image, by the units that train
         self.counts = Counts()
@@ -136,18 +143,14 @@ class Trainer:
         self.mat = None
         if mat is not None:
             self.mat = Adaptive(
-                model, train, mat, steps_per_epoch=per_epoch, flops_per_image=flops_per_image, seed=seed, team=team
+                model, train, mat, steps_per_epoch=per_epoch, flops_per_image=flops_per_image, seed=seed, team=team, task=task
             )
         self.optimizer = make_optimizer(model, settings, self.mat.updates.pieces if self.mat else ())
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.ema = ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None
-        self.mix = None
-        if settings.mixup or settings.cutmix:
-            self.mix = Mixup(
-                settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=train.num_classes
-            )
+        self.extra = task.start(train, settings)
         self.wrap()
-        self.batches: Iterator[tuple[Tensor, Tensor]] | None = None
+        self.batches: Iterator[Any] | None = None
 
     def wrap(self) -> None:
         """Wrap and compile the model for its present set of trainable parameters."""
@@ -190,17 +193,15 @@ class Trainer:
         (self.model if self.mat else self.optimizer).zero_grad(set_to_none=True)  # of divided parameters it holds views only
         for k in range(self.number):
             began = time.perf_counter()
-            x, y = next(self.batches)
+            batch = next(self.batches)
             self.counts.wait_seconds += time.perf_counter() - began
             seed_everything(derive_seed(self.seed, "draw", step, k * self.team.devices + self.team.rank), self.device)
-            x = self.train.finish(x, self.settings)
-            if self.mix is not None:
-                x, y = self.mix(x, y)
+            batch = self.task.ready(batch, self.train, self.settings, self.extra)
             last = k == self.number - 1  # gradients travel once, after the last micro-batch
             with self.replica.no_sync() if self.team.devices > 1 and not last else contextlib.nullcontext():
-                loss = self._loss(x, y)
-                (loss / self.number).backward()
-            losses.append(loss.detach().clone())  # a captured graph would overwrite it
+                for loss in self.losses(self._run, self.task.inputs(batch), partial(self._loss, batch=batch)):
+                    (loss / self.number).backward()
+                    losses.append(loss.detach().clone())  # a captured graph would overwrite it
         if self.settings.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.trainable, self.settings.clip_grad)
         for group in self.optimizer.param_groups:
@@ -215,7 +216,7 @@ class Trainer:
         self.counts.flops_executed += self.executed_now() * self.settings.batch_size
         if self.ema is not None:
             self.ema.update(self.model, step)
-        return losses[0] if self.number == 1 else torch.stack(losses).mean()
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum() / self.number
 
     def flops_now(self) -> int:
         """Return the FLOPs of a training image with what trains at present, counted as budgets are: on the meta device."""
@@ -232,13 +233,12 @@ class Trainer:
                 self.executed_of[key] = executed_flops_per_image(self.model, self.train.shape)
         return self.executed_of[key]
 
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def _run(self, x: Tensor) -> Any:
         with autocast(self.device, self.precision):
-            logits = self.runner(x)
-        if isinstance(self.model, Imitation):
-            return logits.mean()  # they are losses already
-        smoothing = 0.0 if self.mix else self.settings.label_smoothing  # Mixup smooths its own targets
-        return F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
+            return self.runner(x)
+
+    def _loss(self, output: Tensor, batch: Any) -> Tensor:
+        return self.task.loss(output, batch, self.settings)
 
     @property
     def eval_model(self) -> nn.Module:
