@@ -16,7 +16,8 @@ from incubate_lib.method.mat import PartialUpdates, choose, gradient_norms, same
 from incubate_lib.method.mntk import check_kernels, modular_kernels, probe_bytes
 from incubate_lib.method.spectra import EXACT, effective_rank, normalised, principal_eigenvalues, spectrum
 from incubate_lib.method.units import Unit, find_units
-from incubate_lib.tasks import Task, get
+from incubate_lib.tasks import Task
+from incubate_lib.tasks.classification import TASK as CLASSIFICATION
 from incubate_lib.training.costs import all_products, train_flops_per_image
 from incubate_lib.training.team import ALONE, Team
 
@@ -41,7 +42,7 @@ class Adaptive:
         flops_per_image: int,
         seed: int,
         team: Team = ALONE,
-        task: Task = get(),
+        task: Task = CLASSIFICATION,
     ) -> None:
         self.model, self.settings, self.seed, self.team, self.task = model, settings, seed, team, task
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(derive_seed(seed, "probe")))

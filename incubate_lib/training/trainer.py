@@ -32,7 +32,8 @@ from incubate_lib.data.scratch import own_folder
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.data.stream import StreamedSet
 from incubate_lib.method.mat import Piece
-from incubate_lib.tasks import Task, get
+from incubate_lib.tasks import Task
+from incubate_lib.tasks.classification import TASK as CLASSIFICATION
 from incubate_lib.training.adaptive import Adaptive
 from incubate_lib.training.costs import executed_flops_per_image
 from incubate_lib.training.team import ALONE, Team
@@ -126,7 +127,7 @@ class Trainer:
         team: Team = ALONE,
         mat: MATSettings | None = None,
         flops_per_image: int = 0,
-        task: Task = get(),
+        task: Task = CLASSIFICATION,
         losses: Losses = of_the_output,
     ) -> None:
         self.model, self.train, self.settings, self.seed, self.team = model, train, settings, seed, team
