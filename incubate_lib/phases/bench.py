@@ -41,6 +41,7 @@ CPU_STEP = 5e11  # FLOPs of a step end to end on a CPU: some ten seconds
 LR = 1e-5  # so small that random labels do no harm
 NARROW = ModelSettings(name="vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=96, depth=8, num_heads=3)
 DEPTHS = (12, 24, 48, 96, 128)  # blocks
+HYBRID = {"start": "random", "inherit_stem": False, "inherit_head": False}
 SIZES = (32, 64, 96, 128, 160, 224)  # pixels: 17 to 785 tokens, where attention has 3 to 58 % of the FLOPs
 Log = Callable[[str], None]
 
@@ -65,7 +66,7 @@ class Bench:
         """Return the model that a phase trains, freshly initialised, on the device that is default here."""
         s = PhaseSettings(
             phase=phase, seed=0, data=self.settings.data, model=self.settings.model, target_depths=self.target_depths,
-            meta_depths=self.meta_depths, module_index=index, start=None if index is None else "random", training=self.recipe,
+            meta_depths=self.meta_depths, options={} if index is None else HYBRID | {"module_index": index}, training=self.recipe,
         )  # fmt: skip
         return prepare(s, {}, self.classes)
 

@@ -10,8 +10,8 @@ import torch
 from timm.layers import DropPath, resample_abs_pos_embed
 from torch import Tensor, nn
 
-from incubate_lib import tasks
 from incubate_lib.config import ModelSettings, PhaseSettings, SettingsError, in_a_line, nearest
+from incubate_lib.config.members import TASKS
 from incubate_lib.data.schedule import derive_seed
 from incubate_lib.method.network import Chain, NotAChain, Partition, divide, find_chain, in_names_of, without
 
@@ -158,7 +158,7 @@ def _from_seed(s: PhaseSettings, which: str, depth: int | None, num_classes: int
     drop_path = s.training.drop_path if s.training else 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(s.seed, "init", which))
-        return build_model(s.model, depth, tasks.get(s.task).outputs(num_classes), drop_path)
+        return build_model(s.model, depth, TASKS[s.task].outputs(num_classes), drop_path)
 
 
 def model_shape(settings: ModelSettings) -> tuple[int, int, int]:

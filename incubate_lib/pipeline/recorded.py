@@ -15,7 +15,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
 from incubate_lib.config import PhaseSettings, Settings, SettingsError, error_message
-from incubate_lib.config.strategies import StrategySettings
+from incubate_lib.config.members import STRATEGIES
+from incubate_lib.config.phase import of_identity
+from incubate_lib.config.strategies import TrainingChanges, fields_of
 from incubate_lib.phases.facts import Facts
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan, closure
@@ -39,7 +41,7 @@ def recorded_plan(folder: Path) -> Plan:
         finals = {}
         for node in nodes.values():
             parts = node.key.split("/")
-            whole = node.settings.phase in ("end_to_end", "finetune") and not node.settings.small_images
+            whole = node.settings.phase in ("end_to_end", "finetune") and not node.settings.options.get("small_images")
             if whole and (len(parts) == 2 or parts[2] == "finetune"):
                 finals[parts[1], node.settings.seed] = node
         order = [*settings.run, *settings.strategies]
@@ -64,8 +66,16 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _settings(values: dict[str, Any]) -> Settings:
-    strategies = {name: _as_set(StrategySettings, value) for name, value in values.get("strategies", {}).items()}
+    strategies = {name: _strategy(value) for name, value in values.get("strategies", {}).items()}
     return Settings.model_validate_json(json.dumps(_as_set(Settings, values) | {"strategies": strategies}))
+
+
+def _strategy(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be given of a strategy; older records hold the fields of other kinds, too."""
+    others = {field for kind in STRATEGIES for field in fields_of(kind)} - fields_of(values["kind"])
+    own = {name: value for name, value in values.items() if name not in others}
+    phases = {name: _as_set(TrainingChanges, changes) for name, changes in own.pop("phases", {}).items()}
+    return _as_set(STRATEGIES[values["kind"]].settings, own) | {"phases": {name: c for name, c in phases.items() if c}}
 
 
 def _as_set(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +110,7 @@ def _nodes(experiment: Experiment) -> dict[str, Node]:
         config = read_json(path)
         if isinstance(config, dict):
             about = {name: value for name, value in config.items() if name not in ("hash", "inputs_sha256")}
-            settings = PhaseSettings.model_validate_json(json.dumps(_as_set(PhaseSettings, about)))
+            settings = of_identity(_as_set(PhaseSettings, about))
             key = str(path.parent.relative_to(experiment.path))
             strategy = key.split("/")[1]
             nodes[key] = RecordedNode(key, strategy, settings, experiment, digest=config["hash"])

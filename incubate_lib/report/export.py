@@ -127,7 +127,7 @@ def _card(settings: Settings, taken: Finished, **shown: Any) -> str:
     done, data = plan(settings, [taken.strategy], [taken.seed]), settings.data
     results = from_plan(done)
     unit, size = flop_unit(results.strategies["flops"].iloc[0])
-    training = {n.settings.phase: n.settings.training for n in done.nodes if n.settings.training}
+    training = {n.settings.seeded_as: n.settings.training for n in done.nodes if n.settings.training}
     strategy = settings.strategies[taken.strategy].model_dump(mode="json", exclude={"weights", "phases"}, exclude_none=True)
     recipe = settings.model_dump(mode="json", include={"model", "partition"}, exclude_unset=True) | {
         "data": data.model_dump(mode="json", exclude={"folder"}, exclude_unset=True) | {"source": data.source},

@@ -104,7 +104,7 @@ def fit(
         print(f"{title}: {complaint}; going back to what is sound", flush=True)
     resumed = state is not None
     if resumed:
-        trainer.load_state(state)
+        trainer.load_state_dict(state)
         state = None  # its tensors are copied; they would stay in memory
     counts = trainer.counts
     step = counts.step
@@ -200,7 +200,7 @@ def fit(
             if stop or team.decide(save_due):
                 began = time.monotonic()
                 if team.is_first:
-                    folder.save_checkpoint(trainer.state())
+                    folder.save_checkpoint(trainer.state_dict(), step)
                 saved_at = time.monotonic()
                 saving_seconds = saved_at - began
             if stop:

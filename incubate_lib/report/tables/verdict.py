@@ -42,7 +42,7 @@ def lowered(nodes: Iterable[Node]) -> str:
         before, after = ([s[key] for s in summaries] for key in ("start_accuracy", "accuracy"))
         if is_lower(before, after, summaries[0]["judge_images"]):
             strategy = group[0].experiment.settings.strategies[name]
-            shorter = "larger strategies.{}.shares" if strategy.shares else "fewer strategies.{}.phases.finetune.epochs"
+            shorter = "larger strategies.{}.shares" if strategy.get("shares") else "fewer strategies.{}.phases.finetune.epochs"
             lines.append(
                 f"Fine-tuning lowered {label(name)} from {100 * fmean(before):.1f} to {100 * fmean(after):.1f} % "
                 f"({_seeds(group)}; more than chance explains). Try a lower strategies.{name}.phases.finetune.lr (it was "
