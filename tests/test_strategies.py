@@ -104,7 +104,7 @@ def test_what_is_grown_starts_out_as_the_meta_model_and_what_is_stacked_has_its_
     )
     with torch.no_grad():
         torch.testing.assert_close(grown(x), meta(x))
-    assert nodes["seed-0/growing/assemble"].summary()["accuracy"] == nodes["seed-0/meta"].summary()["accuracy"]
+    assert nodes["seed-0/growing/assemble"].summary()["score"] == nodes["seed-0/meta"].summary()["score"]
     for i, block in enumerate(stacked.blocks):
         for name, value in block.state_dict().items():
             assert torch.equal(value, meta.blocks[i // 2].state_dict()[name]), (i, name)
@@ -298,8 +298,8 @@ def test_an_experiment_is_the_same_whatever_strategies_are_known(monkeypatch):
         ({"stacking.shares": {"meta": 0.5}, "stacking.phases.finetune.epochs": 3}, "shares leave the rest to fine-tuning"),
         ({"random_modules.weights": "x"}, "weights are those of a meta model, which this strategy does without"),
         ({"imitation.shares": {"meta": 0.5, "incubate": 0.5}}, "shares add up to 1, which leaves nothing for fine-tuning"),
-        ({"deep_incubation.shares": {"meta": 0.5}}, "shares, budget and match_on have no meaning without match"),
-        ({"deep_incubation.budget": 0.5}, "shares, budget and match_on have no meaning without match"),
+        ({"deep_incubation.shares": {"meta": 0.5}}, "shares and budget have no meaning without match"),
+        ({"deep_incubation.budget": 0.5}, "shares and budget have no meaning without match"),
         ({"stacking.budget": 0}, "greater than 0"),
         ({"end_to_end_longer.match": "mat"}, "name a deep_incubation or end_to_end strategy without MAT"),
         ({"end_to_end_longer.match": "end_to_end"}, "with match_on: critical_path name a deep_incubation strategy"),

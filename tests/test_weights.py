@@ -46,10 +46,10 @@ def test_an_imported_meta_model_drives_the_chain_and_the_result_can_be_exported(
     meta = next(node for node in todo.nodes if node.settings.phase == "meta").summary()
     train, eval_set = load_data(settings.data)
     (point,) = next(node for node in todo.nodes if node.settings.phase == "meta").folder.metrics()
-    assert meta["steps"] == meta["train_flops"] == point["step"] == 0 and point["accuracy"] == meta["accuracy"]
-    assert meta["accuracy"] == evaluate(original, eval_set)["accuracy"]
+    assert meta["steps"] == meta["train_flops"] == point["step"] == 0 and point["score"] == meta["score"]
+    assert meta["score"] == evaluate(original, eval_set)["score"]
     results = from_plan(todo)
-    assert results.strategies["meta_accuracy"].dropna().tolist() == [meta["accuracy"]]
+    assert results.strategies["meta_accuracy"].dropna().tolist() == [meta["score"]]
     output = results.verdict()
     assert output.endswith("Weights read from a file, whose training is not counted here: Deep Incubation, random start (paper).")
     alone = output.splitlines()[-2]
@@ -175,7 +175,7 @@ def test_a_file_damaged_since_its_phase_ended_is_told(data_folder):
 
 def test_a_network_of_another_kind_is_loaded_with_its_counts_of_batches(tmp_path):
     settings = ModelSettings(name="resnet10t", in_chans=1)
-    one, other = (build_model(settings, None, 4, any_kind=True) for _ in range(2))
+    one, other = (build_model(settings, None, 4) for _ in range(2))
     save_file(one.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"architecture": "resnet10t", "model_args": {"in_chans": 1}}')
     assert all(torch.equal(tensor, one.state_dict()[name]) for name, tensor in load_into(other, tmp_path).state_dict().items())
@@ -211,7 +211,7 @@ def test_export_says_what_is_finished_which_it_takes_and_why_and_names_the_class
     assert main(["export", str(file), str(out)]) == 0  # `run` has random_modules before deep_incubation, the table has not
     head, *lines = capsys.readouterr().out.splitlines()
     accuracies = {
-        key: final.summary()["accuracy"] for key, final in plan(settings, settings.run, [0, 1]).finals.items() if final.summary()
+        key: final.summary()["score"] for key, final in plan(settings, settings.run, [0, 1]).finals.items() if final.summary()
     }
     assert head == "finished, with top-1 on the test split:"
     order = [("end_to_end", 0), ("end_to_end", 1), ("random_modules", 0), ("deep_incubation", 0)]
@@ -308,8 +308,8 @@ def test_a_trained_network_is_tuned_or_judged_at_another_resolution(tmp_path, da
     high = plan(settings)
     high.run()
     again, eval_batches, tuned = (node.summary() for node in high.finals.values())
-    assert tuned["steps"] > 0 and eval_batches["steps"] == 0 and eval_batches["accuracy"] == eval_batches["start_accuracy"]
-    assert tuned["start_accuracy"] == eval_batches["accuracy"] == again["accuracy"] > 0.4  # chance is 0.25
+    assert tuned["steps"] > 0 and eval_batches["steps"] == 0 and eval_batches["score"] == eval_batches["start_score"]
+    assert tuned["start_score"] == eval_batches["score"] == again["score"] > 0.4  # chance is 0.25
     assert "training is not counted here: from phase, judged, tuned." in from_plan(high).verdict()
 
     before, after = load_file(phase.weights), load_file(high.finals["judged", 0].folder.weights)

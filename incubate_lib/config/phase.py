@@ -2,7 +2,10 @@
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from incubate_lib.config.packaged import packaged
 from incubate_lib.config.sections import DataSettings, Frozen, MATSettings, ModelSettings, Seed, TrainingSettings
@@ -68,11 +71,25 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def of_identity(values: dict[str, Any]) -> PhaseSettings:
     """Return the phase that has this identity; ValidationError if it is none of today's settings."""
-    own = {name: value for name, value in values.items() if name in PhaseSettings.model_fields}
-    options = _given({name: value for name, value in values.items() if name not in own})
+    options = _given({name: value for name, value in values.items() if name not in PhaseSettings.model_fields})
+    own = as_given(PhaseSettings, {name: value for name, value in values.items() if name in PhaseSettings.model_fields})
     if options.get("imitate"):  # its kind has a name of its own; its identity does not say it
         own |= {"phase": "imitate", "group": own["phase"]}
     return PhaseSettings.model_validate_json(json.dumps(own | {"options": options}))
+
+
+def as_given(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be given to get these values: records hold defaults, too, which are refused where they mean nothing."""
+    kept = {}
+    for name, value in values.items():
+        field = model.model_fields.get(name)  # none: an unknown name, which validation will tell
+        default = field.get_default(call_default_factory=True) if field and not field.is_required() else ...
+        if default is not ... and value == to_jsonable_python(default):
+            continue
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        kept[name] = as_given(inner, value) if inner and isinstance(value, dict) else value
+    return kept
 
 
 def as_ever(settings: Frozen, section: str) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def _networks(settings: Settings, depths: tuple[list[int], list[int]], shape: tu
 
     any_phase = PhaseSettings(
         phase="meta", seed=0, task=settings.task, data=settings.data, model=settings.model, target_depths=depths[0],
-        meta_depths=depths[1], training=settings.training,
+        meta_depths=depths[1],
     )  # fmt: skip
     with torch.device("meta"):
         target = build_target(any_phase, num_classes)

@@ -47,7 +47,7 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = model
     if s.training is None:
-        numbers = UNTRAINED | evaluate(model, eval_set, task, s.precision, team)
+        numbers = UNTRAINED | evaluate(model, eval_set, s.precision, team, task)
         numbers |= {"start_score": numbers["score"]}
         if s.phase == "meta" and team.is_first:  # read from a file: a single point, where others have a curve
             home.start_metrics(-1)

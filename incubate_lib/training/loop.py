@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from incubate_lib.data.schedule import steps_per_epoch
 from incubate_lib.tasks import Task
+from incubate_lib.tasks.classification import TASK as CLASSIFICATION
 from incubate_lib.training.progress import Progress
 from incubate_lib.training.runs import MNTK, STATUS_SECONDS, PhaseFolder, Stopped
 from incubate_lib.training.team import ALONE, Team
@@ -46,7 +47,9 @@ class Chrono:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: DataSet, task: Task, precision: str = "float32", team: Team = ALONE) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, data: DataSet, precision: str = "float32", team: Team = ALONE, task: Task = CLASSIFICATION
+) -> dict[str, float]:
     """Return mean loss, score and other metrics: sums over all samples, divided once. The model's mode is left as it was.
 
     Each sample is counted exactly once, however many devices share the work; all take the first device's buffers.
@@ -67,7 +70,7 @@ def evaluate(model: nn.Module, data: DataSet, task: Task, precision: str = "floa
 
 
 @torch.no_grad()
-def mistakes(model: nn.Module, data: DataSet, task: Task, num: int = 10) -> tuple[Tensor, list[str]]:
+def mistakes(model: nn.Module, data: DataSet, task: Task = CLASSIFICATION, num: int = 10) -> tuple[Tensor, list[str]]:
     """Return the first images that the model gets wrong, uint8 [num, C, H, W], and what to write under each."""
     model.eval()
     device = next(model.parameters()).device
@@ -143,7 +146,7 @@ def fit(
 
     def evaluate_now() -> None:
         began = time.perf_counter()
-        result = evaluate(trainer.eval_model, eval_set, trainer.task, trainer.precision, team)
+        result = evaluate(trainer.eval_model, eval_set, trainer.precision, team, trainer.task)
         counts.eval_seconds += time.perf_counter() - began
         if not math.isfinite(result["loss"]):
             raise not_finite("the judged loss", result["loss"], step)
