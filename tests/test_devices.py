@@ -67,7 +67,7 @@ def rank_of_a_phase(rank: int, devices: int, meeting: str, job: Job) -> None:
 
 
 def losses(folder: PhaseFolder) -> list[tuple]:
-    return [(row["step"], row["train_loss"], row["loss"], row["accuracy"]) for row in folder.metrics()]
+    return [(row["step"], row["train_loss"], row["loss"], row["score"]) for row in folder.metrics()]
 
 
 @pytest.mark.parametrize("phase", ["meta", "incubate"])
@@ -140,7 +140,7 @@ def test_evaluation_counts_every_image_once_whatever_the_number_of_devices(devic
     expected = evaluate(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4)), eval_set)
     for rank in range(devices):
         output = eval((tmp_path / f"out-{rank}").read_text())
-        assert output["accuracy"] == expected["accuracy"] and output["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert output["score"] == expected["score"] and output["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
 def convolutional(tmp_path) -> str:
@@ -166,7 +166,7 @@ def test_what_several_devices_record_is_true_of_the_weights_they_save(strategy, 
     together(rank_of_a_phase, 2, str(tmp_path / "meeting"), job_of(node))
     recorded, (_, eval_set) = node.folder.metrics()[-1], node.data()
     saved = evaluate(load_trained(node.settings, node.folder, eval_set.num_classes), eval_set, node.settings.precision)
-    assert recorded["accuracy"] == saved["accuracy"] == node.summary()["accuracy"]
+    assert recorded["score"] == saved["score"] == node.summary()["score"]
     assert recorded["loss"] == pytest.approx(saved["loss"], rel=1e-5)
 
 

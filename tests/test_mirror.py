@@ -19,7 +19,7 @@ from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.mirror import mirror
 
 pytestmark = pytest.mark.xdist_group("mirror")  # one process, so that the run of the fixture is made once
-NAMES = {"epoch", "images", "loss", "accuracy", "train_loss", "lr", "train_seconds", "train_flops"}
+NAMES = {"epoch", "images", "loss", "score", "train_loss", "lr", "train_seconds", "train_flops"}
 SET = ["training.epochs=0.5", "training.warmup_epochs=0"]
 
 
@@ -119,7 +119,7 @@ def test_tensorboard_says_what_the_records_say(run):
     for node in run.nodes:
         output, summary = events(run.experiment.path / "mirror" / "tensorboard" / node.key), node.summary()
         final = {name.removeprefix("final/"): output.pop(name) for name in list(output) if name.startswith("final/")}
-        assert {"accuracy", "loss", "train_flops", "train_seconds", "parameters"} <= set(final)
+        assert {"score", "loss", "train_flops", "train_seconds", "parameters"} <= set(final)
         assert all(pairs == float32([(summary["steps"], summary[name])]) for name, pairs in final.items())
         if node.settings.phase == "assemble":  # trains nothing
             assert output == {}

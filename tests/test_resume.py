@@ -47,7 +47,7 @@ def outcome(folder: Path) -> dict:
     for path in sorted(folder.glob("runs/*/seed-0/**/summary.json")):
         phase = PhaseFolder(path.parent)
         rows = [{k: v for k, v in row.items() if k != "train_seconds"} for row in phase.metrics()]
-        found[str(path.parent.relative_to(folder))] = (phase.summary()["weights_sha256"], phase.summary()["accuracy"], rows)
+        found[str(path.parent.relative_to(folder))] = (phase.summary()["weights_sha256"], phase.summary()["score"], rows)
     return found
 
 

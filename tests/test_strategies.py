@@ -104,7 +104,7 @@ def test_what_is_grown_starts_out_as_the_meta_model_and_what_is_stacked_has_its_
     )
     with torch.no_grad():
         torch.testing.assert_close(grown(x), meta(x))
-    assert nodes["seed-0/growing/assemble"].summary()["accuracy"] == nodes["seed-0/meta"].summary()["accuracy"]
+    assert nodes["seed-0/growing/assemble"].summary()["score"] == nodes["seed-0/meta"].summary()["score"]
     for i, block in enumerate(stacked.blocks):
         for name, value in block.state_dict().items():
             assert torch.equal(value, meta.blocks[i // 2].state_dict()[name]), (i, name)

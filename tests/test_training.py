@@ -91,7 +91,7 @@ def test_evaluation_counts_every_sample_once(n):
     assert model.training
     with torch.no_grad():
         logits = model.eval()(data.normalise(data.images))
-    assert result["accuracy"] == pytest.approx((logits.argmax(1) == data.labels).float().mean().item())
+    assert result["score"] == pytest.approx((logits.argmax(1) == data.labels).float().mean().item())
     assert result["loss"] == pytest.approx(nn.functional.cross_entropy(logits, data.labels).item(), rel=1e-5)
 
 
@@ -152,8 +152,8 @@ def test_mixup_and_cutmix_train_on_soft_targets(tmp_path):
 def test_training_learns(data_folder):
     node = open_phase("end_to_end", "smoke", ["training.epochs=45", "training.drop_path=0.0", "strategies.end_to_end.match=null"])
     summary = node.run()
-    assert summary["accuracy"] > 0.75  # chance is 0.25
-    assert summary["start_accuracy"] < 0.4
+    assert summary["score"] > 0.75  # chance is 0.25
+    assert summary["start_score"] < 0.4
     rows = node.folder.metrics()
     assert rows[-1]["train_loss"] < 0.7 * rows[1]["train_loss"]
 
@@ -267,7 +267,7 @@ def test_the_moving_average_is_the_one_of_its_definition_and_is_what_counts(tmp_
     torch.manual_seed(7)
     model = vit()
     kept, result = run_fit(tmp_path, settings, model)
-    assert kept is not model and result["accuracy"] == evaluate(kept, image_set())["accuracy"]
+    assert kept is not model and result["score"] == evaluate(kept, image_set())["score"]
     assert result["loss"] == pytest.approx(evaluate(kept, image_set())["loss"])
     assert any(not torch.equal(a, b) for a, b in zip(kept.parameters(), model.parameters(), strict=True))
 
