@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 # Seconds, memory, place, versions and ids are another thing each time, FLOPs and steps are not; which phase it is, `Phase` says.
 NOT_COMPARED = re.compile(
-    r"(\w+_)?(seconds|memory|hash|sha256)|provenance|date|commit|dirty|versions|device|host|pid|threads"
+    r"(\w+_)?(seconds|memory|hash|sha256)|provenance|metric|date|commit|dirty|versions|device|host|pid|threads"
     r"|data_share|strategy|phase|module_index|copied_from|inputs"
 )
 ORDER = ("meta", "incubate", "assemble", "end_to_end", "finetune")  # so that what differs first is told first

@@ -132,8 +132,8 @@ def test_status_and_report_of_a_finished_run(chain):
 
 def test_the_identity_start_begins_where_the_meta_model_ended(chain):
     run = chain[0] / "runs/smoke/seed-0"
-    meta = read_json(run / "meta/summary.json")["accuracy"]
-    starts = [read_json(run / f"deep_incubation_identity/incubate-{i}/summary.json")["start_accuracy"] for i in range(3)]
+    meta = read_json(run / "meta/summary.json")["score"]
+    starts = [read_json(run / f"deep_incubation_identity/incubate-{i}/summary.json")["start_score"] for i in range(3)]
     assert starts == [meta] * 3
 
 

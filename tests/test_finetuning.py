@@ -2,10 +2,11 @@
 
 import pytest
 
+from incubate_lib import tasks
 from incubate_lib.cli import main
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.tables.verdict import is_lower, lowered
+from incubate_lib.report.tables.verdict import is_worse, lowered
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from incubate_lib.report.tables.verdict import is_lower, lowered
     ],
 )
 def test_lower_means_by_more_than_chance_explains(before, after, images, lower):
-    assert is_lower(before, after, images) is lower
+    assert is_worse(tasks.get().score, before, after, images) is lower
 
 
 def test_the_report_says_where_fine_tuning_lowers_the_accuracy_and_what_to_try(data_folder, capsys):
@@ -33,7 +34,7 @@ def test_the_report_says_where_fine_tuning_lowers_the_accuracy_and_what_to_try(d
     (output,) = lowered(todo.finals.values()).splitlines()
     wild = todo.finals["wild", 0].summary()
     assert output == (
-        f"Fine-tuning lowered wild from {100 * wild['start_accuracy']:.1f} to {100 * wild['accuracy']:.1f} % (one seed; more "
+        f"Fine-tuning lowered wild from {100 * wild['start_score']:.1f} to {100 * wild['score']:.1f} % (one seed; more "
         "than chance explains). Try a lower strategies.wild.phases.finetune.lr (it was 0.5), or fewer "
         "strategies.wild.phases.finetune.epochs."
     )

@@ -114,15 +114,13 @@ def check_against_records(found, made, strategy):
     nodes = {"meta": final.upstream("meta")[0], "assembled": final.upstream("assemble")[0], "finetuned": final}
     for network, node in nodes.items():
         right = (found.guesses[network] == found.guesses["label"]).mean()
-        assert right == pytest.approx(node.summary()["accuracy"]), network
+        assert right == pytest.approx(node.summary()["score"]), network
     counts = found.counts()
-    assert list(counts.columns) == list(CASES) and (counts.sum(axis=1) == final.summary()["judge_images"]).all()
+    assert list(counts.columns) == list(CASES) and (counts.sum(axis=1) == final.summary()["eval_images"]).all()
     for (_, row), network in zip(counts.iterrows(), ("assembled", "finetuned"), strict=True):
         images, by_class = row.sum(), found.per_class(network)
-        assert (row["both right"] + row["only meta model right"]) / images == pytest.approx(nodes["meta"].summary()["accuracy"])
-        assert (row["both right"] + row["only deep network right"]) / images == pytest.approx(
-            nodes[network].summary()["accuracy"]
-        )
+        assert (row["both right"] + row["only meta model right"]) / images == pytest.approx(nodes["meta"].summary()["score"])
+        assert (row["both right"] + row["only deep network right"]) / images == pytest.approx(nodes[network].summary()["score"])
         assert (by_class[list(CASES)].sum() == row).all() and by_class["images"].sum() == images
         assert by_class["gain"].is_monotonic_increasing
         assert drawn(found.figure(network, num=4))
@@ -230,7 +228,7 @@ def test_curves_end_where_the_costs_do(recorded, x):
         end = max(line["cost"].max() for _, line in lines)
         parts = results.phases[results.phases["strategy"] == name]
         assert end == pytest.approx(ends.loc[name, x] if x in ends else parts["epochs"].sum(), rel=1e-3)
-        assert lines[-1][1]["accuracy"].iloc[-1] == pytest.approx(ends.loc[name, "accuracy"])
+        assert lines[-1][1]["score"].iloc[-1] == pytest.approx(ends.loc[name, "score"])
     assert drawn(browser.curves_figure(browser.some_of(results, STRATEGIES[:2], [0]), x))
     with pytest.raises(SettingsError, match="x is 'weeks'"):
         browser.curves_figure(results, "weeks")
@@ -264,7 +262,7 @@ def damaged(done, tmp_path, monkeypatch):
     rewrite("other-settings", "seed-0/meta/config.json", lambda text: text.replace('"phase"', '"stage"'))
     rewrite("no-hash", "seed-0/**/config.json", without("hash"))
     rewrite("half-summary", "seed-0/end_to_end/summary.json", lambda text: text[:100])
-    rewrite("no-accuracy", "seed-0/**/summary.json", without("accuracy"))
+    rewrite("no-accuracy", "seed-0/**/summary.json", without("score"))
     rewrite("odd-metrics", "seed-0/meta/metrics.jsonl", lambda text: "5\n")
     rewrite("digits-budget-0123ab", "experiment.json", lambda text: text.replace('"name": "smoke"', '"name": "digits-budget"'))
     for folder in (runs / "begun").glob("seed-*"):
@@ -273,7 +271,7 @@ def damaged(done, tmp_path, monkeypatch):
     return {
         "nothing": "it is empty", "foreign": "it has no experiment.json", "half": "its experiment.json is damaged",
         "a-list": "its experiment.json has no settings", "no-facts": "no 'facts'", "other-settings": "unknown field 'stage'",
-        "no-hash": "no 'hash'", "no-accuracy": "no 'accuracy'", "odd-metrics": "not as expected", "begun": "is finished yet",
+        "no-hash": "no 'hash'", "no-accuracy": "no 'score'", "odd-metrics": "not as expected", "begun": "is finished yet",
         "missing": "there is no run missing",
     }  # fmt: skip
 
@@ -291,7 +289,7 @@ def test_the_table_of_runs_tells_what_is_there(damaged):
     assert list(table.columns) == runs.COLUMNS[1:] and "a file" not in table.index
     sound = table.loc["sound"]
     assert (sound["state"], sound["seeds"]) == ("done", 1) and all(name in sound["strategies"] for name in STRATEGIES)
-    best = browser.open_run("sound")[0].strategies["accuracy"].max()
+    best = browser.open_run("sound")[0].strategies["score"].max()
     assert sound["best top-1 %"] == round(100 * best, 1) and sound["note"] == ", ".join(CHANGES)
     assert table.loc["half-summary", "state"] == "unfinished" and "end_to_end" not in table.loc["half-summary", "strategies"]
     assert table.loc["nothing", "state"] == table.loc["begun", "state"] == "empty"

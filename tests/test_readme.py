@@ -49,7 +49,7 @@ def test_a_data_set_a_network_and_a_strategy_of_ones_own(flowers, data_folder):
     results = from_plan(todo)
     table = results.strategies.set_index("strategy")
     assert table.loc["half_price", "flops"] == pytest.approx(0.5 * table.loc["end_to_end", "flops"], rel=0.1)
-    assert (table["accuracy"] > 0.9).all()
+    assert (table["score"] > 0.9).all()
     assert "half price" in comparison(results).columns
 
 
@@ -97,7 +97,7 @@ def test_other_tables_make_other_numbers(tmp_path, monkeypatch):
     assert readme.render(marked) == marked
     shutil.copytree(ROOT / "data" / "results", tmp_path / "data" / "results")
     path = tmp_path / "data" / "results" / "study_fashion-budget.csv"
-    path.write_text(path.read_text().replace("1/8,end_to_end,0,0.641,", "1/8,end_to_end,0,0.941,"))
+    path.write_text(path.read_text().replace("1/8,end_to_end,0,accuracy,0.641,", "1/8,end_to_end,0,accuracy,0.941,"))
     monkeypatch.setattr(records, "results_folder", lambda: tmp_path / "data" / "results")
     assert readme.render(marked) == marked, "tables are read once"
     forget()

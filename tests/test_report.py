@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import t, ttest_1samp
 
+from incubate_lib import tasks
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
@@ -34,13 +35,13 @@ PUBLISHED = sorted(
 def results(accuracies: dict[str, list[float]], flops: dict[str, float]) -> Results:
     rows = [
         {
-            "strategy": name, "seed": seed, "accuracy": accuracy, "flops": flops[name], "critical_flops": flops[name] / 2,
-            "seconds": 10.0, "critical_seconds": 5.0, "judged_on": "test",
+            "strategy": name, "seed": seed, "score": accuracy, "flops": flops[name], "critical_flops": flops[name] / 2,
+            "seconds": 10.0, "critical_seconds": 5.0, "split": "test",
         }
         for name, values in accuracies.items() for seed, accuracy in enumerate(values)
     ]  # fmt: skip
     table = pd.DataFrame(rows)
-    table["assembled_accuracy"] = table["meta_accuracy"] = float("nan")
+    table["assembled_score"] = table["meta_score"] = float("nan")
     return Results("t", table, pd.DataFrame(columns=["phase"]), pd.DataFrame())
 
 
@@ -97,7 +98,7 @@ def test_what_is_shown_together_is_corrected_together(alone, holm):
     ],
 )  # fmt: skip
 def test_an_interval_that_excludes_zero_does_not_show_it(low, high, output):
-    row = pd.Series({"gain": (low + high) / 2, "low": low, "high": high, "clear": True})
+    row = pd.Series({"gain": (low + high) / 2, "low": low, "high": high, "clear": True, "metric": "accuracy"})
     assert statistics.interval_text(low, high) == output and statistics.gain_text(row).endswith(f" {output}")
 
 
@@ -121,7 +122,7 @@ def test_the_verdict_is_corrected_for_what_it_compares():
 def test_the_verdict_tells_when_the_small_network_is_enough():
     made = results({"end_to_end": [0.5, 0.5], "deep_incubation": [0.7, 0.7]}, {"end_to_end": 1e12, "deep_incubation": 1e12})
     for accuracy, words in [(0.6, "not better on average: end to end."), (0.4, "every strategy is better on average")]:
-        meta = pd.DataFrame([{"phase": "meta", "seed": s, "accuracy": accuracy, "flops": 2e11} for s in (0, 1)])
+        meta = pd.DataFrame([{"phase": "meta", "seed": s, "score": accuracy, "flops": 2e11} for s in (0, 1)])
         output = Results("t", made.strategies, meta, made.curves).verdict()
         assert f"meta model alone has {100 * accuracy:.1f} % for 0.20 times" in output and words in output
 
@@ -136,7 +137,7 @@ def test_comparison_gives_mean_spread_and_ratios():
 
 
 def test_spread_marks_a_single_seed():
-    assert spread(pd.Series([91.0])) == "91.0 (one seed)"
+    assert spread(pd.Series([0.91]), tasks.get().score) == "91.0 (one seed)"
 
 
 @pytest.mark.parametrize(("flops", "unit"), [(3e9, "GFLOP"), (1e12, "TFLOP"), (2e15, "PFLOP"), (1e21, "EFLOP")])
@@ -200,7 +201,7 @@ def test_publishing_keeps_every_number_and_draws_from_the_files(data_folder, tmp
     measured = from_plan(todo)
     files = publish.publish(measured)
     assert [f.name for f in files] == [
-        "smoke.csv", "smoke_phases.csv", "smoke_curves.csv", "smoke_accuracy_vs_cost.png", "smoke_convergence.png",
+        "smoke.csv", "smoke_phases.csv", "smoke_curves.csv", "smoke_score_vs_cost.png", "smoke_convergence.png",
     ]  # fmt: skip
     assert all(f.is_relative_to(tmp_path) and f.stat().st_size > 200 for f in files)
     assert comparison(published("smoke")).equals(comparison(measured))
@@ -240,7 +241,7 @@ def test_digits_are_published_with_five_seeds_and_equal_flops():
     assert (table.groupby("strategy")["seed"].nunique() == 5).all()
     flops = table.groupby("strategy")["flops"].mean()
     assert flops.max() / flops.min() < 1.03
-    assert set(table["judged_on"]) == {"test"}
+    assert set(table["split"]) == {"test"}
 
 
 def test_the_settings_table_shows_only_what_has_a_meaning(data_folder):
@@ -260,10 +261,10 @@ def mat_results(curves: dict[str, list[list[float]]]) -> Results:
         for seed, values in enumerate(seeds):
             rows += [
                 {"strategy": name, "seed": seed, "phase": "end_to_end", "step": i, "flops": i * step * 1e12,
-                 "train_seconds": i * step * 10, "accuracy": value}
+                 "train_seconds": i * step * 10, "score": value}
                 for i, value in enumerate(values)
             ]  # fmt: skip
-            finals.append({"strategy": name, "seed": seed, "accuracy": values[-1]})
+            finals.append({"strategy": name, "seed": seed, "score": values[-1]})
     phases = pd.DataFrame({"strategy": list(curves), "phase": "end_to_end"})
     return Results("t", pd.DataFrame(finals), phases, pd.DataFrame(rows))
 

@@ -278,7 +278,7 @@ def test_an_experiment_is_the_same_whatever_strategies_are_known(monkeypatch):
     from incubate_lib.config import strategies
 
     before = load_settings("smoke").digest()
-    monkeypatch.setitem(strategies.STRATEGIES, "another", {"kind": "end_to_end"})
+    monkeypatch.setitem(strategies.KNOWN, "another", {"kind": "end_to_end"})
     assert "another" in load_settings("smoke").strategies and load_settings("smoke").digest() == before
     assert load_settings("smoke", ["strategies.another.phases.end_to_end.lr=0.1"]).digest() != before
 

@@ -69,7 +69,7 @@ def test_every_cell_has_every_strategy_and_seed_once_at_equal_cost(trained):
     assert sorted(keys) == sorted(
         (b, s, seed) for b in ("half", "whole") for s in ("end_to_end", "deep_incubation", "growing") for seed in (0, 1)
     )
-    assert set(results["judged_on"]) == {"test"}
+    assert set(results["split"]) == {"test"}
     means = results.groupby(["budget", "strategy"])["flops"].mean().unstack()
     assert (means.div(means["end_to_end"], axis=0) - 1).abs().max().max() < 0.04  # half an update of 22
     assert means.loc["whole", "end_to_end"] == pytest.approx(2 * means.loc["half", "end_to_end"], rel=0.01)
@@ -81,7 +81,7 @@ def test_rates_are_the_best_on_validation_images_and_are_those_that_were_used(tr
     assert set(table.rates["budget"]) == {"half"} and set(table.rates["seed"]) == {7}
     for (name, phase), group in table.rates.groupby(["strategy", "phase"]):
         assert set(group["lr"]) == {1e-3, 4e-3}
-        best = group.loc[group["accuracy"] == group["accuracy"].max(), "lr"]
+        best = group.loc[group["score"] == group["score"].max(), "lr"]
         chosen = group.loc[group["chosen"], "lr"]
         assert chosen.tolist() == [best.iloc[0]]
         assert set(table.results.loc[table.results["strategy"] == name, f"lr_{phase}"]) == {chosen.iloc[0]}
@@ -167,10 +167,16 @@ def made(rows) -> StudyTable:
     records = []
     for budget, strategy, accuracies, flops, critical in rows:
         for seed, accuracy in enumerate(accuracies):
-            record = dict.fromkeys(COLUMNS) | {"budget": budget, "strategy": strategy, "seed": seed, "accuracy": accuracy}
-            record |= {"flops": flops, "critical_flops": critical, "seconds": flops, "judged_on": "test"}
-            records.append(record | {"meta_accuracy": np.nan, "assembled_accuracy": np.nan})
-    rates = pd.DataFrame(columns=["budget", "strategy", "phase", "lr", "seed", "accuracy", "chosen"])
+            record = dict.fromkeys(COLUMNS) | {
+                "budget": budget,
+                "strategy": strategy,
+                "seed": seed,
+                "metric": "accuracy",
+                "score": accuracy,
+            }
+            record |= {"flops": flops, "critical_flops": critical, "seconds": flops, "split": "test"}
+            records.append(record | {"meta_score": np.nan, "assembled_score": np.nan})
+    rates = pd.DataFrame(columns=["budget", "strategy", "phase", "lr", "seed", "metric", "score", "chosen"])
     return StudyTable("made", pd.DataFrame(records)[["budget", *COLUMNS]], rates)
 
 
@@ -269,11 +275,11 @@ def test_values_of_axes_are_read_as_they_are_written(tmp_path):
         rows.to_csv(tmp_path / f"x{part}.csv", index=False)
     read = report.read_tables(tmp_path, "x", "made")
     assert read.results["budget"].unique().tolist() == ["0.10", "None", "1/4", "NA"] and read.axes == ["budget"]
-    assert math.isnan(read.results["meta_accuracy"].iloc[0])
+    assert math.isnan(read.results["meta_score"].iloc[0])
 
 
 def test_a_rate_that_is_too_high_is_an_answer(tmp_path, monkeypatch):
-    """What diverges counts as 0 while rates are chosen, is not tried again, and the study goes on with the other."""
+    """What diverges counts as the worst while rates are chosen, is not tried again, and the study goes on with the other."""
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "data"))
     file = tmp_path / "wild.yaml"
     study = {"preset": "smoke", "strategies": ["end_to_end"], "seeds": [0], "set": {
@@ -284,7 +290,7 @@ def test_a_rate_that_is_too_high_is_an_answer(tmp_path, monkeypatch):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "is not finite" in result.stdout or "loss is nan" in result.stdout or "FAILED" in result.stdout
     rates = pd.read_csv(tmp_path / "data" / "studies" / "wild_rates.csv").set_index("lr")
-    assert rates.loc[1e30, "accuracy"] == 0 and rates.loc[1e-3, "chosen"] and not rates.loc[1e30, "chosen"]
+    assert rates.loc[1e30, "score"] == -math.inf and rates.loc[1e-3, "chosen"] and not rates.loc[1e30, "chosen"]
     study["rates"]["values"] = [1e30]
     file.write_text(json.dumps(study))
     result = incubate("study", str(file), "--jobs", "1", folder=tmp_path / "data")

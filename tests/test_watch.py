@@ -263,7 +263,7 @@ def test_half_written_records(todo):
     paths = [node.folder.path for node in todo.nodes]
     for path in paths:
         path.mkdir(parents=True, exist_ok=True)
-    row = {"epoch": 0.0, "loss": 1.5, "accuracy": 0.25, "train_loss": None}
+    row = {"epoch": 0.0, "loss": 1.5, "score": 0.25, "train_loss": None}
     lines = [row, row | {"epoch": 1.0, "loss": float("nan")}, [3], row | {"epoch": None}, row | {"epoch": 2.0, "loss": 0.5}]
     paths[0].joinpath("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 3, "lo')
     paths[0].joinpath("status.json").write_text('{"state": "stopped", "progress": {}}')

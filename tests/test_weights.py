@@ -15,6 +15,7 @@ from layouts import write_fashion, write_folder, write_shards
 from patience import HANG
 from safetensors.torch import load_file, save_file
 
+from incubate_lib import tasks
 from incubate_lib.cli import main
 from incubate_lib.config import DataSettings, ModelSettings, SettingsError, load_settings
 from incubate_lib.data.sets import load_data
@@ -49,11 +50,11 @@ def test_an_imported_meta_model_drives_the_chain_and_the_result_can_be_exported(
     assert meta["steps"] == meta["train_flops"] == point["step"] == 0 and point["score"] == meta["score"]
     assert meta["score"] == evaluate(original, eval_set)["score"]
     results = from_plan(todo)
-    assert results.strategies["meta_accuracy"].dropna().tolist() == [meta["score"]]
+    assert results.strategies["meta_score"].dropna().tolist() == [meta["score"]]
     output = results.verdict()
     assert output.endswith("Weights read from a file, whose training is not counted here: Deep Incubation, random start (paper).")
     alone = output.splitlines()[-2]
-    assert f"The meta model alone has {100 * meta['accuracy']:.1f} %" in alone and "FLOPs" not in alone
+    assert f"The meta model alone has {100 * meta['score']:.1f} %" in alone and "FLOPs" not in alone
 
     # export: the right strategy, a folder that plain timm loads, a card that says what the records say
     assert main(["export", "smoke", str(tmp_path / "out"), *itertools.chain(*(("--set", g) for g in given))]) == 0
@@ -85,7 +86,7 @@ def test_an_imported_meta_model_drives_the_chain_and_the_result_can_be_exported(
     assert yaml.safe_load(front) == {"tags": ["image-classification", "timm"], "library_name": "timm"}
     row = results.strategies.set_index("strategy").loc["deep_incubation"]
     for words in (
-        f"{100 * row['accuracy']:.2f} % on 97 test images (test split)", "| seed | 0 |", "synthetic: 191 images in 4 classes",
+        f"{100 * row['score']:.2f} % on 97 test images (test split)", "| seed | 0 |", "synthetic: 191 images in 4 classes",
         f"{row['flops'] / 1e9:.4g} GFLOP", "training is not counted here", "One seed", "split_seed", "lr: 0.002",
         f"torch {torch.__version__}", str(row["date"]), f"mean {float(train.mean):.4f}", "incubate, module 3 of 3",
     ):  # fmt: skip
@@ -256,7 +257,7 @@ def test_export_says_what_is_finished_which_it_takes_and_why_and_names_the_class
     ],
 )  # fmt: skip
 def test_a_better_network_is_not_passed_over_silently(taken, others, why):
-    ready = [Finished(name, 0, accuracy, None) for name, accuracy in {**others, "growing": 0.6}.items()]
+    ready = [Finished(name, 0, accuracy, tasks.get().score, None) for name, accuracy in {**others, "growing": 0.6}.items()]
     found, output = choose(load_settings("smoke"), ready, **({"strategy": None, "seed": 0} | taken))
     assert found.strategy == "growing" and output.endswith(why)
 

@@ -55,7 +55,7 @@ class Settings(Frozen):
             cut += [name for name, strategy in self.strategies.items() if strategy.is_cut]
             needs = f"which {cut[0]} needs: give num_modules or target_depths" if cut else ""
             refuse(cut, f"partition is missing, {needs}")
-        elif self.model.depth:
+        elif self.model.depth and not self.partition.cuts:
             self.partition.depths(self.model.depth)
         taken = "that name is taken, for the folder of the shared meta model"
         refuse("meta" in self.strategies, f"strategies.meta: {taken}")
@@ -167,7 +167,7 @@ class Settings(Frozen):
         """
         sections = {name: as_ever(getattr(self, name), name) for name in ("data", "model", "training", "mat")}
         sections["data"] |= self.data.model_dump(mode="json", include={"pad", "resize"})  # which experiments always had
-        sections |= self.model_dump(mode="json", include={"partition", "precision"})
+        sections |= {"precision": self.precision, "partition": self.partition and as_ever(self.partition, "partition")}
         own = {name: as_set(strategy) for name, strategy in self.strategies.items() if not strategy.is_as_named(name)}
         for name, values in own.items():  # runs from before a known strategy had these keep their folder
             for later in ("lr_scale", "warmup_share"):

@@ -28,6 +28,7 @@ class PhaseSettings(Frozen):
     model: ModelSettings
     target_depths: list[int]
     meta_depths: list[int]
+    cuts: list[str] = []  # the layers behind which modules end, where the blocks of each do not say it
     options: dict[str, Any] = {}  # of its kind, which has checked them
     precision: Literal["float32", "bfloat16"] = "float32"
     training: TrainingSettings | None = None  # none for assemble, and for a meta model that is read from a file

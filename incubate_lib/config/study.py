@@ -27,7 +27,7 @@ Once = Annotated[list[Value], Field(min_length=1), AfterValidator(_once)]
 
 
 class Rates(Frozen):
-    """How learning rates are chosen: every phase of every strategy from one grid, phase after phase, each by its own accuracy.
+    """How learning rates are chosen: every phase of every strategy from one grid, phase after phase, each by its own score.
 
     Phases of Deep Incubation together cost what end-to-end training costs, so each strategy's choice costs as much as another's.
     """

@@ -18,6 +18,7 @@ class Facts(Frozen):
     num_classes: int
     target_depths: list[int]
     meta_depths: list[int]
+    takes_depth: bool = True  # whether the meta model is built with less depth; else it is the target with blocks left out
     # Training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …
     flops_per_image: dict[str, int]
     low_resolution: dict[str, int] = {}  # strategies that begin with small images → their size in pixels
@@ -29,7 +30,7 @@ class Facts(Frozen):
 
     def flops_of(self, phase: PhaseSettings) -> int:
         """Return the training FLOPs of one image in this phase; 0 where nothing is trained."""
-        return 0 if phase.training is None else self.flops_per_image[PHASES[phase.phase].cost(phase)]
+        return 0 if phase.training is None else self.flops_per_image[PHASES[phase.phase].cost(phase.model, phase.options)]
 
 
 def measure(settings: Settings) -> Facts:
@@ -70,7 +71,7 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     import torch
 
     from incubate_lib.method.units import count_units
-    from incubate_lib.phases.networks import build_model, chain_of, model_shape
+    from incubate_lib.phases.networks import build_model, depths_of, model_shape, takes_depth
 
     shape, outputs = model_shape(settings.model), TASKS[settings.task].outputs(num_classes)
     with torch.device("meta"):
@@ -81,8 +82,7 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     if settings.partition is None:
         depths, unsupported_units = ([], []), _unsupported_units(model, units, shape)
     else:
-        blocks = len(chain_of(settings.model, settings.model.depth).blocks)
-        depths, unsupported_units = settings.partition.depths(blocks), {}
+        depths, unsupported_units = depths_of(settings), {}
     networks = _networks(settings, depths, shape, num_classes)
     flops: dict[str, int] = {}
     for kind in PHASES:
@@ -90,10 +90,18 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     if networks.partition:
         unsupported |= _unsupported_starts(networks)
     return Facts(
-        num_images=num_images, num_classes=num_classes, target_depths=depths[0], meta_depths=depths[1],
-        flops_per_image=flops | small, unsupported=unsupported, units=units, low_resolution=sizes,
-        unsupported_units=unsupported_units, weights=_weights(settings, outputs, *depths),
-    )  # fmt: skip
+        num_images=num_images,
+        num_classes=num_classes,
+        target_depths=depths[0],
+        meta_depths=depths[1],
+        takes_depth=not depths[0] or takes_depth(settings.model),
+        flops_per_image=flops | small,
+        unsupported=unsupported,
+        units=units,
+        low_resolution=sizes,
+        unsupported_units=unsupported_units,
+        weights=_weights(settings, outputs, *depths),
+    )
 
 
 def _networks(settings: Settings, depths: tuple[list[int], list[int]], shape: tuple[int, int, int], num_classes: int) -> Any:
@@ -105,7 +113,7 @@ def _networks(settings: Settings, depths: tuple[list[int], list[int]], shape: tu
 
     any_phase = PhaseSettings(
         phase="meta", seed=0, task=settings.task, data=settings.data, model=settings.model, target_depths=depths[0],
-        meta_depths=depths[1],
+        meta_depths=depths[1], cuts=(settings.partition and settings.partition.cuts) or [],
     )  # fmt: skip
     with torch.device("meta"):
         target = build_target(any_phase, num_classes)

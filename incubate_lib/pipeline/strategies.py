@@ -178,6 +178,8 @@ class Builder:
         are not those of the settings. What a phase does not depend on is no part of its identity.
         """
         phase, inputs, facts = PHASES[kind], inputs or {}, self.facts
+        cuts = self.settings.partition.cuts if self.settings.partition else None
+        partition = {"target_depths": facts.target_depths, "meta_depths": facts.meta_depths, "cuts": cuts or []}
         mat = None
         if training:
             self.check_batch(phase.group, training)
@@ -188,9 +190,7 @@ class Builder:
             seed=self.seed,
             task=self.settings.task,
             data=data or self.settings.data,
-            model=phase.model_of(model or self.settings.model),
-            target_depths=phase.target_depths(facts.target_depths),
-            meta_depths=phase.meta_depths(facts.meta_depths),
+            **phase.network(model or self.settings.model, partition, facts.takes_depth),
             options=phase.options.model_validate(options).model_dump(mode="json"),
             precision=self.settings.precision,
             training=training,

@@ -8,6 +8,7 @@ once and copied.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -15,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from incubate_lib import backends
+from incubate_lib import backends, tasks
 from incubate_lib.backends import Backend
 from incubate_lib.config import SettingsError, data_folder
 from incubate_lib.config.study import Cell, Study
@@ -50,12 +51,16 @@ class Trial:
         """The phases whose rate is tried."""
         return [node for node in self.plan.nodes if node.settings.seeded_as == self.phase]
 
-    def accuracies(self) -> dict[int, float]:
-        """Return the judged accuracy of this phase by seed, of incubation the mean over modules; 0 of what diverged."""
+    @property
+    def metric(self) -> tasks.Metric:
+        return tasks.get(self.plan.experiment.settings.task).score
+
+    def scores(self) -> dict[int, float]:
+        """Return the score of this phase by seed, of incubation the mean over modules; the worst of all of what diverged."""
         by_seed: dict[int, list[float]] = {}
         for node in self.nodes:
             summary = node.summary()
-            by_seed.setdefault(node.settings.seed, []).append(summary["accuracy"] if summary else 0.0)
+            by_seed.setdefault(node.settings.seed, []).append(summary["score"] if summary else self.metric.worst)
         return {seed: fmean(values) for seed, values in by_seed.items()}
 
 
@@ -107,16 +112,17 @@ class Walk:
         for (cell, name), group in groups.items():
             phase, best = group[0].phase, group[0].rate
             if self.is_known:
-                results = {trial.rate: trial.accuracies() for trial in group}
-                best = max(results, key=lambda rate: fmean(results[rate].values()))  # of equal ones the first
-                if not any(results[best].values()):
+                results, metric = {trial.rate: trial.scores() for trial in group}, group[0].metric
+                means = {rate: metric.sign * fmean(by_seed.values()) for rate, by_seed in results.items()}
+                best = max(means, key=means.get)  # of equal ones the first
+                if not any(map(math.isfinite, results[best].values())):
                     where = f"study {self.study.name}, {cell}: in phase {phase} of {name}"
                     rates = f"({', '.join(f'{rate:g}' for rate in results)}); add lower ones to rates.values"
                     raise SettingsError(f"{where} the loss is not finite at any rate {rates}")
                 place = group[0].cell.place | {"strategy": name, "phase": phase}
                 for rate, by_seed in results.items():
-                    row = place | {"lr": rate, "chosen": rate == best}
-                    self.tried += [row | {"seed": seed, "accuracy": value} for seed, value in by_seed.items()]
+                    row = place | {"metric": metric.name, "lr": rate, "chosen": rate == best}
+                    self.tried += [row | {"seed": seed, "score": value} for seed, value in by_seed.items()]
             self.chosen.setdefault((cell, name), {})[phase] = best
 
     def rates_of(self, cell: Cell, strategy: str) -> RunRates:

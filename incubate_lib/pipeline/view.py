@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.markup import escape
 from rich.table import Table
 
+from incubate_lib import tasks
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.training.runs import GONE
 
@@ -22,36 +23,43 @@ class Line:
     state: str
     epoch: str = ""
     loss: str = ""
-    accuracy: str = ""
+    metric: str = tasks.get().score.label  # what the score is called
+    score: str = ""
     eta: str = ""
     note: str = ""
     where: str = ""  # job and node, or why it waits
 
     def numbers(self) -> dict[str, str]:
         """Return what is counted, by the headings of tables."""
-        return {"epoch": self.epoch, "loss": self.loss, "top-1": self.accuracy, "ETA": self.eta}
+        return {"epoch": self.epoch, "loss": self.loss, self.metric: self.score, "ETA": self.eta}
 
     def plain(self) -> str:
         parts_text = ", ".join(f"{name} {value}" for name, value in self.numbers().items() if value)
         return " ".join(part for part in (f"{self.title}: {self.state}", parts_text, self.note) if part)
 
 
+def line_of(node: Node, state: str, **more: str) -> Line:
+    """Return a phase's line, its score called as its task does."""
+    return Line(node.key, node.title, state, metric=tasks.get(node.settings.task).score.label, **more)
+
+
 def node_line(node: Node) -> Line:
     """Read what a phase's folder says."""
+    score = tasks.get(node.settings.task).score
     if summary := node.summary():
         epochs = f"{summary['epochs']:.1f}" if summary["steps"] else ""
-        done = Line(node.key, node.title, "done", epochs, f"{summary['loss']:.3f}", f"{summary['accuracy']:.1%}")
-        return done if node.finished() else Line(node.key, node.title, "waiting", note=GONE)
+        done = {"epoch": epochs, "loss": f"{summary['loss']:.3f}", "score": score.written(summary["score"])}
+        return line_of(node, "done", **done) if node.finished() else line_of(node, "waiting", note=GONE)
     status = node.folder.status()
     if status["state"] == "done":  # finished with other settings: not this plan's
-        return Line(node.key, node.title, "waiting")
-    line = Line(node.key, node.title, status["state"], note=status.get("error") or "")
+        return line_of(node, "waiting")
+    line = line_of(node, status["state"], note=status.get("error") or "")
     progress = status.get("progress") or {}
     if progress:
         total = node.settings.training.epochs if node.settings.training else 0
         line.epoch = f"{progress.get('epoch', 0):.1f}/{total:.1f}"
         line.loss = f"{progress.get('loss', float('nan')):.3f}"
-        line.accuracy = f"{progress.get('accuracy', float('nan')):.1%}"
+        line.score = score.written(progress.get("score", float("nan")))
         if progress.get("eta_seconds") is not None and status["state"] == "running":
             line.eta = f"{progress['eta_seconds']:.0f} s"
     return line
@@ -65,7 +73,8 @@ def render(lines: list[Line], height: int | None = None, place: str = "where") -
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("phase", max_width=max(22, shutil.get_terminal_size().columns - 54))
     table.add_column("state", no_wrap=True, min_width=11)
-    for name, width in {"epoch": 10, "loss": 6, "top-1": 6, "ETA": 6}.items():
+    headings = lines[0].numbers() if lines else ()
+    for name, width in zip(headings, (10, 6, 6, 6)):
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
     if placed := any(line.where for line in lines):
         table.add_column(place, overflow="fold")

@@ -1,7 +1,7 @@
 """A finished network as a folder for timm and the Hugging Face hub: config.json, model.safetensors, README.md.
 
 `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same logits, bit for bit, and knows how images are to
-be normalised. The model card says what the records say: accuracy, classes, recipe, data, cost, limits.
+be normalised. The model card says what the records say: score, classes, recipe, data, cost, limits.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from incubate_lib import tasks
 from incubate_lib.config import Settings, SettingsError
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node
@@ -18,6 +19,7 @@ from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables.hardware import mixed_text, mixes
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.words import TEMPLATES, flop_unit, label, seconds_text
+from incubate_lib.tasks import Metric
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,16 @@ class Finished:
 
     strategy: str
     seed: int
-    accuracy: float  # top-1 on the images that judge, 0 … 1
+    score: float  # on the images that judge
+    metric: Metric
     node: Node
 
     @property
-    def top1(self) -> str:
-        return f"{100 * self.accuracy:.2f} %"
+    def written(self) -> str:
+        return self.metric.written(self.score, " ", more_digits=1)
 
     def __str__(self) -> str:
-        return f"{self.strategy}, seed {self.seed}: {self.top1}"
+        return f"{self.strategy}, seed {self.seed}: {self.written}"
 
 
 def export(
@@ -47,7 +50,7 @@ def export(
 ) -> str:
     """Write a finished network as a folder, and return the strategy's name.
 
-    `log` is given a line for each finished strategy and seed with its top-1, and one that says which is taken and why:
+    `log` is given a line for each finished strategy and seed with its score, and one that says which is taken and why:
     `strategy`, or else the first finished one of Deep Incubation in the order of `run`, or the only finished one. Raises
     SettingsError when nothing fits that description, with what is finished, and when the folder is not free.
     """
@@ -60,7 +63,7 @@ def export(
     folder = check_free(folder)
     ready = finished(settings, seed)
     taken, why = choose(settings, ready, strategy, seed)
-    log(f"finished, with top-1 on the {settings.data.eval_split} split:")
+    log(f"finished, with {taken.metric.label} on the {settings.data.eval_split} split:")
     for one in ready:
         log(f"  {one}")
     log(f"taken: {taken}, {why}")
@@ -93,7 +96,7 @@ def finished(settings: Settings, seed: int) -> list[Finished]:
     finals = plan(settings, names, seeds).finals if names else {}
     ready = {key: final.finished() for key, final in finals.items()}
     keys = [(name, seed) for name in names for seed in seeds]
-    return [Finished(*key, ready[key]["accuracy"], finals[key]) for key in keys if ready[key]]
+    return [Finished(*key, ready[key]["score"], tasks.metric(ready[key]["metric"]), finals[key]) for key in keys if ready[key]]
 
 
 def choose(settings: Settings, ready: list[Finished], strategy: str | None, seed: int) -> tuple[Finished, str]:
@@ -107,16 +110,18 @@ def choose(settings: Settings, ready: list[Finished], strategy: str | None, seed
         there = "finished: " + ", ".join(one.strategy for one in here) if here else "`incubate status` shows how far it is"
         raise SettingsError(f"{strategy or 'no strategy'} is {'not ' * bool(strategy)}finished for seed {seed}; {there}")
     if strategy is None and not incubated and len(here) > 1:
-        them = ", ".join(f"{one.strategy} ({one.top1})" for one in here)
+        them = ", ".join(f"{one.strategy} ({one.written})" for one in here)
         raise SettingsError(f"several strategies are finished for seed {seed}; name one with --strategy: {them}")
     taken = (named or incubated or here)[0]
     why = "as --strategy says" if strategy else "the only finished one of this seed"
     if not strategy and len(here) > 1:
         why = "the first one of Deep Incubation in the order of `run`"
-    best = max(here, key=lambda one: one.accuracy)
-    if best.accuracy > taken.accuracy:
-        ahead = 100 * (best.accuracy - taken.accuracy)
-        why += f"; {best.strategy} is {ahead:.2f} points better on these images (--strategy {best.strategy} takes it)"
+    metric = taken.metric
+    best = max(here, key=lambda one: metric.sign * one.score)
+    ahead = metric.ahead(best.score, taken.score)
+    if ahead > 0:
+        why += f"; {best.strategy} is {ahead:.{metric.digits + 1}f} {metric.points} better on these images "
+        why += f"(--strategy {best.strategy} takes it)"
     return taken, why
 
 

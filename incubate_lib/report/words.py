@@ -1,9 +1,12 @@
-"""How strategies, phases and amounts are called, the same in every table, figure and widget."""
+"""How strategies, phases, scores and amounts are called, the same in every table, figure and widget."""
 
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from incubate_lib import tasks
+from incubate_lib.config import SettingsError
 
 BASELINE = "end_to_end"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -16,6 +19,20 @@ ISOLATES = {strategy: about["isolates"] for strategy, about in STRATEGIES.items(
 def label(strategy: str) -> str:
     """Return a strategy's name for people."""
     return STRATEGIES.get(strategy, {}).get("label", strategy.replace("_", " "))
+
+
+def metric_of(*tables: Any) -> tasks.Metric:
+    """Return the metric that the scores of tables are of; of tables that do not say, the metric of classification.
+
+    SettingsError for several, which cannot be compared, and for one that no task has.
+    """
+    names = list(dict.fromkeys(name for table in tables for name in table.get("metric", ()) if isinstance(name, str)))
+    if len(names) > 1:
+        raise SettingsError(f"scores of several metrics cannot be compared: {', '.join(names)}")
+    try:
+        return tasks.metric(names[0]) if names else tasks.get().score
+    except KeyError:
+        raise SettingsError(f"no task has the metric {names[0]!r}, of which a table's scores are") from None
 
 
 def flop_unit(flops: float) -> tuple[str, float]:

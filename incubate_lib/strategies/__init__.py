@@ -1,10 +1,13 @@
 """Kinds of strategies: each a file with a `KIND`, its settings and how its phases follow from one another."""
 
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from incubate_lib.config.strategies import StrategySettings
+
+__path__ = pkgutil.extend_path(__path__, __name__)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from incubate_lib.config import SettingsError, TrainingSettings, refuse
+from incubate_lib.config.members import PHASES
 from incubate_lib.config.sections import Frozen
-from incubate_lib.config.strategies import Inner, PhaseChanges, StrategySettings, epochs_in
+from incubate_lib.config.strategies import Inner, PhaseChanges, PhaseName, StrategySettings, epochs_in
 from incubate_lib.strategies import Kind
 
 
@@ -28,19 +29,20 @@ class EndToEnd(StrategySettings):
     match_on: Literal["flops", "critical_path"] = "flops"
     budget: Annotated[float, Field(gt=0)] = 1.0  # share of what is matched that it may cost
     low_resolution: LowResolution | None = None
+    phase: PhaseName = "end_to_end"  # what kind of phase trains it, if it is another one
 
     @property
     def trains(self) -> list[str]:
-        return ["end_to_end", "finetune"] if self.low_resolution else ["end_to_end"]
+        return [self.phase, "finetune"] if self.low_resolution else [self.phase]
 
     @property
     def matched(self) -> list[str]:
         return self.trains
 
     def has_epochs(self, general: PhaseChanges) -> bool:
-        own = epochs_in(self.phases, "end_to_end") is not None
+        own = epochs_in(self.phases, self.phase) is not None
         # all of them share `general`, which says how long plain end-to-end training is
-        return own or (self.match_on == "flops" and epochs_in(general, "end_to_end") is not None)
+        return own or (self.match_on == "flops" and epochs_in(general, self.phase) is not None)
 
     def check_match(self, said: str, other: StrategySettings, others: Mapping[str, StrategySettings]) -> None:
         refuse(
@@ -56,15 +58,16 @@ class EndToEnd(StrategySettings):
         unmatched = not self.match and {"budget", "match_on"} & self.model_fields_set
         refuse(unmatched, "budget and match_on have no meaning without match")
         refuse(self.mat is not None and self.low_resolution, "mat and low_resolution do not go together")
+        refuse(self.phase != "end_to_end" and self.low_resolution, "phase and low_resolution do not go together")
 
 
 def build(made: Any) -> Any:
-    own, training = made.own, made.training("end_to_end")
+    own, training = made.own, made.training(made.own.phase)
     if made.is_matched:
         as_many = made.other.kind == "end_to_end" and not own.low_resolution
-        per_image = made.facts.flops_per_image["target"]
-        training = made.as_many_epochs("end_to_end") if as_many else made.lasting("end_to_end", made.budget(), per_image)
-    return _small_images_first(made, training) if own.low_resolution else made.node("end_to_end", training, key=made.name)
+        per_image = made.facts.flops_per_image[PHASES[own.phase].cost(made.settings.model, {})]
+        training = made.as_many_epochs(own.phase) if as_many else made.lasting(own.phase, made.budget(), per_image)
+    return _small_images_first(made, training) if own.low_resolution else made.node(own.phase, training, key=made.name)
 
 
 def _small_images_first(made: Any, training: TrainingSettings) -> Any:

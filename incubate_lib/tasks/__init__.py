@@ -3,12 +3,15 @@
 Files of tasks import torch where they compute only: the names of metrics are asked for in a moment.
 """
 
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from incubate_lib.config.members import TASKS
+
+__path__ = pkgutil.extend_path(__path__, __name__)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +30,36 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """What stands above a column or beside an axis, e.g. `top-1 %`."""
-        return f"{self.label} {self.unit}".strip()
+        """What stands above a column, e.g. `top-1 %`."""
+        return self.headed(self.label)
+
+    def headed(self, words: str, between: str = " ") -> str:
+        """Return these words with the unit behind them, e.g. `meta model %`."""
+        return f"{words}{between}{self.unit}" if self.unit else words
+
+    def axis(self, more: str = "") -> str:
+        """Return what stands beside an axis, e.g. `top-1 (%)`; `more` comes before the unit."""
+        return f"{self.label}{more} ({self.unit})" if self.unit else f"{self.label}{more}"
+
+    @property
+    def words(self) -> str:
+        """The name in a sentence."""
+        return self.name.replace("_", " ")
+
+    @property
+    def most(self) -> float | None:
+        """The largest possible value, of a share; None of anything else."""
+        return 100 / self.scale if self.unit == "%" else None
+
+    @property
+    def points(self) -> str:
+        """What differences are counted in."""
+        return "points" if self.most else self.unit or self.label
+
+    @property
+    def differences(self) -> str:
+        """What stands beside a scale of differences, e.g. `points of top-1`."""
+        return self.label if self.points == self.label else f"{self.points} of {self.label}"
 
     @property
     def worst(self) -> float:
@@ -40,10 +71,14 @@ class Metric:
         """Times this, more is better."""
         return 1 if self.higher_is_better else -1
 
-    def written(self, value: float) -> str:
+    def written(self, value: float, before_percent: str = "", more_digits: int = 0) -> str:
         """Return a value as people write it, e.g. 0.934 as 93.4%."""
-        space = "" if self.unit == "%" else " "
-        return f"{self.scale * value:.{self.digits}f}{space}{self.unit}".strip()
+        space = before_percent if self.unit == "%" else " "
+        return f"{self.scale * value:.{self.digits + more_digits}f}{space}{self.unit}".strip()
+
+    def ahead(self, value: Any, other: Any) -> Any:
+        """Return how far a value, or each of a table's, is ahead of another, in `points`: above zero it is better."""
+        return self.sign * self.scale * (value - other)
 
 
 class Task:

@@ -56,7 +56,7 @@ class PhaseFolder:
         if not isinstance(summary, dict) or "hash" not in summary or digest not in (None, summary["hash"]):
             return None
         made_from = summary.get("inputs_sha256", {})
-        summary = {"metric": "accuracy"} | _renamed(summary)
+        summary = {"metric": METRIC_BEFORE} | renamed(summary)
         return summary if all(made_from.get(name) == sha for name, sha in (used or {}).items()) else None
 
     def finished(self, digest: str | None = None, used: dict[str, str] | None = None) -> dict[str, Any] | None:
@@ -82,7 +82,7 @@ class PhaseFolder:
         with contextlib.suppress(FileNotFoundError):
             for line in (self.path / file).read_bytes().splitlines():
                 with contextlib.suppress(ValueError):
-                    rows.append(_renamed(json.loads(line)))
+                    rows.append(renamed(json.loads(line)))
         return rows
 
     @property
@@ -255,11 +255,15 @@ class PhaseFolder:
         return load(blob)
 
 
-# columns of records that were written before, and what they are called now
-BEFORE = {"accuracy": "score", "start_accuracy": "start_score", "judge_images": "eval_images"}
+# columns of records and tables that were written before, and what they are called now
+BEFORE = {f"{of}accuracy": f"{of}score" for of in ("", "start_", "meta_", "assembled_", "other_")}
+BEFORE |= {"looks": "probes", "look_seconds": "probe_seconds", "look_flops": "probe_flops"}
+BEFORE |= {"judge_images": "eval_images", "judged_on": "split"}
+METRIC_BEFORE = "accuracy"  # what their scores are of
 
 
-def _renamed(record: dict[str, Any]) -> dict[str, Any]:
+def renamed(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record, or the columns of a table, by today's names."""
     return {BEFORE.get(name, name): value for name, value in record.items()}
 
 

@@ -17,7 +17,7 @@ from incubate_lib.backends.interface import Run
 from incubate_lib.pipeline.execution import clear_log, fair_threads, is_complete, kill, last_error, start
 from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.graph import Node, remaining, to_do
-from incubate_lib.pipeline.view import Line, node_line, render
+from incubate_lib.pipeline.view import Line, line_of, node_line, render
 from incubate_lib.training.runs import GONE
 
 POLL_SECONDS = 0.3
@@ -174,7 +174,7 @@ class Pool:
             return task.line
         node = task.node
         waits = task.state == "waiting"  # whatever an earlier run left there
-        line = Line(node.key, node.title, "waiting") if waits else node_line(node)
+        line = line_of(node, "waiting") if waits else node_line(node)
         if task.state in ("failed", "skipped"):
             line.state, line.note = task.state, task.note
         elif task.state == "running" and line.state != "running":

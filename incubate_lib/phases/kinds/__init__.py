@@ -3,11 +3,14 @@
 Files of kinds import torch where they compute only: labels, notebooks and options are asked for in a moment.
 """
 
+import pkgutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from incubate_lib.config import Frozen, ModelSettings, PhaseSettings
+
+__path__ = pkgutil.extend_path(__path__, __name__)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,18 +42,11 @@ class Phase:
         """Return a phase's name for people, modules counted from one."""
         return self.name
 
-    # What a phase does not depend on is no part of its identity.
+    def network(self, model: ModelSettings, partition: dict[str, list[Any]], takes_depth: bool) -> dict[str, Any]:
+        """Return `model` and what of `partition` (target_depths, meta_depths, cuts) the phase depends on."""
+        return {"model": model} | partition
 
-    def model_of(self, model: ModelSettings) -> ModelSettings:
-        return model
-
-    def target_depths(self, depths: list[int]) -> list[int]:
-        return depths
-
-    def meta_depths(self, depths: list[int]) -> list[int]:
-        return depths
-
-    def cost(self, s: PhaseSettings) -> str:
+    def cost(self, model: ModelSettings, options: dict[str, Any]) -> str:
         """Return under which of the names that `count` gives the FLOPs of a training image stand."""
         return "target"
 

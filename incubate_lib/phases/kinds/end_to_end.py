@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from incubate_lib.config import Frozen, PhaseSettings
+from incubate_lib.config import Frozen, ModelSettings, PhaseSettings
 from incubate_lib.phases.kinds import Inputs, Phase
 
 
@@ -16,14 +16,12 @@ class EndToEnd(Phase):
     notebook = "05_end_to_end"
     options = Options
 
-    def target_depths(self, depths: list[int]) -> list[int]:
-        return [sum(depths)] if depths else []
+    def network(self, model: ModelSettings, partition: dict[str, list[Any]], takes_depth: bool) -> dict[str, Any]:
+        depths = partition["target_depths"]
+        return {"model": model, "target_depths": [sum(depths)] if depths else [], "meta_depths": []}
 
-    def meta_depths(self, depths: list[int]) -> list[int]:
-        return []
-
-    def cost(self, s: PhaseSettings) -> str:
-        return f"target-{s.model.img_size}" if s.options.get("small_images") else "target"
+    def cost(self, model: ModelSettings, options: dict[str, Any]) -> str:
+        return f"target-{model.img_size}" if options.get("small_images") else "target"
 
     def count(self, networks: Any) -> dict[str, int]:
         return {"target": networks.counts.per_image(networks.target, networks.partition)}

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from incubate_lib.config import Frozen, PhaseSettings
+from incubate_lib.config import Frozen, ModelSettings, PhaseSettings
 from incubate_lib.phases.kinds import Inputs, Phase
 
 
@@ -28,8 +28,8 @@ class Incubate(Phase):
     def title(self, s: PhaseSettings) -> str:
         return f"module {s.module_index + 1} of {len(s.target_depths)}"
 
-    def cost(self, s: PhaseSettings) -> str:
-        return f"{self.name}-{s.module_index}"
+    def cost(self, model: ModelSettings, options: dict[str, Any]) -> str:
+        return f"{self.name}-{options['module_index']}"
 
     def count(self, networks: Any) -> dict[str, int]:
         if not networks.partition:

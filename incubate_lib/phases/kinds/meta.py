@@ -11,13 +11,12 @@ class Meta(Phase):
     label = "meta model"
     notebook = "01_meta_model"
 
-    def model_of(self, model: ModelSettings) -> ModelSettings:
-        return model.model_copy(update={"depth": None})
+    def network(self, model: ModelSettings, partition: dict[str, list[Any]], takes_depth: bool) -> dict[str, Any]:
+        if takes_depth:  # else it is what is left of the target network
+            model, partition = model.model_copy(update={"depth": None}), partition | {"target_depths": [], "cuts": []}
+        return {"model": model} | partition
 
-    def target_depths(self, depths: list[int]) -> list[int]:
-        return []
-
-    def cost(self, s: PhaseSettings) -> str:
+    def cost(self, model: ModelSettings, options: dict[str, Any]) -> str:
         return "meta"
 
     def count(self, networks: Any) -> dict[str, int]:

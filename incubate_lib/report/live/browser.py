@@ -21,6 +21,7 @@ from incubate_lib.report.tables.plots import draw_curve, mean_curve
 from incubate_lib.report.tables.records import Results, from_plan, published
 from incubate_lib.report.widgets import image, with_twin
 from incubate_lib.report.words import flop_unit, label
+from incubate_lib.tasks import Metric
 
 IN_TURN, SIDE_BY_SIDE = "modules one after another", "modules side by side (critical path)"
 AXES = {  # of the curves → column of the curves, of the phases, how modules follow one another, for people
@@ -52,7 +53,7 @@ def open_run(name: str) -> tuple[Results, Plan | None]:
 
 
 def curves_figure(results: Results, x: str = "flops") -> Figure:
-    """Draw top-1 over what was spent, a colour a strategy: mean over seeds, of up to five strategies with ± one std as a band.
+    """Draw the score over what was spent, a colour a strategy: mean over seeds, of up to five with ± one std as a band.
 
     Phases follow one another as they were trained; dashed are hybrids, one module each; a star is the assembled network. `x` is
     one of AXES. SettingsError for another x, or if nothing is there.
@@ -72,12 +73,12 @@ def curves_figure(results: Results, x: str = "flops") -> Figure:
         for phase, line in curve_lines(results, name, x):
             if len(names) > 5:
                 line = line.assign(std=0.0)
-            _draw(axis, phase, line["cost"] / factor, line, style(name))
+            _draw(axis, phase, line["cost"] / factor, line, results.metric, style(name))
         count = results.curves.loc[results.curves["strategy"] == name, "seed"].nunique()
         look = style(name) | {"linestyle": "-", "markersize": 4}
         axis.plot([], [], label=f"{label(name)} (n = {count})", **look)
-    splits = ", ".join(sorted(map(str, results.strategies["judged_on"].unique())))
-    axis.set_ylabel(f"top-1, {splits} split (%)" if splits else "top-1 (%)")
+    splits = ", ".join(sorted(map(str, results.strategies["split"].unique())))
+    axis.set_ylabel(results.metric.axis(f", {splits} split" if splits else ""))
     axis.set(xlabel=_axis_label(x, unit), title=results.name)
     axis.grid(alpha=0.3)
     figure.legend(fontsize=9, loc="outside lower center", ncols=2, frameon=False)
@@ -95,21 +96,21 @@ def curve_lines(results: Results, strategy: str, x: str) -> Iterator[tuple[str, 
         if phase != before or order == IN_TURN:
             begin = end
         if phase == "assemble":
-            yield phase, pd.DataFrame({"cost": [begin], "accuracy": [rows["accuracy"].mean()]})
+            yield phase, pd.DataFrame({"cost": [begin], "score": [rows["score"].mean()]})
         elif (phase, index) in lines:
             line = mean_curve(lines[phase, index], column)
             yield phase, line.assign(cost=begin + line["cost"])
         before, end = phase, max(end, begin + rows[spent].mean())
 
 
-def _draw(axis: Axes, phase: str, x: pd.Series, line: pd.DataFrame, look: dict[str, str]) -> None:
+def _draw(axis: Axes, phase: str, x: pd.Series, line: pd.DataFrame, metric: Metric, look: dict[str, str]) -> None:
     if phase == "assemble":
         star = {"marker": "*", "markersize": 14, "markeredgecolor": "black", "zorder": 5}
-        axis.plot(x, 100 * line["accuracy"], color=look["color"], **star)
+        axis.plot(x, metric.scale * line["score"], color=look["color"], **star)
         return
     way = {"linestyle": "--", "linewidth": 1} if phase == "incubate" else {"linestyle": "-", "linewidth": 1.6}
     every = max(1, len(line) // 10)  # of long curves the markers would hide the lines
-    draw_curve(axis, x, line, look | way | {"markersize": 4, "markevery": every}, alpha=0.12)
+    draw_curve(axis, x, line, metric, look | way | {"markersize": 4, "markevery": every}, alpha=0.12)
 
 
 def _axis_label(x: str, unit: str) -> str:

@@ -1,4 +1,4 @@
-"""Learning curves of phases as small panels: top-1 above, loss beneath, those of a strategy in a row on one scale."""
+"""Learning curves of phases as small panels: the score above, loss beneath, those of a strategy in a row on one scale."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,11 +15,12 @@ from incubate_lib.report.tables.plots import learning_curves
 from incubate_lib.report.tables.records import Results
 from incubate_lib.report.widgets import Sentence, with_picture, with_twin
 from incubate_lib.report.words import LOOKS, label, phase_name
+from incubate_lib.tasks import Metric
 
 FADED = "#555555"
 LINES = LOOKS["lines"]  # of evaluations
-MARGIN, TOP1_HEIGHT, LOSS_HEIGHT = 46, 54, 42  # of the panels, in pixels
-PANEL_HEIGHT = 20 + TOP1_HEIGHT + 8 + LOSS_HEIGHT + 22
+MARGIN, SCORE_HEIGHT, LOSS_HEIGHT = 46, 54, 42  # of the panels, in pixels
+PANEL_HEIGHT = 20 + SCORE_HEIGHT + 8 + LOSS_HEIGHT + 22
 Rows = Sequence[dict[str, Any]]  # the evaluations of a phase
 Panel = tuple[str, Sequence[Rows], float]  # title, curves, epochs
 
@@ -32,9 +33,9 @@ def all_curves(results: Results) -> Figure:
         rows.setdefault(strategy, []).append((phase_name(phase, index), curves, table["epoch"].max()))
     picture = Picture("learning curves of all phases", 980)
     seeds = results.curves["seed"].nunique()
-    curve_legend(picture, "last values" + (f", mean of {seeds} seeds" if seeds > 1 else ""))
+    curve_legend(picture, results.metric, "last values" + (f", mean of {seeds} seeds" if seeds > 1 else ""))
     for strategy, panels in rows.items():
-        draw_row(picture, label(strategy), panels)
+        draw_row(picture, label(strategy), panels, results.metric)
     return picture.figure()
 
 
@@ -43,24 +44,29 @@ def by_phase(results: Results, *more: str) -> Iterable[tuple[tuple, pd.DataFrame
     return results.curves.groupby(["strategy", *more, "phase", "module_index"], dropna=False, sort=False)
 
 
-def draw_row(picture: Picture, title: str, panels: Sequence[Panel], most: int = 6) -> None:
+def draw_row(picture: Picture, title: str, panels: Sequence[Panel], metric: Metric, most: int = 6) -> None:
     """Add panels beneath what is drawn, as many beside one another as have room, on one scale."""
     picture.text(10, picture.height + 16, title, size=13, bold=True, room=picture.width - 20)
     picture.height += 24
     drawn = [rows for _, curves, _ in panels for rows in curves]
-    losses = [value for rows in drawn for name in ("loss", "train_loss") for _, value in _points(rows, name)]
-    top_loss = max(losses, default=0.0) or 1.0
+
+    def largest(*names: str) -> float:
+        return max((value for rows in drawn for name in names for _, value in _points(rows, name)), default=0.0) or 1.0
+
+    scales = {"score": metric.most or largest("score"), "loss": largest("loss", "train_loss")}
     width = (picture.width - MARGIN - 10) / most
     for i, panel in enumerate(panels):
         if i and i % most == 0:
             picture.height += PANEL_HEIGHT + 6
         x = MARGIN + i % most * width
-        _draw_panel(picture, x, width - 14, panel, top_loss, first=i % most == 0)
+        _draw_panel(picture, x, width - 14, panel, metric, scales, first=i % most == 0)
     picture.height += PANEL_HEIGHT + 10
 
 
-def _draw_panel(picture: Picture, x: float, width: float, panel: Panel, top_loss: float, first: bool) -> None:
-    """Draw top-1 (0 to 100 %) over epochs and beneath it the loss (0 to `top_loss`), one line for each of the curves.
+def _draw_panel(
+    picture: Picture, x: float, width: float, panel: Panel, metric: Metric, scales: dict[str, float], first: bool
+) -> None:
+    """Draw the score over epochs and beneath it the loss, each from 0 to what `scales` say, one line for each of the curves.
 
     In the corners stand the last values, the mean of several; `first` panels of a row have the scales beside them.
     """
@@ -68,9 +74,10 @@ def _draw_panel(picture: Picture, x: float, width: float, panel: Panel, top_loss
     faded = partial(picture.text, color=FADED)
     picture.text(x, picture.height + 13, title, bold=True, room=width)
     top = picture.height + 20
-    low = top + TOP1_HEIGHT + 8
-    upper, lower = (top, TOP1_HEIGHT, 1.0), (low, LOSS_HEIGHT, top_loss)
-    for (place, height, _), highest in ((upper, "100 %"), (lower, f"{top_loss:.3g}")):
+    low = top + SCORE_HEIGHT + 8
+    upper, lower = (top, SCORE_HEIGHT, scales["score"]), (low, LOSS_HEIGHT, scales["loss"])
+    highest_score = metric.headed(f"{metric.scale * scales['score']:.3g}")
+    for (place, height, _), highest in ((upper, highest_score), (lower, f"{scales['loss']:.3g}")):
         picture.box(x, place, width, height, fill="#F6F6F6", radius=0)
         picture.line([(x, place), (x, place + height), (x + width, place + height)], color=FAINT, width=1)
         if first:
@@ -80,7 +87,7 @@ def _draw_panel(picture: Picture, x: float, width: float, panel: Panel, top_loss
     end = f"{epochs:,.0f} epochs" if epochs >= 100 else f"{epochs:.3g} epochs"
     faded(x + width, low + LOSS_HEIGHT + 15, end, anchor="end")
     for name, (_, look) in reversed(LINES.items()):
-        place, height, scale = upper if name == "accuracy" else lower
+        place, height, scale = upper if name == "score" else lower
         last = []
         for points in ([*_points(rows, name)] for rows in curves):
             across = [x + width * min(1.0, at / (epochs or math.inf)) for at, _ in points]
@@ -93,16 +100,16 @@ def _draw_panel(picture: Picture, x: float, width: float, panel: Panel, top_loss
                 last.append(points[-1][1])
         if last:  # where a curve that goes well does not run: under the one, over the other
             words, at = f"{fmean(last):.3f}", low + 13
-            if name == "accuracy":
-                words, at = f"{100 * fmean(last):.1f} %", top + TOP1_HEIGHT - 5
+            if name == "score":
+                words, at = metric.written(fmean(last), " "), top + SCORE_HEIGHT - 5
             picture.text(x + width - 4, at, words, color=look["color"], bold=True, anchor="end")
 
 
-def curve_legend(picture: Picture, numbers: str = "last values") -> None:
+def curve_legend(picture: Picture, metric: Metric, numbers: str = "last values") -> None:
     """Say what the lines and the numbers of the panels beneath are."""
     picture.height += 26
     x, y = MARGIN, picture.height - 10
-    for words, look in LINES.values():
+    for words, look in ((words or metric.label, look) for words, look in LINES.values()):
         picture.line([(x, y - 4), (x + 22, y - 4)], width=1.8, **look)
         picture.text(x + 27, y, words)
         x += 45 + len(words) * 12 * LETTER

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from incubate_lib import tasks
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest
 from incubate_lib.report.live.curves import Panel, curve_legend, draw_row
 from incubate_lib.report.live.picture import FAINT, Picture, beneath_one_another
@@ -38,6 +39,7 @@ def draw(plan: Plan, phases: list[Phase]) -> tuple[Picture, Picture]:
     found = {phase.node.key: phase for phase in phases}
     graph = Picture("the graph of phases, each with its state", WIDTH, 4)
     curves = Picture("learning curves of the phases", WIDTH)
+    metric = tasks.get(plan.experiment.settings.task).score
     seeds, shown, alone = len({seed for _, seed in plan.finals}), [], []
     for (strategy, seed), final in plan.finals.items():
         group = [found[node.key] for node in closure([final])]
@@ -59,8 +61,8 @@ def draw(plan: Plan, phases: list[Phase]) -> tuple[Picture, Picture]:
         new = [box for box in boxes if box.phase.node.settings.training and box.key not in drawn]
         if any(box.phase.rows for box in new):
             if not curves.marks:
-                curve_legend(curves)
-            draw_row(curves, title, [box.panel for box in new])
+                curve_legend(curves, metric)
+            draw_row(curves, title, [box.panel for box in new], metric)
         drawn |= {box.key for box in boxes}
     return graph, curves
 
@@ -87,7 +89,7 @@ def _draw_folded(picture: Picture, title: str, group: list[Phase]) -> None:
     color, pale = COLORS[line.state]
     picture.box(10, picture.height + 3, WIDTH - 20, 24, fill=pale, edge=color)
     text = f"{len(group)} phase{'s' * (len(group) > 1)} {line.state}"
-    text += f", top-1 {line.accuracy}" if line.accuracy else ""
+    text += f", {line.metric} {line.score}" if line.score else ""
     picture.text(20, picture.height + 19, title, bold=True, room=WIDTH - 300)
     picture.text(WIDTH - 20, picture.height + 19, text, anchor="end")
     picture.height += 32
@@ -116,8 +118,8 @@ def _draw_box(picture: Picture, x: float, y: float, width: float, box: Box, shar
     state = line.state + (" (shared)" if shared else "")
     if phase.seconds is not None:
         state += f", {duration(phase.seconds)} left"
-    picture.text(x + 8, y + 15, box.title, bold=True, room=width - (100 if line.accuracy else 16))
-    picture.text(x + width - 8, y + 15, line.accuracy and f"top-1 {line.accuracy}", anchor="end")
+    picture.text(x + 8, y + 15, box.title, bold=True, room=width - (100 if line.score else 16))
+    picture.text(x + width - 8, y + 15, line.score and f"{line.metric} {line.score}", anchor="end")
     picture.text(x + 8, y + 30, state, room=width - 16)
     picture.box(x + 8, y + 34, width - 16, 4, fill="white", radius=2)
     if phase.share:

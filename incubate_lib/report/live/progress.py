@@ -16,7 +16,7 @@ from incubate_lib.backends import Backend
 from incubate_lib.pipeline.execution import is_running
 from incubate_lib.pipeline.graph import Node, Plan, longest
 from incubate_lib.pipeline.recorded import DAMAGE
-from incubate_lib.pipeline.view import Line, node_line
+from incubate_lib.pipeline.view import Line, line_of, node_line
 from incubate_lib.training.lease import holder
 from incubate_lib.training.runs import METRICS
 
@@ -88,7 +88,7 @@ def _read(node: Node, flops: int) -> Phase:
         return phase
     except (*DAMAGE, ArithmeticError) as error:  # half-written, or by hand
         note = f"its records cannot be read ({type(error).__name__}: {error})"
-        return Phase(node, Line(node.key, node.title, "unreadable", note=note))
+        return Phase(node, line_of(node, "unreadable", note=note))
 
 
 def _read_progress(phase: Phase, flops: int) -> None:
@@ -162,7 +162,7 @@ def headline(plan: Plan, phases: list[Phase], backend: Backend) -> str:
 
 
 def table_of(phases: list[Phase], place: str) -> pd.DataFrame:
-    """Return a row for each phase: state, epoch, loss, top-1, ETA; and what a cluster says, and what went wrong, if anything.
+    """Return a row for each phase: state, epoch, loss, score, ETA; and what a cluster says, and what went wrong, if anything.
 
     `place` heads the column that says where a phase is, or why it waits.
     """

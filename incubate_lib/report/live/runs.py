@@ -8,15 +8,18 @@ from typing import Any
 
 import pandas as pd
 
+from incubate_lib import tasks
 from incubate_lib.config import SettingsError, data_folder
 from incubate_lib.config.study import studies
 from incubate_lib.pipeline.execution import is_running
 from incubate_lib.pipeline.recorded import DAMAGE, read_record, reason
 from incubate_lib.report.tables import records
-from incubate_lib.report.tables.records import published_runs
-from incubate_lib.training.runs import PhaseFolder, read_json
+from incubate_lib.report.tables.records import published_runs, read_table
+from incubate_lib.report.words import metric_of
+from incubate_lib.training.runs import PhaseFolder, read_json, renamed
 
-COLUMNS = ["name", "state", "date", "settings", "strategies", "seeds", "best top-1 %", "device", "note"]
+BEST = "best"  # stands before a metric's heading: a column for each metric that there is
+COLUMNS = ["name", "state", "date", "settings", "strategies", "seeds", BEST, "device", "note"]
 PUBLISHED = "published: "  # before the names of the project's tracked tables
 EMPTY = "it is empty"
 
@@ -27,7 +30,8 @@ def runs_table(cells: bool = False) -> pd.DataFrame:
     The runs of a study are one row, unless `cells` are wanted. Only what is needed is read: of each run its experiment.json and
     the summaries that end a strategy. A folder that cannot be read has a note instead of numbers.
     Columns: name, state (done, running, unfinished, empty, damaged, study, published), date (last finished strategy), settings
-    (what they are called), strategies (finished, with seeds), seeds, best top-1 % (mean over seeds), device, note.
+    (what they are called), strategies (finished, with seeds), seeds, device, note, and before these
+    two the best score (mean over seeds), in a column for each metric, such as `best top-1 %`.
     """
     known = {*studies(), *(folder.name for folder in _folders(data_folder() / "studies"))}
     rows, folded = [], {}
@@ -43,7 +47,11 @@ def runs_table(cells: bool = False) -> pd.DataFrame:
     for name in published_runs():
         known = {"state": "published", "settings": name, "seeds": None}
         rows.append(_row(PUBLISHED + name, partial(_read_table, name), **known))
-    return pd.DataFrame(rows, columns=COLUMNS).astype({"seeds": "Int64", "best top-1 %": float})
+    best = list(dict.fromkeys(name for row in rows for name in row if name.startswith(BEST) and name != BEST))
+    best = best or [f"{BEST} {tasks.get().score.heading}"]
+    place = COLUMNS.index(BEST)
+    table = pd.DataFrame(rows, columns=[*COLUMNS[:place], *best, *COLUMNS[place + 1 :]])
+    return table.astype({"seeds": "Int64"} | dict.fromkeys(best, float))
 
 
 def _folders(path: Path) -> list[Path]:
@@ -52,7 +60,7 @@ def _folders(path: Path) -> list[Path]:
 
 def _row(name: str, read: Callable[[dict[str, Any]], None], **known: Any) -> dict[str, Any]:
     """Return a row that `read` fills in; whatever is wrong becomes its note."""
-    row = dict.fromkeys(COLUMNS, "") | {"name": name, "seeds": 0, "best top-1 %": None} | known
+    row = dict.fromkeys(COLUMNS, "") | {"name": name, "seeds": 0} | known
     try:
         read(row)
     except SettingsError as error:
@@ -87,19 +95,26 @@ def _ends(folder: Path) -> tuple[pd.DataFrame, list[Path]]:
             missing.append(part)
         else:
             where = summary["provenance"]
-            ends.append((part.name, part.parent.name, summary["accuracy"], where["date"], where["device"]))
-    return pd.DataFrame(ends, columns=["strategy", "seed", "accuracy", "date", "device"]), missing
+            score = renamed(summary)["score"], summary.get("metric")
+            ends.append((part.name, part.parent.name, *score, where["date"], where["device"]))
+    return pd.DataFrame(ends, columns=["strategy", "seed", "score", "metric", "date", "device"]), missing
 
 
 def _numbers(ends: pd.DataFrame) -> dict[str, Any]:
-    by_strategy = ends.groupby("strategy", sort=False)["accuracy"]
-    return {
+    by_strategy, metric = ends.groupby("strategy", sort=False)["score"], metric_of(ends)
+    best = {}
+    if len(ends):
+        best[f"{BEST} {metric.heading}"] = round(metric.scale * _best(metric, by_strategy.mean()), metric.digits)
+    return best | {
         "strategies": ", ".join(f"{name} ({number})" for name, number in by_strategy.size().items()),
         "seeds": ends["seed"].nunique(),
-        "best top-1 %": None if ends.empty else round(100 * by_strategy.mean().max(), 1),
         "date": max(map(str, ends["date"]), default="")[:16].replace("T", " "),
         "device": ", ".join(sorted(map(str, ends["device"].unique()))),
     }
+
+
+def _best(metric: tasks.Metric, scores: pd.Series) -> float:
+    return scores.max() if metric.higher_is_better else scores.min()
 
 
 def _read_study(name: str, runs: Sequence[Path], row: dict[str, Any]) -> None:
@@ -108,19 +123,21 @@ def _read_study(name: str, runs: Sequence[Path], row: dict[str, Any]) -> None:
     for run in runs:
         try:
             if read_record(run)["settings"]["data"]["eval_split"] == "test":
-                judged.append(_numbers(_ends(run)[0]))
+                judged.append(_ends(run)[0])
         except (SettingsError, *DAMAGE):
             damaged += 1
-    cells = pd.DataFrame([numbers for numbers in judged if numbers["strategies"]])
+    cells = pd.DataFrame([_numbers(ends) for ends in judged if len(ends)])
     note = f"a study: {len(runs)} runs, {len(cells)} of them judged on test images"
     note += f", {damaged} damaged" if damaged else ""
     row.update(note=note, state="study, running" if is_running(data_folder() / "studies" / name) else "study")
     if len(cells):
         cells["strategies"] = cells["strategies"].str.replace(r" \(\d+\)", "", regex=True)
-        row.update(cells[["date", "seeds", "best top-1 %"]].max())
+        row.update(cells[["date", "seeds"]].max())
+        metric = metric_of(*judged)
+        row[f"{BEST} {metric.heading}"] = _best(metric, cells[f"{BEST} {metric.heading}"])
         for column in ("strategies", "device"):
             row[column] = ", ".join(dict.fromkeys(", ".join(cells[column]).split(", ")))
 
 
 def _read_table(name: str, row: dict[str, Any]) -> None:
-    row.update(_numbers(pd.read_csv(records.results_folder() / f"{name}.csv")), note="a table of the project")
+    row.update(_numbers(read_table(records.results_folder() / f"{name}.csv")), note="a table of the project")

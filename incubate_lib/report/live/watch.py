@@ -102,7 +102,7 @@ class Live(ipywidgets.VBox):
         if (phases, reader.messages) != self.shown:
             self.graph.value, self.curves.value = (picture.svg() for picture in draw(reader.plan, phases))
             table = table_of(phases, reader.backend.title)
-            self.table.value = page("phases.html", table=table, messages=reader.messages)
+            self.table.value = page("phases.html", table=table, numbers=phases[0].line.numbers(), messages=reader.messages)
             self.shown = phases, reader.messages
         return None if not busy and all(phase.line.state == "done" for phase in phases) else busy
 

@@ -12,7 +12,7 @@ from incubate_lib.report.tables.records import published_runs
 from incubate_lib.report.tables.statistics import interval_text, rounded
 from incubate_lib.report.tables.studies import WITHOUT
 from incubate_lib.report.tables.verdict import differences
-from incubate_lib.report.words import label
+from incubate_lib.report.words import label, metric_of
 
 # further families that README speaks of, each a list of pairs
 BEST = ["growing", "deep_incubation_identity", "stacking", "deep_incubation_stack"]
@@ -28,14 +28,16 @@ MORE = {
 
 def comparisons() -> str:
     """Return the file that shows every comparison that README speaks of, a section a table, a table a family."""
+    names = [*studies.published_studies(), *published_runs()]
+    scales = " or ".join(dict.fromkeys(study_of(name).metric.differences for name in names))
     parts = [
-        "# Every comparison\n\nWritten by `incubate figures` from the tables in this folder. Differences are points of top-1, "
+        f"# Every comparison\n\nWritten by `incubate figures` from the tables in this folder. Differences are {scales}, "
         "paired by seed. A table is a family: **clear** is what Student's paired t-test, corrected for all comparisons of its "
         "table by Holm's procedure, tells from zero at 5 %. The corrected interval has the level at which that procedure tests "
         "the difference, and excludes zero exactly where it is clear; beside it the 95 % interval that the difference would "
         "have if it were the only one.\n"
     ]
-    for name in [*studies.published_studies(), *published_runs()]:
+    for name in names:
         table = study_of(name)
         there = set(table.results["strategy"])
         families = [studies.gains(table)]
@@ -47,7 +49,8 @@ def comparisons() -> str:
 
 
 def _table(found: pd.DataFrame, axes: list[str]) -> str:
-    rows = []
+    metric, rows = metric_of(found), []
+    digits = metric.digits + 1
     for row in found.to_dict("records"):
         gain, half = row["gain"], row["half_alone"]
         rows.append(
@@ -56,9 +59,9 @@ def _table(found: pd.DataFrame, axes: list[str]) -> str:
                 "strategy": label(row["strategy"]),
                 "against": label(row["other"]),
                 "seeds": str(row["seeds"]),
-                "points": rounded(gain, 2, "+"),
-                "95 % alone": interval_text(gain - half, gain + half, 2),
-                "corrected": interval_text(row["low"], row["high"], 2),
+                metric.points: rounded(gain, digits, "+"),
+                "95 % alone": interval_text(gain - half, gain + half, digits),
+                "corrected": interval_text(row["low"], row["high"], digits),
                 "p, corrected": f"{row['p_holm']:.2g}",
                 "": "**clear**" if row["clear"] else "inside the noise",
             }

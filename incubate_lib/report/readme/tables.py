@@ -21,18 +21,18 @@ HEADS = {
 
 
 def budget(study: str) -> str:
-    """A study over budgets: a row a budget, top-1 and the critical path; the best mean of a row is bold."""
-    whole = rows_of(study, BASELINE).groupby("budget")[["flops", "critical_flops"]].mean()
+    """A study over budgets: a row a budget, the score and the critical path; the best mean of a row is bold."""
+    metric, whole = study_of(study).metric, rows_of(study, BASELINE).groupby("budget")[["flops", "critical_flops"]].mean()
     rows = []
     for place, cell in study_of(study).results.groupby("budget", sort=False):
         groups = {name: cell[cell["strategy"] == name] for name in HEADS}
-        best = rounded(100 * max(group["accuracy"].mean() for group in groups.values()))
+        best = max((group["score"].mean() for group in groups.values()), key=lambda mean: metric.sign * mean)
         is_largest = whole["flops"][place] == whole["flops"].max()
         row = {"budget": f"{place} ({rounded(whole['flops'].max() / 1e12)} TFLOP)" if is_largest else place}
         for name, group in groups.items():
-            bold = "**" if rounded(100 * group["accuracy"].mean()) == best else ""
+            bold = "**" if metric.written(group["score"].mean()) == metric.written(best) else ""
             path = rounded(group["critical_flops"].mean() / whole["critical_flops"].max(), 2)
-            row[HEADS[name]] = f"{bold}{spread(100 * group['accuracy'])}{bold} ({path})"
+            row[HEADS[name]] = f"{bold}{spread(group['score'], metric)}{bold} ({path})"
         rows.append(row)
     return markdown(rows)
 
@@ -43,7 +43,7 @@ def _tera(flops: float) -> str:
 
 def chain(run: str) -> str:
     """A run at equal cost: a column a strategy."""
-    base, columns = rows_of(run, BASELINE), {}
+    base, metric, columns = rows_of(run, BASELINE), run_of(run).metric, {}
     for name, group in run_of(run).strategies.groupby("strategy", sort=False):
 
         def cost(column: str, show: Callable[[float], str], name: str = name, group: pd.DataFrame = group) -> str:
@@ -51,9 +51,9 @@ def chain(run: str) -> str:
             return show(group[column].mean()) + ratio + (mixes(group, base) if "seconds" in column else "")
 
         columns[label(name)] = {
-            "top-1, test, %": spread(100 * group["accuracy"]),
-            "points over end to end, paired by seed": "" if name == BASELINE else _over(run, name),
-            "assembled, before any fine-tuning, %": spread(100 * group["assembled_accuracy"].dropna()),
+            metric.headed(f"{metric.label}, test", ", "): spread(group["score"], metric),
+            f"{metric.points} over end to end, paired by seed": "" if name == BASELINE else _over(run, name),
+            metric.headed("assembled, before any fine-tuning", ", "): spread(group["assembled_score"], metric),
             "training TFLOP, all phases": cost("flops", _tera),
             "training TFLOP, critical path (four machines)": cost("critical_flops", _tera),
             "training seconds, all phases": cost("seconds", seconds_text),
@@ -70,19 +70,19 @@ def _over(run: str, name: str) -> str:
 def adaptive(run: str) -> str:
     """A run with MAT and its controls: a row a strategy, costs relative to end to end's."""
     results, base = run_of(run), rows_of(run, BASELINE)
-    seeds, rows = results.strategies["seed"], []
+    metric, seeds, rows = results.metric, results.strategies["seed"], []
     for name, group in results.strategies.groupby("strategy", sort=False):
         rates = results.phases.loc[results.phases["strategy"] == name, "lr"].dropna().unique()
         flops, seconds = (f"{rounded(group[column].mean() / base[column].mean(), 2)}×" for column in ("flops", "seconds"))
         if name == BASELINE:
             flops, seconds = f"{_tera(base['flops'].mean())} TFLOP", f"{seconds_text(base['seconds'].mean())} s"
-        by_seed = 100 * group.sort_values("seed")["accuracy"]
+        by_seed = metric.scale * group.sort_values("seed")["score"]
         rows.append(
             {
                 "": label(name) + (f" (lr {rates[0]:g})" if len(rates) == 1 else ""),
-                "top-1, test, %": spread(by_seed),
-                "points over end to end": "" if name == BASELINE else gain(run, name),
-                f"by seed, {seeds.min()} to {seeds.max()}": " ".join(map(rounded, by_seed)),
+                metric.headed(f"{metric.label}, test", ", "): spread(group["score"], metric),
+                f"{metric.points} over end to end": "" if name == BASELINE else gain(run, name),
+                f"by seed, {seeds.min()} to {seeds.max()}": " ".join(rounded(value, metric.digits) for value in by_seed),
                 "training FLOPs": flops,
                 "training time": seconds + mixes(group, base),
             }

@@ -4,6 +4,9 @@ import functools
 import itertools
 import re
 
+import pandas as pd
+
+from incubate_lib import tasks
 from incubate_lib.config import presets
 from incubate_lib.report.planner.bench import OURS
 from incubate_lib.report.planner.published import PUBLISHED_HOURS
@@ -12,19 +15,27 @@ from incubate_lib.report.readme.sources import comparison, own_comparisons, rows
 from incubate_lib.report.tables.hardware import mixes, places
 from incubate_lib.report.tables.statistics import interval_text, paired, rounded, spread
 from incubate_lib.report.tables.verdict import differences
-from incubate_lib.report.words import BASELINE
+from incubate_lib.report.words import BASELINE, metric_of
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
-def top(source: str, strategy: str, column: str = "accuracy") -> str:
-    """Top-1 in percent, mean ± standard deviation over seeds."""
-    return spread(100 * rows_of(source, strategy)[column])
+def _score(rows: pd.DataFrame, score: float, sign: str = "") -> str:
+    """Return a score, or a difference of scores, as people read it, without the unit."""
+    metric = metric_of(rows)
+    return rounded(metric.scale * score, metric.digits, sign)
 
 
-def mean(source: str, strategy: str, column: str = "accuracy") -> str:
-    """Mean top-1 in percent."""
-    return rounded(100 * rows_of(source, strategy)[column].mean())
+def top(source: str, strategy: str, column: str = "score") -> str:
+    """A score, mean ± standard deviation over seeds."""
+    rows = rows_of(source, strategy)
+    return spread(rows[column], metric_of(rows))
+
+
+def mean(source: str, strategy: str, column: str = "score") -> str:
+    """A mean score."""
+    rows = rows_of(source, strategy)
+    return _score(rows, rows[column].mean())
 
 
 def least(source: str, *strategies: str) -> str:
@@ -41,18 +52,21 @@ def gain(source: str, strategy: str, other: str = BASELINE) -> str:
     """A difference in points with its corrected interval and the verdict."""
     row = comparison(source, strategy, other)
     verdict = "clear" if row["clear"] else "inside the noise"
-    return f"{rounded(row['gain'], 1, '+')} {interval_text(row['low'], row['high'])}, {verdict}"
+    digits = tasks.metric(row["metric"]).digits
+    return f"{rounded(row['gain'], digits, '+')} {interval_text(row['low'], row['high'], digits)}, {verdict}"
 
 
 def points(source: str, strategy: str, other: str = BASELINE) -> str:
     """A difference in points, without its sign."""
-    return rounded(abs(comparison(source, strategy, other)["gain"]))
+    row = comparison(source, strategy, other)
+    return rounded(abs(row["gain"]), tasks.metric(row["metric"]).digits)
 
 
 def alone(source: str, strategy: str, other: str = BASELINE) -> str:
     """The 95 % interval that a difference would have if it were the only one."""
     row = comparison(source, strategy, other)
-    return interval_text(row["gain"] - row["half_alone"], row["gain"] + row["half_alone"])
+    digits = tasks.metric(row["metric"]).digits
+    return interval_text(row["gain"] - row["half_alone"], row["gain"] + row["half_alone"], digits)
 
 
 def count_clear(source: str, strategy: str, other: str = BASELINE) -> str:
@@ -69,8 +83,9 @@ def ahead(source: str, strategy: str, other: str = BASELINE) -> str:
 
 def span(source: str, strategy: str, other: str = BASELINE) -> str:
     """The smallest and the largest difference over a study's cells."""
-    values = own_comparisons(source, strategy, other)["gain"]
-    return f"{rounded(values.min(), 1, '+')} to {rounded(values.max(), 1, '+')}"
+    found = own_comparisons(source, strategy, other)
+    digits = metric_of(found).digits
+    return " to ".join(rounded(value, digits, "+") for value in (found["gain"].min(), found["gain"].max()))
 
 
 def clear_among(source: str, *strategies: str) -> str:
@@ -113,15 +128,15 @@ def hardware(source: str) -> str:
 def tuned(study: str, strategy: str, which: str) -> str:
     """What fine-tuning adds to the assembled network, in points: `mean`, `least` or `most` of the cells."""
     rows, axes = rows_of(study, strategy), sources.study_of(study).axes
-    added = 100 * (rows["accuracy"] - rows["assembled_accuracy"])
+    added = rows["score"] - rows["assembled_score"]
     cells = added.groupby([rows[axis] for axis in axes]).mean()
-    return rounded({"mean": added.mean(), "least": cells.min(), "most": cells.max()}[which], 1, "+")
+    return _score(rows, {"mean": added.mean(), "least": cells.min(), "most": cells.max()}[which], "+")
 
 
 def over_meta(study: str, strategy: str) -> str:
     """How far the finished network is above its meta model, in points."""
     rows = rows_of(study, strategy)
-    return rounded(100 * (rows["accuracy"] - rows["meta_accuracy"]).mean(), 1, "+")
+    return _score(rows, (rows["score"] - rows["meta_score"]).mean(), "+")
 
 
 # -- Modular Adaptive Training --------------------------------------------------------------------------------------------
@@ -130,15 +145,15 @@ def over_meta(study: str, strategy: str) -> str:
 def without(source: str, seed: str, strategy: str, other: str = BASELINE) -> str:
     """A mean difference in points over all seeds but one; no verdict, as the seed was left out for its result."""
     rows = rows_of(source)
-    return rounded(paired(rows[rows["seed"] != int(seed)], strategy, other).mean(), 1, "+")
+    return rounded(paired(rows[rows["seed"] != int(seed)], strategy, other).mean(), metric_of(rows).digits, "+")
 
 
 def at_epoch(source: str, strategy: str, seed: str, epoch: str) -> str:
-    """Top-1 in percent of one seed at one epoch."""
+    """The score of one seed at one epoch."""
     curves = run_of(source).curves
     there = (curves["strategy"] == strategy) & (curves["seed"] == int(seed)) & ((curves["epoch"] - float(epoch)).abs() < 0.01)
-    (value,) = curves.loc[there, "accuracy"]
-    return rounded(100 * value)
+    (value,) = curves.loc[there, "score"]
+    return _score(curves, value)
 
 
 def active(source: str, epoch: str, *seeds: str) -> str:
@@ -168,7 +183,7 @@ def two_largest(source: str) -> str:
 def probing(source: str, what: str) -> str:
     """What looking at the kernels took of MAT's training: `seconds`, or `share` of the time in percent."""
     phases = run_of(source).phases.query("strategy == 'mat'")
-    seconds, share = phases["look_seconds"].mean(), phases["look_seconds"].mean() / phases["seconds"].mean()
+    seconds, share = phases["probe_seconds"].mean(), phases["probe_seconds"].mean() / phases["seconds"].mean()
     return rounded(seconds) if what == "seconds" else rounded(100 * share)
 
 

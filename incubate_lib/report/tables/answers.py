@@ -23,11 +23,11 @@ def reached(table: StudyTable) -> pd.DataFrame:
     """Return the cheapest cell in which each strategy is at least as good on average as end to end in its best cell.
 
     Cells are compared along the axis `budget`, with the other axes' values kept. Columns: the other axes, the budget at which,
-    strategy, accuracy, best (end to end's), flops, critical_flops and seconds relative to end to end's best, then
+    strategy, metric, score, best (end to end's), flops, critical_flops and seconds relative to end to end's best, then
     `statistics.COLUMNS`; the family is every cell that was compared.
     """
     candidates = _against_best(table)
-    good = candidates[candidates["accuracy"] >= candidates["best"]].sort_values("flops", kind="stable")
+    good = candidates[table.metric.ahead(candidates["score"], candidates["best"]) >= 0].sort_values("flops", kind="stable")
     return good.drop_duplicates([*_other_axes(table), "strategy"]).sort_index().reset_index(drop=True)
 
 
@@ -42,28 +42,30 @@ def _against_best(table: StudyTable) -> pd.DataFrame:
     others = _other_axes(table)
     parts = []
     for _, group in cells(table.results, others):
-        base = group[group["strategy"] == BASELINE].dropna(subset="accuracy")
-        best = base[base["budget"] == base.groupby("budget", sort=False)["accuracy"].mean().idxmax()] if len(base) else base
+        base = group[group["strategy"] == BASELINE].dropna(subset="score")
+        means = table.metric.sign * base.groupby("budget", sort=False)["score"].mean()
+        best = base[base["budget"] == means.idxmax()] if len(base) else base
         for place, part in cells(group[group["strategy"] != BASELINE], ["budget"]):
             parts += [part, best.assign(**place)]
     pairs = [(name, BASELINE) for name in table.results["strategy"].unique() if name != BASELINE]
     found = differences(pd.concat([table.results[:0], *parts]), pairs, [*others, "budget"])
     order = {column: list(table.results[column].unique()).index for column in (*others, "strategy")}
     found = found.sort_values(list(order), key=lambda c: c.map(order[c.name]), kind="stable", ignore_index=True)
-    return found.drop(columns="other").rename(columns={"other_accuracy": "best"})
+    return found.drop(columns="other").rename(columns={"other_score": "best"})
 
 
 def _cheapest(table: StudyTable) -> list[str]:
     if "budget" not in table.axes:
         return []
     candidates, found, others = _against_best(table), reached(table), _other_axes(table)
+    written = table.metric.written
 
     def named(row: dict) -> str:
         where = ", ".join(f"{axis} {row[axis]}" for axis in others)
         return label(row["strategy"]) + (f" ({where})" if where else "")
 
     lines = [
-        f"{named(row)} reaches end to end's best ({row['best']:.1%}) on average, with {row['accuracy']:.1%}, for "
+        f"{named(row)} reaches end to end's best ({written(row['best'])}) on average, with {written(row['score'])}, for "
         f"{row['flops']:.2f} of its FLOPs, {row['critical_flops']:.2f} on the critical path ({gain_text(row)})."
         for row in found.to_dict("records")
     ]
@@ -84,8 +86,8 @@ def _largest_gain(table: StudyTable) -> list[str]:
         where = ", ".join(f"{axis} {row[axis]}" for axis in table.axes)
         where = f" at {where}" if where else ""
         lines.append(
-            f"The largest {word} of {len(equal)} comparisons at equal FLOPs, in points: {label(row['strategy'])}{where}, "
-            f"{gain_text(row)}. {family_text(row['comparisons'])}".strip()
+            f"The largest {word} of {len(equal)} comparisons at equal FLOPs, in {table.metric.points}: "
+            f"{label(row['strategy'])}{where}, {gain_text(row)}. {family_text(row['comparisons'])}".strip()
         )
     return lines
 
@@ -95,7 +97,7 @@ INCUBATED = ("recommended", "deep_incubation_identity", "deep_incubation_stack",
 
 def _against_controls(table: StudyTable) -> list[str]:
     """Compare incubation with the same start without it, cell by cell."""
-    there, lines = set(table.results["strategy"]), []
+    there, metric, lines = set(table.results["strategy"]), table.metric, []
     for name, control in WITHOUT.items():
         if not {name, control} <= there:
             continue
@@ -106,8 +108,8 @@ def _against_controls(table: StudyTable) -> list[str]:
         lines.append(
             f"Against the same start without incubation ({label(control)}), {label(name)} is clearly better in {better}, clearly "
             f"worse in {worse} and inside the noise in {len(found) - better - worse} of {len(found)} cells (mean "
-            f"{found['gain'].mean():+.1f} points), for {found['critical_flops'].mean():.2f} of its critical path. "
-            f"{family_text(found['comparisons'].max())}".strip()
+            f"{found['gain'].mean():+.{metric.digits}f} {metric.points}), for {found['critical_flops'].mean():.2f} of its "
+            f"critical path. {family_text(found['comparisons'].max())}".strip()
         )
     return lines
 
@@ -124,24 +126,24 @@ def _against_workers(table: StudyTable) -> list[str]:
     texts = ", ".join(gain_text(row) for _, row in found.iterrows())
     return [
         f"In the same time ({found['critical_flops'].mean():.2f} of the critical path), K workers that trained the whole network "
-        f"together would cost {1 / found['flops'].mean():.1f} times as much; {label(name)} against that, in points: {texts}. "
-        f"{family_text(found['comparisons'].max())}".strip()
+        f"together would cost {1 / found['flops'].mean():.1f} times as much; {label(name)} against that, in "
+        f"{table.metric.points}: {texts}. {family_text(found['comparisons'].max())}".strip()
     ]
 
 
 def _assembled(table: StudyTable) -> list[str]:
-    rows = table.results.dropna(subset=["accuracy", "assembled_accuracy", "meta_accuracy"])
-    lines = []
+    rows = table.results.dropna(subset=["score", "assembled_score", "meta_score"])
+    metric, digits, lines = table.metric, table.metric.digits, []
     for name in (name for name in INCUBATED if name in set(rows["strategy"])):
         mine = rows[rows["strategy"] == name]
-        mine = mine.assign(added=100 * (mine["accuracy"] - mine["assembled_accuracy"]))
+        mine = mine.assign(added=metric.scale * (mine["score"] - mine["assembled_score"]))
         cells = mine.groupby(table.axes or "strategy")["added"].mean()
-        span = f" (by cell from {cells.min():+.1f} to {cells.max():+.1f})" if len(cells) > 1 else ""
-        ahead = 100 * (mine["accuracy"] - mine["meta_accuracy"]).mean()
-        added = round(mine["added"].mean(), 1) + 0.0  # no "-0.0"
-        side = "above" if ahead > 0 else "below"
+        span = f" (by cell from {cells.min():+.{digits}f} to {cells.max():+.{digits}f})" if len(cells) > 1 else ""
+        above = metric.scale * (mine["score"] - mine["meta_score"]).mean()
+        added = round(mine["added"].mean(), digits) + 0.0  # no "-0.0"
+        side = "above" if above > 0 else "below"
         lines.append(
-            f"{label(name)}: fine-tuning changes the assembled network by {added:+.1f} points{span}; the finished network is "
-            f"{abs(ahead):.1f} points {side} its meta model."
+            f"{label(name)}: fine-tuning changes the assembled network by {added:+.{digits}f} {metric.points}{span}; the "
+            f"finished network is {abs(above):.{digits}f} {metric.points} {side} its meta model."
         )
     return lines

@@ -10,15 +10,15 @@ from incubate_lib.report.words import BASELINE, flop_unit, label, seconds_text
 
 def comparison(results: Results) -> pd.DataFrame:
     """Return the table people look at: a column a strategy, mean ± std over seeds, costs relative to end-to-end."""
-    table, rows = results.strategies, []
+    table, metric, rows = results.strategies, results.metric, []
     base = table[table["strategy"] == BASELINE]
     unit, factor = flop_unit(table["flops"].max() if len(table) else 1)
     headings = {"flops": unit, "critical_flops": f"critical path {unit}"}
     headings |= {"seconds": "training s", "critical_seconds": "critical path s"}
     for name, group in table.groupby("strategy", sort=False):
-        row = {"strategy": label(name), "seeds": len(group), "top-1 %": spread(100 * group["accuracy"])}
-        row["meta model %"] = spread(100 * group["meta_accuracy"].dropna())
-        row["assembled %"] = spread(100 * group["assembled_accuracy"].dropna())
+        row = {"strategy": label(name), "seeds": len(group), metric.heading: spread(group["score"], metric)}
+        row[metric.headed("meta model")] = spread(group["meta_score"], metric)
+        row[metric.headed("assembled")] = spread(group["assembled_score"], metric)
         for cost, heading in headings.items():
             mean, is_time = group[cost].mean(), "seconds" in cost
             row[heading] = seconds_text(mean) if is_time else f"{mean / factor:.2f}"

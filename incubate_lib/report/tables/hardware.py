@@ -2,6 +2,8 @@
 
 import pandas as pd
 
+from incubate_lib.report.words import metric_of
+
 SEVERAL = " + "  # joins the devices of a sum over phases, and in the same order their threads
 MIXED = "†"  # marks seconds of several devices
 
@@ -17,9 +19,8 @@ def hardware_of(table: pd.DataFrame) -> str:
     where = [f"{device}, {threads} thread(s) a phase" for device, threads in places(table)]
     text = where[0] if len(where) == 1 else f"{len(where)} devices ({'; '.join(where)})"
     days = sorted({str(date)[:10] for date in table["date"]})
-    return (
-        f"{text}, torch {one('torch')}, {' to '.join(dict.fromkeys((days[0], days[-1])))}, top-1 on the {one('judged_on')} split"
-    )
+    when, score = " to ".join(dict.fromkeys((days[0], days[-1]))), metric_of(table).label
+    return f"{text}, torch {one('torch')}, {when}, {score} on the {one('split')} split"
 
 
 def places(table: pd.DataFrame) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Modular Adaptive Training in tables and figures: what full training's accuracy cost each, and what the kernels looked like."""
+"""Modular Adaptive Training in tables and figures: what full training's score cost each, and what the kernels looked like."""
 
 import numpy as np
 import pandas as pd
@@ -53,7 +53,7 @@ def mean_curves(results: Results, cost: str) -> dict[str, pd.DataFrame]:
 
 
 def reach(results: Results) -> pd.DataFrame:
-    """Return what each strategy spent until its mean accuracy over seeds was full training's final one, relative to all that
+    """Return what each strategy spent until its mean score over seeds was full training's final one, relative to all that
     full training spent; a row a strategy. Empty without full training.
 
     Evaluations are some epochs apart, so the true cost is up to that much smaller, for full training, too.
@@ -62,28 +62,31 @@ def reach(results: Results) -> pd.DataFrame:
         return pd.DataFrame()
     finals = results.strategies.groupby("strategy", sort=False)
     baseline = finals.get_group(BASELINE) if BASELINE in finals.groups else None
-    goal = results.curves[results.curves["strategy"] == BASELINE].groupby("step")["accuracy"].mean().iloc[-1]
+    metric = results.metric
+    goal = results.curves[results.curves["strategy"] == BASELINE].groupby("step")["score"].mean().iloc[-1]
     rows: dict[str, dict[str, str]] = {}
     for cost, heading in COSTS.items():
         curves = mean_curves(results, cost)
         whole = curves[BASELINE]["cost"].iloc[-1]
         for name, curve in curves.items():
-            there = curve[curve["accuracy"] >= goal]
+            there = curve[metric.ahead(curve["score"], goal) >= 0]
             mark = mixes(finals.get_group(name), baseline) if cost == "train_seconds" else ""
-            row = rows.setdefault(name, {"top-1 %": spread(100 * finals.get_group(name)["accuracy"])})
+            row = rows.setdefault(name, {metric.heading: spread(finals.get_group(name)["score"], metric)})
             row[f"{heading}, all"] = f"{curve['cost'].iloc[-1] / whole:.3f}{mark}"
-            row[f"{heading} to {100 * goal:.1f} %"] = f"{there['cost'].iloc[0] / whole:.3f}{mark}" if len(there) else "never"
+            row[f"{heading} to {metric.written(goal, ' ')}"] = (
+                f"{there['cost'].iloc[0] / whole:.3f}{mark}" if len(there) else "never"
+            )
     return pd.DataFrame(rows).T.rename(index=label)
 
 
 def estimator_costs(results: Results) -> pd.DataFrame:
     """Return what looking at the kernels cost: evaluations, seconds, and the shares of the phase's time and FLOPs."""
-    counts = ["looks", "look_seconds", "look_flops", "seconds", "flops"]
+    counts = ["probes", "probe_seconds", "probe_flops", "seconds", "flops"]
     table = results.phases.reindex(columns=["strategy", "phase", *counts])
-    mean = table[table["looks"].fillna(0) > 0].groupby(["strategy", "phase"], sort=False)[counts].mean()
-    shown = pd.DataFrame({"evaluations": mean["looks"].round(1), "seconds": mean["look_seconds"].round(2)})
+    mean = table[table["probes"].fillna(0) > 0].groupby(["strategy", "phase"], sort=False)[counts].mean()
+    shown = pd.DataFrame({"evaluations": mean["probes"].round(1), "seconds": mean["probe_seconds"].round(2)})
     for cost, heading in {"seconds": "of the training time", "flops": "of the training FLOPs"}.items():
-        shown[heading] = (mean[f"look_{cost}"] / mean[cost]).map("{:.1%}".format)
+        shown[heading] = (mean[f"probe_{cost}"] / mean[cost]).map("{:.1%}".format)
     return shown.rename(index=label, level="strategy").reset_index()
 
 
@@ -92,24 +95,25 @@ def verdict(results: Results) -> str:
     table = reach(results)
     if label("mat") not in table.index or label(BASELINE) not in table.index:
         return "Nothing to say yet: it takes end_to_end and mat."
-    finals = results.strategies.pivot(index="seed", columns="strategy", values="accuracy").mul(100)
+    finals = results.strategies.pivot(index="seed", columns="strategy", values="score")
+    metric, full = results.metric, spread(finals[BASELINE].dropna(), results.metric)
     _, flops_all, flops_to, seconds_all, seconds_to = table.columns
     row = table.loc[label("mat")]
     lines = [
-        f"MAT ends at {spread(finals['mat'].dropna())} %, full training at {spread(finals[BASELINE].dropna())} %; it takes "
+        f"MAT ends at {metric.headed(spread(finals['mat'], metric))}, full training at {metric.headed(full)}; it takes "
         f"{row[flops_all]} of the FLOPs and {row[seconds_all]} of the seconds."
     ]
     if row[flops_to] == "never":
-        lines.append("On average over seeds it never reaches full training's final accuracy.")
+        lines.append(f"On average over seeds it never reaches full training's final {metric.words}.")
     else:
         lines.append(
-            f"Full training's final accuracy is reached for {row[flops_to]} of its FLOPs and {row[seconds_to]} of its seconds; "
-            f"by full training itself for {table.loc[label(BASELINE), flops_to]} of them."
+            f"Full training's final {metric.words} is reached for {row[flops_to]} of its FLOPs and {row[seconds_to]} of its "
+            f"seconds; by full training itself for {table.loc[label(BASELINE), flops_to]} of them."
         )
     found = against_others(results)
     for row in found.to_dict("records"):
         cost = table[flops_all].get(label(row["other"]))
-        difference = f"{points_text(row['gain'])}, {verdict_text(row)}"
+        difference = f"{points_text(row)}, {verdict_text(row)}"
         lines.append(f"Against {label(row['other'])}{f' ({cost} of the FLOPs)' if cost else ''}: {difference}.")
     lines += [family_text(len(found)), mixed_text(results.strategies)]
     return "\n".join(filter(None, lines))
@@ -124,23 +128,23 @@ def against_others(results: Results) -> pd.DataFrame:
 # -- figures --------------------------------------------------------------------------------------------------------------
 
 
-def accuracy_against_costs(results: Results) -> Figure:
-    """Draw top-1 over FLOPs and over seconds for full training, MAT and controls: means over seeds, ± one deviation."""
+def score_against_costs(results: Results) -> Figure:
+    """Draw the score over FLOPs and over seconds for full training, MAT and controls: means over seeds, ± one deviation."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    unit, factor = flop_unit(results.curves["flops"].max())
+    metric, (unit, factor) = results.metric, flop_unit(results.curves["flops"].max())
     several = f", {MIXED} of several devices" if mixes(results.strategies) else ""
     panels = (("flops", factor, f"training cost ({unit})"), ("train_seconds", 1, f"training time (s){several}"))
     for axis, (cost, scale, name) in zip(axes, panels, strict=True):
         for strategy, curve in mean_curves(results, cost).items():
             look = style(strategy) | {"markersize": 4, "label": f"{label(strategy)} (n = {curve['seeds'].max()})"}
-            draw_curve(axis, curve["cost"] / scale, curve, look, alpha=0.1)
-        baseline = results.strategies[results.strategies["strategy"] == BASELINE]["accuracy"].mean()
+            draw_curve(axis, curve["cost"] / scale, curve, metric, look, alpha=0.1)
+        baseline = results.strategies[results.strategies["strategy"] == BASELINE]["score"].mean()
         if baseline == baseline:
-            axis.axhline(100 * baseline, color="#555555", linewidth=0.8, linestyle="--")
+            axis.axhline(metric.scale * baseline, color="#555555", linewidth=0.8, linestyle="--")
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("top-1 (%)")
+    axes[0].set_ylabel(metric.axis())
     legend_below(figure, axes[0], fontsize=10, ncols=3)
     return figure
 
@@ -224,4 +228,4 @@ def gram_pictures(kernels: np.ndarray, names: list[str]) -> Figure:
 
 
 SHOWN = ("mat", "deep_incubation_mat")  # strategies whose kernels are kept under version control
-PUBLISHED = {"mat": accuracy_against_costs, "mntk": lambda results: eigenvalue_map(results.mntk)}
+PUBLISHED = {"mat": score_against_costs, "mntk": lambda results: eigenvalue_map(results.mntk)}

@@ -8,7 +8,8 @@ from matplotlib.patches import FancyBboxPatch
 
 from incubate_lib.report.style import FROZEN, ONE_BY_ONE, PAPER, STYLE, TRAINED, Figure, filling, style, trained_and_frozen
 from incubate_lib.report.tables.records import Results
-from incubate_lib.report.words import BASELINE, flop_unit, label
+from incubate_lib.report.words import BASELINE, flop_unit, label, metric_of
+from incubate_lib.tasks import Metric
 
 
 def image_rows(rows: dict[str, np.ndarray], num: int = 10) -> Figure:
@@ -61,8 +62,9 @@ def _boxes(boxes: Sequence[tuple[str, int, bool]]) -> Figure:
     return figure
 
 
-def learning_curves(curves: dict[str, pd.DataFrame], reference: dict[str, float] | None = None) -> Figure:
-    """Draw loss and top-1 over epochs, one line a name; `reference` adds horizontal lines of accuracy (0 … 1)."""
+def learning_curves(curves: dict[str, pd.DataFrame], reference: dict[str, float | None] | None = None) -> Figure:
+    """Draw loss and score over epochs, one line a name; `reference` adds horizontal lines of scores, if there are any."""
+    metric = metric_of(*curves.values())
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (name, table) in enumerate(curves.items()):
@@ -70,11 +72,13 @@ def learning_curves(curves: dict[str, pd.DataFrame], reference: dict[str, float]
         dots = {**appearance, "markersize": 3}
         left.plot(table["epoch"], table["train_loss"], **dots | {"linestyle": ":"}, label=f"{name}, training (regularised)")
         left.plot(table["epoch"], table["loss"], **dots | {"linestyle": "-"}, label=f"{name}, judged")
-        right.plot(table["epoch"], 100 * table["accuracy"], **dots, label=name)
-    for i, (name, value) in enumerate((reference or {}).items()):
-        right.axhline(100 * value, color="#777777", linestyle=["--", ":"][i % 2], linewidth=1, label=f"{name} ({value:.1%})")
+        right.plot(table["epoch"], metric.scale * table["score"], **dots, label=name)
+    known = {name: value for name, value in (reference or {}).items() if value is not None}
+    for i, (name, value) in enumerate(known.items()):
+        line = {"color": "#777777", "linestyle": ["--", ":"][i % 2], "linewidth": 1}
+        right.axhline(metric.scale * value, label=f"{name} ({metric.written(value)})", **line)
     left.set(xlabel="epoch", ylabel="loss (nats)")
-    right.set(xlabel="epoch", ylabel="top-1 (%)")
+    right.set(xlabel="epoch", ylabel=metric.axis())
     for axis in (left, right):
         axis.legend(fontsize=9)
         axis.grid(alpha=0.3)
@@ -82,21 +86,22 @@ def learning_curves(curves: dict[str, pd.DataFrame], reference: dict[str, float]
 
 
 def module_bars(phases: pd.DataFrame) -> Figure:
-    """Draw, per module, the hybrid's top-1 before and after incubation, the meta model's as a line, and the cost."""
-    modules = phases[phases["phase"] == "incubate"].groupby("module_index")
-    mean, sd = modules[["start_accuracy", "accuracy", "flops"]].mean(), modules["accuracy"].std().fillna(0)
+    """Draw, per module, the hybrid's score before and after incubation, the meta model's as a line, and the cost."""
+    metric, modules = metric_of(phases), phases[phases["phase"] == "incubate"].groupby("module_index")
+    mean, sd = modules[["start_score", "score", "flops"]].mean(), modules["score"].std().fillna(0)
     unit, factor = flop_unit(mean["flops"].max())
     names = [f"module {int(i) + 1}" for i in mean.index]
     place = np.arange(len(names))
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     before = {"color": "white", "hatch": "..", "label": "before incubation"}
-    after = {"color": TRAINED, "yerr": 100 * sd, "capsize": 3, "label": "after"}
-    left.bar(place - 0.2, 100 * mean["start_accuracy"], 0.4, edgecolor="black", **before)
-    left.bar(place + 0.2, 100 * mean["accuracy"], 0.4, edgecolor="black", **after)
-    meta = phases.loc[phases["phase"] == "meta", "accuracy"].mean()
-    left.axhline(100 * meta, color="black", linestyle="--", linewidth=1, label=f"meta model ({meta:.1%})")
-    left.set(ylabel="top-1 of the hybrid (%)", ylim=(0, 105))
+    after = {"color": TRAINED, "yerr": metric.scale * sd, "capsize": 3, "label": "after"}
+    left.bar(place - 0.2, metric.scale * mean["start_score"], 0.4, edgecolor="black", **before)
+    left.bar(place + 0.2, metric.scale * mean["score"], 0.4, edgecolor="black", **after)
+    meta = phases.loc[phases["phase"] == "meta", "score"].mean()
+    label_of_meta = f"meta model ({metric.written(meta)})"
+    left.axhline(metric.scale * meta, color="black", linestyle="--", linewidth=1, label=label_of_meta)
+    left.set(ylabel=metric.axis(" of the hybrid"), ylim=(0, metric.most and 1.05 * metric.scale * metric.most))
     left.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3, frameon=False)
     right.bar(place, mean["flops"] / factor, 0.5, color=FROZEN, edgecolor="black")
     right.set(ylabel=f"training cost ({unit})")
@@ -107,13 +112,13 @@ def module_bars(phases: pd.DataFrame) -> Figure:
     return figure
 
 
-def accuracy_vs_cost(results: Results) -> Figure:
-    """Draw top-1 against total training cost and against the critical path: each seed, and mean ± std.
+def score_vs_cost(results: Results) -> Figure:
+    """Draw the score against total training cost and against the critical path: each seed, and mean ± std.
 
     Strategies that are matched in cost would hide one another: their marks are drawn side by side.
     """
     figure = Figure(figsize=(10, 4.6), layout="constrained")
-    table = results.strategies
+    table, metric = results.strategies, results.metric
     meta = results.phases[results.phases["phase"] == "meta"].drop_duplicates("seed")
     unit, factor = flop_unit(table["flops"].max())
     widest = table["flops"].max() / factor
@@ -125,23 +130,23 @@ def accuracy_vs_cost(results: Results) -> Figure:
             look = {key: style(name)[key] for key in ("color", "marker")}
             beside = list(costs.index[(costs - costs[name]).abs() < 0.03 * widest])
             x = costs[name] + (beside.index(name) - (len(beside) - 1) / 2) * 0.045 * widest
-            axis.scatter([x - 0.014 * widest] * len(group), 100 * group["accuracy"], alpha=0.4, s=14, **look)
-            _mean(axis, x, group["accuracy"], label(name), markersize=8, **look)
+            axis.scatter([x - 0.014 * widest] * len(group), metric.scale * group["score"], alpha=0.4, s=14, **look)
+            _mean(axis, x, metric.scale * group["score"], label(name), markersize=8, **look)
         if len(meta):  # what the small network reaches, and for how little
             look = {"color": "#777777", "marker": "*", "markersize": 10}
-            _mean(axis, meta["flops"].mean() / factor, meta["accuracy"], "the meta model alone", **look)
+            _mean(axis, meta["flops"].mean() / factor, metric.scale * meta["score"], "the meta model alone", **look)
         axis.set(title=title, xlabel=f"training cost ({unit}), equal ones drawn side by side", xlim=(0, 1.12 * widest))
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"top-1, {table['judged_on'].iloc[0]} split (%)")
+    axes[0].set_ylabel(metric.axis(f", {table['split'].iloc[0]} split"))
     legend_below(figure, axes[0], fontsize=9, ncols=2)
     return figure
 
 
-def _mean(axis, x: float, accuracy: pd.Series, name: str, **look) -> None:
-    """Mark the mean of accuracies (0 … 1, one a seed), with a bar of one standard deviation if there are several."""
-    error = 100 * accuracy.std() if len(accuracy) > 1 else None
-    look |= {"capsize": 4, "linestyle": "none", "label": f"{name} (n = {len(accuracy)})"}
-    axis.errorbar(x, 100 * accuracy.mean(), yerr=error, **look)
+def _mean(axis, x: float, values: pd.Series, name: str, **look) -> None:
+    """Mark the mean of values, one a seed, with a bar of one standard deviation if there are several."""
+    error = values.std() if len(values) > 1 else None
+    look |= {"capsize": 4, "linestyle": "none", "label": f"{name} (n = {len(values)})"}
+    axis.errorbar(x, values.mean(), yerr=error, **look)
 
 
 def legend_below(figure: Figure, axis, **look) -> None:
@@ -150,7 +155,7 @@ def legend_below(figure: Figure, axis, **look) -> None:
 
 
 def convergence(results: Results) -> Figure:
-    """Draw top-1 over the training cost spent: meta model, modules one after another, the jump at assembly, fine-tuning.
+    """Draw the score over the training cost spent: meta model, modules one after another, the jump at assembly, fine-tuning.
 
     The mean over seeds, with ± one standard deviation as a band; end-to-end training on the same axis.
     """
@@ -162,7 +167,7 @@ def convergence(results: Results) -> Figure:
         for drawn in dict.fromkeys((BASELINE, name)):
             _phases(axis, results, drawn, factor)
         seeds = results.strategies.loc[results.strategies["strategy"] == name, "seed"].nunique()
-        axis.set(ylabel="top-1 (%)", title=f"{label(name)} against end to end (n = {seeds})")
+        axis.set(ylabel=results.metric.axis(), title=f"{label(name)} against end to end (n = {seeds})")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9, loc="lower right")
     axes[-1].set_xlabel(f"training cost spent ({unit}), modules one after another")
@@ -186,35 +191,33 @@ def _phases(axis, results: Results, name: str, factor: float) -> None:
         table[table["strategy"] == name].fillna({"module_index": -1}).groupby(where, sort=False)
         for table in (results.curves, results.phases)
     )
-    look, spent = style(name), 0.0
+    look, metric, spent = style(name), results.metric, 0.0
     is_cut, lines = any(phase == "assemble" for phase, _ in phases.groups), dict(iter(curves))
     for (phase, module), group in phases:
         if phase == "assemble":
-            assembled = 100 * group["accuracy"].mean()
-            legend = f"assembled, before fine-tuning ({assembled:.1f} %)"
-            axis.plot(spent / factor, assembled, color=look["color"], label=legend, **STAR)
+            assembled = group["score"].mean()
+            legend = f"assembled, before fine-tuning ({metric.written(assembled, ' ')})"
+            axis.plot(spent / factor, metric.scale * assembled, color=look["color"], label=legend, **STAR)
         elif (phase, module) in lines:
             linestyle, legend = PIECES[phase] if is_cut else (look["linestyle"], None if spent else label(name))
             curve = mean_curve(lines[phase, module], "flops")
             line = look | {"linestyle": linestyle, "markersize": 3, "label": None if module > 0 else legend}
-            draw_curve(axis, (spent + curve["cost"]) / factor, curve, line, alpha=0.15)
+            draw_curve(axis, (spent + curve["cost"]) / factor, curve, metric, line, alpha=0.15)
         if is_cut and phase in ("incubate", "assemble"):
             axis.axvline(spent / factor, color="#BBBBBB", linewidth=0.7)
         spent += group["flops"].mean()
 
 
 def mean_curve(curves: pd.DataFrame, cost: str, by: str = "step") -> pd.DataFrame:
-    """Return a row an evaluation of a phase: mean cost and accuracy, its deviation over seeds (`std`), number of seeds."""
-    return curves.groupby(by).agg(
-        cost=(cost, "mean"), accuracy=("accuracy", "mean"), std=("accuracy", "std"), seeds=("seed", "nunique")
-    )
+    """Return a row an evaluation of a phase: mean cost and score, its deviation over seeds (`std`), number of seeds."""
+    return curves.groupby(by).agg(cost=(cost, "mean"), score=("score", "mean"), std=("score", "std"), seeds=("seed", "nunique"))
 
 
-def draw_curve(axis, x: pd.Series, curve: pd.DataFrame, look: dict, alpha: float) -> None:
-    """Draw a `mean_curve` in percent, with a band of one standard deviation."""
-    mean, deviation = 100 * curve["accuracy"], 100 * curve["std"].fillna(0)
+def draw_curve(axis, x: pd.Series, curve: pd.DataFrame, metric: Metric, look: dict, alpha: float) -> None:
+    """Draw a `mean_curve` as people read its metric, with a band of one standard deviation."""
+    mean, deviation = metric.scale * curve["score"], metric.scale * curve["std"].fillna(0)
     axis.plot(x, mean, **look)
     axis.fill_between(x, mean - deviation, mean + deviation, color=look["color"], alpha=alpha, linewidth=0)
 
 
-PUBLISHED = {"accuracy_vs_cost": accuracy_vs_cost, "convergence": convergence}
+PUBLISHED = {"score_vs_cost": score_vs_cost, "convergence": convergence}

@@ -19,8 +19,9 @@ from incubate_lib.pipeline.graph import Node, Plan, closure, longest
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables.hardware import hardware_row, mixed_text
 from incubate_lib.report.tables.verdict import against_baseline, meta_alone, not_from_nothing
-from incubate_lib.report.words import TEMPLATES, label
-from incubate_lib.training.runs import MNTK
+from incubate_lib.report.words import TEMPLATES, label, metric_of
+from incubate_lib.tasks import Metric
+from incubate_lib.training.runs import METRIC_BEFORE, MNTK, renamed
 
 COLUMNS: dict[str, list[str]] = read_yaml(TEMPLATES / "columns.yaml")
 
@@ -41,6 +42,11 @@ class Results:
     curves: pd.DataFrame
     mntk: pd.DataFrame = field(default_factory=lambda: _table("mntk", []))
     published: bool = False  # read from the project's tracked tables, not from runs of this machine
+
+    @property
+    def metric(self) -> Metric:
+        """What the scores are of; SettingsError for several metrics."""
+        return metric_of(self.strategies, self.phases, self.curves)
 
     def verdict(self) -> str:
         """Say in words what the numbers say, whatever they are: each strategy against end-to-end, paired by seed."""
@@ -63,10 +69,10 @@ def from_plan(plan: Plan) -> Results:
             if summary is None:
                 continue
             rows["phases"].append(_phase_row(node, summary) | of)
-            shared = of | {key: summary[key] for key in ("phase", "module_index")}
+            shared = of | {key: summary[key] for key in ("phase", "module_index", "metric")}
             per_step = summary["train_flops"] / summary["steps"] if summary["steps"] else 0
-            for metric in node.folder.metrics():
-                rows["curves"].append(shared | metric | {"flops": metric.get("train_flops", metric["step"] * per_step)})
+            for point in node.folder.metrics():
+                rows["curves"].append(shared | point | {"flops": point.get("train_flops", point["step"] * per_step)})
             rows["mntk"] += [shared | unit for unit in _units_of(node, summary)]
         if all(summary for _, summary in needed):
             rows["strategies"].append(of | _strategy_row(name, final, {node.key: summary for node, summary in needed}))
@@ -80,9 +86,9 @@ def _phase_row(node: Node, summary: dict) -> dict:
         "flops_executed": _number(summary.get("train_flops_executed", math.nan)),  # not in records from before it was counted
         "seconds": summary["train_seconds"],
         "lr": training.peak_lr if training else None,
-        "looks": mat.get("evaluations", math.nan),
-        "look_seconds": mat.get("seconds", math.nan),
-        "look_flops": mat.get("flops", math.nan),
+        "probes": mat.get("evaluations", math.nan),
+        "probe_seconds": mat.get("seconds", math.nan),
+        "probe_flops": mat.get("flops", math.nan),
         "device": where["device"],
         "threads": where["threads"],
         "precision": node.settings.precision,
@@ -104,7 +110,7 @@ def published(name: str) -> Results:
     if name not in (known := published_runs()):
         raise SettingsError(f"no published run {name!r}; {nearest(name, known)}; `incubate report PRESET --publish` makes one")
     files = {part: table_file(name, part) for part in COLUMNS}
-    tables = {part: _table(part, pd.read_csv(path) if path.exists() else []) for part, path in files.items()}
+    tables = {part: _table(part, read_table(path) if path.exists() else []) for part, path in files.items()}
     return Results(name, **tables, published=True)
 
 
@@ -121,6 +127,15 @@ def published_runs() -> list[str]:
 def results_folder() -> Path:
     """The tracked tables belong to the project, whatever INCUBATE_DATA says."""
     return Path(__file__).resolve().parents[3] / "data" / "results"
+
+
+def read_table(path: Path, **options: Any) -> pd.DataFrame:
+    """Read a table by today's names of its columns; `options` as for `pandas.read_csv`."""
+    table = pd.read_csv(path, **options)
+    table = table.set_axis(list(renamed(dict.fromkeys(table))), axis="columns")
+    if "score" in table and "metric" not in table:  # from before there was more than one
+        table.insert(table.columns.get_loc("score"), "metric", METRIC_BEFORE)
+    return table
 
 
 def write_table(table: pd.DataFrame, path: Path) -> Path:
@@ -154,9 +169,9 @@ def load_results(preset: str, overrides: list[str], strategies: list[str], seeds
 def _strategy_row(strategy: str, final: Node, needed: dict[str, dict]) -> dict:
     """Return the row of a finished strategy from the summaries of all phases that it needs (node key → summary)."""
     settings, summary = final.experiment.settings, needed[final.key]
-    where, row = summary["provenance"], {"accuracy": summary["accuracy"]}
-    for phase, column in {"meta": "meta_accuracy", "assemble": "assembled_accuracy"}.items():
-        row[column] = next((s["accuracy"] for s in needed.values() if s["phase"] == phase), None)
+    where, row = summary["provenance"], {key: summary[key] for key in ("metric", "score")}
+    for phase, column in {"meta": "meta_score", "assemble": "assembled_score"}.items():
+        row[column] = next((s["score"] for s in needed.values() if s["phase"] == phase), None)
     # K workers that share each batch have a critical path of its K-th part
     shared = settings.strategies[strategy].get("match_on") == "critical_path" and settings.is_matched(strategy)
     for short, name in {"flops": "train_flops", "seconds": "train_seconds"}.items():
@@ -167,7 +182,7 @@ def _strategy_row(strategy: str, final: Node, needed: dict[str, dict]) -> dict:
     row |= {name: sum(s[name] for s in needed.values()) for name in ("images_seen", "steps")}
     row |= hardware_row([s for s in needed.values() if s["train_seconds"]] or [summary])
     commit = (where["commit"] or "")[:10] + ("+" if where["dirty"] else "")
-    row |= {"judged_on": final.settings.data.eval_split, "torch": where["versions"]["torch"]}
+    row |= {"split": final.settings.data.eval_split, "torch": where["versions"]["torch"]}
     return row | {"date": where["date"], "commit": commit}
 
 

@@ -13,17 +13,20 @@ from decimal import ROUND_HALF_UP, Decimal
 import numpy as np
 import pandas as pd
 
+from incubate_lib import tasks
+from incubate_lib.report.words import metric_of
+
 ALPHA = 0.05
 COLUMNS = ["seeds", "better", "gain", "low", "high", "half_alone", "p_holm", "clear", "comparisons"]
 
 
 def paired(table: pd.DataFrame, strategy: str, other: str) -> pd.Series:
-    """Return how far a strategy is ahead of another in points of top-1: a value for each seed that both have.
+    """Return how far a strategy is ahead of another in its metric's points: a value for each seed that both have.
 
-    `table` has a row a strategy and seed, with accuracy as a fraction.
+    `table` has a row a strategy and seed.
     """
-    ours, theirs = (table[table["strategy"] == name].set_index("seed")["accuracy"] for name in (strategy, other))
-    return 100 * (ours - theirs).dropna()
+    ours, theirs = (table[table["strategy"] == name].set_index("seed")["score"] for name in (strategy, other))
+    return metric_of(table).ahead(ours, theirs).dropna()
 
 
 def compare(differences: Sequence[pd.Series]) -> pd.DataFrame:
@@ -69,11 +72,12 @@ def _p(stdtr, mean: float, error: float, freedom: int) -> float:
 
 
 def gain_text(row: pd.Series) -> str:
-    """Return a difference with its interval, and whether it stands out of the noise."""
-    gain = rounded(row["gain"], 1, "+")
+    """Return a difference with its interval, and whether it stands out of the noise; `row` says which metric it is of."""
+    digits = tasks.metric(row["metric"]).digits
+    gain = rounded(row["gain"], digits, "+")
     if math.isnan(row["low"]):
         return f"{gain} (one seed)"
-    return f"{gain} {interval_text(row['low'], row['high'])}" + ("" if row["clear"] else ", inside the noise")
+    return f"{gain} {interval_text(row['low'], row['high'], digits)}" + ("" if row["clear"] else ", inside the noise")
 
 
 def interval_text(low: float, high: float, digits: int = 1) -> str:
@@ -86,9 +90,11 @@ def interval_text(low: float, high: float, digits: int = 1) -> str:
     return f"[{bound(low)}, {bound(high)}]"
 
 
-def points_text(gain: float) -> str:
-    """Return a difference in words: "2.5 points better"."""
-    return f"{rounded(abs(gain))} points {'better' if gain > 0 else 'worse' if gain < 0 else 'better or worse'}"
+def points_text(row: pd.Series) -> str:
+    """Return a difference in words: "2.5 points better"; `row` says which metric it is of."""
+    gain, metric = row["gain"], tasks.metric(row["metric"])
+    side = "better" if gain > 0 else "worse" if gain < 0 else "better or worse"
+    return f"{rounded(abs(gain), metric.digits)} {metric.points} {side}"
 
 
 def verdict_text(row: pd.Series) -> str:
@@ -115,9 +121,10 @@ def rounded(value: float, digits: int = 1, sign: str = "") -> str:
     return f"{exact if exact else abs(exact):{sign if exact else ''},f}"
 
 
-def spread(values: pd.Series) -> str:
-    """Return mean ± standard deviation over seeds; a single seed is marked as such."""
+def spread(scores: pd.Series, metric: tasks.Metric) -> str:
+    """Return mean ± standard deviation over seeds, without the unit; a single seed is marked as such."""
+    values = metric.scale * scores.dropna()
     if values.empty:
         return "–"
-    mean = rounded(values.mean())
-    return f"{mean} ± {rounded(values.std())}" if len(values) > 1 else f"{mean} (one seed)"
+    mean = rounded(values.mean(), metric.digits)
+    return f"{mean} ± {rounded(values.std(), metric.digits)}" if len(values) > 1 else f"{mean} (one seed)"

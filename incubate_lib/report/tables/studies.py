@@ -11,10 +11,11 @@ from incubate_lib.config.study import BASELINE, COLUMNS, DERIVED, load_study, st
 from incubate_lib.pipeline.study import Cost, Walk
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import hardware_of, mixes
-from incubate_lib.report.tables.records import from_plan, write_table
+from incubate_lib.report.tables.records import from_plan, read_table, write_table
 from incubate_lib.report.tables.statistics import gain_text, spread
 from incubate_lib.report.tables.verdict import cells, differences
-from incubate_lib.report.words import flop_unit, label, seconds_text
+from incubate_lib.report.words import flop_unit, label, metric_of, seconds_text
+from incubate_lib.tasks import Metric
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,12 @@ class StudyTable:
 
     name: str
     results: pd.DataFrame  # the axes, then COLUMNS
-    rates: pd.DataFrame  # the axes, strategy, phase, lr, seed, accuracy on validation images, chosen
+    rates: pd.DataFrame  # the axes, strategy, phase, lr, seed, metric, score on validation images, chosen
+
+    @property
+    def metric(self) -> Metric:
+        """What the scores are of; SettingsError for several metrics."""
+        return metric_of(self.results)
 
     @property
     def axes(self) -> list[str]:
@@ -44,7 +50,7 @@ def collect(walk: Walk) -> StudyTable:
             row |= {"train_images": images} | rates | trial.cell.place
             rows.append({column: row.get(column) for column in (*trial.cell.place, *COLUMNS)})
     columns = [*walk.study.axes, *COLUMNS]
-    tried = pd.DataFrame(walk.tried, columns=[*walk.study.axes, "strategy", "phase", "lr", "seed", "accuracy", "chosen"])
+    tried = pd.DataFrame(walk.tried, columns=[*walk.study.axes, "strategy", "phase", "lr", "seed", "metric", "score", "chosen"])
     return StudyTable(walk.study.name, pd.DataFrame(rows, columns=columns), tried)
 
 
@@ -74,8 +80,8 @@ def read_tables(folder: Path, stem: str, name: str) -> StudyTable:
     read = []
     for part in ("", "_rates"):
         path = folder / f"{stem}{part}.csv"
-        axes = [column for column in pd.read_csv(path, nrows=0).columns if column not in (*COLUMNS, *DERIVED)]
-        read.append(pd.read_csv(path, dtype=dict.fromkeys(axes, str), keep_default_na=False, na_values=[""]))
+        axes = [column for column in read_table(path, nrows=0).columns if column not in (*COLUMNS, *DERIVED)]
+        read.append(read_table(path, dtype=dict.fromkeys(axes, str), keep_default_na=False, na_values=[""]))
     return StudyTable(name, *read)
 
 
@@ -115,9 +121,9 @@ def seeds_count(table: StudyTable) -> str:
 
 
 def summary(table: StudyTable) -> pd.DataFrame:
-    """Return a table for people: a row a cell and strategy; top-1 as mean ± standard deviation, and costs."""
+    """Return a table for people: a row a cell and strategy; the score as mean ± standard deviation, and costs."""
     unit, factor = flop_unit(table.results["flops"].max() if len(table.results) else 1)
-    found = gains(table)
+    found, metric = gains(table), table.metric
     gain = dict(
         zip(found[[*table.axes, "strategy"]].itertuples(index=False, name=None), map(gain_text, found.to_dict("records")))
     )
@@ -127,9 +133,9 @@ def summary(table: StudyTable) -> pd.DataFrame:
             rows.append(place | {
                 "strategy": label(name),
                 "seeds": len(group),
-                "top-1 %": spread(100 * group["accuracy"]),
+                metric.heading: spread(group["score"], metric),
                 "over end to end": gain.get((*place.values(), name), ""),
-                "assembled %": spread(100 * group["assembled_accuracy"].dropna()),
+                metric.headed("assembled"): spread(group["assembled_score"], metric),
                 unit: f"{group['flops'].mean() / factor:.3g}",
                 f"critical path {unit}": f"{group['critical_flops'].mean() / factor:.3g}",
                 "training s": seconds_text(group["seconds"].mean()) + mixes(group),

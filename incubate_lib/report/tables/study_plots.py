@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.ticker import LogLocator
 
+from incubate_lib import tasks
 from incubate_lib.report.style import STYLE, Figure, style
 from incubate_lib.report.tables.hardware import MIXED, mixes
 from incubate_lib.report.tables.plots import legend_below, mean_curve
@@ -25,13 +26,14 @@ COSTS = {
 
 
 def fronts(table: StudyTable) -> Figure | None:
-    """Draw top-1 against total FLOPs, the critical path and seconds: a line a strategy over the axis `budget`, a row a value of
-    other axes. None for a study without budgets: its points would lie above one another.
+    """Draw the score against total FLOPs, the critical path and seconds: a line a strategy over the axis `budget`.
+
+    A row of panels is a value of other axes. None for a study without budgets: its points would lie above one another.
     """
     if "budget" not in table.axes:
         return None
     others = [axis for axis in table.axes if axis != "budget"]
-    groups = list(cells(table.results, others))
+    metric, groups = table.metric, list(cells(table.results, others))
     figure = Figure(figsize=(11, 3.6 * len(groups) + 0.9), layout="constrained")
     axes = figure.subplots(len(groups), len(COSTS), sharey="row", squeeze=False)
     for line, (place, rows) in zip(axes, groups, strict=True):
@@ -42,8 +44,8 @@ def fronts(table: StudyTable) -> Figure | None:
             for name, group in rows.groupby("strategy", sort=False):
                 curve = mean_curve(group, cost, by="budget").sort_values("cost")
                 look = style(name) | {"label": label(name), "markersize": 5, "capsize": 3}
-                deviation = 100 * curve["std"].fillna(0)
-                axis.errorbar(curve["cost"] / factor, 100 * curve["accuracy"], yerr=deviation, **look)
+                deviation = metric.scale * curve["std"].fillna(0)
+                axis.errorbar(curve["cost"] / factor, metric.scale * curve["score"], yerr=deviation, **look)
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
@@ -51,34 +53,34 @@ def fronts(table: StudyTable) -> Figure | None:
             axis.set(xlabel=f"training cost ({unit})", title=f"{title}" + (f"\n{where}" if where else ""))
             axis.grid(alpha=0.3, which="both")
             axis.title.set_fontsize(10)
-        line[0].set_ylabel(f"top-1, {rows['judged_on'].iloc[0]} split (%)")
+        line[0].set_ylabel(metric.axis(f", {rows['split'].iloc[0]} split"))
     legend_below(figure, axes[0, 0], fontsize=10, ncols=3, handlelength=3.5)
     figure.suptitle(f"{table.name}: {seeds_text(table)}", fontsize=10)
     return figure
 
 
 def ranking(table: StudyTable) -> Figure | None:
-    """Draw a study of a single cell: each strategy's top-1, before and after fine-tuning, and what it costs. None for others."""
+    """Draw a study of a single cell: each strategy's score, before and after fine-tuning, and what it costs. None for others."""
     if table.axes:
         return None
-    groups = table.results.groupby("strategy", sort=False)
-    deviation = 100 * groups["accuracy"].std().fillna(0)
-    means = groups[["accuracy", "assembled_accuracy", "flops", "critical_flops"]].mean()
-    means = means.sort_values("accuracy", kind="stable")
+    metric, groups = table.metric, table.results.groupby("strategy", sort=False)
+    deviation = metric.scale * groups["score"].std().fillna(0)
+    means = groups[["score", "assembled_score", "flops", "critical_flops"]].mean()
+    means = means.sort_values("score", kind="stable", ascending=metric.higher_is_better)
     figure = Figure(figsize=(11, 0.34 * len(means) + 1.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     unit, factor = flop_unit(table.results["flops"].max())
     for y, (name, mean) in enumerate(means.iterrows()):
         color = style(name)["color"] if name in STYLE else "#555555"
         marks = {"color": color, "markersize": 6}
-        left.errorbar(100 * mean["accuracy"], y, xerr=deviation[name], fmt="o", capsize=3, **marks)
-        left.plot(100 * mean["assembled_accuracy"], y, "o", markerfacecolor="none", **marks)
+        left.errorbar(metric.scale * mean["score"], y, xerr=deviation[name], fmt="o", capsize=3, **marks)
+        left.plot(metric.scale * mean["assembled_score"], y, "o", markerfacecolor="none", **marks)
         pale = {"color": color, "alpha": 0.3, "edgecolor": color, "linewidth": 0.8}
         right.barh(y, mean["flops"] / factor, height=0.62, **pale)
         right.barh(y, mean["critical_flops"] / factor, height=0.62, color=color)
     left.set_yticks(range(len(means)), means.index.map(label), fontsize=10)
-    split = table.results["judged_on"].iloc[0]
-    left.set_xlabel(f"top-1, {split} split (%); hollow: assembled, before fine-tuning")
+    split = table.results["split"].iloc[0]
+    left.set_xlabel(f"{metric.axis(f', {split} split')}; hollow: assembled, before fine-tuning")
     right.set_xlabel(f"training cost ({unit}); dark: critical path")
     for axis in (left, right):
         axis.grid(alpha=0.3, axis="x")
@@ -106,10 +108,10 @@ def gain_map(table: StudyTable) -> Figure | None:
     for axis, (title, part) in zip(axes, panels.items(), strict=True):
         image = _map(axis, part, rows, column, bound)
         axis.set_title(title, fontsize=10, loc="left")
-    figure.colorbar(image, ax=list(axes), label="points of top-1", shrink=0.8)
+    figure.colorbar(image, ax=list(axes), label=table.metric.differences, shrink=0.8)
     seeds, count = seeds_count(table), found["comparisons"].max()
-    title = f"{table.name}: points over end to end at equal FLOPs\nmean of {seeds}, paired by seed; noise: not clear "
-    figure.suptitle(f"{title}after correction for {count} comparisons", fontsize=10)
+    title = f"{table.name}: {table.metric.points} over end to end at equal FLOPs\nmean of {seeds}, paired by seed; "
+    figure.suptitle(f"{title}noise: not clear after correction for {count} comparisons", fontsize=10)
     return figure
 
 
@@ -117,7 +119,7 @@ def _map(axis, part: pd.DataFrame, rows: str, column: str, bound: float):
     part = part.set_index([rows, column])
     values = part["gain"].unstack(sort=False)
     for (name, value), row in part.iterrows():
-        text = rounded(row["gain"], 1, "+") + ("" if row["clear"] else "\nnoise")
+        text = rounded(row["gain"], tasks.metric(row["metric"]).digits, "+") + ("" if row["clear"] else "\nnoise")
         light = np.dot(colormaps["PuOr"](0.5 + row["gain"] / bound / 2)[:3], (0.2126, 0.7152, 0.0722)) > 0.45
         look = {"ha": "center", "va": "center", "fontsize": 10, "color": "black" if light else "white"}
         axis.text(values.columns.get_loc(value), values.index.get_loc(name), text, **look)

@@ -7,28 +7,35 @@ from statistics import fmean, stdev
 
 import pandas as pd
 
+from incubate_lib import tasks
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.report.tables.hardware import mixes
 from incubate_lib.report.tables.statistics import compare, family_text, paired, points_text, verdict_text
-from incubate_lib.report.words import BASELINE, label
+from incubate_lib.report.words import BASELINE, label, metric_of
+from incubate_lib.tasks import Metric
 
 COSTS = ["flops", "critical_flops", "seconds"]
 
 
-def is_lower(before: list[float], after: list[float], images: int) -> bool:
-    """Whether accuracies (0 … 1, one a seed) fell by more than chance explains.
+def is_worse(metric: Metric, before: list[float], after: list[float], images: int) -> bool:
+    """Whether scores, one a seed, became worse by more than chance explains.
 
-    The mean loss must exceed two standard errors, of judging by so many images and, with several seeds, over these.
+    The mean loss must exceed two standard errors, of judging by so many images and, with several seeds, over these. What
+    judging is uncertain by is known of shares only, so that one seed says nothing of other scores.
     """
-    b, a, losses = fmean(before), fmean(after), [x - y for x, y in zip(before, after, strict=True)]
-    error = math.sqrt((b * (1 - b) + a * (1 - a)) / images)
+    b, a, losses = fmean(before), fmean(after), [metric.sign * (x - y) for x, y in zip(before, after, strict=True)]
+    error = 0.0
+    if metric.most == 1:
+        error = math.sqrt((b * (1 - b) + a * (1 - a)) / images)
+    elif len(losses) < 2:
+        return False
     if len(losses) > 1:
         error = max(error, stdev(losses) / math.sqrt(len(losses)))
     return fmean(losses) > 2 * error
 
 
 def lowered(nodes: Iterable[Node]) -> str:
-    """Say of which strategies fine-tuning lowered the accuracy, and what to try: a line each, nothing where it did not.
+    """Say of which strategies fine-tuning made the score worse, and what to try: a line each, nothing where it did not.
 
     `nodes` are phases of any kind and number of seeds, such as `Plan.finals.values()`; finished fine-tuning counts.
     """
@@ -39,12 +46,14 @@ def lowered(nodes: Iterable[Node]) -> str:
     lines = []
     for name, group in tuned.items():
         summaries = [node.summary() for node in group]
-        before, after = ([s[key] for s in summaries] for key in ("start_accuracy", "accuracy"))
-        if is_lower(before, after, summaries[0]["judge_images"]):
+        before, after = ([s[key] for s in summaries] for key in ("start_score", "score"))
+        metric = tasks.metric(summaries[0]["metric"])
+        if is_worse(metric, before, after, summaries[0]["eval_images"]):
             strategy = group[0].experiment.settings.strategies[name]
             shorter = "larger strategies.{}.shares" if strategy.get("shares") else "fewer strategies.{}.phases.finetune.epochs"
             lines.append(
-                f"Fine-tuning lowered {label(name)} from {100 * fmean(before):.1f} to {100 * fmean(after):.1f} % "
+                f"Fine-tuning {'lowered' if metric.higher_is_better else 'raised'} {label(name)} from "
+                f"{metric.scale * fmean(before):.{metric.digits}f} to {metric.written(fmean(after), ' ')} "
                 f"({_seeds(group)}; more than chance explains). Try a lower strategies.{name}.phases.finetune.lr (it was "
                 f"{group[0].settings.training.lr:g}), or {shorter.format(name)}."
             )
@@ -56,26 +65,26 @@ def _seeds(group: list[Node]) -> str:
 
 
 def differences(table: pd.DataFrame, pairs: Iterable[tuple[str, str]], axes: Sequence[str] = ()) -> pd.DataFrame:
-    """Return how far the first strategy of each pair is ahead of the second, in points, paired by seed; all are one family.
+    """Return how far the first strategy of each pair is ahead of the second, paired by seed; all are one family.
 
     A row a cell and pair that have a seed in common; cells are those of a study with these axes, without axes there is one.
-    Columns: the axes, strategy, other, accuracy and other_accuracy (means over the common seeds), flops, critical_flops and
+    Columns: the axes, strategy, other, metric, score and other_score (means over the common seeds), flops, critical_flops and
     seconds (the first's over the second's; seconds NaN where devices differ), then `statistics.COLUMNS`.
     """
-    rows, found = [], []
+    metric, rows, found = metric_of(table).name, [], []
     for (place, cell), (name, other) in itertools.product(cells(table, axes), pairs):
         gain = paired(cell, name, other)
         if gain.empty:
             continue
         cell = cell[cell["seed"].isin(gain.index)]
         mine, theirs = (cell[cell["strategy"] == each] for each in (name, other))
-        means = {"accuracy": mine["accuracy"].mean(), "other_accuracy": theirs["accuracy"].mean()}
+        means = {"metric": metric, "score": mine["score"].mean(), "other_score": theirs["score"].mean()}
         costs = mine.reindex(columns=COSTS).mean() / theirs.reindex(columns=COSTS).mean()
         if mixes(mine, theirs):
             costs["seconds"] = math.nan
         found.append(gain)
         rows.append(place | {"strategy": name, "other": other} | means | costs.to_dict())
-    named = pd.DataFrame(rows, columns=[*axes, "strategy", "other", "accuracy", "other_accuracy", *COSTS])
+    named = pd.DataFrame(rows, columns=[*axes, "strategy", "other", "metric", "score", "other_score", *COSTS])
     return pd.concat([named, compare(found)], axis="columns")
 
 
@@ -89,7 +98,7 @@ def against_baseline(table: pd.DataFrame) -> list[str]:
     """Say of each strategy how it does against end to end, and what was corrected for."""
     found = differences(table, [(name, BASELINE) for name in table["strategy"].unique() if name != BASELINE])
     text = [
-        f"{label(row['strategy'])}: {points_text(row['gain'])} than end to end ({verdict_text(row)}), for "
+        f"{label(row['strategy'])}: {points_text(row)} than end to end ({verdict_text(row)}), for "
         f"{row['flops']:.2f} times its training FLOPs, {row['critical_flops']:.2f} times on the critical path."
         for row in found.to_dict("records")
     ]
@@ -110,9 +119,10 @@ def meta_alone(table: pd.DataFrame, phases: pd.DataFrame) -> str:
     meta = phases[phases["phase"] == "meta"].drop_duplicates(["seed", "flops"])
     if meta.empty or meta["flops"].nunique() > 1:  # of strategies with meta models of their own each has another
         return ""
-    means = table.groupby("strategy")[["accuracy", "flops"]].mean()
+    means = table.groupby("strategy")[["score", "flops"]].mean()
     share = meta["flops"].mean() / means.loc[BASELINE, "flops"]
-    text = f"The meta model alone has {100 * meta['accuracy'].mean():.1f} %"
+    metric, alone = metric_of(table, meta), meta["score"].mean()
+    text = f"The meta model alone has {metric.written(alone, ' ')}"
     text += f" for {share:.2f} times end to end's training FLOPs" if share else ""
-    behind = [label(name) for name in means.index if means.loc[name, "accuracy"] <= meta["accuracy"].mean()]
+    behind = [label(name) for name in means.index if metric.ahead(means.loc[name, "score"], alone) <= 0]
     return text + (f"; not better on average: {', '.join(behind)}." if behind else ", and every strategy is better on average.")
