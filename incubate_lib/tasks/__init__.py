@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from incubate_lib.config import TASK
 from incubate_lib.config.members import TASKS
 
 __path__ = pkgutil.extend_path(__path__, __name__)
@@ -136,6 +137,11 @@ class Task:
         """Return the mean loss, the score under that name, and the other metrics under theirs, of all sums [S]."""
         found = dict(self.divided(sums))
         return {"loss": found.pop("loss"), "score": found.pop(self.score.name)} | found
+
+
+def get(name: str = TASK) -> Task:
+    """Return a task; SettingsError with the nearest names if there is none."""
+    return TASKS[name]
 
 
 @cache
