@@ -23,6 +23,7 @@ def write_phase(folder, summary=SUMMARY, curve=CURVE, weight=1.0):
     save_file({"head.weight": torch.tensor([0.0, weight])}, folder / "model.safetensors")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
     (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.json").write_text(json.dumps({"module_index": None, "target_depths": []}))
 
 
 def write_data(data, **how):

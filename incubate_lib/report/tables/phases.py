@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from incubate_lib import tasks
 from incubate_lib.config import SettingsError
 from incubate_lib.config.phase import identity
 from incubate_lib.pipeline.graph import Node, Plan, closure
@@ -49,8 +50,8 @@ def spent(summary: dict) -> str:
 
 
 def curves_of(node: Node) -> pd.DataFrame:
-    """Return the evaluations of one phase."""
-    return pd.DataFrame(node.folder.metrics())
+    """Return the evaluations of one phase, and which metric their score is of."""
+    return pd.DataFrame(node.folder.metrics()).assign(metric=tasks.get(node.settings.task).score.name)
 
 
 def settings_difference(plan: Plan, strategies: Sequence[str] | None = None) -> pd.DataFrame:
