@@ -72,7 +72,7 @@ def export(
     train, _ = load_data(data, shape=model_shape(settings.model), machine=settings.machine)
     mean, std = (values.flatten().tolist() for values in (train.mean, train.std))
     names = open_source(data, settings.machine)[0].classes
-    arguments = timm_arguments(settings.model) | {"num_classes": facts.num_classes}
+    arguments = timm_arguments(settings.model) | {"num_classes": tasks.get(settings.task).outputs(facts.num_classes)}
     if facts.target_depths and takes_depth(settings.model):
         arguments["depth"] = sum(facts.target_depths)
     crop_pct = data.crop_pct if data.is_streamed else 1.0

@@ -120,7 +120,7 @@ def fit(
         folder.start_metrics(step - 1, MNTK)  # of the evaluation before update `step` nothing is in the checkpoint
     rows = [row for row in folder.metrics() if row["step"] <= step]
     clock = Chrono(trainer.device, counts)
-    progress = Progress(folder, title, steps, step) if team.is_first else None
+    progress = Progress(folder, title, steps, step, trainer.task.score.name) if team.is_first else None
     waited = counts.wait_seconds
     pending: list[Tensor] = []  # losses still on the device; reading one waits for it, so they are read together
     saved_at = read_at = time.monotonic()

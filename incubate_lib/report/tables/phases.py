@@ -6,6 +6,7 @@ import pandas as pd
 
 from incubate_lib import tasks
 from incubate_lib.config import SettingsError
+from incubate_lib.config.members import PHASES
 from incubate_lib.config.phase import identity
 from incubate_lib.pipeline.graph import Node, Plan, closure
 
@@ -30,7 +31,7 @@ def costs_table(node: Node) -> pd.DataFrame:
     counted = node.experiment.facts.flops_per_image
     flops = pd.Series({key: value for key, value in counted.items() if not key.startswith(other)}) / 1e6
     table = pd.DataFrame({"MFLOP an image": flops.round(2), "of end to end": (flops / flops["target"]).round(3)})
-    names = {"meta": "meta model", "target": "end to end, fine-tuning"}
+    names = {kind: PHASES[kind].label for kind in PHASES} | {"target": "end to end, fine-tuning"}
     kinds = {"incubate": "hybrid, module {}", "imitate": "imitation, module {}", "target": "end to end, {} pixels"}
 
     def named(key: str) -> str:
