@@ -29,6 +29,7 @@ class Phase:
 
     name = ""
     label = ""  # for people
+    look = ("#999999", "oo")  # colour and pattern in charts: of Okabe and Ito's, and for those who do not see them
     notebook = ""
     # What it is seeded, set (`phases.<group>`) and tabled as, if not as its own name: whatever learns in a hybrid is `incubate`.
     group = ""

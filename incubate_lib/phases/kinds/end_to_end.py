@@ -13,6 +13,7 @@ class Options(Frozen):
 class EndToEnd(Phase):
     name = "end_to_end"
     label = "end to end"
+    look = ("#777777", "xx")
     notebook = "05_end_to_end"
     options = Options
 

@@ -9,6 +9,7 @@ from incubate_lib.phases.kinds import Inputs, Phase
 class Finetune(Phase):
     name = "finetune"
     label = "fine-tuning"
+    look = ("#009E73", "//")
     notebook = "04_finetune"
 
     def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> Any:

@@ -21,6 +21,7 @@ class Options(Start):
 class Incubate(Phase):
     name = "incubate"
     label = "module"
+    look = ("#56B4E9", "")
     notebook = "02_incubate_module"
     options = Options
     imitates = False

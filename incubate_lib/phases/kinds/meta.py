@@ -9,6 +9,7 @@ from incubate_lib.phases.kinds import Inputs, Phase
 class Meta(Phase):
     name = "meta"
     label = "meta model"
+    look = ("#E69F00", "..")
     notebook = "01_meta_model"
 
     def network(self, model: ModelSettings, partition: dict[str, list[Any]], takes_depth: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from incubate_lib.config import SettingsError, refuse
+from incubate_lib.config.members import PHASES
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.report.planner.forecast import DEVICE, SHARE, Forecast, forecast, open_settings, plan_of, stated_speed
 from incubate_lib.report.style import Figure
@@ -19,12 +20,6 @@ from incubate_lib.report.words import flop_unit, label, phase_name
 from incubate_lib.training.counts import count_images
 from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
-PHASE_LOOKS = {  # Okabe and Ito's colours, and a pattern for those who do not see them
-    "meta": ("#E69F00", ".."),
-    "incubate": ("#56B4E9", ""),
-    "finetune": ("#009E73", "//"),
-    "end_to_end": ("#777777", "xx"),
-}
 NAME_BOX = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
 NAME = {"ha": "center", "va": "center", "fontsize": 9, "bbox": NAME_BOX}
 UNITS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600, "milliseconds": 1 / 3.6e6, "microseconds": 1 / 3.6e9}
@@ -103,7 +98,7 @@ def against_in_words(table: pd.DataFrame) -> str:
 
 
 def _phase_name(row: Any) -> str:
-    return phase_name(row.phase, row.module - 1 if row.phase == "incubate" else None)
+    return phase_name(row.phase, None if pd.isna(row.module) else row.module - 1)
 
 
 def time_unit(hours: float) -> tuple[str, float]:
@@ -136,7 +131,7 @@ def gantt(costs: Forecast) -> Figure:
             width = (row.end - row.begin) / hours
             if not width:
                 continue
-            begin, (color, hatch) = row.begin / hours, PHASE_LOOKS[row.phase]
+            begin, (color, hatch) = row.begin / hours, PHASES[row.phase].look
             look = {"color": color, "hatch": hatch, "edgecolor": "white", "height": 0.82}
             axis.barh(row.machine, width, left=begin, **look)
             words = _phase_name(row)
