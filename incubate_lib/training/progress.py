@@ -21,7 +21,7 @@ class Progress:
         self.bar = None if headless else tqdm(desc=title, total=steps, initial=start, unit="step", file=sys.stdout, mininterval=1)
 
     def update(self, step: int, **values: float | None) -> None:
-        """Record the step and values such as loss and accuracy, with an ETA from this attempt's own speed."""
+        """Record the step and values such as loss and score, with an ETA from this attempt's own speed."""
         now = time.monotonic()
         done = step - self.start
         eta = (now - self.began) / done * (self.steps - step) if done else None
