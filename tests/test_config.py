@@ -1,6 +1,7 @@
 """Settings: how they are read, layered and named, and the networks that they may ask for."""
 
 import inspect
+import json
 import re
 
 import pytest
@@ -23,9 +24,11 @@ from incubate_lib.config import (
     presets,
 )
 from incubate_lib.config.files import read_yaml, yaml_value
+from incubate_lib.config.phase import identity, of_identity
 from incubate_lib.config.study import load_study
 from incubate_lib.phases.facts import count
 from incubate_lib.phases.networks import build_model
+from incubate_lib.pipeline.strategies import plan
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -76,18 +79,41 @@ def test_the_experiments_hash_knows_what_changes_a_result():
 def test_a_phases_hash_knows_everything_in_it():
     plain = PhaseSettings(
         phase="incubate", seed=0, data=DataSettings(), model=ModelSettings(), target_depths=[2, 2], meta_depths=[1, 1],
-        module_index=0, start="random", training=TrainingSettings(), inputs={"meta": "abc"},
+        options={"module_index": 0, "start": "random"}, training=TrainingSettings(), inputs={"meta": "abc"},
     )  # fmt: skip
     other = {
         "phase": "meta", "seed": 1, "data": DataSettings(test_images=500), "model": ModelSettings(depth=4),
-        "target_depths": [1, 3], "meta_depths": [2, 1], "module_index": 1,
-        "start": "stack", "inherit_stem": True, "inherit_head": True,
+        "target_depths": [1, 3], "meta_depths": [2, 1], "group": "finetune", "task": "regression",
         "training": TrainingSettings(lr=2e-3), "mat": MATSettings(), "inputs": {"meta": "abd"}, "format": 99,
-        "precision": "bfloat16", "imitate": True, "small_images": True,
+        "precision": "bfloat16", "options": {"start": "random", "module_index": 1},
     }  # fmt: skip
     assert set(other) == set(PhaseSettings.model_fields), "a new field must be part of the hash"
     changed = {plain.model_copy(update={name: value}).digest() for name, value in other.items()}
-    assert len(changed | {plain.digest()}) == len(other) + 1
+    for name, value in {"start": "stack", "inherit_stem": True, "imitate": True, "small_images": True}.items():
+        changed.add(plain.model_copy(update={"options": plain.options | {name: value}}).digest())
+    assert len(changed | {plain.digest()}) == len(other) + 4 + 1
+
+
+RECORDED = {
+    "meta": "c6eb25bdb892",
+    "imitation/incubate-1": "65fb6b8fd1d9",
+    "end_to_end_low_resolution/end_to_end": "ed1af6915ee1",
+    "mat": "b1ad4e703940",
+    "recommended/finetune": "b6be95b75a29",
+    "deep_incubation_mat/incubate-2": "6acac6d20634",
+}
+
+
+def test_identities_stay_what_they_were_and_can_be_read_again():
+    """Hashes that were recorded before settings had task, mat, pad, resize, imitate and small_images."""
+    settings = load_settings("smoke")
+    nodes = {node.key: node for node in plan(settings, [*settings.strategies], facts=count(settings, 1000, 4)).nodes}
+    for key, digest in RECORDED.items():
+        assert nodes[f"seed-0/{key}"].digest == digest
+    for node in nodes.values():
+        assert of_identity(json.loads(json.dumps(identity(node.settings)))).digest() == node.digest
+    again = of_identity(identity(nodes["seed-0/imitation/incubate-1"].settings))
+    assert (again.phase, again.seeded_as, again.module_index) == ("imitate", "incubate", 1)
 
 
 def test_an_explicit_null_switches_clipping_off():
@@ -189,7 +215,7 @@ def test_two_builds_of_a_seed_have_the_same_weights_whatever_the_memory_holds(na
         junk = [torch.full((1000,), torch.rand(()).item()) for _ in range(100)]
         del junk  # what is freed is what `torch.empty` gives next
         torch.manual_seed(0)
-        return build_model(ModelSettings(name=name), None, 4, any_kind=True).state_dict()
+        return build_model(ModelSettings(name=name), None, 4).state_dict()
 
     assert all(torch.equal(one, other) for one, other in zip(built().values(), built().values(), strict=True))
     assert not torch.are_deterministic_algorithms_enabled() or torch.cuda.is_available()

@@ -56,7 +56,7 @@ def test_shrinking_changes_width_depth_batch_images_and_epochs_and_nothing_else(
 def ways(name: str) -> list[tuple[str, str]]:
     """Return the notebooks that end a preset's kinds of training, each with a strategy; a notebook trains what it starts from."""
     strategies = load_settings(name).strategies
-    plain = [key for key, how in strategies.items() if how.kind == "end_to_end" and how.phases.end_to_end.epochs]
+    plain = [key for key, how in strategies.items() if how.kind == "end_to_end" and "end_to_end" in how.phases]
     found = [("05_end_to_end", [*plain, "end_to_end"][0])]
     if "deep_incubation" in strategies:
         found.append(("04_finetune", "deep_incubation"))

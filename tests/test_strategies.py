@@ -278,7 +278,7 @@ def test_an_experiment_is_the_same_whatever_strategies_are_known(monkeypatch):
     from incubate_lib.config import strategies
 
     before = load_settings("smoke").digest()
-    monkeypatch.setitem(strategies.STRATEGIES, "another", {"kind": "end_to_end"})
+    monkeypatch.setitem(strategies.KNOWN, "another", {"kind": "end_to_end"})
     assert "another" in load_settings("smoke").strategies and load_settings("smoke").digest() == before
     assert load_settings("smoke", ["strategies.another.phases.end_to_end.lr=0.1"]).digest() != before
 
@@ -298,8 +298,8 @@ def test_an_experiment_is_the_same_whatever_strategies_are_known(monkeypatch):
         ({"stacking.shares": {"meta": 0.5}, "stacking.phases.finetune.epochs": 3}, "shares leave the rest to fine-tuning"),
         ({"random_modules.weights": "x"}, "weights are those of a meta model, which this strategy does without"),
         ({"imitation.shares": {"meta": 0.5, "incubate": 0.5}}, "shares add up to 1, which leaves nothing for fine-tuning"),
-        ({"deep_incubation.shares": {"meta": 0.5}}, "shares, budget and match_on have no meaning without match"),
-        ({"deep_incubation.budget": 0.5}, "shares, budget and match_on have no meaning without match"),
+        ({"deep_incubation.shares": {"meta": 0.5}}, "shares and budget have no meaning without match"),
+        ({"deep_incubation.budget": 0.5}, "shares and budget have no meaning without match"),
         ({"stacking.budget": 0}, "greater than 0"),
         ({"end_to_end_longer.match": "mat"}, "name a deep_incubation or end_to_end strategy without MAT"),
         ({"end_to_end_longer.match": "end_to_end"}, "with match_on: critical_path name a deep_incubation strategy"),

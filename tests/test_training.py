@@ -300,7 +300,7 @@ def test_compiled_gradients_equal_eager_ones_after_every_change_of_phase(monkeyp
         assert set(grads) == set(eager) == {n for n, p in model.named_parameters() if p.requires_grad}, name
         for parameter, value in eager.items():
             torch.testing.assert_close(grads[parameter], value, rtol=1e-3, atol=1e-5, msg=f"{name}: {parameter}")
-        assert not any("_orig_mod" in key for part in ("model", "optimizer") for key in map(str, tried.state()[part]))
+        assert not any("_orig_mod" in key for part in ("model", "optimizer") for key in map(str, tried.state_dict()[part]))
     compiled(torch.nn.Identity(), "default")  # forgets what was compiled here
 
 

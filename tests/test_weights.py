@@ -176,7 +176,7 @@ def test_a_file_damaged_since_its_phase_ended_is_told(data_folder):
 
 def test_a_network_of_another_kind_is_loaded_with_its_counts_of_batches(tmp_path):
     settings = ModelSettings(name="resnet10t", in_chans=1)
-    one, other = (build_model(settings, None, 4, any_kind=True) for _ in range(2))
+    one, other = (build_model(settings, None, 4) for _ in range(2))
     save_file(one.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"architecture": "resnet10t", "model_args": {"in_chans": 1}}')
     assert all(torch.equal(tensor, one.state_dict()[name]) for name, tensor in load_into(other, tmp_path).state_dict().items())

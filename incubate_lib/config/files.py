@@ -15,7 +15,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from incubate_lib.config.errors import SettingsError, nearest, refuse, shortened, validated
 from incubate_lib.config.models import Settings
-from incubate_lib.config.strategies import STRATEGIES, UNCUT
+from incubate_lib.config.strategies import KNOWN, UNCUT
 
 # bytes; Linux opens paths of 4,095, and runs' names, strategies' and files' stand below the data folder
 LONGEST_FOLDER = 3000
@@ -56,7 +56,7 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
         for override in overrides:
             if override.startswith("partition"):
                 _override(cut, override)
-        known = UNCUT if cut["partition"] is None else STRATEGIES
+        known = UNCUT if cut["partition"] is None else KNOWN
         raw["strategies"] = {name: copy.deepcopy(known.get(name, {})) | (given.get(name) or {}) for name in known | given}
     for override in overrides:
         _override(raw, override)
@@ -78,8 +78,9 @@ def _refuse_unused(settings: Settings, where: str) -> None:
 
     def overridden(name: str, phase: str) -> bool:
         way = settings.strategies[name]
-        computed = field == "epochs" and phase in (way.trains[-1], "end_to_end") and settings.is_matched(name)
-        return computed or any(field in getattr(of.phases, phase).model_fields_set for of in (settings, way))
+        computed = field == "epochs" and phase in way.matched and settings.is_matched(name)
+        given = [of.phases[phase] for of in (settings, way) if phase in of.phases]
+        return computed or any(field in changes.model_fields_set for changes in given)
 
     every = all(overridden(name, phase) for name, way in settings.strategies.items() for phase in way.trains)
     refuse(every, f"{where} has no effect: every phase sets its own {field}; use phases.<phase>.{field}")

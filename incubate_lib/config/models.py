@@ -8,10 +8,10 @@ says only how it is computed, and is not.
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from incubate_lib.config.errors import SettingsError, nearest, refuse, validated
-from incubate_lib.config.phase import FORMAT, TASK, digest
+from incubate_lib.config.phase import FORMAT, TASK, as_ever, digest
 from incubate_lib.config.sections import (
     ARRAYS,
     DataSettings,
@@ -23,7 +23,7 @@ from incubate_lib.config.sections import (
     PartitionSettings,
     TrainingSettings,
 )
-from incubate_lib.config.strategies import STRATEGIES, PhaseChanges, StrategyName, StrategySettings, as_set
+from incubate_lib.config.strategies import KNOWN, PhaseChanges, StrategyName, StrategySettings, as_set
 
 DEFAULT_MACHINE = MachineSettings()
 
@@ -40,9 +40,9 @@ class Settings(Frozen):
     # bfloat16: autocast; weights and optimiser stay float32
     precision: Literal["float32", "bfloat16"] = "float32"
     training: TrainingSettings = TrainingSettings()
-    phases: PhaseChanges = PhaseChanges()
+    phases: PhaseChanges = {}
     mat: MATSettings = MATSettings()  # of the strategies that have Modular Adaptive Training
-    strategies: dict[StrategyName, StrategySettings] = {}
+    strategies: dict[StrategyName, SerializeAsAny[StrategySettings]] = {}
     # strategies run by default
     run: list[str] = Field(min_length=1, default=["end_to_end", "deep_incubation", "recommended"])
     machine: MachineSettings = DEFAULT_MACHINE
@@ -51,11 +51,11 @@ class Settings(Frozen):
     @model_validator(mode="after")
     def _whole(self) -> "Settings":
         if self.partition is None:
-            cut = [name for name in self.run if STRATEGIES.get(name, {}).get("kind") == "deep_incubation"]
-            cut += [name for name, strategy in self.strategies.items() if strategy.kind == "deep_incubation"]
+            cut = [name for name in self.run if KNOWN.get(name, {}).get("kind") == "deep_incubation"]
+            cut += [name for name, strategy in self.strategies.items() if strategy.is_cut]
             needs = f"which {cut[0]} needs: give num_modules or target_depths" if cut else ""
             refuse(cut, f"partition is missing, {needs}")
-        elif self.model.depth:
+        elif self.model.depth and not self.partition.cuts:
             self.partition.depths(self.model.depth)
         taken = "that name is taken, for the folder of the shared meta model"
         refuse("meta" in self.strategies, f"strategies.meta: {taken}")
@@ -70,7 +70,7 @@ class Settings(Frozen):
         sets = "machine.download is for torchvision's and Hugging Face's sets"
         refuse(self.machine.download and not fetched, f"{sets}, not for data.source {source!r}")
         for name, strategy in self.strategies.items():
-            if strategy.match:
+            if strategy.get("match"):
                 self._check_match(name)
             budget = "budget" in strategy.model_fields_set and not self.is_matched(name)
             said = f"strategies.{name}.budget has no meaning: phases say already how many epochs it lasts"
@@ -81,22 +81,15 @@ class Settings(Frozen):
         return self
 
     def _check_match(self, name: str) -> None:
-        strategy = self.strategies[name]
-        match, other = strategy.match, self.strategies.get(strategy.match)
-        said = f"strategies.{name}.match is {match!r}"
-        if other is None:
-            raise ValueError(f"{said}; {nearest(match, self.strategies)}")
-        strange = other.kind == "finetune" or other.mat is not None or match == name
+        strategy, match = self.strategies[name], self.strategies[name].get("match")
+        other, said = self.strategies.get(match), f"strategies.{name}.match is {match!r}"
+        refuse(other is None, f"{said}; {nearest(match, self.strategies)}")
+        strange = not other.can_be_matched or other.mat is not None or match == name
         refuse(strange, f"{said}; name a deep_incubation or end_to_end strategy without MAT")
-        pathless = strategy.match_on == "critical_path" and other.kind != "deep_incubation"
-        refuse(pathless, f"{said}; with match_on: critical_path name a deep_incubation strategy")
-        whole = other.kind == strategy.kind == "end_to_end"
-        refuse(whole and other.low_resolution, f"{said}, which has images of two sizes; name another one")
-        chained = other.match and self.strategies.get(other.match, other).kind == "end_to_end"
-        refuse(whole and chained, f"{said}, which is matched to {other.match!r} itself; name that one")
+        strategy.check_match(said, other, self.strategies)
         seen = [name]
         while self.is_matched(seen[-1]):
-            seen.append(self.strategies[seen[-1]].match)
+            seen.append(self.strategies[seen[-1]].get("match"))
             circle = f"match goes round in a circle: {' → '.join(seen[seen.index(seen[-1]) :])}"
             refuse(seen[-1] in seen[:-1], f"{circle}; give one of them its epochs")
 
@@ -134,13 +127,15 @@ class Settings(Frozen):
         """
         way, own = self.strategy(strategy), {}  # own: what is set for this phase
         for layer in (self.phases, way.phases):
-            own |= getattr(layer, phase).model_dump(exclude_unset=True)  # an explicit null counts
+            if phase in layer:
+                own |= layer[phase].model_dump(exclude_unset=True)  # an explicit null counts
         merged = self.training.model_dump() | own | ({} if epochs is None else {"epochs": epochs})
-        if phase in (way.warmup_share or {}) and "warmup_epochs" not in own:
-            merged["warmup_epochs"] = round(way.warmup_share[phase] * merged["epochs"], 3)
+        shares, scales = way.get("warmup_share") or {}, way.get("lr_scale") or {}
+        if phase in shares and "warmup_epochs" not in own:
+            merged["warmup_epochs"] = round(shares[phase] * merged["epochs"], 3)
         training = validated(TrainingSettings, merged, f"settings of phase {phase} of strategy {strategy}")
-        if phase in (way.lr_scale or {}) and "lr" not in own:
-            training = training.model_copy(update={"lr": way.lr_scale[phase] * training.lr})
+        if phase in scales and "lr" not in own:
+            training = training.model_copy(update={"lr": scales[phase] * training.lr})
             lowest = min(training.min_lr, training.peak_lr)  # the cosine must not end above its beginning
             training = training.model_copy(update={"min_lr": lowest})
         return training
@@ -157,13 +152,7 @@ class Settings(Frozen):
     def is_matched(self, name: str) -> bool:
         """Whether the length of this strategy follows from the cost of another one."""
         strategy = self.strategies.get(name)
-        if strategy is None or strategy.match is None:
-            return False
-        if strategy.kind == "deep_incubation":  # all of them share `phases`, so only its own epochs speak against it
-            return strategy.phases.finetune.epochs is None
-        if strategy.match_on == "critical_path":  # likewise: `phases` says how long plain end-to-end training is
-            return strategy.phases.end_to_end.epochs is None
-        return (self.phases.end_to_end.epochs, strategy.phases.end_to_end.epochs) == (None, None)
+        return bool(strategy and strategy.get("match")) and not strategy.has_epochs(self.phases)
 
     @property
     def is_variant(self) -> bool:
@@ -176,12 +165,15 @@ class Settings(Frozen):
 
         Of the known strategies only those that were changed count, so that a new one makes no other experiment of old runs.
         """
-        sections = self.model_dump(mode="json", include={"data", "model", "partition", "precision", "training", "mat"})
+        sections = {name: as_ever(getattr(self, name), name) for name in ("data", "model", "training", "mat")}
+        sections["data"] |= self.data.model_dump(mode="json", include={"pad", "resize"})  # which experiments always had
+        sections |= {"precision": self.precision, "partition": self.partition and as_ever(self.partition, "partition")}
         own = {name: as_set(strategy) for name, strategy in self.strategies.items() if not strategy.is_as_named(name)}
         for name, values in own.items():  # runs from before a known strategy had these keep their folder
             for later in ("lr_scale", "warmup_share"):
-                if values.get(later) == STRATEGIES.get(name, {}).get(later):
+                if values.get(later) == KNOWN.get(name, {}).get(later):
                     values.pop(later, None)
+        phases = {name: as_set(changes) for name, changes in self.phases.items()}
         if self.task != TASK:
             sections["task"] = self.task
-        return digest({"format": FORMAT, **sections, "phases": as_set(self.phases), "strategies": own})
+        return digest({"format": FORMAT, **sections, "phases": phases, "strategies": own})

@@ -184,19 +184,22 @@ def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
 
 
 class PartitionSettings(Frozen):
-    """How the network is cut: `num_modules` equal parts, or the blocks of every part."""
+    """How the network is cut: `num_modules` equal parts, the blocks of every part, or the layers behind which it is cut."""
 
     num_modules: Positive | None = None
     target_depths: list[Positive] | None = None  # blocks of each target module
     meta_depths: list[Positive] | None = None  # blocks of each meta module; one each if left out
+    cuts: list[str] | None = Field(None, min_length=1)  # names of layers, in the network's order
 
     @model_validator(mode="after")
     def _check_together(self) -> "PartitionSettings":
         depths = {"len(target_depths)": self.target_depths, "len(meta_depths)": self.meta_depths}
         counts = {"num_modules": self.num_modules} | {name: len(given or ()) for name, given in depths.items()}
+        counts["len(cuts) + 1"] = len(self.cuts) + 1 if self.cuts else None
         counts = {name: count for name, count in counts.items() if count}
         unlike = ", ".join(f"{name} is {count}" for name, count in counts.items())
-        refuse(self.num_modules is None and self.target_depths is None, "give num_modules or target_depths")
+        refuse(not (self.num_modules or self.target_depths or self.cuts), "give num_modules, target_depths or cuts")
+        refuse(self.cuts and self.target_depths, "cuts say already which blocks each module has; leave out target_depths")
         refuse(len(set(counts.values())) > 1, f"{unlike}; they must be equal")
         return self
 

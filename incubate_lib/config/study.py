@@ -10,8 +10,8 @@ from pydantic import AfterValidator, Field, model_validator
 from incubate_lib.config.errors import SettingsError, nearest, refuse, validated
 from incubate_lib.config.files import find_file, in_the_package, load_settings, presets, read_yaml, yaml_value
 from incubate_lib.config.models import Settings
+from incubate_lib.config.packaged import packaged
 from incubate_lib.config.sections import Frozen, Label, Name, Seed, Word
-from incubate_lib.config.strategies import packaged
 
 BASELINE = "end_to_end"
 COLUMNS, DERIVED = (packaged("columns.yaml")[of] for of in ("study", "derived"))

@@ -28,7 +28,7 @@ from incubate_lib.config import (
 from incubate_lib.data.schedule import micro_batches
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.method.incubation import Hybrid
-from incubate_lib.phases.networks import chain_of, model_shape
+from incubate_lib.phases.networks import depths_of, model_shape
 from incubate_lib.phases.recipes import prepare
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.counts import IMAGENET, check_numbers, count_images
@@ -41,6 +41,7 @@ CPU_STEP = 5e11  # FLOPs of a step end to end on a CPU: some ten seconds
 LR = 1e-5  # so small that random labels do no harm
 NARROW = ModelSettings(name="vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=96, depth=8, num_heads=3)
 DEPTHS = (12, 24, 48, 96, 128)  # blocks
+HYBRID = {"start": "random", "inherit_stem": False, "inherit_head": False}
 SIZES = (32, 64, 96, 128, 160, 224)  # pixels: 17 to 785 tokens, where attention has 3 to 58 % of the FLOPs
 Log = Callable[[str], None]
 
@@ -53,8 +54,7 @@ class Bench:
             raise SettingsError("partition is missing: without modules there are no hybrids to measure beside end to end")
         self.settings, self.batch, self.classes, self.device = settings, batch, classes, device
         self.shape = model_shape(settings.model)
-        depth = len(chain_of(settings.model, settings.model.depth).blocks)
-        self.target_depths, self.meta_depths = settings.partition.depths(depth)
+        self.target_depths, self.meta_depths = depths_of(settings)
         self.recipe = TrainingSettings(epochs=1e9, batch_size=batch, lr=LR, warmup_epochs=0.0, label_smoothing=0.0)
         images = torch.randint(256, (batch, *self.shape), dtype=torch.uint8, device=device)
         labels = torch.randint(classes, (batch,), device=device)
@@ -64,9 +64,16 @@ class Bench:
     def build(self, phase: str, index: int | None = None) -> nn.Module:
         """Return the model that a phase trains, freshly initialised, on the device that is default here."""
         s = PhaseSettings(
-            phase=phase, seed=0, data=self.settings.data, model=self.settings.model, target_depths=self.target_depths,
-            meta_depths=self.meta_depths, module_index=index, start=None if index is None else "random", training=self.recipe,
-        )  # fmt: skip
+            phase=phase,
+            seed=0,
+            data=self.settings.data,
+            model=self.settings.model,
+            target_depths=self.target_depths,
+            meta_depths=self.meta_depths,
+            cuts=self.settings.partition.cuts or [],
+            options={} if index is None else HYBRID | {"module_index": index},
+            training=self.recipe,
+        )
         return prepare(s, {}, self.classes)
 
     def ours(self, phase: str, index: int | None = None) -> Variant:

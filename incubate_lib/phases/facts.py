@@ -7,8 +7,8 @@ sees in a moment that everything is done. This module itself does not import tor
 from collections.abc import Iterable
 from typing import Any
 
-from incubate_lib import tasks
-from incubate_lib.config import Frozen, ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line, nearest
+from incubate_lib.config import Frozen, ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line
+from incubate_lib.config.members import PHASES, TASKS
 
 
 class Facts(Frozen):
@@ -18,6 +18,7 @@ class Facts(Frozen):
     num_classes: int
     target_depths: list[int]
     meta_depths: list[int]
+    takes_depth: bool = True  # whether the meta model is built with less depth; else it is the target with blocks left out
     # Training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …
     flops_per_image: dict[str, int]
     low_resolution: dict[str, int] = {}  # strategies that begin with small images → their size in pixels
@@ -29,15 +30,7 @@ class Facts(Frozen):
 
     def flops_of(self, phase: PhaseSettings) -> int:
         """Return the training FLOPs of one image in this phase; 0 where nothing is trained."""
-        return 0 if phase.training is None else self.flops_per_image[_kind_of(phase)]
-
-
-def _kind_of(phase: PhaseSettings) -> str:
-    if phase.phase == "incubate":
-        return f"{'imitate' if phase.imitate else 'incubate'}-{phase.module_index}"
-    if phase.phase == "end_to_end" and phase.small_images:
-        return f"target-{phase.model.img_size}"
-    return "meta" if phase.phase == "meta" else "target"
+        return 0 if phase.training is None else self.flops_per_image[PHASES[phase.phase].cost(phase.model, phase.options)]
 
 
 def measure(settings: Settings) -> Facts:
@@ -46,7 +39,7 @@ def measure(settings: Settings) -> Facts:
     from incubate_lib.phases.networks import model_shape
 
     shape = model_shape(settings.model)
-    task_of(settings)
+    TASKS[settings.task]  # an unknown name is told before images are read
     train, _ = load_data(settings.data, shape=shape, machine=settings.machine)
     if train.shape != shape:
         raise SettingsError(
@@ -61,20 +54,14 @@ def measure(settings: Settings) -> Facts:
     return facts.model_copy(update={"unused_classes": unused_classes(train.labels, train.num_classes)})
 
 
-def task_of(settings: Settings) -> tasks.Task:
-    """Return what is learned; SettingsError if there is no such task."""
-    if settings.task not in tasks.names():
-        raise SettingsError(f"unknown task {settings.task!r}; {nearest(settings.task, tasks.names())}")
-    return tasks.get(settings.task)
-
-
 def _check_classes(settings: Settings) -> None:
     """Raise SettingsError where weights to start from have the same classes as the images, in another order."""
     from incubate_lib.data.sources import open_source
     from incubate_lib.phases.classes import check_order, label_names
 
     for name, strategy in settings.strategies.items():
-        if strategy.weights and (known := label_names(strategy.weights)):
+        weights = strategy.get("weights")
+        if weights and (known := label_names(weights)):
             names = open_source(settings.data, settings.machine)[0].classes
             check_order(names, known, f"strategies.{name}.weights")
 
@@ -84,62 +71,74 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     import torch
 
     from incubate_lib.method.units import count_units
-    from incubate_lib.phases.networks import build_model, chain_of, model_shape
-    from incubate_lib.training.costs import FlopCounts
+    from incubate_lib.phases.networks import build_model, depths_of, model_shape, takes_depth
 
-    shape, outputs = model_shape(settings.model), task_of(settings).outputs(num_classes)
+    shape, outputs = model_shape(settings.model), TASKS[settings.task].outputs(num_classes)
     with torch.device("meta"):
         model = build_model(settings.model, settings.model.depth, outputs)
     _check_output(settings.model, model, shape, outputs)
-    units, counts = count_units(model), FlopCounts(shape)
+    units = count_units(model)
     sizes, small, unsupported = _small_images(settings, model, shape, outputs)
     if settings.partition is None:
         depths, unsupported_units = ([], []), _unsupported_units(model, units, shape)
-        flops = {"target": counts.per_image(model)}
     else:
-        blocks = len(chain_of(settings.model, settings.model.depth).blocks)
-        depths, unsupported_units = settings.partition.depths(blocks), {}
-        flops, starts = _parts(settings, depths, counts, num_classes)
-        unsupported |= starts
+        depths, unsupported_units = depths_of(settings), {}
+    networks = _networks(settings, depths, shape, num_classes)
+    flops: dict[str, int] = {}
+    for kind in PHASES:
+        flops |= PHASES[kind].count(networks)
+    if networks.partition:
+        unsupported |= _unsupported_starts(networks)
     return Facts(
-        num_images=num_images, num_classes=num_classes, target_depths=depths[0], meta_depths=depths[1],
-        flops_per_image=flops | small, unsupported=unsupported, units=units, low_resolution=sizes,
-        unsupported_units=unsupported_units, weights=_weights(settings, outputs, *depths),
+        num_images=num_images,
+        num_classes=num_classes,
+        target_depths=depths[0],
+        meta_depths=depths[1],
+        takes_depth=not depths[0] or takes_depth(settings.model),
+        flops_per_image=flops | small,
+        unsupported=unsupported,
+        units=units,
+        low_resolution=sizes,
+        unsupported_units=unsupported_units,
+        weights=_weights(settings, outputs, *depths),
+    )
+
+
+def _networks(settings: Settings, depths: tuple[list[int], list[int]], shape: tuple[int, int, int], num_classes: int) -> Any:
+    """Return the networks of which kinds of phases count the cost, on the meta device."""
+    import torch
+
+    from incubate_lib.phases.networks import build_meta, build_target, in_target_names, meta_partition_of, partition_of
+    from incubate_lib.training.costs import Counted, FlopCounts
+
+    any_phase = PhaseSettings(
+        phase="meta", seed=0, task=settings.task, data=settings.data, model=settings.model, target_depths=depths[0],
+        meta_depths=depths[1], cuts=(settings.partition and settings.partition.cuts) or [],
     )  # fmt: skip
+    with torch.device("meta"):
+        target = build_target(any_phase, num_classes)
+        if not depths[0]:
+            return Counted(FlopCounts(shape), target)
+        meta = build_meta(any_phase, num_classes)
+        partitions = partition_of(any_phase), meta_partition_of(any_phase)
+        return Counted(FlopCounts(shape), target, *partitions, meta, in_target_names(any_phase, meta, target))
 
 
-def _parts(
-    settings: Settings, depths: tuple[list[int], list[int]], counts: Any, num_classes: int
-) -> tuple[dict[str, int], dict[str, str]]:
-    """Return the FLOPs of the meta and the target network and of each hybrid, and the starts that modules cannot have, why."""
+def _unsupported_starts(networks: Any) -> dict[str, str]:
+    """Return the starts that modules cannot have, and why."""
     import torch
 
     from incubate_lib.method.incubation import start_module
-    from incubate_lib.phases.networks import build_meta, build_target, in_target_names, meta_partition_of, partition_of
 
-    any_phase = PhaseSettings(
-        phase="meta", seed=0, task=settings.task, data=settings.data, model=settings.model, target_depths=depths[0], meta_depths=depths[1],
-        training=settings.training,
-    )  # fmt: skip
-    with torch.device("meta"):
-        meta, target = build_meta(any_phase, num_classes), build_target(any_phase, num_classes)
-        partition = partition_of(any_phase)
-        flops = {
-            "meta": counts.per_image(meta, meta_partition_of(any_phase)),
-            "target": counts.per_image(target, partition),
-        }
-        meta = in_target_names(any_phase, meta, target)
-        for i in range(partition.num_modules):
-            flops[f"incubate-{i}"] = sum(counts.hybrid(meta, target, partition, i))
-            flops[f"imitate-{i}"] = sum(counts.hybrid(meta, target, partition, i, imitates=True))
-        unsupported = {}
-        for start in ("stack", "identity"):
-            try:
+    unsupported, (meta, target, partition) = {}, (networks.hybrids_of, networks.target, networks.partition)
+    for start in ("stack", "identity"):
+        try:
+            with torch.device("meta"):
                 for i in range(partition.num_modules):
                     start_module(target, meta, partition, i, start, inherit_stem=True, inherit_head=True)
-            except ValueError as error:
-                unsupported[start] = str(error)
-    return flops, unsupported
+        except ValueError as error:
+            unsupported[start] = str(error)
+    return unsupported
 
 
 def _check_output(settings: ModelSettings, model: Any, shape: tuple[int, int, int], outputs: int) -> None:
@@ -175,11 +174,11 @@ def _small_images(
     sizes, flops, unsupported = {}, {}, {}
     whole = None if settings.partition is None else in_one_piece(settings.model)
     for name, strategy in settings.strategies.items():
-        if strategy.low_resolution is None:
+        if not (small_images := strategy.get("low_resolution")):
             continue
         has_patches = hasattr(model, "patch_embed") and hasattr(model, "pos_embed")
         patch = model.patch_embed.patch_size[0] if has_patches else 1
-        size = strategy.low_resolution.img_size or max(1, shape[1] // 2 // patch) * patch
+        size = small_images.img_size or max(1, shape[1] // 2 // patch) * patch
         try:
             if size >= shape[1] or size % patch:
                 raise SettingsError(
@@ -226,12 +225,12 @@ def _weights(settings: Settings, outputs: int, target_depths: list[int], meta_de
 
     weights = {}
     for name, strategy in settings.strategies.items():
-        if strategy.weights:
-            depth = sum(target_depths if strategy.kind == "finetune" else meta_depths) or None
+        if file := strategy.get("weights"):
+            depth = sum(meta_depths if strategy.is_cut else target_depths) or None
             try:
                 model = build_model(settings.model, depth, outputs)
-                load_into(model, strategy.weights)
+                load_into(model, file)
             except SettingsError as error:
                 raise SettingsError(f"strategies.{name}.weights: {error}") from None
-            weights[strategy.weights] = sha256(weights_file(strategy.weights))
+            weights[file] = sha256(weights_file(file))
     return weights

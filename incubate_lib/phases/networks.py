@@ -10,14 +10,16 @@ import torch
 from timm.layers import DropPath, resample_abs_pos_embed
 from torch import Tensor, nn
 
-from incubate_lib import tasks
-from incubate_lib.config import ModelSettings, PhaseSettings, SettingsError, in_a_line, nearest
+from incubate_lib.config import ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line, nearest
+from incubate_lib.config.members import TASKS
 from incubate_lib.data.schedule import derive_seed
-from incubate_lib.method.network import Chain, NotAChain, Partition, divide, find_chain, in_names_of, without
+from incubate_lib.method.network import Chain, NotAChain, Partition, divide, divide_at, find_chain, in_names_of, without
+from incubate_lib.networks import register_all
 
 
 def check_name(settings: ModelSettings) -> None:
     """Raise SettingsError for a name that timm does not know."""
+    register_all()
     if not timm.is_model(settings.name):
         raise SettingsError(f"model.name: timm has no {settings.name!r}; {nearest(settings.name, timm.list_models())}")
 
@@ -66,7 +68,8 @@ def _unset_memory_is_nan() -> Iterator[None]:
 def timm_arguments(settings: ModelSettings) -> dict[str, Any]:
     """Return the arguments of a timm model that were set; those that take images of any size are not told which."""
     arguments = settings.timm_arguments()
-    if not timm.get_pretrained_cfg(settings.name).fixed_input_size:
+    known = timm.get_pretrained_cfg(settings.name)
+    if not (known and known.fixed_input_size):
         arguments.pop("img_size", None)
     return arguments
 
@@ -102,8 +105,28 @@ def build_meta(s: PhaseSettings, num_classes: int) -> nn.Module:
 
 def partition_of(s: PhaseSettings) -> Partition:
     """Return how the target network is cut."""
-    depth = sum(s.target_depths) if takes_depth(s.model) else s.model.depth
-    return divide(chain_of(s.model, depth), s.target_depths)
+    chain = chain_of(s.model, sum(s.target_depths) if takes_depth(s.model) else s.model.depth)
+    return divide_at(chain, s.cuts) if s.cuts else divide(chain, s.target_depths)
+
+
+def depths_of(settings: Settings) -> tuple[list[int], list[int]]:
+    """Return the blocks of each target and each meta module; SettingsError if the network cannot be cut as is asked for."""
+    chain, partition = chain_of(settings.model, settings.model.depth), settings.partition
+    if not chain.blocks:
+        raise SettingsError(
+            f"model.name {settings.model.name!r} has no blocks that it could do without, so nothing smaller can be its meta "
+            "model; without partition it can be trained end to end"
+        )
+    if not partition.cuts:
+        return partition.depths(len(chain.blocks))
+    try:
+        cut = divide_at(chain, partition.cuts)
+    except ValueError as error:
+        raise SettingsError(f"partition.cuts: {error}") from None
+    target = [len(cut.blocks(index)) for index in range(cut.num_modules)]
+    if takes_depth(settings.model) and 0 in target:
+        raise SettingsError(f"partition.cuts {partition.cuts} leave module {target.index(0) + 1} without a block")
+    return target, list(partition.meta_depths or [min(1, blocks) for blocks in target])
 
 
 def meta_partition_of(s: PhaseSettings) -> Partition:
@@ -158,13 +181,14 @@ def _from_seed(s: PhaseSettings, which: str, depth: int | None, num_classes: int
     drop_path = s.training.drop_path if s.training else 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(s.seed, "init", which))
-        return build_model(s.model, depth, tasks.get(s.task).outputs(num_classes), drop_path)
+        return build_model(s.model, depth, TASKS[s.task].outputs(num_classes), drop_path)
 
 
 def model_shape(settings: ModelSettings) -> tuple[int, int, int]:
     """Return the images that a model takes: C, H, W. What is not set is timm's usual."""
     check_name(settings)
-    channels, height, width = timm.get_pretrained_cfg(settings.name).input_size
+    known = timm.get_pretrained_cfg(settings.name)  # none: of a network that is not timm's own
+    channels, height, width = known.input_size if known else (3, 224, 224)
     return (settings.in_chans or channels, settings.img_size or height, settings.img_size or width)
 
 

@@ -5,15 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from incubate_lib import tasks
 from incubate_lib.config import SettingsError
+from incubate_lib.config.members import PHASES, TASKS
 from incubate_lib.data.schedule import derive_seed
 from incubate_lib.data.scratch import stage
 from incubate_lib.data.sets import load_data
 from incubate_lib.data.stream import check_shared_memory
 from incubate_lib.phases.job import Job
 from incubate_lib.phases.networks import model_shape
-from incubate_lib.phases.recipes import prepare, result
 from incubate_lib.training.lease import Lease
 from incubate_lib.training.loop import evaluate, fit
 from incubate_lib.training.runs import PhaseFolder, whose
@@ -32,7 +31,7 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
     """
     s = job.settings
     home = PhaseFolder(job.folder, Lease(job.folder / "lease", job.lease), whose(s, job.about["inputs_sha256"]))
-    repeat_exactly(team.device, job.machine.deterministic, strictly=s.phase != "end_to_end" or bool(s.target_depths))
+    repeat_exactly(team.device, job.machine.deterministic, strictly=bool(s.target_depths or s.meta_depths))
     machine = stage(s.data, job.machine)
     train, eval_set = load_data(s.data, team.device, model_shape(s.model), machine)
     if (len(train), train.num_classes) != job.expected:
@@ -43,12 +42,12 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
         )
     if s.data.is_streamed:
         check_shared_memory(eval_set, train, s.training, team.devices)
-    task = tasks.get(s.task)
-    model = prepare(s, job.inputs, train.num_classes).to(team.device)
+    task, kind = TASKS[s.task], PHASES[s.phase]
+    model = kind.build(s, job.inputs, train.num_classes).to(team.device)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = model
     if s.training is None:
-        numbers = UNTRAINED | evaluate(model, eval_set, task, s.precision, team)
+        numbers = UNTRAINED | evaluate(model, eval_set, s.precision, team, task)
         numbers |= {"start_score": numbers["score"]}
         if s.phase == "meta" and team.is_first:  # read from a file: a single point, where others have a curve
             home.start_metrics(-1)
@@ -59,13 +58,15 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
             model,
             train,
             s.training,
-            seed=derive_seed(s.seed, s.phase, s.module_index or 0),
+            seed=derive_seed(s.seed, s.seeded_as, s.module_index or 0),
             precision=s.precision,
             machine=machine,
             team=team,
             mat=s.mat,
             flops_per_image=job.flops_per_image,
             task=task,
+            losses=kind.losses,
+            groups=kind.groups(model),
         )
         kept, numbers = fit(trainer, eval_set, folder=home, title=job.title, should_stop=_stop_asked(job.stop_files))
     if not team.is_first:
@@ -77,8 +78,8 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
         "train_images": len(train),
         "eval_images": len(eval_set),
     }
-    identity = {"phase": s.phase, "module_index": s.module_index, "seed": s.seed, "hash": s.digest()}
-    return home.finish(identity | job.about | numbers | {"provenance": provenance(team.device)}, result(kept))
+    identity = {"phase": s.seeded_as, "module_index": s.module_index, "seed": s.seed, "hash": s.digest()}
+    return home.finish(identity | job.about | numbers | {"provenance": provenance(team.device)}, kind.results(kept))
 
 
 def _stop_asked(stop_files: dict[str, int | None]) -> Callable[[], bool]:

@@ -59,8 +59,9 @@ def last_error(log: Path, start: int = 0) -> str | None:
 
 
 def is_complete(node: Node) -> bool:
-    """Whether a phase is finished and its executed notebook is there."""
-    return node.finished() is not None and (node.folder.path / "notebook.ipynb").exists()
+    """Whether a phase is finished and its executed notebook, if its kind has one, is there."""
+    _, copy = node.work
+    return node.finished() is not None and (copy is None or (node.folder.path / copy).exists())
 
 
 def is_finished(plan: Plan) -> bool:

@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from incubate_lib.config import PhaseSettings, SettingsError
+from incubate_lib.config.members import PHASES
+from incubate_lib.phases.kinds import Phase
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
 from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, write_json
-
-NOTEBOOKS = {
-    "meta": "01_meta_model",
-    "incubate": "02_incubate_module",
-    "assemble": "03_assemble",
-    "finetune": "04_finetune",
-    "end_to_end": "05_end_to_end",
-}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,24 +30,28 @@ class Node:
         return f"Node({self.experiment.path.name}/{self.key})"
 
     @property
+    def kind(self) -> Phase:
+        return PHASES[self.settings.phase]
+
+    @property
     def folder(self) -> PhaseFolder:
         return PhaseFolder(self.experiment.path / self.key)
 
     @property
-    def notebook(self) -> str:
-        return NOTEBOOKS[self.settings.phase]
+    def work(self) -> tuple[str, str | None]:
+        """What is executed: its notebook, and the name of the copy; of a kind without one the phase itself, and None."""
+        return (self.kind.notebook, "notebook.ipynb") if self.kind.notebook else (self.settings.phase, None)
 
     @property
     def title(self) -> str:
         """Name for people, modules counted from one."""
-        s = self.settings
-        what = f"module {s.module_index + 1} of {len(s.target_depths)}" if s.phase == "incubate" else s.phase
-        return f"seed {s.seed} {what}" + ("" if what in ("meta", self.strategy) else f", {self.strategy}")
+        what = self.kind.title(self.settings)
+        return f"seed {self.settings.seed} {what}" + ("" if what in ("meta", self.strategy) else f", {self.strategy}")
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What tells `open_phase` and the notebook which of a run's phases this is."""
-        which = {"strategy": self.strategy} | self.settings.model_dump(include={"seed", "module_index"})
+        which = {"strategy": self.strategy, "seed": self.settings.seed, "module_index": self.settings.module_index}
         return {name: value for name, value in which.items() if value is not None}
 
     @cached_property
@@ -69,8 +67,8 @@ class Node:
         return load_data(self.settings.data, shape=shape, machine=machine)
 
     def upstream(self, phase: str) -> list["Node"]:
-        """Return the nodes of that phase which this one starts from, directly or not."""
-        return [node for node in closure([self])[:-1] if node.settings.phase == phase]
+        """Return the nodes of that phase, by the name that settings have for it, which this one starts from, directly or not."""
+        return [node for node in closure([self])[:-1] if node.settings.seeded_as == phase]
 
     def summary(self) -> dict[str, Any] | None:
         """Return what is recorded of this phase, trained with these settings and from the inputs that are there, or None."""
@@ -137,7 +135,7 @@ class Node:
             # finished while this one waited
             if done := self.folder.finished(self.digest, about["inputs_sha256"]):
                 return done
-            for name in (METRICS, MNTK, "model.safetensors"):
+            for name in (METRICS, MNTK, *(file.name for file in donor.path.glob("*.safetensors"))):
                 if (donor.path / name).exists():  # assembly has no metrics, and few phases have kernels
                     shutil.copy2(donor.path / name, self.folder.path / name)
             origin = str(donor.path.relative_to(self.experiment.path.parent))

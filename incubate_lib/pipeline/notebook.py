@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from incubate_lib.config import SettingsError, data_folder, nearest
-from incubate_lib.pipeline.graph import NOTEBOOKS
+from incubate_lib.config.members import PHASES
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.runs import write_atomic
 
@@ -62,7 +62,7 @@ def check_parameters(name: str, parameters: dict[str, Any]) -> None:
         except ValidationError:
             what = f"notebook {name}: parameter {key}"
             raise SettingsError(f"{what} is {value!r}; it must be {expected}") from None
-    phase = {notebook: phase for phase, notebook in NOTEBOOKS.items()}.get(name)
+    phase = next((PHASES[kind].group for kind in PHASES if PHASES[kind].notebook == name), None)
     if phase:
         defaults = {key: ast.literal_eval(known[key]["default"]) for key in known}
         open_phase(phase, **defaults | parameters)  # settings, strategy, seed and module_index fit together

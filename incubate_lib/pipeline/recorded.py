@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import to_jsonable_python
+from pydantic import ValidationError
 
-from incubate_lib.config import PhaseSettings, Settings, SettingsError, error_message
-from incubate_lib.config.strategies import StrategySettings
+from incubate_lib.config import Settings, SettingsError, error_message
+from incubate_lib.config.members import STRATEGIES
+from incubate_lib.config.phase import as_given, of_identity
+from incubate_lib.config.strategies import TrainingChanges, fields_of
 from incubate_lib.phases.facts import Facts
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan, closure
@@ -39,7 +40,7 @@ def recorded_plan(folder: Path) -> Plan:
         finals = {}
         for node in nodes.values():
             parts = node.key.split("/")
-            whole = node.settings.phase in ("end_to_end", "finetune") and not node.settings.small_images
+            whole = node.settings.phase in ("end_to_end", "finetune") and not node.settings.options.get("small_images")
             if whole and (len(parts) == 2 or parts[2] == "finetune"):
                 finals[parts[1], node.settings.seed] = node
         order = [*settings.run, *settings.strategies]
@@ -64,22 +65,16 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _settings(values: dict[str, Any]) -> Settings:
-    strategies = {name: _as_set(StrategySettings, value) for name, value in values.get("strategies", {}).items()}
-    return Settings.model_validate_json(json.dumps(_as_set(Settings, values) | {"strategies": strategies}))
+    strategies = {name: _strategy(value) for name, value in values.get("strategies", {}).items()}
+    return Settings.model_validate_json(json.dumps(as_given(Settings, values) | {"strategies": strategies}))
 
 
-def _as_set(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be given to get these values: records hold defaults, too, which are refused where they mean nothing."""
-    kept = {}
-    for name, value in values.items():
-        field = model.model_fields.get(name)  # none: an unknown name, which validation will tell
-        default = field.get_default(call_default_factory=True) if field and not field.is_required() else ...
-        if default is not ... and value == to_jsonable_python(default):
-            continue
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        kept[name] = _as_set(inner, value) if inner and isinstance(value, dict) else value
-    return kept
+def _strategy(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be given of a strategy; older records hold the fields of other kinds, too."""
+    others = {field for kind in STRATEGIES for field in fields_of(kind)} - fields_of(values["kind"])
+    own = {name: value for name, value in values.items() if name not in others}
+    phases = {name: as_given(TrainingChanges, changes) for name, changes in own.pop("phases", {}).items()}
+    return as_given(STRATEGIES[values["kind"]].settings, own) | {"phases": {name: c for name, c in phases.items() if c}}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -100,7 +95,7 @@ def _nodes(experiment: Experiment) -> dict[str, Node]:
         config = read_json(path)
         if isinstance(config, dict):
             about = {name: value for name, value in config.items() if name not in ("hash", "inputs_sha256")}
-            settings = PhaseSettings.model_validate_json(json.dumps(_as_set(PhaseSettings, about)))
+            settings = of_identity(about)
             key = str(path.parent.relative_to(experiment.path))
             strategy = key.split("/")[1]
             nodes[key] = RecordedNode(key, strategy, settings, experiment, digest=config["hash"])

@@ -1,10 +1,5 @@
 """Strategies as small graphs of phases: what runs, in what order, in which folder, from which settings.
 
-    end_to_end            end_to_end; with low_resolution: end_to_end (small images) ─→ finetune
-    deep_incubation*      meta ─→ incubate-0 … incubate-K-1 ─→ assemble ─→ finetune
-    stacking, growing     meta ─→ assemble ─→ finetune; random_modules: without meta
-    finetune              finetune, from a file of weights
-
 Planning checks everything that can be checked before anything is trained or written. Phases with the same settings
 (the meta model of several strategies) are one node.
 """
@@ -16,7 +11,9 @@ from pydantic import ValidationError
 
 from incubate_lib.config import (
     LARGEST_SEED,
+    DataSettings,
     MATSettings,
+    ModelSettings,
     PhaseSettings,
     Settings,
     SettingsError,
@@ -24,6 +21,8 @@ from incubate_lib.config import (
     error_message,
     load_settings,
 )
+from incubate_lib.config.members import PHASES, STRATEGIES
+from incubate_lib.config.strategies import StrategySettings
 from incubate_lib.data.schedule import steps_per_epoch, total_steps
 from incubate_lib.phases.facts import Facts
 from incubate_lib.pipeline.experiment import Experiment
@@ -71,10 +70,10 @@ def open_phase(
     if strategy is None:
         kind = "end_to_end" if phase == "end_to_end" else "deep_incubation"
         strategy = next((n for n in settings.run if settings.strategies[n].kind == kind), kind)
-    nodes = plan(settings, [strategy], [seed]).nodes
-    found = [n for n in nodes if n.settings.phase == phase and n.settings.module_index == module_index]
+    nodes = [n for n in plan(settings, [strategy], [seed]).nodes if phase in (n.settings.phase, n.settings.seeded_as)]
+    found = [n for n in nodes if n.settings.module_index == module_index]
     if not found:
-        modules = [n.settings.module_index for n in nodes if n.settings.phase == phase]
+        modules = [n.settings.module_index for n in nodes]
         if phase == "incubate" and modules:
             raise SettingsError(f"module_index is {module_index}; it must be one of {modules}")
         raise SettingsError(f"strategy {strategy!r} has no phase {phase!r}")
@@ -90,7 +89,7 @@ class _Strategies:
 
     def strategy(self, name: str, seed: int) -> Node:
         """Add the nodes of a strategy and return the last of them."""
-        return getattr(_Strategy(self, name, seed), self.settings.strategy(name).kind)()
+        return STRATEGIES[self.settings.strategy(name).kind].build(Builder(self, name, seed))
 
     def flops(self, node: Node) -> int:
         """Return the training FLOPs of a whole phase."""
@@ -102,147 +101,104 @@ class _Strategies:
         return flops_per_image * training.batch_size * steps
 
 
-class _Strategy:
-    """One strategy with one seed: its kinds are the methods without an underscore, each returns its last node."""
+class Builder:
+    """What a kind of strategy makes its phases with: one strategy with one seed."""
 
     def __init__(self, built: _Strategies, name: str, seed: int) -> None:
         self.built, self.name, self.seed = built, name, seed
         self.settings, self.facts, self.own = built.settings, built.facts, built.settings.strategy(name)
         self.is_matched = self.settings.is_matched(name)
 
-    def end_to_end(self) -> Node:
-        """The whole network at once; with `low_resolution` on small images first."""
-        training = self._training("end_to_end")
-        other = self.settings.strategy(self.own.match).kind if self.is_matched else None
-        if other == "end_to_end" and not self.own.low_resolution:
-            epochs = self.built.strategy(self.own.match, self.seed).settings.training.epochs
-            training = training.model_copy(update={"epochs": self.own.budget * epochs})
-        elif self.is_matched:
-            training = self._lasting("end_to_end", self._budget(), self.facts.flops_per_image["target"])
-        if self.own.low_resolution:
-            return self._low_resolution(training)
-        return self._node("end_to_end", training, key=self.name)
-
-    def _low_resolution(self, training: TrainingSettings) -> Node:
-        """Spend a share of what `training` costs on small images, the rest at the network's own size."""
-        size, per_image = self.facts.low_resolution.get(self.name), self.facts.flops_per_image
-        if size is None:
-            too_small = "this network's images are too small to begin with smaller ones"
-            why = self.facts.unsupported.get(self.name, too_small)
-            raise SettingsError(f"strategies.{self.name} is not possible: {why}")
-        self._check_batch("end_to_end", training)
-        budget = self.built.cost(training, per_image["target"])
-        model, data = self.settings.model.model_copy(update={"img_size": size}), self.settings.data
-        if not data.is_streamed:  # those are brought to any size anyway
-            data = data.model_copy(update={"resize": size})
-        share = self.own.low_resolution.share
-        training = self._lasting("end_to_end", share * budget, per_image[f"target-{size}"])
-        small = self._node("end_to_end", training, model=model, data=data, small_images=True)
-        training = self._lasting("finetune", budget - self.built.flops(small), per_image["target"])
-        return self._node("finetune", training, {"small_images": small})
-
-    def deep_incubation(self) -> Node:
-        """A meta model, target modules that learn in its place or not at all, and all of them together."""
-        own, facts = self.own, self.facts
-        if reason := facts.unsupported.get(own.start):
-            raise SettingsError(f"strategies.{self.name}.start {own.start!r} is not possible: {reason}")
-        start = {field: getattr(own, field) for field in ("start", "inherit_stem", "inherit_head")}
-        budget = self._budget() if self.is_matched else None
-        inputs = {}
-        if "meta" in own.trains or own.weights:
-            training = None if own.weights else self._share("meta", budget, facts.flops_per_image["meta"])
-            changes = own.phases.meta.model_fields_set or self.settings.mat_of(self.name, "meta")
-            relative = (own.shares if budget else None, own.lr_scale, own.warmup_share)
-            is_own = own.weights or changes or any("meta" in (part or {}) for part in relative)
-            key = f"{self.name}/meta" if is_own else "meta"
-            inputs["meta"] = self._node("meta", training, key=key, weights=own.weights)
-        if own.incubate != "none":
-            kind = "imitate" if own.incubate == "features" else "incubate"
-            per_image = sum(flops for key, flops in facts.flops_per_image.items() if key.startswith(kind))
-            training, how = self._share("incubate", budget, per_image), start | {"imitate": kind == "imitate"}
-            modules = {}
-            for i in range(len(facts.target_depths)):
-                how |= {"key": f"{self.name}/incubate-{i}", "module_index": i}
-                modules[f"module-{i}"] = self._node("incubate", training, inputs, **how)
-            inputs, start = modules, {}
-        assembled = self._node("assemble", None, inputs, **start)
-        training = self._training("finetune")
-        if budget:
-            rest = budget - sum(map(self.built.flops, closure([assembled])))
-            training = self._lasting("finetune", rest, facts.flops_per_image["target"])
-        return self._node("finetune", training, {"assemble": assembled})
-
-    def finetune(self) -> Node:
-        """A trained network from a file, trained on."""
-        return self._node("finetune", self._training("finetune"), key=self.name, weights=self.own.weights)
-
     # -- how long a phase lasts
 
-    def _training(self, phase: str, epochs: float | None = None) -> TrainingSettings:
+    @property
+    def other(self) -> StrategySettings:
+        """The strategy that this one is matched to."""
+        return self.settings.strategy(self.own.match)
+
+    def training(self, phase: str, epochs: float | None = None) -> TrainingSettings:
+        """Return the settings of a phase, by the name that settings have for it."""
         return self.settings.training_of(self.name, phase, epochs)
 
-    def _share(self, phase: str, budget: float | None, flops_per_image: int) -> TrainingSettings:
-        """Return the settings of a phase that has a share of the budget, if it has one."""
-        if budget and phase in (self.own.shares or {}):
-            return self._lasting(phase, self.own.shares[phase] * budget, flops_per_image)
-        return self._training(phase)
+    def as_many_epochs(self, phase: str) -> TrainingSettings:
+        """Return the settings of a phase that lasts its share of the epochs of the last phase of the one it is matched to."""
+        epochs = self.built.strategy(self.own.match, self.seed).settings.training.epochs
+        return self.training(phase).model_copy(update={"epochs": self.own.budget * epochs})
 
-    def _budget(self) -> float:
+    def budget(self) -> float:
         """Return the training FLOPs that the strategy has: its share of those of the one it is matched to, or of what K
         workers do in that one's time."""
         final = self.built.strategy(self.own.match, self.seed)
-        nodes = closure([final])
-        flops = {node.key: self.built.flops(node) for node in nodes}
-        if self.own.match_on == "critical_path":
+        if self.own.get("match_on") == "critical_path":
+            nodes = closure([final])
+            flops = {node.key: self.built.flops(node) for node in nodes}
             return self.own.budget * len(self.facts.target_depths) * longest(nodes, flops)[final.key]
-        return self.own.budget * sum(flops.values())
+        return self.own.budget * self.spent(final)
 
-    def _lasting(self, phase: str, flops: float, per_image: int) -> TrainingSettings:
+    def spent(self, node: Node) -> int:
+        """Return the training FLOPs of a phase and of all that it starts from."""
+        return sum(map(self.built.flops, closure([node])))
+
+    def cost(self, training: TrainingSettings, flops_per_image: int) -> int:
+        """Return the training FLOPs of a phase with these settings."""
+        return self.built.cost(training, flops_per_image)
+
+    def lasting(self, phase: str, flops: float, per_image: int) -> TrainingSettings:
         """Return the settings of a phase that lasts as long as costs so many FLOPs."""
-        training = self._training(phase)
-        self._check_batch(phase, training)
+        training = self.training(phase)
+        self.check_batch(phase, training)
         steps = flops / (per_image * training.batch_size)
         epochs = steps / steps_per_epoch(self.facts.num_images, training.batch_size)
         what = f"strategies.{self.name} is as long as {self.own.match} costs"
         if epochs <= 0:
             raise SettingsError(f"{what}, but its other phases cost more than that already")
         try:
-            return self._training(phase, round(epochs, 3))
+            return self.training(phase, round(epochs, 3))
         except SettingsError:  # nothing else depends on the length
             warmup = f"its warmup_epochs is {training.warmup_epochs:g}; set phases.{phase}.warmup_epochs"
             raise SettingsError(f"{what}, which leaves its phase {phase} {epochs:.3g} epochs, but {warmup}") from None
 
     # -- one phase
 
-    def _node(
+    def node(
         self,
-        phase: str,
+        kind: str,
         training: TrainingSettings | None,
         inputs: dict[str, Node] | None = None,
         *,
         key: str | None = None,
         weights: str | None = None,
-        **more: Any,
+        model: ModelSettings | None = None,
+        data: DataSettings | None = None,
+        **options: Any,
     ) -> Node:
-        """Add a phase; `key` is its folder below that of the seed, by default one of the strategy's."""
-        inputs, model = inputs or {}, self.settings.model
-        target, meta = self.facts.target_depths, self.facts.meta_depths
-        if phase == "meta":  # what a phase does not depend on is no part of its identity
-            model, target = model.model_copy(update={"depth": None}), []
-        elif phase == "end_to_end":
-            target, meta = [sum(target)] if target else [], []
-        about = {"model": model, "data": self.settings.data} | more
+        """Add a phase of a kind, with the options of that kind.
+
+        `key` is its folder below that of the seed, by default one of the strategy's; `model` and `data` are given where they
+        are not those of the settings. What a phase does not depend on is no part of its identity.
+        """
+        phase, inputs, facts = PHASES[kind], inputs or {}, self.facts
+        cuts = self.settings.partition.cuts if self.settings.partition else None
+        partition = {"target_depths": facts.target_depths, "meta_depths": facts.meta_depths, "cuts": cuts or []}
+        mat = None
         if training:
-            self._check_batch(phase, training)
-            if mat := self.settings.mat_of(self.name, phase):
-                about["mat"] = self._with_units(mat, phase, training)
-        about["inputs"] = {key: node.digest for key, node in inputs.items()}
-        if weights:
-            about["inputs"]["weights"] = self.facts.weights[weights]
-        about |= {"phase": phase, "seed": self.seed, "task": self.settings.task, "training": training}
-        about |= {"precision": self.settings.precision, "target_depths": target, "meta_depths": meta}
-        settings = PhaseSettings(**about)
-        key = f"seed-{self.seed}/" + (key or f"{self.name}/{phase}")
+            self.check_batch(phase.group, training)
+            mat = self.settings.mat_of(self.name, phase.group)
+        settings = PhaseSettings(
+            phase=kind,
+            group="" if phase.group == kind else phase.group,
+            seed=self.seed,
+            task=self.settings.task,
+            data=data or self.settings.data,
+            **phase.network(model or self.settings.model, partition, facts.takes_depth),
+            options=phase.options.model_validate(options).model_dump(mode="json"),
+            precision=self.settings.precision,
+            training=training,
+            mat=mat and self._with_units(mat, phase.group, training),
+            inputs={name: node.digest for name, node in inputs.items()}
+            | ({"weights": facts.weights[weights]} if weights else {}),
+        )
+        key = f"seed-{self.seed}/" + (key or f"{self.name}/{kind}")
         node = Node(key, self.name, settings, self.built.experiment, inputs, weights)
         return self.built.nodes.setdefault(key, node)
 
@@ -276,7 +232,7 @@ class _Strategy:
         except ValidationError as error:
             raise SettingsError(f"mat of {strategy}: {error_message(error)}") from None
 
-    def _check_batch(self, phase: str, training: TrainingSettings) -> None:
+    def check_batch(self, phase: str, training: TrainingSettings) -> None:
         size, images = training.batch_size, self.facts.num_images
         if size > images:
             what = f"training.batch_size is {size} in phase {phase}"

@@ -49,7 +49,7 @@ class Trial:
     @property
     def nodes(self) -> list[Node]:
         """The phases whose rate is tried."""
-        return [node for node in self.plan.nodes if node.settings.phase == self.phase]
+        return [node for node in self.plan.nodes if node.settings.seeded_as == self.phase]
 
     @property
     def metric(self) -> tasks.Metric:
@@ -135,7 +135,7 @@ class Walk:
         rates = {name: self.rates_of(cell, name) | {phases[-1]: rate}}
         overrides, whole = self._plan(cell, rates, self.study.rates.seeds, "data.eval_split=val")
         wanted = {*phases} | ({"assemble"} if phases[-1] == "finetune" else set())
-        nodes = [node for node in whole.nodes if node.settings.phase in wanted]
+        nodes = [node for node in whole.nodes if node.settings.seeded_as in wanted]
         return Trial(cell, overrides, dataclasses.replace(whole, nodes=nodes), name, phases[-1], rate)
 
     def _plan(self, cell: Cell, rates: dict[str, RunRates], seeds: list[int], *more: str) -> tuple[list[str], Plan]:

@@ -72,7 +72,7 @@ def export(
     train, _ = load_data(data, shape=model_shape(settings.model), machine=settings.machine)
     mean, std = (values.flatten().tolist() for values in (train.mean, train.std))
     names = open_source(data, settings.machine)[0].classes
-    arguments = timm_arguments(settings.model) | {"num_classes": facts.num_classes}
+    arguments = timm_arguments(settings.model) | {"num_classes": tasks.get(settings.task).outputs(facts.num_classes)}
     if facts.target_depths and takes_depth(settings.model):
         arguments["depth"] = sum(facts.target_depths)
     crop_pct = data.crop_pct if data.is_streamed else 1.0
@@ -132,7 +132,7 @@ def _card(settings: Settings, taken: Finished, **shown: Any) -> str:
     done, data = plan(settings, [taken.strategy], [taken.seed]), settings.data
     results = from_plan(done)
     unit, size = flop_unit(results.strategies["flops"].iloc[0])
-    training = {n.settings.phase: n.settings.training for n in done.nodes if n.settings.training}
+    training = {n.settings.seeded_as: n.settings.training for n in done.nodes if n.settings.training}
     strategy = settings.strategies[taken.strategy].model_dump(mode="json", exclude={"weights", "phases"}, exclude_none=True)
     recipe = settings.model_dump(mode="json", include={"model", "partition"}, exclude_unset=True) | {
         "data": data.model_dump(mode="json", exclude={"folder"}, exclude_unset=True) | {"source": data.source},

@@ -53,10 +53,10 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
     names = list(results.strategies["strategy"].unique())
     facts, seed = run.experiment.facts, int(results.strategies["seed"].iloc[0])
     one = plan(run.experiment.settings, names, [seed], facts=facts)
-    kinds: dict[bool, str] = {}  # strategies differ in how modules start; what trains is one of two things
+    kinds: dict[str, str] = {}  # strategies differ in how modules start; what trains is one of two things
     for (name, _), final in one.finals.items():
         for node in final.upstream("incubate"):
-            kinds.setdefault(node.settings.imitate, name)
+            kinds.setdefault(node.settings.phase, name)
     difference = settings_difference(one, names)
     shown: dict[str, Any] = {
         "seed": seed,

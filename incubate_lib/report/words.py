@@ -7,6 +7,7 @@ import yaml
 
 from incubate_lib import tasks
 from incubate_lib.config import SettingsError
+from incubate_lib.config.members import PHASES
 
 BASELINE = "end_to_end"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -47,11 +48,8 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
 
 
-PHASES = {"meta": "meta model", "assemble": "assembly", "finetune": "fine-tuning", "end_to_end": "end to end"}
-
-
 def phase_name(phase: str, module_index: Any, num_modules: int = 0) -> str:
     """Return a phase's name for people, modules counted from one."""
     if phase != "incubate":
-        return PHASES[phase]
+        return PHASES[phase].label
     return f"module {int(module_index) + 1}" + (f" of {num_modules}" if num_modules else "")

@@ -3,7 +3,6 @@
 Files of tasks import torch where they compute only: the names of metrics are asked for in a moment.
 """
 
-import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from incubate_lib.config import TASK
+from incubate_lib.config.members import TASKS
+
+__path__ = pkgutil.extend_path(__path__, __name__)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,19 +139,12 @@ class Task:
         return {"loss": found.pop("loss"), "score": found.pop(self.score.name)} | found
 
 
-def names() -> list[str]:
-    return sorted(member.name for member in pkgutil.iter_modules(__path__))
-
-
-@cache
 def get(name: str = TASK) -> Task:
-    """Return a task by its name; KeyError if there is none."""
-    if name not in names():
-        raise KeyError(name)
-    return importlib.import_module(f"{__name__}.{name}").TASK
+    """Return a task; SettingsError with the nearest names if there is none."""
+    return TASKS[name]
 
 
 @cache
 def metric(name: str) -> Metric:
     """Return a metric of any task by its name; KeyError if there is none."""
-    return {metric.name: metric for task in map(get, names()) for metric in task.metrics}[name]
+    return {metric.name: metric for task in (TASKS[name] for name in TASKS) for metric in task.metrics}[name]

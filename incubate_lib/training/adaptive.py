@@ -152,10 +152,10 @@ class Adaptive:
         batch = tree_map(lambda value: value.to(output.device) if isinstance(value, Tensor) else value, self.batch)
         return self.task.loss(output, batch)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "active": self.active.tolist()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.active = state["history"], torch.tensor(state["active"], dtype=torch.bool)
 
 

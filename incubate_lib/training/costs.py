@@ -117,6 +117,18 @@ class FlopCounts:
         return list(self.known[key])
 
 
+@dataclass(frozen=True)
+class Counted:
+    """The networks of which kinds of phases count the cost, on the meta device; without modules the target alone."""
+
+    counts: FlopCounts
+    target: nn.Module
+    partition: Partition | None = None
+    meta_partition: Partition | None = None
+    meta: nn.Module | None = None
+    hybrids_of: nn.Module | None = None  # the meta model under the target's names
+
+
 def by_module(network: nn.Module, partition: Partition | None, count: Callable[[nn.Module], list[int]]) -> list[int]:
     """Return what each module of a network comes to, if `count` says it of each stretch.
 

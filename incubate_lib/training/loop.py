@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from incubate_lib.data.schedule import steps_per_epoch
 from incubate_lib.tasks import Task
+from incubate_lib.tasks.classification import TASK as CLASSIFICATION
 from incubate_lib.training.progress import Progress
 from incubate_lib.training.runs import MNTK, STATUS_SECONDS, PhaseFolder, Stopped
 from incubate_lib.training.team import ALONE, Team
@@ -46,7 +47,9 @@ class Chrono:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: DataSet, task: Task, precision: str = "float32", team: Team = ALONE) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, data: DataSet, precision: str = "float32", team: Team = ALONE, task: Task = CLASSIFICATION
+) -> dict[str, float]:
     """Return mean loss, score and other metrics: sums over all samples, divided once. The model's mode is left as it was.
 
     Each sample is counted exactly once, however many devices share the work; all take the first device's buffers.
@@ -67,7 +70,7 @@ def evaluate(model: nn.Module, data: DataSet, task: Task, precision: str = "floa
 
 
 @torch.no_grad()
-def mistakes(model: nn.Module, data: DataSet, task: Task, num: int = 10) -> tuple[Tensor, list[str]]:
+def mistakes(model: nn.Module, data: DataSet, task: Task = CLASSIFICATION, num: int = 10) -> tuple[Tensor, list[str]]:
     """Return the first images that the model gets wrong, uint8 [num, C, H, W], and what to write under each."""
     model.eval()
     device = next(model.parameters()).device
@@ -104,7 +107,7 @@ def fit(
         print(f"{title}: {complaint}; going back to what is sound", flush=True)
     resumed = state is not None
     if resumed:
-        trainer.load_state(state)
+        trainer.load_state_dict(state)
         state = None  # its tensors are copied; they would stay in memory
     counts = trainer.counts
     step = counts.step
@@ -117,7 +120,7 @@ def fit(
         folder.start_metrics(step - 1, MNTK)  # of the evaluation before update `step` nothing is in the checkpoint
     rows = [row for row in folder.metrics() if row["step"] <= step]
     clock = Chrono(trainer.device, counts)
-    progress = Progress(folder, title, steps, step) if team.is_first else None
+    progress = Progress(folder, title, steps, step, trainer.task.score.name) if team.is_first else None
     waited = counts.wait_seconds
     pending: list[Tensor] = []  # losses still on the device; reading one waits for it, so they are read together
     saved_at = read_at = time.monotonic()
@@ -143,7 +146,7 @@ def fit(
 
     def evaluate_now() -> None:
         began = time.perf_counter()
-        result = evaluate(trainer.eval_model, eval_set, trainer.task, trainer.precision, team)
+        result = evaluate(trainer.eval_model, eval_set, trainer.precision, team, trainer.task)
         counts.eval_seconds += time.perf_counter() - began
         if not math.isfinite(result["loss"]):
             raise not_finite("the judged loss", result["loss"], step)
@@ -200,7 +203,7 @@ def fit(
             if stop or team.decide(save_due):
                 began = time.monotonic()
                 if team.is_first:
-                    folder.save_checkpoint(trainer.state())
+                    folder.save_checkpoint(trainer.state_dict(), step)
                 saved_at = time.monotonic()
                 saving_seconds = saved_at - began
             if stop:

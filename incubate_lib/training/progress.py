@@ -14,7 +14,8 @@ LINE_SECONDS = 5.0  # between plain lines; papermill keeps every refresh of a ba
 class Progress:
     """Tells how far a phase is, at most once a second on disk."""
 
-    def __init__(self, folder: PhaseFolder, title: str, steps: int, start: int) -> None:
+    def __init__(self, folder: PhaseFolder, title: str, steps: int, start: int, score: str) -> None:
+        self.score = score  # what the score is called
         self.folder, self.title, self.steps, self.start = folder, title, steps, start
         self.began = self.last_line = time.monotonic()
         headless = bool(os.environ.get("INCUBATE_HEADLESS")) or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
@@ -27,7 +28,7 @@ class Progress:
         eta = (now - self.began) / done * (self.steps - step) if done else None
         shown = {k: v for k, v in values.items() if v is not None}
         self.folder.set_status(progress={"step": step, "steps": self.steps, "eta_seconds": eta} | shown)
-        words = ", ".join(f"{k} {v:.3f}" for k, v in shown.items())
+        words = ", ".join(f"{self.score if k == 'score' else k} {v:.3f}" for k, v in shown.items())
         if self.bar is not None:
             self.bar.set_postfix_str(words, refresh=False)
             self.bar.update(step - self.bar.n)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from incubate_lib.config import PhaseSettings, SettingsError
+from incubate_lib.config.phase import identity
 from incubate_lib.training.lease import Lease, Lost, holder
 
 METRICS, MNTK = "metrics.jsonl", "mntk.jsonl"  # one line an evaluation: of loss and score, of the modular NTK
@@ -61,7 +62,8 @@ class PhaseFolder:
     def finished(self, digest: str | None = None, used: dict[str, str] | None = None) -> dict[str, Any] | None:
         """Return the summary if there are whole weights, too, for other phases to start from."""
         summary = self.summary(digest, used)
-        return summary if summary and is_whole(self.weights) else None
+        names = ("model", *(summary or {}).get("results_sha256", ()))
+        return summary if summary and all(is_whole(self.path / f"{name}.safetensors") for name in names) else None
 
     def status(self) -> dict[str, Any]:
         """Return state and progress; a phase whose process is gone is told as `interrupted`."""
@@ -142,7 +144,7 @@ class PhaseFolder:
         for name in outdated:
             (self.path / name).unlink(missing_ok=True)
         if not ours or config is None:
-            write_json(self.path / "config.json", settings.model_dump(mode="json") | self.whose)
+            write_json(self.path / "config.json", identity(settings) | self.whose)
         if outdated:
             self.set_status("running", saved_step=0)
 
@@ -181,7 +183,7 @@ class PhaseFolder:
             lines.flush()
             os.fsync(lines.fileno())
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
+    def save_checkpoint(self, state: dict[str, Any], step: int) -> None:
         """Write checkpoint.pt; the one before stays as checkpoint.previous.pt, in case this one is damaged later."""
         import torch
 
@@ -191,7 +193,7 @@ class PhaseFolder:
             self._own()
             if path.exists():
                 os.replace(path, self.path / "checkpoint.previous.pt")
-        self.set_status(saved_step=state["step"])
+        self.set_status(saved_step=step)
 
     def load_checkpoint(
         self, check: Callable[[dict[str, Any]], None] = lambda state: None
@@ -216,14 +218,20 @@ class PhaseFolder:
                 complaints.append(f"{path.name} is not sound ({type(error).__name__}: {error})")
         return None, complaints
 
-    def finish(self, summary: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
-        """Write the result, then the summary that declares it finished; checkpoints are no longer needed."""
+    def finish(self, summary: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Write the results, then the summary that declares it finished; checkpoints are no longer needed.
+
+        `results` are tensors by the name of their file, of which `model` is one.
+        """
         from safetensors.torch import save
 
-        blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        self._own()
-        write_atomic(self.weights, blob)
-        summary = summary | {"weights_sha256": hashlib.sha256(blob).hexdigest()}
+        hashes = {}
+        for name, tensors in results.items():
+            blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+            self._own()
+            write_atomic(self.path / f"{name}.safetensors", blob)
+            hashes[name] = hashlib.sha256(blob).hexdigest()
+        summary = summary | {"weights_sha256": hashes.pop("model")} | ({"results_sha256": hashes} if hashes else {})
         write_json(self.path / "summary.json", summary)
         self.drop_checkpoints()
         return summary
@@ -233,16 +241,17 @@ class PhaseFolder:
         for name in CHECKPOINTS:
             (self.path / name).unlink(missing_ok=True)
 
-    def load_weights(self) -> dict[str, Any]:
-        """Return the finished phase's tensors; SettingsError if the file is not the one the summary speaks of."""
+    def load_weights(self, name: str = "model") -> dict[str, Any]:
+        """Return a finished phase's result; SettingsError if the file is not the one the summary speaks of."""
         from safetensors.torch import load
 
-        summary = self.summary()
-        blob = self.weights.read_bytes() if summary and self.weights.exists() else b""
-        if not summary or hashlib.sha256(blob).hexdigest() != summary["weights_sha256"]:
-            if summary and is_whole(self.weights):  # only its content is wrong, which nobody sees without reading it all
-                raise SettingsError(f"{self.weights} is damaged; delete it and run again")
-            raise SettingsError(f"{self.weights} is missing or damaged; run again, and it is made again")
+        summary, file = self.summary(), self.path / f"{name}.safetensors"
+        hashes = {"model": summary["weights_sha256"]} | summary.get("results_sha256", {}) if summary else {}
+        blob = file.read_bytes() if summary and file.exists() else b""
+        if hashlib.sha256(blob).hexdigest() != hashes.get(name):
+            if summary and is_whole(file):  # only its content is wrong, which nobody sees without reading it all
+                raise SettingsError(f"{file} is damaged; delete it and run again")
+            raise SettingsError(f"{file} is missing or damaged; run again, and it is made again")
         return load(blob)
 
 

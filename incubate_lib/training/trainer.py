@@ -45,7 +45,7 @@ Losses = Callable[[Callable[[Tensor], Any], Tensor, Callable[[Tensor], Tensor]],
 
 @dataclass
 class Counts:
-    """What a trainer has done so far and what that took; part of every checkpoint."""
+    """What a trainer has done so far and what that took."""
 
     step: int = 0
     loss_sum: float = 0.0  # of `loss_steps` updates, those since the last evaluation
@@ -57,6 +57,13 @@ class Counts:
     startup_wait: float = 0.0
     flops: int = 0  # attention not fused, as budgets are counted
     flops_executed: int = 0  # with fused attention
+
+    def state_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        for field in fields(self):
+            setattr(self, field.name, state[field.name])
 
 
 def of_the_output(run: Callable[[Tensor], Tensor], x: Tensor, loss: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
@@ -129,6 +136,7 @@ class Trainer:
         flops_per_image: int = 0,
         task: Task = CLASSIFICATION,
         losses: Losses = of_the_output,
+        groups: Sequence[Sequence[nn.Parameter]] | None = None,
     ) -> None:
         self.model, self.train, self.settings, self.seed, self.team = model, train, settings, seed, team
         self.task, self.losses = task, losses
@@ -147,7 +155,7 @@ class Trainer:
                 model, train, mat, steps_per_epoch=per_epoch, flops_per_image=flops_per_image, seed=seed, team=team, task=task
             )
         self.optimizer = make_optimizer(model, settings, self.mat.updates.pieces if self.mat else ())
-        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.groups = groups or [[parameter for parameter in model.parameters() if parameter.requires_grad]]
         self.ema = ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None
         self.extra = task.start(train, settings)
         self.wrap()
@@ -204,7 +212,8 @@ class Trainer:
                     (loss / self.number).backward()
                     losses.append(loss.detach().clone())  # a captured graph would overwrite it
         if self.settings.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.trainable, self.settings.clip_grad)
+            for group in self.groups:
+                nn.utils.clip_grad_norm_(group, self.settings.clip_grad)
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(step, self.steps, self.warmup, self.settings.peak_lr, self.settings.min_lr)
         if self.mat:
@@ -246,21 +255,31 @@ class Trainer:
         """The weights that count: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
+    @property
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint needs; no random states, because all randomness follows from seed and step."""
-        ema = {} if self.ema is None else {"ema": self.ema.module.state_dict()}
-        mat = {"mat": self.mat.state()} if self.mat else {}
-        networks = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **ema}
-        return networks | mat | asdict(self.counts)
+        """All that an update changes, each with state_dict and load_state_dict: this is the checkpoint.
+
+        No random states, because all randomness follows from seed and step.
+        """
+        parts = {"model": self.model, "optimizer": self.optimizer, "counts": self.counts}
+        parts |= {} if self.ema is None else {"ema": self.ema.module}
+        return parts | ({"mat": self.mat} if self.mat else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.state.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self.state.items():
+            part.load_state_dict(state[name])
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError, KeyError or TypeError unless a checkpoint's content is that of this model, optimizer and phase."""
-        for name, value in asdict(_counts(state)).items():
-            if not math.isfinite(value):
-                raise ValueError(f"its {name} is {value}")
-        if not 0 <= state["step"] <= self.steps:
-            raise ValueError(f"it is at step {state['step']} of {self.steps}")
-        own = self.state()
+        for name in self.counts.state_dict():
+            if not math.isfinite(state["counts"][name]):
+                raise ValueError(f"its {name} is {state['counts'][name]}")
+        if not 0 <= state["counts"]["step"] <= self.steps:
+            raise ValueError(f"it is at step {state['counts']['step']} of {self.steps}")
+        own = self.state_dict()
         for name in {"model", "ema"} & own.keys():
             ours, given = ({(key, tuple(tensor.shape)) for key, tensor in s[name].items()} for s in (own, state))
             if wrong := sorted({key for key, _ in ours ^ given}):
@@ -273,20 +292,6 @@ class Trainer:
                     raise ValueError(f"its optimizer has {slot} of {tuple(value.shape)} for {tuple(parameter.shape)}")
         if self.mat and {len(units) for units in [*state["mat"]["history"], state["mat"]["active"]]} != {len(self.mat.units)}:
             raise ValueError("its mat is of other units")
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        if self.mat:
-            self.mat.load_state(state["mat"])
-        self.counts = _counts(state)
-
-
-def _counts(state: dict[str, Any]) -> Counts:
-    """Return the counts in a checkpoint; KeyError if one is missing."""
-    return Counts(**{field.name: state[field.name] for field in fields(Counts)})
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -14,15 +14,15 @@ def once(count):
         from incubate_lib.phases.facts import Facts
         from incubate_lib.training.runs import write_json
 
-        if any(strategy.weights for strategy in settings.strategies.values()):  # a file, which may change
+        if any(strategy.get("weights") for strategy in settings.strategies.values()):  # a file, which may change
             return count(settings, num_images, num_classes)
         small = {
-            name: [strategy.low_resolution.model_dump(), strategy.is_as_named(name)]
+            name: [strategy.get("low_resolution").model_dump(), strategy.is_as_named(name)]
             for name, strategy in settings.strategies.items()
-            if strategy.low_resolution
+            if strategy.get("low_resolution")
         }
         partition = settings.partition and settings.partition.model_dump()
-        key = json.dumps([settings.model.model_dump(), partition, small, num_images, num_classes])
+        key = json.dumps([settings.task, settings.model.model_dump(), partition, small, num_images, num_classes])
         path = Path(os.environ["TEST_COUNTS"]) / hashlib.sha256(key.encode()).hexdigest()
         if not path.exists():
             write_json(path, count(settings, num_images, num_classes).model_dump(mode="json"))

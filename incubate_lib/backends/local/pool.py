@@ -135,7 +135,7 @@ class Pool:
         busy = Counter(gpu for other in self.running for gpu in other.gpus)
         least = sorted(gpus(), key=lambda gpu: busy[gpu])  # stable: the first of the least busy
         task.gpus = least[: node.experiment.settings.machine.devices]
-        what, output = (node.notebook, "notebook.ipynb") if self.notebooks else (node.settings.phase, None)
+        what, output = node.work if self.notebooks else (node.settings.phase, None)
         clear_log(path)
         parameters, threads = task.source | node.arguments, fair_threads(self.jobs)
         task.process = start(path, what, parameters, output, threads, task.gpus)

@@ -51,7 +51,7 @@ def attempt(about: dict[str, Any]) -> int:
         return _give_up(node, about["attempts"])
     begin(node.folder, here)
     path, parameters = node.folder.path, about["parameters"]
-    process = execution.start(path, node.notebook, parameters, "notebook.ipynb", here.cores)
+    process = execution.start(path, node.work[0], parameters, node.work[1], here.cores)
     process.join()
     if execution.is_complete(node):
         close(node.folder, "done")

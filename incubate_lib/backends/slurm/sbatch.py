@@ -71,12 +71,12 @@ def job_name(experiment: Experiment, key: str) -> str:
 
 def requests(nodes: list[Node], slurm: SlurmSettings) -> dict[str, JobSettings]:
     """Return what the jobs of some phases and of the analysis ask for: a request for each that can differ."""
-    jobs = {_kind(node): slurm.job(node.settings.phase, node.settings.training is not None) for node in nodes}
+    jobs = {_kind(node): slurm.job(node.settings.seeded_as, node.settings.training is not None) for node in nodes}
     return jobs | {ANALYSIS: slurm.job("analysis", False)}
 
 
 def _kind(node: Node) -> str:
-    return node.settings.phase if node.settings.training else f"{node.settings.phase} without training"
+    return node.settings.seeded_as if node.settings.training else f"{node.settings.seeded_as} without training"
 
 
 def team(node: Node, jobs: dict[str, JobSettings]) -> tuple[str, str]:
@@ -94,7 +94,7 @@ def scripts(
     """Make the scripts of some phases and of the analysis; `jobs` are the requests of these."""
     for node in wanted:
         parameters = source | node.arguments | {"overrides": [*source["overrides"], *team(node, jobs)]}
-        about = {"phase": node.settings.phase, "parameters": parameters}
+        about = {"phase": node.settings.seeded_as, "parameters": parameters}
         after = [before.key for before in node.inputs.values()]
         yield Script(plan.experiment, node.key, after, about, jobs[_kind(node)], slurm)
     if plan.finals:

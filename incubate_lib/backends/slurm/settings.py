@@ -4,13 +4,13 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 
 from incubate_lib.config.errors import SettingsError, error_message, nearest
 from incubate_lib.config.files import read_yaml
-from incubate_lib.config.phase import PhaseName
+from incubate_lib.config.members import PHASES
 from incubate_lib.config.sections import Frozen, Positive
 
 TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", re.ASCII)
@@ -27,6 +27,16 @@ def one_line(value: str) -> str:
     if found := CONTROL.search(value):
         raise ValueError(f"write it on one line; there is {found[0]!r} in it")
     return value
+
+
+def _check_work(name: str) -> str:
+    known = [*dict.fromkeys(PHASES[kind].group for kind in PHASES), "analysis"]
+    if name not in known:
+        raise ValueError(f"unknown phase; {nearest(name, known)}")
+    return name
+
+
+Work = Annotated[str, AfterValidator(_check_work)]  # a phase, or the analysis behind all of them
 
 
 def minutes(time: str) -> float:
@@ -95,7 +105,7 @@ class SlurmSettings(JobSettings):
     warn_seconds: Positive = 120
     # a phase that fails so many times in the same way, without a step more, is given up
     attempts: Positive = 3
-    phases: dict[PhaseName | Literal["analysis"], JobSettings] = {}  # of which only what is given counts
+    phases: dict[Work, JobSettings] = {}  # of which only what is given counts
 
     @field_validator("prologue", mode="before")
     @classmethod

@@ -19,7 +19,7 @@ from incubate_lib.data.schedule import micro_batches
 from incubate_lib.method.incubation import Hybrid
 from incubate_lib.method.network import Partition, has_layer
 from incubate_lib.phases.networks import build_target, model_shape, partition_of
-from incubate_lib.phases.recipes import networks
+from incubate_lib.phases.recipes import meta_and_target
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.style import PAPER, Figure, filling, trained_and_frozen
@@ -94,8 +94,8 @@ class Hybrids:
             raise SettingsError(f"index is {index}; this strategy has the modules 0 … {len(self.nodes) - 1}")
         node = self.nodes[index]
         with torch.device("meta"):
-            meta, target = networks(node.settings, {}, node.experiment.facts.num_classes)
-        partition, imitates = partition_of(node.settings), node.settings.imitate
+            meta, target = meta_and_target(node.settings, {}, node.experiment.facts.num_classes)
+        partition, imitates = partition_of(node.settings), node.settings.phase == "imitate"
         flops = self._flops.hybrid(meta, target, partition, index, imitates)
         hybrid = Hybrid(meta, target, partition, index)
         memory = self._memory_of(node, hybrid)

@@ -69,8 +69,8 @@ def draw(plan: Plan, phases: list[Phase]) -> tuple[Picture, Picture]:
 
 def _name(node: Node) -> str:
     s = node.settings
-    size = ", small images" if s.small_images else ""
-    return phase_name(s.phase, s.module_index, len(s.target_depths)) + size
+    size = ", small images" if s.options.get("small_images") else ""
+    return phase_name(s.seeded_as, s.module_index, len(s.target_depths)) + size
 
 
 def _placed(group: list[Phase]) -> list[Box]:

@@ -132,7 +132,7 @@ def open_settings(preset: str, overrides: Sequence[str] = ()) -> Settings:
 def _facts(settings: Settings, classes: int) -> Facts:
     """Count, once for all settings whose networks are the same."""
     whole = settings.model_dump(mode="json", include={"model", "partition", "strategies"})
-    parts = {name: (s["low_resolution"], s["weights"]) for name, s in whole.pop("strategies").items()}
+    parts = {name: (s.get("low_resolution"), s.get("weights")) for name, s in whole.pop("strategies").items()}
     key = json.dumps([whole, parts, classes])
     if key not in _COUNTED:
         _COUNTED[key] = count(settings, 1, classes)
@@ -173,7 +173,7 @@ def forecast(todo: Plan, speed: Speed, *, machines: int = 1, spent: dict[str, in
     devices, known, rows, totals, adaptive = settings.machine.team_size, {}, [], [], []
     for (name, _), final in todo.finals.items():
         nodes = closure([final])
-        kinds = {node.key: (node.settings.phase, node.settings.module_index) for node in nodes}
+        kinds = {node.key: (node.settings.seeded_as, node.settings.module_index) for node in nodes}
         hours = {key: speed.seconds(*kind, flops[key]) / 3600 for key, kind in kinds.items()}
         places = _schedule(nodes, {key: time / devices for key, time in hours.items()}, machines)
         own = []

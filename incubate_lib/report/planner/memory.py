@@ -29,7 +29,7 @@ def kind_of(phase: str, module_index: int | None) -> str:
 def step_memory_of(node: Node, known: dict) -> StepMemory:
     """Return the memory of a phase's step; `known` keeps what its network's parts take."""
     phase = node.settings
-    key = (kind_of(phase.phase, phase.module_index), phase.imitate, phase.model.img_size, bool(phase.training.ema))
+    key = (kind_of(phase.seeded_as, phase.module_index), phase.phase, phase.model.img_size, bool(phase.training.ema))
     if key not in known:
         classes, shape = node.experiment.facts.num_classes, model_shape(phase.model)
         with torch.device("meta"):
@@ -59,7 +59,7 @@ def network_of(phase: PhaseSettings, classes: int, built: dict) -> tuple[torch.n
     if phase.phase == "meta":
         return network("meta"), meta_partition_of(phase)
     partition = partition_of(phase)
-    if phase.phase == "incubate":
+    if phase.seeded_as == "incubate":
         made_of = in_target_names(phase, network("meta"), network("target")), network("target")
-        return (Imitation if phase.imitate else Hybrid)(*made_of, partition, phase.module_index), partition
+        return (Imitation if phase.phase == "imitate" else Hybrid)(*made_of, partition, phase.module_index), partition
     return network("target"), partition

@@ -6,6 +6,8 @@ import pandas as pd
 
 from incubate_lib import tasks
 from incubate_lib.config import SettingsError
+from incubate_lib.config.members import PHASES
+from incubate_lib.config.phase import identity
 from incubate_lib.pipeline.graph import Node, Plan, closure
 
 WHOLE = "the whole phase"  # in the place of a setting, where not all strategies have the phase
@@ -13,8 +15,10 @@ WHOLE = "the whole phase"  # in the place of a setting, where not all strategies
 
 def settings_table(node: Node) -> pd.DataFrame:
     """Return the resolved settings of a phase, one row a field."""
-    hidden = {"inputs": True, "format": True, "data": node.settings.data.unused_fields}
-    flat = pd.json_normalize(node.settings.model_dump(mode="json", exclude=hidden))
+    values = {name: value for name, value in identity(node.settings).items() if name not in ("inputs", "format")}
+    unused = node.settings.data.unused_fields
+    values["data"] = {name: value for name, value in values["data"].items() if name not in unused}
+    flat = pd.json_normalize(values)
     if node.settings.training and node.settings.training.lr_for_batch:
         flat["training.lr × batch_size / lr_for_batch"] = node.settings.training.peak_lr
     flat = flat.dropna(axis="columns").T.rename(columns={0: "value"})
@@ -23,11 +27,11 @@ def settings_table(node: Node) -> pd.DataFrame:
 
 def costs_table(node: Node) -> pd.DataFrame:
     """Return what a training image costs in each kind of phase that the node's strategy may have, counted, next to end to end."""
-    other = "incubate" if node.settings.imitate else "imitate"  # a strategy does one or the other
+    other = "incubate" if node.settings.phase == "imitate" else "imitate"  # a strategy does one or the other
     counted = node.experiment.facts.flops_per_image
     flops = pd.Series({key: value for key, value in counted.items() if not key.startswith(other)}) / 1e6
     table = pd.DataFrame({"MFLOP an image": flops.round(2), "of end to end": (flops / flops["target"]).round(3)})
-    names = {"meta": "meta model", "target": "end to end, fine-tuning"}
+    names = {kind: PHASES[kind].label for kind in PHASES} | {"target": "end to end, fine-tuning"}
     kinds = {"incubate": "hybrid, module {}", "imitate": "imitation, module {}", "target": "end to end, {} pixels"}
 
     def named(key: str) -> str:
@@ -63,7 +67,7 @@ def settings_difference(plan: Plan, strategies: Sequence[str] | None = None) -> 
         raise SettingsError(f"strategy {unknown[0]} is not part of this run, which has: {', '.join(finals) or 'none'}")
     columns: dict[str, dict[tuple[str, str], str]] = {}
     for name in names:
-        phases = {node.settings.phase: node for node in reversed(closure([finals[name]]))}  # of modules the first
+        phases = {node.settings.seeded_as: node for node in reversed(closure([finals[name]]))}  # of modules the first
         columns[name] = {}
         for phase, node in reversed(phases.items()):
             settings = settings_table(node)["value"].drop(["phase", "seed", "module_index"], errors="ignore")

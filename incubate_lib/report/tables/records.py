@@ -173,7 +173,7 @@ def _strategy_row(strategy: str, final: Node, needed: dict[str, dict]) -> dict:
     for phase, column in {"meta": "meta_score", "assemble": "assembled_score"}.items():
         row[column] = next((s["score"] for s in needed.values() if s["phase"] == phase), None)
     # K workers that share each batch have a critical path of its K-th part
-    shared = settings.strategies[strategy].match_on == "critical_path" and settings.is_matched(strategy)
+    shared = settings.strategies[strategy].get("match_on") == "critical_path" and settings.is_matched(strategy)
     for short, name in {"flops": "train_flops", "seconds": "train_seconds"}.items():
         costs = {key: s[name] for key, s in needed.items()}
         row[short] = _number(sum(costs.values()))

@@ -50,7 +50,7 @@ def lowered(nodes: Iterable[Node]) -> str:
         metric = tasks.metric(summaries[0]["metric"])
         if is_worse(metric, before, after, summaries[0]["eval_images"]):
             strategy = group[0].experiment.settings.strategies[name]
-            shorter = "larger strategies.{}.shares" if strategy.shares else "fewer strategies.{}.phases.finetune.epochs"
+            shorter = "larger strategies.{}.shares" if strategy.get("shares") else "fewer strategies.{}.phases.finetune.epochs"
             lines.append(
                 f"Fine-tuning {'lowered' if metric.higher_is_better else 'raised'} {label(name)} from "
                 f"{metric.scale * fmean(before):.{metric.digits}f} to {metric.written(fmean(after), ' ')} "

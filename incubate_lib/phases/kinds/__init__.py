@@ -1,0 +1,77 @@
+"""Kinds of phases: each a file with a `PHASE`. It builds what trains, says the losses of an update, what results, what it costs.
+
+Files of kinds import torch where they compute only: labels, notebooks and options are asked for in a moment.
+"""
+
+import pkgutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from incubate_lib.config import Frozen, ModelSettings, PhaseSettings
+
+__path__ = pkgutil.extend_path(__path__, __name__)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from incubate_lib.training.costs import Counted
+
+Inputs = dict[str, Path]  # folders of the phases that a phase starts from; "weights": a folder or file of weights
+
+
+class Options(Frozen):
+    """The options of a kind that has none."""
+
+
+class Phase:
+    """One kind of training with a result."""
+
+    name = ""
+    label = ""  # for people
+    notebook = ""
+    # What it is seeded, set (`phases.<group>`) and tabled as, if not as its own name: whatever learns in a hybrid is `incubate`.
+    group = ""
+    is_set_by_name = True  # whether settings may have `phases.<name>`
+    options: ClassVar[type[Frozen]] = Options
+
+    def __init__(self) -> None:
+        self.group = self.group or self.name
+
+    def title(self, s: PhaseSettings) -> str:
+        """Return a phase's name for people, modules counted from one."""
+        return self.name
+
+    def network(self, model: ModelSettings, partition: dict[str, list[Any]], takes_depth: bool) -> dict[str, Any]:
+        """Return `model` and what of `partition` (target_depths, meta_depths, cuts) the phase depends on."""
+        return {"model": model} | partition
+
+    def cost(self, model: ModelSettings, options: dict[str, Any]) -> str:
+        """Return under which of the names that `count` gives the FLOPs of a training image stand."""
+        return "target"
+
+    def count(self, networks: "Counted") -> dict[str, int]:
+        """Return the FLOPs of a training image of all phases of this kind, by name; those that others name, too, once."""
+        return {}
+
+    def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> "nn.Module":
+        """Return the model that the phase trains (ready: frozen parts are frozen).
+
+        Without inputs, where only costs are counted, it starts from what was freshly initialised.
+        """
+        raise NotImplementedError
+
+    def losses(self, run: Callable[["Tensor"], Any], x: "Tensor", loss: Callable[["Tensor"], "Tensor"]) -> Iterator["Tensor"]:
+        """Yield the losses of an update, each of which is gone through backward before the next is computed.
+
+        `run` is the model, compiled or not, in the phase's precision; `loss` is the task's, of an output.
+        """
+        yield loss(run(x))
+
+    def groups(self, model: "nn.Module") -> list[list["nn.Parameter"]]:
+        """Return the parameters that learn together: their gradients are clipped by one norm."""
+        return [[parameter for parameter in model.parameters() if parameter.requires_grad]]
+
+    def results(self, model: "nn.Module") -> dict[str, dict[str, "Tensor"]]:
+        """Return what a phase leaves behind: tensors by the name of their file, of which `model` is one."""
+        return {"model": model.state_dict()}

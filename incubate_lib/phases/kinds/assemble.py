@@ -1,0 +1,37 @@
+"""assemble: incubated modules put together; where nothing was incubated, modules as they start. Nothing is trained."""
+
+from typing import Any
+
+from incubate_lib.config import PhaseSettings
+from incubate_lib.phases.kinds import Inputs, Phase
+from incubate_lib.phases.kinds.incubate import Start
+
+
+class Assemble(Phase):
+    name = "assemble"
+    label = "assembly"
+    notebook = "03_assemble"
+    is_set_by_name = False
+    options = Start
+
+    def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> Any:
+        from incubate_lib.method.incubation import assemble
+        from incubate_lib.method.network import counted_through
+        from incubate_lib.phases.networks import build_target, partition_of
+        from incubate_lib.phases.recipes import meta_and_target, start
+        from incubate_lib.training.runs import PhaseFolder
+
+        if "meta" in inputs:
+            meta, target = meta_and_target(s, inputs, num_classes)
+            for index in range(len(s.target_depths)):
+                start(s, meta, target, index)
+            return target
+        target = build_target(s, num_classes)
+        if not inputs:
+            return target
+        partition = partition_of(s)
+        trained = [PhaseFolder(inputs[f"module-{i}"]).load_weights() for i in range(partition.num_modules)]
+        return assemble(target, partition, [counted_through(partition, *module) for module in enumerate(trained)])
+
+
+PHASE = Assemble()

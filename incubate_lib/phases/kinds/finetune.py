@@ -1,0 +1,29 @@
+"""finetune: a whole network trained on, from assembly, from small images, or from a file of weights."""
+
+from typing import Any
+
+from incubate_lib.config import PhaseSettings
+from incubate_lib.phases.kinds import Inputs, Phase
+
+
+class Finetune(Phase):
+    name = "finetune"
+    label = "fine-tuning"
+    notebook = "04_finetune"
+
+    def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> Any:
+        from incubate_lib.phases.networks import at_size, build_target
+        from incubate_lib.phases.weights import load_into
+        from incubate_lib.training.runs import PhaseFolder
+
+        model = build_target(s, num_classes)
+        if "weights" in inputs:
+            load_into(model, inputs["weights"], s.inputs["weights"])
+        elif inputs:
+            [before] = inputs.values()
+            weights = PhaseFolder(before).load_weights()
+            model.load_state_dict(at_size(weights, model) if "small_images" in inputs else weights)
+        return model
+
+
+PHASE = Finetune()

@@ -1,0 +1,54 @@
+"""incubate: one target module alone, in its place in the frozen meta model, from the labels."""
+
+from typing import Any, Literal
+
+from incubate_lib.config import Frozen, ModelSettings, PhaseSettings
+from incubate_lib.phases.kinds import Inputs, Phase
+
+
+class Start(Frozen):
+    """How a target module begins."""
+
+    start: Literal["random", "stack", "identity"] | None = None
+    inherit_stem: bool = False
+    inherit_head: bool = False
+
+
+class Options(Start):
+    module_index: int  # 0-based
+
+
+class Incubate(Phase):
+    name = "incubate"
+    label = "module"
+    notebook = "02_incubate_module"
+    options = Options
+    imitates = False
+
+    def title(self, s: PhaseSettings) -> str:
+        return f"module {s.module_index + 1} of {len(s.target_depths)}"
+
+    def cost(self, model: ModelSettings, options: dict[str, Any]) -> str:
+        return f"{self.name}-{options['module_index']}"
+
+    def count(self, networks: Any) -> dict[str, int]:
+        if not networks.partition:
+            return {}
+        meta, target, partition = networks.hybrids_of, networks.target, networks.partition
+        costs = (networks.counts.hybrid(meta, target, partition, i, self.imitates) for i in range(partition.num_modules))
+        return {f"{self.name}-{i}": sum(cost) for i, cost in enumerate(costs)}
+
+    def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> Any:
+        from incubate_lib.method.incubation import Hybrid, Imitation
+        from incubate_lib.phases.networks import partition_of
+        from incubate_lib.phases.recipes import meta_and_target, start
+
+        meta, target = meta_and_target(s, inputs, num_classes)
+        start(s, meta, target, s.module_index)
+        return (Imitation if self.imitates else Hybrid)(meta, target, partition_of(s), s.module_index)
+
+    def results(self, model: Any) -> dict[str, dict[str, Any]]:
+        return {"model": model.module_state()}
+
+
+PHASE = Incubate()

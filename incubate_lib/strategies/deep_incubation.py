@@ -1,0 +1,99 @@
+"""deep_incubation: a meta model, target modules that learn in its place or not at all, and all of them together.
+
+deep_incubation*      meta ─→ incubate-0 … incubate-K-1 ─→ assemble ─→ finetune
+stacking, growing     meta ─→ assemble ─→ finetune; random_modules: without meta
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from incubate_lib.config import SettingsError, refuse
+from incubate_lib.config.strategies import Inner, StrategySettings, TrainingChanges, epochs_in
+from incubate_lib.strategies import Kind
+
+Part = Literal["meta", "incubate", "finetune"]
+
+
+class DeepIncubation(StrategySettings):
+    """Stands for the paper's method and for its controls."""
+
+    is_cut: ClassVar[bool] = True
+
+    kind: Literal["deep_incubation"]
+    start: Literal["random", "stack", "identity"] = "random"  # of each target module
+    inherit_stem: bool = False  # module 1 starts with the meta model's embedding
+    inherit_head: bool = False  # module K starts with the meta model's norm and head
+    weights: str | None = None  # a trained meta model, relative to data/
+    # how modules learn: from labels through the hybrid (the paper), by imitating the meta module's features, or not at all:
+    # they keep their starting weights
+    incubate: Literal["labels", "features", "none"] = "labels"
+    match: str | None = None  # as long as costs the training FLOPs of that one
+    budget: Annotated[float, Field(gt=0)] = 1.0  # share of what is matched that it may cost
+    shares: dict[Literal["meta", "incubate"], Inner] | None = None  # of that budget; fine-tuning has the rest
+    # what its phases have instead of training.lr and training.warmup_epochs, where nothing is set for a phase itself
+    # (phases.<phase>, here or for all strategies): times training.lr, and of the phase's own epochs. Phases that it does not
+    # train are passed over.
+    lr_scale: dict[Part, Annotated[float, Field(gt=0)]] | None = None
+    warmup_share: dict[Part, Annotated[float, Field(ge=0, le=1)]] | None = None
+
+    @property
+    def needs_meta(self) -> bool:
+        """Whether there is a meta model."""
+        return self.incubate != "none" or self.start != "random" or self.inherit_stem or self.inherit_head
+
+    @property
+    def trains(self) -> list[str]:
+        meta = ["meta"] if self.needs_meta and not self.weights else []
+        return [*meta, *(["incubate"] if self.incubate != "none" else []), "finetune"]
+
+    def check(self) -> None:
+        unmatched = not self.match and {"shares", "budget"} & self.model_fields_set
+        refuse(unmatched, "shares and budget have no meaning without match")
+        trained, wrong = ", ".join(self.trains), ", ".join(sorted(set(self.shares or ()) - set(self.trains)))
+        refuse(wrong, f"shares names {wrong}, but this strategy trains {trained}")
+        epochs = epochs_in(self.phases, "finetune") is not None
+        refuse(self.shares and epochs, "shares leave the rest to fine-tuning; do not set phases.finetune.epochs besides")
+        unread = self.weights and not self.needs_meta
+        refuse(unread, "weights are those of a meta model, which this strategy does without")
+        spent = sum((self.shares or {}).values())
+        refuse(spent >= 1, f"shares add up to {spent:g}, which leaves nothing for fine-tuning")
+
+
+def build(made: Any) -> Any:
+    own, facts = made.own, made.facts
+    if reason := facts.unsupported.get(own.start):
+        raise SettingsError(f"strategies.{made.name}.start {own.start!r} is not possible: {reason}")
+    start = {field: getattr(own, field) for field in ("start", "inherit_stem", "inherit_head")}
+    budget = made.budget() if made.is_matched else None
+    inputs = {}
+    if own.needs_meta:
+        training = None if own.weights else _share(made, "meta", budget, facts.flops_per_image["meta"])
+        changes = own.phases.get("meta", TrainingChanges()).model_fields_set or made.settings.mat_of(made.name, "meta")
+        relative = (own.shares if budget else None, own.lr_scale, own.warmup_share)
+        is_own = own.weights or changes or any("meta" in (part or {}) for part in relative)
+        key = f"{made.name}/meta" if is_own else "meta"
+        inputs["meta"] = made.node("meta", training, key=key, weights=own.weights)
+    if own.incubate != "none":
+        kind = "imitate" if own.incubate == "features" else "incubate"
+        per_image = sum(flops for key, flops in facts.flops_per_image.items() if key.startswith(f"{kind}-"))
+        training, modules = _share(made, "incubate", budget, per_image), {}
+        for i in range(len(facts.target_depths)):
+            key = f"{made.name}/incubate-{i}"
+            modules[f"module-{i}"] = made.node(kind, training, inputs, key=key, module_index=i, **start)
+        inputs, start = modules, {}
+    assembled = made.node("assemble", None, inputs, **start)
+    training = made.training("finetune")
+    if budget:
+        training = made.lasting("finetune", budget - made.spent(assembled), facts.flops_per_image["target"])
+    return made.node("finetune", training, {"assemble": assembled})
+
+
+def _share(made: Any, phase: str, budget: float | None, flops_per_image: int) -> Any:
+    """Return the settings of a phase that has a share of the budget, if it has one."""
+    if budget and phase in (made.own.shares or {}):
+        return made.lasting(phase, made.own.shares[phase] * budget, flops_per_image)
+    return made.training(phase)
+
+
+KIND = Kind(DeepIncubation, build)
