@@ -22,7 +22,7 @@ from incubate_lib.config import PhaseSettings, SettingsError
 from incubate_lib.config.phase import identity
 from incubate_lib.training.lease import Lease, Lost, holder
 
-METRICS, MNTK = "metrics.jsonl", "mntk.jsonl"  # one line an evaluation: of accuracy, of the modular NTK
+METRICS, MNTK = "metrics.jsonl", "mntk.jsonl"  # one line an evaluation: of loss and score, of the modular NTK
 CHECKPOINTS = "checkpoint.pt", "checkpoint.previous.pt"  # the newest first
 GONE = "its weights are missing or damaged; it is trained again"
 STATUS_SECONDS = 1.0  # between rewrites of status.json while a phase trains

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from incubate_lib.config import SettingsError
+from incubate_lib.config import TASK, SettingsError
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.data.sources import open_source
 from incubate_lib.data.stream import StreamedSet
@@ -255,9 +255,14 @@ class Disagreements:
 def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
     """Ask the meta model, the assembled and the fine-tuned network of a strategy about every judge image.
 
-    In the precision of the run, so that the numbers are those of its records. SettingsError as `similarity`.
+    In the precision of the run, so that the numbers are those of its records. SettingsError as `similarity`, and for a task
+    that has no classes.
     """
     final, meta, joined = _phases(plan, strategy, seed)
+    if final.settings.task != TASK:
+        raise SettingsError(
+            f"which images a network gets right is told of {TASK} only, and this run learns {final.settings.task}"
+        )
     eval_set, device = final.data()[1], pick_device()
     nodes = {"meta": meta, "assembled": joined, "finetuned": final}
     classes, about, networks = eval_set.num_classes, final.settings, {}
