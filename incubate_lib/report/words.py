@@ -1,9 +1,9 @@
 """How strategies, phases, scores and amounts are called, the same in every table, figure and widget."""
 
-import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from incubate_lib import tasks
@@ -51,6 +51,6 @@ def seconds_text(seconds: float) -> str:
 
 def phase_name(phase: str, module_index: Any, num_modules: int = 0) -> str:
     """Return a phase's name for people, modules counted from one."""
-    if module_index is None or math.isnan(module_index):
+    if pd.isna(module_index):
         return PHASES[phase].label
     return f"module {int(module_index) + 1}" + (f" of {num_modules}" if num_modules else "")
