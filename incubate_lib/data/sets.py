@@ -147,7 +147,8 @@ def splits(settings: DataSettings, train: Source, test: Source | None) -> tuple[
 
 def _cut(settings: DataSettings, labels: np.ndarray, index: np.ndarray, size: int, field: str) -> tuple[np.ndarray, np.ndarray]:
     """Cut `size` images off `index`, every class in its proportion; return what is left and what was cut off."""
-    labels = labels[index]
+    has_classes = labels.ndim == 1 and labels.dtype.kind in "iu"
+    labels = labels[index] if has_classes else np.zeros(len(index), dtype=np.int64)  # what is no class is one for all
     classes = len(np.unique(labels))
     if not classes <= size <= len(index) - classes:
         raise SettingsError(

@@ -50,8 +50,34 @@ def measure(settings: Settings) -> Facts:
         for phase in strategy.trains:
             train.preview(1, settings.training_of(name, phase))  # an augmentation that cannot work fails now
     facts = count(settings, len(train), train.num_classes)
+    _check_task(settings, train)
     _check_classes(settings)
     return facts.model_copy(update={"unused_classes": unused_classes(train.labels, train.num_classes)})
+
+
+def _outputs(settings: Settings, num_classes: int) -> int:
+    """Return how many outputs the network's head needs."""
+    try:
+        return TASKS[settings.task].outputs(num_classes)
+    except ValueError as error:
+        raise SettingsError(f"task {settings.task!r} cannot learn data.source {settings.data.source!r}: {error}") from None
+
+
+def _check_task(settings: Settings, train: Any) -> None:
+    """Raise SettingsError unless the task knows the loss of some images and adds them up."""
+    import torch
+
+    task = TASKS[settings.task]
+    try:
+        batch = train.some(torch.arange(2))
+        output = torch.zeros(2, _outputs(settings, train.num_classes))
+        task.loss(output, batch)
+        sums = task.sums(output, batch)
+        task.evaluated(sums.tolist())
+    except Exception as error:  # whatever a task does with what it was not made for
+        raise SettingsError(f"task {settings.task!r} does not fit data.source {settings.data.source!r}: {in_a_line(error)}") from None
+    if sums.shape != (task.num_sums,):
+        raise SettingsError(f"task {settings.task!r} adds up {tuple(sums.shape)} sums, but says that it has {task.num_sums}")
 
 
 def _check_classes(settings: Settings) -> None:
@@ -73,7 +99,7 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     from incubate_lib.method.units import count_units
     from incubate_lib.phases.networks import build_model, depths_of, model_shape, takes_depth
 
-    shape, outputs = model_shape(settings.model), TASKS[settings.task].outputs(num_classes)
+    shape, outputs = model_shape(settings.model), _outputs(settings, num_classes)
     with torch.device("meta"):
         model = build_model(settings.model, settings.model.depth, outputs)
     _check_output(settings.model, model, shape, outputs)

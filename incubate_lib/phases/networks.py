@@ -95,7 +95,7 @@ def build_meta(s: PhaseSettings, num_classes: int) -> nn.Module:
     partition = partition_of(s)
     kept = {block for i, depth in enumerate(s.meta_depths) for block in partition.blocks(i)[:depth]}
     model = without(_from_seed(s, "meta", s.model.depth, num_classes), [b for b in partition.chain.blocks if b not in kept])
-    rates = torch.linspace(0, s.training.drop_path if s.training else 0.0, len(kept)).tolist()
+    rates = torch.linspace(0, s.training.drop_path if s.training else 0.0, len(kept), device="cpu").tolist()
     for block, rate in zip([b for b in partition.chain.blocks if b in kept], rates, strict=True):
         for layer in model.get_submodule(block).modules():
             if isinstance(layer, DropPath):

@@ -108,7 +108,8 @@ def against_baseline(table: pd.DataFrame) -> list[str]:
 def not_from_nothing(phases: pd.DataFrame) -> list[str]:
     """Return the strategies that start from weights of a file: no meta model and no network was trained from random ones."""
     table = phases.reindex(columns=["strategy", "phase", "steps"]).dropna(subset="strategy")
-    begun = set(table.loc[table["phase"].isin(["meta", "end_to_end"]) & (table["steps"] > 0), "strategy"])
+    goes_on = table["phase"].isin(["incubate", "assemble", "finetune"])
+    begun = set(table.loc[~goes_on & (table["steps"] > 0), "strategy"])
     phases = table.groupby("strategy")["phase"].agg(set)
     begun |= {name for name, those in phases.items() if "assemble" in those and "meta" not in those}  # of random modules
     return [name for name in table["strategy"].unique() if name not in begun]
