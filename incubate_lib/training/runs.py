@@ -262,9 +262,9 @@ BEFORE |= {"judge_images": "eval_images", "judged_on": "split"}
 METRIC_BEFORE = "accuracy"  # what their scores are of
 
 
-def renamed(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record, or the columns of a table, by today's names."""
-    return {BEFORE.get(name, name): value for name, value in record.items()}
+def renamed(record: Any) -> Any:
+    """Return a record, or the columns of a table, by today's names; what is no mapping, in a damaged file, as it is."""
+    return {BEFORE.get(name, name): value for name, value in record.items()} if isinstance(record, dict) else record
 
 
 def whose(settings: PhaseSettings, used: dict[str, str] | None) -> dict[str, Any]:
