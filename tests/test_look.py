@@ -270,7 +270,7 @@ def damaged(done, tmp_path, monkeypatch):
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "data"))
     return {
         "nothing": "it is empty", "foreign": "it has no experiment.json", "half": "its experiment.json is damaged",
-        "a-list": "its experiment.json has no settings", "no-facts": "no 'facts'", "other-settings": "unknown field 'stage'",
+        "a-list": "its experiment.json has no settings", "no-facts": "no 'facts'", "other-settings": "phase is missing",
         "no-hash": "no 'hash'", "no-accuracy": "no 'score'", "odd-metrics": "not as expected", "begun": "is finished yet",
         "missing": "there is no run missing",
     }  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
+from incubate_lib.config.members import PHASES
 from incubate_lib.config.packaged import packaged
 from incubate_lib.config.sections import DataSettings, Frozen, MATSettings, ModelSettings, Seed, TrainingSettings
 
@@ -76,7 +77,9 @@ def of_identity(values: dict[str, Any]) -> PhaseSettings:
     own = as_given(PhaseSettings, {name: value for name, value in values.items() if name in PhaseSettings.model_fields})
     if options.get("imitate"):  # its kind has a name of its own; its identity does not say it
         own |= {"phase": "imitate", "group": own["phase"]}
-    return PhaseSettings.model_validate_json(json.dumps(own | {"options": options}))
+    kind = PHASES[own["phase"]] if "phase" in own else None
+    own["options"] = kind.options.model_validate(options).model_dump(mode="json") if kind else options
+    return PhaseSettings.model_validate_json(json.dumps(own))
 
 
 def as_given(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,8 @@ class StrategySettings(Frozen):
     def _of_its_kind(cls, values: Any, handler: ModelWrapValidatorHandler["StrategySettings"]) -> "StrategySettings":
         if cls is not StrategySettings or not isinstance(values, dict):
             return handler(values)
-        refuse("kind" not in values, f"kind is missing; there are: {', '.join(STRATEGIES)}")
+        if "kind" not in values:
+            return handler({})  # which says so
         kind = values["kind"]
         refuse(kind not in list(STRATEGIES), f"kind is {kind!r}; {nearest(str(kind), STRATEGIES)}")
         own, others = fields_of(kind), {field for other in STRATEGIES for field in fields_of(other)}

@@ -75,7 +75,9 @@ def _check_task(settings: Settings, train: Any) -> None:
         sums = task.sums(output, batch)
         task.evaluated(sums.tolist())
     except Exception as error:  # whatever a task does with what it was not made for
-        raise SettingsError(f"task {settings.task!r} does not fit data.source {settings.data.source!r}: {in_a_line(error)}") from None
+        raise SettingsError(
+            f"task {settings.task!r} does not fit data.source {settings.data.source!r}: {in_a_line(error)}"
+        ) from None
     if sums.shape != (task.num_sums,):
         raise SettingsError(f"task {settings.task!r} adds up {tuple(sums.shape)} sums, but says that it has {task.num_sums}")
 

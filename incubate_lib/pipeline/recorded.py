@@ -66,15 +66,22 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def _settings(values: dict[str, Any]) -> Settings:
     strategies = {name: _strategy(value) for name, value in values.get("strategies", {}).items()}
-    return Settings.model_validate_json(json.dumps(as_given(Settings, values) | {"strategies": strategies}))
+    own = {"strategies": strategies, "phases": _changes(values.get("phases", {}))}
+    return Settings.model_validate_json(json.dumps(as_given(Settings, values) | own))
 
 
 def _strategy(values: dict[str, Any]) -> dict[str, Any]:
     """Return what must be given of a strategy; older records hold the fields of other kinds, too."""
-    others = {field for kind in STRATEGIES for field in fields_of(kind)} - fields_of(values["kind"])
-    own = {name: value for name, value in values.items() if name not in others}
-    phases = {name: as_given(TrainingChanges, changes) for name, changes in own.pop("phases", {}).items()}
-    return as_given(STRATEGIES[values["kind"]].settings, own) | {"phases": {name: c for name, c in phases.items() if c}}
+    own = fields_of(values["kind"])
+    others = {field for kind in STRATEGIES for field in fields_of(kind)} - own
+    kept = {name: value for name, value in values.items() if name not in others}
+    return as_given(STRATEGIES[values["kind"]].settings, kept) | {"phases": _changes(values.get("phases", {}))}
+
+
+def _changes(phases: dict[str, Any]) -> dict[str, Any]:
+    """Return the phases that have settings of their own, with those."""
+    given = {name: as_given(TrainingChanges, changes) for name, changes in phases.items()}
+    return {name: changes for name, changes in given.items() if changes}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -28,6 +28,7 @@ class Metric:
     scale: float = 1.0  # people read the number times this
     digits: int = 3
     higher_is_better: bool = True
+    is_share: bool = False  # of samples, between 0 and 1: its error is a binomial's
 
     @property
     def heading(self) -> str:
@@ -50,12 +51,12 @@ class Metric:
     @property
     def most(self) -> float | None:
         """The largest possible value, of a share; None of anything else."""
-        return 100 / self.scale if self.unit == "%" else None
+        return 1.0 if self.is_share else None
 
     @property
     def points(self) -> str:
         """What differences are counted in."""
-        return "points" if self.most else self.unit or self.label
+        return "points" if self.unit == "%" else self.unit or self.label
 
     @property
     def differences(self) -> str:
@@ -65,6 +66,8 @@ class Metric:
     @property
     def worst(self) -> float:
         """What training counts that ended without a number."""
+        if self.is_share:
+            return 0.0 if self.higher_is_better else 1.0
         return float("-inf" if self.higher_is_better else "inf")
 
     @property

@@ -8,7 +8,7 @@ from incubate_lib.tasks import Metric, Task
 
 class Classification(Task):
     name = "classification"
-    metrics = (Metric("accuracy", "top-1", "%", scale=100.0, digits=1),)
+    metrics = (Metric("accuracy", "top-1", "%", scale=100.0, digits=1, is_share=True),)
     num_sums = 3
 
     def outputs(self, num_classes: int) -> int:

@@ -82,14 +82,19 @@ def _memory(network: nn.Module, shape: Sequence[int], partition: Partition | Non
 
 
 def _kept(network: nn.Module, shape: Sequence[int], partition: Partition | None, precision: str) -> list[int]:
-    """Return the bytes that each stretch keeps for the backward pass; what is handed on where nothing is, goes again."""
+    """Return the bytes that each stretch keeps for the backward pass."""
     with FakeTensorMode():
         state = {name: _fake(tensor) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
         x = torch.empty(shape, device=CPU)
         counted = LiveBytes([x, *state.values()])
 
+        kept = counted.live
+
         def live(handed_on: Tensor) -> int:
-            return counted.live - (0 if handed_on.requires_grad or handed_on is x else _bytes(handed_on))
+            nonlocal kept
+            if handed_on.requires_grad:  # else nothing is kept: all that is there goes again
+                kept = counted.live
+            return kept
 
         run = lambda x: torch.func.functional_call(network, state, x)  # noqa: E731
         with counted, autocast(CPU, precision):
@@ -99,6 +104,3 @@ def _kept(network: nn.Module, shape: Sequence[int], partition: Partition | None,
 def _fake(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=CPU, requires_grad=tensor.requires_grad)
 
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

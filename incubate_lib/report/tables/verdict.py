@@ -25,7 +25,7 @@ def is_worse(metric: Metric, before: list[float], after: list[float], images: in
     """
     b, a, losses = fmean(before), fmean(after), [metric.sign * (x - y) for x, y in zip(before, after, strict=True)]
     error = 0.0
-    if metric.most == 1:
+    if metric.is_share:
         error = math.sqrt((b * (1 - b) + a * (1 - a)) / images)
     elif len(losses) < 2:
         return False
