@@ -232,7 +232,7 @@ def changed(checkpoint, key, tensor=None, where=("model", "copies", "stages")):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: changed(c, "blocks.1.attn.qkv.weight"), r"stage 1 does not fit .*: blocks.0.attn.qkv.weight is missing"),
+        (lambda c: changed(c, "blocks.1.attn.qkv.weight"), r"stage 1 does not fit .*: blocks.1.attn.qkv.weight is missing"),
         (lambda c: changed(c, "head.weight"), "head.weight is missing"),
         (lambda c: changed(c, "norm.bias", torch.ones(8)), r"norm.bias: the file has \(8,\), the model \(16,\)"),
         (lambda c: changed(c, "blocks.2.mlp.fc1.bias", torch.ones(64), ["model"]),

@@ -105,12 +105,12 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     with torch.device("meta"):
         model = build_model(settings.model, settings.model.depth, outputs)
     _check_output(settings.model, model, shape, outputs)
-    units = count_units(model)
-    sizes, small, unsupported = _small_images(settings, model, shape, outputs)
+    units, depths, unsupported_units = count_units(model), ([], []), {}
     if settings.partition is None:
-        depths, unsupported_units = ([], []), _unsupported_units(model, units, shape)
+        unsupported_units = _unsupported_units(model, units, shape)
     else:
-        depths, unsupported_units = depths_of(settings), {}
+        depths = depths_of(settings)
+    sizes, small, unsupported = _small_images(settings, model, shape, outputs)
     networks = _networks(settings, depths, shape, num_classes)
     flops: dict[str, int] = {}
     for kind in PHASES:
