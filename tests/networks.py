@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from incubate_lib.data.sets import ImageSet
-from incubate_lib.method.network import Partition, divide, find_chain, in_names_of
+from incubate_lib.method.chain import find_chain
+from incubate_lib.method.network import Partition, divide, in_names_of
 
 
 def vit(depth: int = 3) -> nn.Module:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.training.runs import write_json
+from incubate_lib.training.files import write_json
 
 HANG = 1200.0  # seconds: many times what anything here takes, even beside other work on the same cores
 

@@ -20,7 +20,8 @@ from incubate_lib.config import load_settings
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live.watch import Live
-from incubate_lib.training.runs import PhaseFolder, read_json
+from incubate_lib.training.files import read_json
+from incubate_lib.training.runs import PhaseFolder
 
 INCUBATE = str(Path(sys.executable).parent / "incubate")
 

@@ -21,7 +21,7 @@ from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live.progress import Reader, headline
 from incubate_lib.report.mirror import is_at_work
-from incubate_lib.training.runs import read_json, write_json
+from incubate_lib.training.files import read_json, write_json
 
 NOTEBOOK = "import json, sys; from incubate_lib.pipeline.notebook import run; sys.exit(run(*json.loads(sys.argv[1])))"
 WHAT = ["smoke", "--strategies", "end_to_end", "--seeds", "0", "1"]

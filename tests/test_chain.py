@@ -26,7 +26,7 @@ from incubate_lib.pipeline import execution, notebook
 from incubate_lib.pipeline.execution import is_complete
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.training.runs import read_json
+from incubate_lib.training.files import read_json
 
 pytestmark = pytest.mark.xdist_group("chain")  # one process, so that the chain runs once
 INCUBATE = [str(Path(sys.executable).parent / "incubate")]

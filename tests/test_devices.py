@@ -19,9 +19,10 @@ from incubate_lib.phases.launch import RankFailed
 from incubate_lib.phases.recipes import load_trained
 from incubate_lib.phases.train import train_phase
 from incubate_lib.pipeline.strategies import open_phase, plan
+from incubate_lib.training.files import read_json
 from incubate_lib.training.lease import Lease
 from incubate_lib.training.loop import evaluate
-from incubate_lib.training.runs import MNTK, PhaseFolder, read_json
+from incubate_lib.training.runs import MNTK, PhaseFolder
 from incubate_lib.training.team import ALONE, Team
 
 context = multiprocessing.get_context("forkserver")

@@ -14,7 +14,7 @@ from incubate_lib.config import DataSettings, MachineSettings, SettingsError
 from incubate_lib.data.scratch import stage
 from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.strategies import open_phase
-from incubate_lib.training.runs import read_json, write_json
+from incubate_lib.training.files import read_json, write_json
 from incubate_lib.training.trainer import compiled
 
 PARAMETERS = {"preset": "smoke", "overrides": [], "strategy": "end_to_end", "seed": 0}

@@ -18,7 +18,7 @@ from incubate_lib.config import load_settings
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.notebook import ROOT, check_parameters
 from incubate_lib.pipeline.strategies import open_phase, plan
-from incubate_lib.training.runs import read_json
+from incubate_lib.training.files import read_json
 
 missing = [] if os.environ.get("INCUBATE_REQUIRE_LAB") else lab.missing()  # then they fail instead
 pytestmark = pytest.mark.skipif(

@@ -12,8 +12,9 @@ from patience import wait_for
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training import lease
+from incubate_lib.training.files import read_json
 from incubate_lib.training.lease import Lease, Lost, holder
-from incubate_lib.training.runs import PhaseFolder, read_json
+from incubate_lib.training.runs import PhaseFolder
 
 context = multiprocessing.get_context("forkserver")
 

@@ -16,8 +16,9 @@ from timm.models.mlp_mixer import MlpMixer
 from timm.models.vgg import VGG
 from torch import nn
 
+from incubate_lib.method.chain import NotAChain, find_chain
 from incubate_lib.method.incubation import Hybrid, Imitation, assemble, start_module
-from incubate_lib.method.network import NotAChain, divide, divide_at, find_chain, graft, in_names_of, outputs, run_to, without
+from incubate_lib.method.network import divide, divide_at, graft, in_names_of, outputs, run_to, without
 
 SMALL = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "in_chans": 1, "num_classes": 5}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "depth": 6}

@@ -19,7 +19,8 @@ from incubate_lib.phases import train as phases
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training import loop
-from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, read_json
+from incubate_lib.training.files import read_json
+from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder
 from incubate_lib.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("resume")  # one process, so that what is compared with is trained once

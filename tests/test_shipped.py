@@ -12,7 +12,7 @@ from incubate_lib.config import load_settings, presets
 from incubate_lib.data.sets import load_data
 from incubate_lib.phases.networks import model_shape
 from incubate_lib.pipeline import execution
-from incubate_lib.training.runs import read_json
+from incubate_lib.training.files import read_json
 
 MAY_SHRINK = (
     r"model\.(embed_dim|num_heads|depth)|partition\.target_depths|training\.(batch_size|micro_batch|lr_for_batch)|(\w+\.)+(\w+_)?epochs"

@@ -20,8 +20,8 @@ from incubate_lib.data.order import Order
 from incubate_lib.data.sets import ImageSet, load_data
 from incubate_lib.data.stream import PREFETCH, StreamedSet, check_shared_memory
 from incubate_lib.pipeline.strategies import open_phase
+from incubate_lib.training.files import read_json, write_json
 from incubate_lib.training.loop import evaluate
-from incubate_lib.training.runs import read_json, write_json
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 6])

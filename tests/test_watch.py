@@ -25,7 +25,7 @@ from incubate_lib.report.live.watch import find, watch
 from incubate_lib.report.style import Figure
 from incubate_lib.report.tables.records import published
 from incubate_lib.report.widgets import Sentence, Twinned
-from incubate_lib.training.runs import read_json
+from incubate_lib.training.files import read_json
 from incubate_lib.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("watch")  # one process, so that the run of the fixture is made once

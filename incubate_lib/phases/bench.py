@@ -25,13 +25,13 @@ from incubate_lib.config import (
     SettingsError,
     TrainingSettings,
 )
+from incubate_lib.data.counts import IMAGENET, check_numbers, count_images
 from incubate_lib.data.schedule import micro_batches
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.method.incubation import Hybrid
 from incubate_lib.phases.networks import depths_of, model_shape
 from incubate_lib.phases.recipes import prepare
 from incubate_lib.training.costs import train_flops_per_image
-from incubate_lib.training.counts import IMAGENET, check_numbers, count_images
 from incubate_lib.training.stopwatch import Variant, measure, peak_flops, yardstick
 from incubate_lib.training.team import pick_device, provenance, repeat_exactly
 from incubate_lib.training.trainer import Trainer, autocast, compiled, make_optimizer

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from incubate_lib.config import SettingsError
-from incubate_lib.training.runs import read_json
+from incubate_lib.training.files import read_json
 
 
 def label_names(weights: str | Path) -> list[str]:

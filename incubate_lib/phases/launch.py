@@ -25,7 +25,8 @@ from typing import Any
 from incubate_lib import backends
 from incubate_lib.config import SettingsError
 from incubate_lib.phases.job import Job
-from incubate_lib.training.runs import PhaseFolder, Stopped, read_json, write_atomic, write_json
+from incubate_lib.training.files import read_json, write_atomic, write_json
+from incubate_lib.training.runs import PhaseFolder, Stopped
 
 NOISE = re.compile(r"^[WEI]\d{4} |torch/distributed|^\s*$")  # torch's own log
 KINDS = {error.__name__: error for error in (SettingsError, FloatingPointError, Stopped, MemoryError)}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from incubate_lib.config import ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line, nearest
 from incubate_lib.config.members import TASKS
 from incubate_lib.data.schedule import derive_seed
-from incubate_lib.method.network import Chain, NotAChain, Partition, divide, divide_at, find_chain, in_names_of, without
+from incubate_lib.method.chain import Chain, NotAChain, find_chain
+from incubate_lib.method.network import Partition, divide, divide_at, in_names_of, without
 from incubate_lib.networks import register_all
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from incubate_lib.config import SettingsError, data_folder, in_a_line
-from incubate_lib.training.runs import read_json
+from incubate_lib.training.files import read_json
 
 
 def weights_file(path: str | Path) -> Path:

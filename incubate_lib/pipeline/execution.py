@@ -11,8 +11,8 @@ from rich.console import Console
 
 from incubate_lib.config import SettingsError
 from incubate_lib.pipeline.graph import Node, Plan
+from incubate_lib.training.files import read_json, write_json
 from incubate_lib.training.lease import Lease, holder
-from incubate_lib.training.runs import read_json, write_json
 
 ANALYSIS = "06_analysis"
 Parameters = dict[str, Any]  # of a notebook, or those of `open_phase`

@@ -10,7 +10,7 @@ from typing import Any
 
 from incubate_lib.config import Settings, SettingsError, data_folder, presets
 from incubate_lib.phases.facts import Facts, measure
-from incubate_lib.training.runs import read_json, write_json
+from incubate_lib.training.files import read_json, write_json
 
 STOP_FILE = "STOP"  # in the experiment's folder: phases save and stop when they see it
 

@@ -12,7 +12,8 @@ from incubate_lib.config import PhaseSettings, SettingsError
 from incubate_lib.config.members import PHASES
 from incubate_lib.phases.kinds import Phase
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
-from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, write_json
+from incubate_lib.training.files import write_json
+from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from incubate_lib.config import SettingsError, data_folder, nearest
 from incubate_lib.config.members import PHASES
 from incubate_lib.pipeline.strategies import open_phase
-from incubate_lib.training.runs import write_atomic
+from incubate_lib.training.files import write_atomic
 
 # jsonschema would build a grammar for 2 s, for addresses no notebook has
 sys.modules.setdefault("rfc3987_syntax", None)

@@ -20,7 +20,7 @@ from incubate_lib.config.strategies import TrainingChanges, fields_of
 from incubate_lib.phases.facts import Facts
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan, closure
-from incubate_lib.training.runs import read_json
+from incubate_lib.training.files import read_json
 
 # what records that are not as they should be lead to
 DAMAGE = (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError)

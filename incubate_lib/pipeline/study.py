@@ -25,8 +25,8 @@ from incubate_lib.pipeline.execution import is_running, only_run
 from incubate_lib.pipeline.experiment import STOP_FILE, source_of
 from incubate_lib.pipeline.graph import Node, Plan, finished_phases, to_do
 from incubate_lib.pipeline.strategies import plan
+from incubate_lib.training.files import read_json
 from incubate_lib.training.lease import holder
-from incubate_lib.training.runs import read_json
 
 UNDER_WAY = 3  # exit status
 RunRates = dict[str, float]  # phase → learning rate

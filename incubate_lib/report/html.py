@@ -20,7 +20,7 @@ from incubate_lib.report.tables.phases import settings_difference
 from incubate_lib.report.tables.records import Results
 from incubate_lib.report.tables.verdict import lowered
 from incubate_lib.report.words import flop_unit, label
-from incubate_lib.training.runs import read_json, write_atomic
+from incubate_lib.training.files import read_json, write_atomic
 
 
 def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:

@@ -103,4 +103,3 @@ def _kept(network: nn.Module, shape: Sequence[int], partition: Partition | None,
 
 def _fake(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=CPU, requires_grad=tensor.requires_grad)
-

@@ -12,14 +12,13 @@ import json
 import os
 import socket
 import time
-import zipfile
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from incubate_lib.config import PhaseSettings, SettingsError
 from incubate_lib.config.phase import identity
+from incubate_lib.training.files import check_records, is_whole, read_json, replaced, write_atomic, write_json
 from incubate_lib.training.lease import Lease, Lost, holder
 
 METRICS, MNTK = "metrics.jsonl", "mntk.jsonl"  # one line an evaluation: of loss and score, of the modular NTK
@@ -188,7 +187,7 @@ class PhaseFolder:
         import torch
 
         path = self.path / "checkpoint.pt"
-        with _replaced(path) as file:
+        with replaced(path) as file:
             torch.save(state | {"whose": self.whose}, file)
             self._own()
             if path.exists():
@@ -272,33 +271,6 @@ def whose(settings: PhaseSettings, used: dict[str, str] | None) -> dict[str, Any
     return {"hash": settings.digest(), "inputs_sha256": used or {}}
 
 
-def is_whole(weights: Path) -> bool:
-    """Whether a .safetensors file is there and as long as its header says; SettingsError if it may not be read.
-
-    What was truncated, emptied or never written by a full disk is not; a file is read once, unless it changes.
-    """
-    try:
-        about = weights.stat()
-        return _matches(weights, about.st_size, about.st_mtime_ns)
-    except PermissionError:
-        raise SettingsError(f"cannot read {weights}: permission denied") from None
-    except OSError:
-        return False
-
-
-@cache
-def _matches(weights: Path, size: int, changed: int) -> bool:
-    """Whether the header of a .safetensors file describes `size` bytes."""
-    with open(weights, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
-        header = file.read(length) if length <= size else b""
-    try:
-        ends = [about["data_offsets"][1] for name, about in json.loads(header).items() if name != "__metadata__"]
-        return size == 8 + length + max(ends)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return False
-
-
 def _read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint whole, its checksums too, or with `mmap` only what is asked of it; nothing is unpickled."""
     if not path.exists():
@@ -308,47 +280,6 @@ def _read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not mmap:
         check_records(path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-
-def check_records(path: Path) -> None:
-    """Raise ValueError unless all in a zipped torch file is what its checksums say, which torch.load does not look at."""
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"{damaged} is not what its checksum says")
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_atomic(path: Path, blob: bytes) -> None:
-    """Write a file so that a kill or a full disk leaves the old one or the new one, never half."""
-    with _replaced(path) as file:
-        file.write(blob)
-
-
-@contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[BinaryIO]:
-    """Yield a temporary file that takes this name once it is whole and on the disk."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; None if it is not there or not whole, SettingsError if it may not be read."""
-    try:
-        return json.loads(path.read_text())
-    except PermissionError:
-        raise SettingsError(f"cannot read {path}: permission denied") from None
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
 
 
 def _wait_for_lease(folder: PhaseFolder) -> Lease:

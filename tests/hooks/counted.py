@@ -12,7 +12,7 @@ def once(count):
 
     def counted(settings, num_images, num_classes):
         from incubate_lib.phases.facts import Facts
-        from incubate_lib.training.runs import write_json
+        from incubate_lib.training.files import write_json
 
         if any(strategy.get("weights") for strategy in settings.strategies.values()):  # a file, which may change
             return count(settings, num_images, num_classes)

@@ -9,7 +9,8 @@ import time
 from typing import Any
 
 from incubate_lib.backends.interface import Attempt
-from incubate_lib.training.runs import PhaseFolder, read_json, write_json
+from incubate_lib.training.files import read_json, write_json
+from incubate_lib.training.runs import PhaseFolder
 
 AGAIN = 75  # exit status of a verdict: the job is to be requeued
 WARNED = "told to stop (time limit, preemption or cancellation)"

@@ -29,7 +29,8 @@ from incubate_lib.pipeline.execution import ANALYSIS, analysed, is_complete, onl
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
 from incubate_lib.pipeline.graph import Node, Plan, to_do
 from incubate_lib.pipeline.view import Line
-from incubate_lib.training.runs import PhaseFolder, write_atomic, write_json
+from incubate_lib.training.files import write_atomic, write_json
+from incubate_lib.training.runs import PhaseFolder
 
 
 class Slurm(Backend):

@@ -10,7 +10,7 @@ from incubate_lib.backends.slurm.limits import call
 from incubate_lib.backends.slurm.sbatch import job_name
 from incubate_lib.config import SettingsError
 from incubate_lib.pipeline.experiment import Experiment
-from incubate_lib.training.runs import read_json
+from incubate_lib.training.files import read_json
 
 ENDED = re.compile("COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY|BOOT_FAIL|DEADLINE|PREEMPTED|REVOKED")
 

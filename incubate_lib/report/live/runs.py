@@ -16,7 +16,8 @@ from incubate_lib.pipeline.recorded import DAMAGE, read_record, reason
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.records import published_runs, read_table
 from incubate_lib.report.words import metric_of
-from incubate_lib.training.runs import PhaseFolder, read_json, renamed
+from incubate_lib.training.files import read_json
+from incubate_lib.training.runs import PhaseFolder, renamed
 
 BEST = "best"  # stands before a metric's heading: a column for each metric that there is
 COLUMNS = ["name", "state", "date", "settings", "strategies", "seeds", BEST, "device", "note"]

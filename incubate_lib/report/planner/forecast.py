@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from incubate_lib.config import Settings, SettingsError, load_settings, nearest, presets, refuse
+from incubate_lib.data.counts import Images, count_images
 from incubate_lib.data.schedule import micro_batches, total_steps
 from incubate_lib.phases.facts import Facts, count
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest, remaining
@@ -22,7 +23,6 @@ from incubate_lib.report.planner.memory import kind_of, step_memory_of
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import places
 from incubate_lib.report.tables.records import Results
-from incubate_lib.training.counts import Images, count_images
 from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
 # assumed where nothing is said; a realistic ceiling for a ViT-B is 0.7, many runs reach 0.1

@@ -2,9 +2,9 @@
 
 import pandas as pd
 
+from incubate_lib.data.counts import IMAGENET
 from incubate_lib.pipeline.graph import closure
 from incubate_lib.report.planner.forecast import open_plan
-from incubate_lib.training.counts import IMAGENET
 
 PUBLISHED_HOURS = {  # A100-hours: end to end for 300 epochs, Deep Incubation (arXiv 2212.04129)
     "imagenet-vit-b": (290, 390),

@@ -1,0 +1,81 @@
+"""Files that a kill or a full disk leaves whole, and whether those that are there are whole."""
+
+import contextlib
+import json
+import os
+import socket
+import zipfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from incubate_lib.config import SettingsError
+
+
+def is_whole(weights: Path) -> bool:
+    """Whether a .safetensors file is there and as long as its header says; SettingsError if it may not be read.
+
+    What was truncated, emptied or never written by a full disk is not; a file is read once, unless it changes.
+    """
+    try:
+        about = weights.stat()
+        return _matches(weights, about.st_size, about.st_mtime_ns)
+    except PermissionError:
+        raise SettingsError(f"cannot read {weights}: permission denied") from None
+    except OSError:
+        return False
+
+
+@cache
+def _matches(weights: Path, size: int, changed: int) -> bool:
+    """Whether the header of a .safetensors file describes `size` bytes."""
+    with open(weights, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
+        header = file.read(length) if length <= size else b""
+    try:
+        ends = [about["data_offsets"][1] for name, about in json.loads(header).items() if name != "__metadata__"]
+        return size == 8 + length + max(ends)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def check_records(path: Path) -> None:
+    """Raise ValueError unless all in a zipped torch file is what its checksums say, which torch.load does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is not what its checksum says")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_atomic(path: Path, blob: bytes) -> None:
+    """Write a file so that a kill or a full disk leaves the old one or the new one, never half."""
+    with replaced(path) as file:
+        file.write(blob)
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary file that takes this name once it is whole and on the disk."""
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; None if it is not there or not whole, SettingsError if it may not be read."""
+    try:
+        return json.loads(path.read_text())
+    except PermissionError:
+        raise SettingsError(f"cannot read {path}: permission denied") from None
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
