@@ -14,7 +14,7 @@ def stop_after_checkpoints(node, monkeypatch, number: int) -> PhaseFolder:
 
     def save(self, state):
         original(self, state)
-        saved.append(state["step"])
+        saved.append(state["counts"]["step"])
 
     monkeypatch.setattr(PhaseFolder, "save_checkpoint", save)
     monkeypatch.setattr("incubate_lib.training.loop.STATUS_SECONDS", 0.0)

@@ -37,7 +37,7 @@ DAMAGE = {
     "a weight is missing": rewrite(lambda state: state["model"].pop("head.bias")),
     "a weight has another shape": rewrite(lambda state: state["model"].update({"head.bias": torch.zeros(5)})),
     "momentum of another shape": rewrite(lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(5))),
-    "a count is missing": rewrite(lambda state: state.pop("loss_sum")),
+    "a count is missing": rewrite(lambda state: state["counts"].pop("loss_sum")),
     "of another phase": rewrite(lambda state: state["whose"].update(hash="another")),
     "no dictionary": lambda p: torch.save(torch.zeros(1), p),
 }

@@ -129,8 +129,8 @@ def test_who_was_taken_for_dead_writes_nothing_more(data_folder):
         for write in (
             lambda: cut_off.set_status("running", progress={"step": 3}),
             lambda: cut_off.add_metrics({"step": 3}),
-            lambda: cut_off.save_checkpoint({"step": 3}),
-            lambda: cut_off.finish({}, {}),
+            lambda: cut_off.save_checkpoint({"counts": {"step": 3}}),
+            lambda: cut_off.finish({}, {"model": {}}),
         ):
             with pytest.raises(Lost):
                 write()

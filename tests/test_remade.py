@@ -30,7 +30,7 @@ def lose_meta(todo, as_elsewhere: bool) -> None:
     meta.run()
     if as_elsewhere:
         tensors = {name: tensor + 1e-3 for name, tensor in meta.folder.load_weights().items()}
-        meta.folder.finish(meta.summary(), tensors)
+        meta.folder.finish(meta.summary(), {"model": tensors})
     todo.run()
     assert attempts(todo) == {(phase, 1) for phase in ("meta", "incubate", "assemble", "finetune")}
     meta.folder.weights.unlink()

@@ -8,7 +8,6 @@ once and copied.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -115,7 +114,7 @@ class Walk:
                 results, metric = {trial.rate: trial.scores() for trial in group}, group[0].metric
                 means = {rate: metric.sign * fmean(by_seed.values()) for rate, by_seed in results.items()}
                 best = max(means, key=means.get)  # of equal ones the first
-                if not any(map(math.isfinite, results[best].values())):
+                if all(score == metric.worst for score in results[best].values()):
                     where = f"study {self.study.name}, {cell}: in phase {phase} of {name}"
                     rates = f"({', '.join(f'{rate:g}' for rate in results)}); add lower ones to rates.values"
                     raise SettingsError(f"{where} the loss is not finite at any rate {rates}")

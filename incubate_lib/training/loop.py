@@ -203,7 +203,7 @@ def fit(
             if stop or team.decide(save_due):
                 began = time.monotonic()
                 if team.is_first:
-                    folder.save_checkpoint(trainer.state_dict(), step)
+                    folder.save_checkpoint(trainer.state_dict())
                 saved_at = time.monotonic()
                 saving_seconds = saved_at - began
             if stop:

@@ -182,7 +182,7 @@ class PhaseFolder:
             lines.flush()
             os.fsync(lines.fileno())
 
-    def save_checkpoint(self, state: dict[str, Any], step: int) -> None:
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write checkpoint.pt; the one before stays as checkpoint.previous.pt, in case this one is damaged later."""
         import torch
 
@@ -192,7 +192,7 @@ class PhaseFolder:
             self._own()
             if path.exists():
                 os.replace(path, self.path / "checkpoint.previous.pt")
-        self.set_status(saved_step=step)
+        self.set_status(saved_step=state["counts"]["step"])
 
     def load_checkpoint(
         self, check: Callable[[dict[str, Any]], None] = lambda state: None
