@@ -127,7 +127,7 @@ ELSEWHERE = {  # timm's arguments that follow from other settings → what to do
 
 
 class ModelSettings(Frozen):
-    """Any timm Vision Transformer by name; a field left out keeps timm's value for that name.
+    """Any network of timm by name; a field left out keeps timm's value for that name.
 
     Weights are always random: what would have timm load some is refused here, before timm sees it.
     """
