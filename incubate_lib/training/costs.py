@@ -12,7 +12,7 @@ keys once more in the backward pass; `executed_flops_per_image` counts that, too
 import copy
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -36,7 +36,16 @@ def train_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -
     return FlopCounts(image_shape).per_image(model)
 
 
-def executed_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+# given what runs the model, what goes into it, and the loss of an output
+Losses = Callable[[Callable[[Tensor], Any], Tensor, Callable[[Tensor], Tensor]], Iterator[Tensor]]
+
+
+def of_the_output(run: Callable[[Tensor], Any], x: Tensor, loss: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """Yield the losses of an update, each of which is gone through backward before the next is computed: here one."""
+    yield loss(run(x))
+
+
+def executed_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int], losses: Losses = of_the_output) -> int:
     """Return the FLOPs that the model's device executes, forward and backward, for one image [C, H, W] with today's
     requires_grad: with fused attention where the device has it.
 
@@ -47,8 +56,8 @@ def executed_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # batch norm writes to them
     with all_products() as counter, torch.enable_grad():
-        out = functional_call(model, buffers, (x,))
-        torch.autograd.grad(out.float().sum(), learns, allow_unused=True)
+        for loss in losses(lambda x: functional_call(model, buffers, (x,)), x, lambda out: out.float().sum()):
+            torch.autograd.grad(loss, learns, allow_unused=True)
     return counter.get_total_flops() // 2
 
 

@@ -12,7 +12,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -35,12 +35,11 @@ from incubate_lib.method.mat import Piece
 from incubate_lib.tasks import Task
 from incubate_lib.tasks.classification import TASK as CLASSIFICATION
 from incubate_lib.training.adaptive import Adaptive
-from incubate_lib.training.costs import executed_flops_per_image
+from incubate_lib.training.costs import Losses, executed_flops_per_image, of_the_output
 from incubate_lib.training.team import ALONE, Team
 
 NO_DECAY = {"pos_embed", "cls_token", "reg_token", "dist_token"}  # besides biases and norms, in every phase
 DataSet = ImageSet | StreamedSet
-Losses = Callable[[Callable[[Tensor], Any], Tensor, Callable[[Tensor], Tensor]], Iterator[Tensor]]
 
 
 @dataclass
@@ -64,11 +63,6 @@ class Counts:
     def load_state_dict(self, state: dict[str, float]) -> None:
         for field in fields(self):
             setattr(self, field.name, state[field.name])
-
-
-def of_the_output(run: Callable[[Tensor], Tensor], x: Tensor, loss: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    """Yield the losses of an update, each of which is gone through backward before the next is computed: here one."""
-    yield loss(run(x))
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
@@ -226,7 +220,7 @@ class Trainer:
         self.counts.flops_executed += self.executed_now() * self.settings.batch_size
         if self.ema is not None:
             self.ema.update(self.model, step)
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum() / self.number
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean() * (len(losses) // self.number)
 
     def flops_now(self) -> int:
         """Return the FLOPs of a training image with what trains at present, counted as budgets are: on the meta device."""
@@ -240,7 +234,7 @@ class Trainer:
         key = tuple(self.mat.updates.active.tolist()) if self.mat else ()
         if key not in self.executed_of:
             with autocast(self.device, self.precision):
-                self.executed_of[key] = executed_flops_per_image(self.model, self.train.shape)
+                self.executed_of[key] = executed_flops_per_image(self.model, self.train.shape, self.losses)
         return self.executed_of[key]
 
     def _run(self, x: Tensor) -> Any:
