@@ -316,7 +316,7 @@ def test_mat_and_its_controls_go_through_the_notebooks_to_a_report(tmp_path, mon
     assert cost["mat"] < cost["mat_multirate"] < cost["end_to_end"] + summaries["mat"]["mat"]["flops"]
     assert summaries["mat"]["steps"] == summaries["end_to_end"]["steps"] and len(summaries["mat"]["mat"]["units"]) == 12
     module = read_json(run / "seed-0" / "deep_incubation_mat" / "incubate-1" / "summary.json")
-    assert [unit.split(".")[0] for unit in module["mat"]["units"]] == ["target"] * 4
+    assert [unit.split(".")[0] for unit in module["mat"]["units"]] == ["network"] * 4
     assert "mat" not in read_json(run / "seed-0" / "meta" / "summary.json")
     page = (run / "report.html").read_text()
     assert "Modular Adaptive Training" in page and "What looking at the kernels cost" in page

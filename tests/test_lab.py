@@ -28,7 +28,7 @@ SMOKE = {"preset": "smoke"}
 EPOCH = 12  # steps of an epoch of smoke
 SERIES = {  # parameters other than the committed ones, so that it takes seconds; words that stand there when it has run
     "00_quickstart": (SMOKE | {"depth": 6, "meta_epochs": 2, "epochs": 1}, "Measured on"),
-    "01_meta_model": (SMOKE, "The meta model gets"),
+    "01_meta_model": (SMOKE, "The meta model's accuracy on the"),
     "02_incubate_module": (SMOKE, "after incubation"),
     "03_assemble": (SMOKE, "Assembled, before any fine-tuning"),
     "04_finetune": (SMOKE, "Cost:"),
