@@ -146,7 +146,7 @@ def test_rankings(rank):
     elif rank == "inverted":
         assert set(chosen.nonzero().flatten().tolist()) == set(order[3:])
     elif rank == "random":
-        draws = {tuple(trainer.mat._ranked(chosen, values, step).tolist()) for step in range(20)}
+        draws = {tuple(trainer.mat.ranked(chosen, values, step).tolist()) for step in range(20)}
         assert len(draws) > 5 and all(sum(draw) == 3 for draw in draws)
     assert len(record["effective_ranks"]) == 6 and all(1 <= r <= 4 for r in record["effective_ranks"])
 
@@ -200,7 +200,7 @@ def test_counted_flops_are_those_of_the_real_step(kind, stop_error):
     full = trainer.flops_now()
     for step, active in enumerate(masks(len(trainer.mat.units))):
         trainer.mat.active = active
-        trainer._apply(step)
+        trainer.apply(step)
         trainer.executed_now(), trainer.flops_now()  # counted now, not within the step
         with without_recomputation(), FlopCounterMode(display=False) as counter:
             trainer.step(step)
@@ -260,7 +260,7 @@ def test_what_the_device_executes_is_counted_beside_it(kind, precision):
     trainer.precision, trainer.executed_of = precision, {}
     for step, active in enumerate(masks(len(trainer.mat.units))[:2]):
         trainer.mat.active = active
-        trainer._apply(step)
+        trainer.apply(step)
         trainer.executed_now(), trainer.flops_now()  # counted now, not within the step
         with FlopCounterMode(display=False) as counter:
             trainer.step(step)

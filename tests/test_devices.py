@@ -304,7 +304,7 @@ def test_what_the_first_failing_rank_said_is_raised(tmp_path):
     for rank, kind, moment in [(0, "ConnectionError", 2.0), (1, "FloatingPointError", 1.0)]:
         report = {"rank": rank, "time": moment, "kind": kind, "message": f"{kind} of {rank}", "traceback": "here"}
         launch.write_json(tmp_path / f"rank-{rank}.json", report)
-    error = launch._failure(folder, 2, "t", "")
+    error = launch.failure_of(folder, 2, "t", "")
     assert type(error) is FloatingPointError and str(error) == "FloatingPointError of 1"
 
 

@@ -17,7 +17,7 @@ from checkpoints import DEPTHS, KINDS, images_of, network, opened, released, sam
 from incubate_lib.cli import main
 from incubate_lib.config import SettingsError
 from incubate_lib.phases.networks import build_model
-from incubate_lib.phases.released import _settings, import_released, read_released
+from incubate_lib.phases.released import import_released, read_released, settings_of
 
 
 @pytest.mark.parametrize("what", DEPTHS)
@@ -63,7 +63,7 @@ def test_a_released_checkpoint_becomes_a_timm_folder_with_the_same_logits(kind, 
 def test_the_architecture_follows_from_names_and_shapes(name, options, found):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=1000, **options)
-        s = _settings(model.state_dict(), "a file", None, None)
+        s = settings_of(model.state_dict(), "a file", None, None)
         again = build_model(s, s.depth, 1000)
     assert (s.name, s.img_size, s.patch_size, s.num_heads, s.options) == found
     assert s.depth == len(model.blocks) and again.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads

@@ -147,7 +147,7 @@ def test_only_one_layers_gradients_are_in_memory_at_a_time(monkeypatch):
     from incubate_lib.method import mntk
 
     alive, most = [], []
-    original = mntk._places
+    original = mntk.places
 
     def watched(layer, x, delta):
         result = original(layer, x, delta)
@@ -155,7 +155,7 @@ def test_only_one_layers_gradients_are_in_memory_at_a_time(monkeypatch):
         alive.append(weakref.ref(result[0]))
         return result
 
-    monkeypatch.setattr(mntk, "_places", watched)
+    monkeypatch.setattr(mntk, "places", watched)
     model, images = with_kernels("vit")
     for kind in ("blocks", "heads"):
         most.clear(), alive.clear()

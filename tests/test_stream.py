@@ -70,7 +70,7 @@ def read_for_ever(folder: str, output: str, stop: str) -> None:
     os.environ["INCUBATE_STOP"] = stop
     settings = DataSettings(source="folder", folder=folder)
     train, _ = load_data(settings, shape=(3, 16, 16), machine=MachineSettings(workers=2))
-    reader = iter(train._loader(TrainingSettings(), [[(0, 0)]] * 1_000_000, 1))
+    reader = iter(train.loader(TrainingSettings(), [[(0, 0)]] * 1_000_000, 1))
     for number, _ in enumerate(reader):
         write_json(Path(output), {"read": number, "workers": [worker.pid for worker in reader._workers]})
 

@@ -81,7 +81,7 @@ class StreamedSet:
             [(int(i), derive_seed(seed, epoch, int(place))) for i, place in zip(images, places, strict=True)]
             for epoch, places, images in order
         )
-        yield from self._read(self._loader(order.settings, sampler, order.devices))
+        yield from self._read(self.loader(order.settings, sampler, order.devices))
 
     def finish(self, images: Tensor, recipe: TrainingSettings) -> Tensor:
         """Normalise, and erase rectangles on the device, drawing from the global generators."""
@@ -96,7 +96,7 @@ class StreamedSet:
             check_shared_memory(self, devices=devices)
             mine = range(rank, len(self), devices)
             batches = [[(i, 0) for i in mine[k : k + EVAL_BATCH]] for k in range(0, len(mine), EVAL_BATCH)]
-            self.eval_loader = self._loader(None, batches, devices)
+            self.eval_loader = self.loader(None, batches, devices)
         for images, labels in self._read(self.eval_loader):
             yield self.normalise(images), labels
 
@@ -149,7 +149,8 @@ class StreamedSet:
         semaphores = (3 * workers + 8) * mmap.PAGESIZE
         return min(workers * PREFETCH + 2, batches) * one + _tensor_bytes(self.source.opener) + semaphores
 
-    def _loader(self, recipe: TrainingSettings | None, batches: Any, devices: int) -> DataLoader:
+    def loader(self, recipe: TrainingSettings | None, batches: Any, devices: int) -> DataLoader:
+        """Return what reads these batches of places ahead, augmented if there is a recipe."""
         workers, start_method = self._workers(devices), self.machine.start_method
         multiprocessing.set_forkserver_preload([__name__])  # so that workers need not import torch each
         return DataLoader(

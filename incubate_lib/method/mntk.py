@@ -240,7 +240,7 @@ def _owners(layers: Mapping[str, nn.Module], units: Sequence[Unit]) -> dict[str,
 def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor, delta: Tensor) -> None:
     """Add what one layer's parameters give to the kernels, from inputs x [M, …, I] and gradients of its outputs."""
     if _is_matrix(layer) and owners.keys() <= {"weight", "bias"}:
-        x, delta = _places(layer, x, delta)
+        x, delta = places(layer, x, delta)
         if isinstance(owners.get("weight"), int) and owners.get("weight") == owners.get("bias"):
             x, owners = F.pad(x, (0, 1), value=1.0), {"weight": owners["weight"]}  # the bias is the weight of a constant input
         for short, owner in owners.items():
@@ -282,7 +282,7 @@ def _is_layer_norm(layer: nn.Module) -> bool:
     return type(layer) in (nn.LayerNorm, LayerNorm) and "forward" not in vars(layer)
 
 
-def _places(layer: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def places(layer: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Return inputs [M, T, I] and output gradients [M, T, O] of a layer that is a matrix product at each place."""
     if isinstance(layer, nn.Conv2d):
         x = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)

@@ -78,7 +78,7 @@ def train_on_devices(job: Job, folder: PhaseFolder) -> dict[str, Any]:
         process.stdout.close()
     if process.returncode == 0 and (summary := folder.finished()):
         return summary
-    raise _failure(folder, machine.team_size, job.title, "".join(last))
+    raise failure_of(folder, machine.team_size, job.title, "".join(last))
 
 
 def _on_each_node(nodes: int) -> list[str]:
@@ -96,7 +96,7 @@ def _meeting_point() -> tuple[str, str]:
         return socket.gethostname(), str(server.getsockname()[1])
 
 
-def _failure(folder: PhaseFolder, devices: int, title: str, output: str) -> Exception:
+def failure_of(folder: PhaseFolder, devices: int, title: str, output: str) -> Exception:
     """Make the exception of the rank that failed first."""
     reports = [report for path in folder.path.glob("rank-*.json") if (report := read_json(path))]
     if not reports:

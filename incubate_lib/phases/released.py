@@ -68,7 +68,7 @@ def read_released(
         _check_order(files, found)
         stages = [file[i] for i, file in enumerate(found)]
     whole = _joined(stages)
-    settings = _settings(whole, str(files[0]), name, num_heads)
+    settings = settings_of(whole, str(files[0]), name, num_heads)
     depths = [_depth(stage) for stage in stages]
     if not all(depths):
         raise SettingsError(f"{files[0]}: stage {depths.index(0)} has no blocks")
@@ -185,7 +185,7 @@ def _check_order(files: Sequence[str | Path], found: list[list[State]]) -> None:
                 )
 
 
-def _settings(whole: State, path: str, name: str | None, num_heads: int | None) -> ModelSettings:
+def settings_of(whole: State, path: str, name: str | None, num_heads: int | None) -> ModelSettings:
     """Infer the architecture from names and shapes."""
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight")
     if missing := [key for key in needed if key not in whole]:

@@ -85,7 +85,7 @@ class Adaptive:
         record: dict[str, Any] = {"step": step, "eigenvalues": self.history[-1], "effective_ranks": ranks, "cut": None}
         if decides:
             choice = choose(torch.tensor(self.history).double(), alpha=how.alpha, beta=how.beta, threshold=how.threshold)
-            self.active = self._ranked(choice.active, eigenvalues, step)
+            self.active = self.ranked(choice.active, eigenvalues, step)
             record |= {"cut": choice.cut, "forced": choice.forced}
         flops, executed = (
             self.team.devices * (probe + decides * rank)  # each device does it
@@ -101,7 +101,7 @@ class Adaptive:
         """
         self.executed = self._count(self.model, self.images)
 
-    def _ranked(self, active: Tensor, eigenvalues: Tensor, step: int) -> Tensor:
+    def ranked(self, active: Tensor, eigenvalues: Tensor, step: int) -> Tensor:
         """Return the units that train: MAT's, or as many by another ranking, for a control."""
         if self.settings.rank == "mntk":
             return active

@@ -170,10 +170,11 @@ class Trainer:
             record = self.mat.probe(step)
         self.counts.flops += record["flops"]
         self.counts.flops_executed += record["flops_executed"]
-        self._apply(step)
+        self.apply(step)
         return record
 
-    def _apply(self, step: int) -> None:
+    def apply(self, step: int) -> None:
+        """Let exactly the units train that do so in update `step`."""
         if self.mat and self.mat.updates.apply(self.mat.wanted(step)):
             self.wrap()
 
@@ -181,7 +182,7 @@ class Trainer:
         """Take up the images from update `step` on."""
         order = Order(len(self.train), self.settings, self.seed, step, self.steps, rank=self.team.rank, devices=self.team.devices)
         self.batches = self.train.batches(order)
-        self._apply(step)  # of a checkpoint; what it costs is counted before the clock starts
+        self.apply(step)  # of a checkpoint; what it costs is counted before the clock starts
         if self.team.is_first:
             self.flops_now()
         if self.mat:
@@ -192,7 +193,7 @@ class Trainer:
     def step(self, step: int) -> Tensor:
         """Do update `step` (0-based) and return this device's mean loss, without waiting for the device."""
         losses = []
-        self._apply(step)
+        self.apply(step)
         (self.model if self.mat else self.optimizer).zero_grad(set_to_none=True)  # of divided parameters it holds views only
         for k in range(self.number):
             began = time.perf_counter()
