@@ -83,7 +83,7 @@ class Paper(Backend):
         """Do what stands first, in a process that knows nothing of this class."""
         first, *rest = read_json(todo.experiment.path / "list.json")
         (node,) = (node for node in todo.nodes if node.key == first["key"])
-        asked = [node.notebook, str(node.folder.path / "notebook.ipynb")]
+        asked = [node.work[0], str(node.folder.path / "notebook.ipynb")]
         asked += [first["source"] | {"strategy": node.strategy, "seed": first["seed"]}]
         env = os.environ | {"INCUBATE_HEADLESS": "1", "INCUBATE_THREADS": "1"}
         subprocess.run([sys.executable, "-c", NOTEBOOK, json.dumps(asked)], env=env, check=True, timeout=HANG)

@@ -67,21 +67,21 @@ def test_released_freezing_costs_what_method_says_at_vit_b():
 def test_the_released_twin_computes_the_same_and_trains_the_target_alone(made, index):
     ours = made.ours("incubate", index)
     twin = made.released(ours)
-    prefix, target, suffix = twin.model
-    assert twin.against is ours and twin.model.training and all(m.training for m in prefix.modules())
-    assert not any(p.requires_grad for p in prefix.parameters())
-    assert all(p.requires_grad for p in [*target.parameters(), *suffix.parameters()])
-    before = {name: p.clone() for name, p in twin.model.named_parameters()}
+    owner, model = ours.model.partition.owner, twin.model
+    parts = {name: (owner(name) > index) - (owner(name) < index) for name, _ in model.named_parameters()}  # behind it: 1
+    assert twin.against is ours and all(layer.training for layer in model.modules())
+    assert all(p.requires_grad == (parts[name] >= 0) for name, p in model.named_parameters())
+    before = {name: p.clone() for name, p in model.named_parameters()}
     for seen in (1, 2):
         torch.testing.assert_close(twin.step(), ours.step())
-        gradients = [p.grad.clone() for p in suffix.parameters()]
+        gradients = [p.grad.clone() for name, p in model.named_parameters() if parts[name] > 0]
         if seen == 1:
             first = gradients
-    moved = {name.split(".")[0] for name, p in twin.model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {"1"}
-    assert len(first) == len(list(suffix.parameters())), "computed"
+    moved = {parts[name] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {0}
+    assert len(first) == sum(part > 0 for part in parts.values()), "computed"
     assert all(torch.linalg.norm(b) > 1.5 * torch.linalg.norm(a) for a, b in zip(first, gradients) if a.any()), "never cleared"
-    assert all(p.grad is None for p in [*ours.model.suffix.parameters(), *ours.model.prefix.parameters()])
+    assert all(p.grad is None for name, p in ours.model.network.named_parameters() if parts[name] != 0)
 
 
 def test_the_bare_loop_trains_the_same_network(made):

@@ -83,7 +83,7 @@ def test_a_phases_hash_knows_everything_in_it():
     )  # fmt: skip
     other = {
         "phase": "meta", "seed": 1, "data": DataSettings(test_images=500), "model": ModelSettings(depth=4),
-        "target_depths": [1, 3], "meta_depths": [2, 1], "group": "finetune", "task": "regression",
+        "target_depths": [1, 3], "meta_depths": [2, 1], "group": "finetune", "task": "regression", "cuts": ["norm"],
         "training": TrainingSettings(lr=2e-3), "mat": MATSettings(), "inputs": {"meta": "abd"}, "format": 99,
         "precision": "bfloat16", "options": {"start": "random", "module_index": 1},
     }  # fmt: skip
