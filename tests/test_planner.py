@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import timm
 import torch
 from layouts import settings_file, write_folder, write_shards
 from networks import cut, vit
@@ -177,6 +178,13 @@ def test_memory_of_a_hybrid_is_that_of_its_parts():
     assert first.activations == first.gradients == 0, "nothing waits for the backward pass before the target"
     assert target.gradients > 0 and last.gradients == 0 and last.activations > 0, "behind it the error passes through"
     assert sum(p.weights for p in parts) == sum(p.numel() * 4 for p in hybrid.parameters())
+
+
+def test_memory_of_a_network_whose_last_map_has_one_place():
+    """Batch norm cannot train on a single number a channel."""
+    with torch.device("meta"):
+        model = timm.create_model("resnet10t")
+    assert step_memory(model, (3, 32, 32)).activations > 0
 
 
 def test_alike_blocks_are_counted_once_and_the_sum_is_exact():

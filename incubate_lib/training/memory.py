@@ -71,13 +71,13 @@ def _memory(network: nn.Module, shape: Sequence[int], partition: Partition | Non
         module = partition.owner(name) if partition else 0
         size[module] += parameter.numel() * parameter.element_size()
         trained[module] += parameter.numel() * parameter.element_size() * parameter.requires_grad
-    one, three = (
-        by_module(network, partition, lambda thinned, n=n: _kept(thinned, (n, *shape), partition, precision)) for n in (1, 3)
+    two, four = (  # batch norm cannot train on one image
+        by_module(network, partition, lambda thinned, n=n: _kept(thinned, (n, *shape), partition, precision)) for n in (2, 4)
     )
     memory = []
-    for weights, learned, first, all_three in zip(size, trained, one, three, strict=True):
-        image = (all_three - first) // 2
-        memory.append(StepMemory(weights, learned, ADAM_STATES * learned, max(0, first - image), image))
+    for weights, learned, first, all_four in zip(size, trained, two, four, strict=True):
+        image = (all_four - first) // 2
+        memory.append(StepMemory(weights, learned, ADAM_STATES * learned, max(0, first - 2 * image), image))
     return memory
 
 
