@@ -6,7 +6,7 @@
 PYTHON ?= python3
 PRESET ?= digits
 BIN = .venv/bin
-FAST = method training splits data config bad_input cli report
+FAST = method starts training splits data config bad_input cli report
 LOWEST = $(addprefix tests/test_,floors.py augmentation.py data.py stream.py presets.py import.py)
 LOWEST += "tests/test_shipped.py::test_every_preset_trains_two_epochs_through_its_notebooks[smoke]"
 

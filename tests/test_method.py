@@ -1,7 +1,6 @@
 """The method's defining properties, on networks small enough to compare bit for bit."""
 
 import copy
-import functools
 import itertools
 import re
 import subprocess
@@ -12,68 +11,17 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from timm.models.mlp_mixer import MlpMixer
-from timm.models.vgg import VGG
+from families import NETWORKS, SHAPE, K, build, divided, pair, some_images
 from torch import nn
 
 from incubate_lib.method.chain import NotAChain, find_chain
-from incubate_lib.method.incubation import Hybrid, Imitation, assemble, start_module
-from incubate_lib.method.network import divide, divide_at, graft, in_names_of, outputs, run_to, without
-
-SMALL = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "in_chans": 1, "num_classes": 5}
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "depth": 6}
-NETWORKS = {  # plain ViTs that differ in where stem and head keep their weights, then other families
-    "vit": ("vit_tiny_patch16_224", VIT),
-    "vit-average": ("vit_tiny_patch16_224", VIT | {"global_pool": "avg"}),
-    "vit-registers": ("vit_tiny_patch16_224", VIT | {"reg_tokens": 2, "no_embed_class": True}),
-    "vit-map": ("vit_tiny_patch16_224", VIT | {"global_pool": "map", "class_token": False}),
-    "clip": ("vit_base_patch16_clip_224", VIT),
-    "deit-layer-scale": ("deit_tiny_patch16_224", VIT | {"init_values": 0.1, "qkv_bias": False}),
-    "deit-distilled": ("deit_tiny_distilled_patch16_224", VIT),
-    "swin": ("swin_tiny_patch4_window7_224", {
-        "img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (2, 4), "num_heads": (2, 2),
-    }),
-    "mixer": (MlpMixer, {"img_size": 32, "patch_size": 8, "num_blocks": 6, "embed_dim": 16}),
-    "resnet": ("resnet18", {"channels": (8, 8, 16, 16), "layers": (2, 2, 2, 3)}),
-    "resnet-preact": ("resnetv2_18", {"channels": (8, 8, 16, 16), "stem_chs": 8, "layers": (2, 2, 2, 3)}),
-    "convnext": ("convnext_atto", {"depths": (2, 2, 3, 2), "dims": (8, 8, 16, 16)}),
-    "mobilenet": ("mobilenetv2_035", {}),
-    "vgg": (VGG, {"cfg": (8, 8, "M", 8, 8, "M", 16, 16, 16, "M")}),
-}  # fmt: skip
-K = 3
-SHAPE = (3, 32, 32)
-
-
-def build(name, seed=0, **options):
-    """A network of NETWORKS whose branches all count: none starts at zero, which would hide errors."""
-    stock, own = NETWORKS[name]
-    torch.manual_seed(seed)
-    make = functools.partial(timm.create_model, stock) if isinstance(stock, str) else stock
-    model = make(num_classes=5, **own | options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim < 4:
-                parameter.add_(0.1 * torch.rand_like(parameter))
-    return model.eval()
-
-
-def divided(name, **options):
-    with torch.device("meta"):
-        chain = find_chain(build(name, **options), SHAPE)
-    number = len(chain.blocks)
-    return divide(chain, [number * (i + 1) // K - number * i // K for i in range(K)])
-
-
-def pair(name, seed=0, **options):
-    """The meta model, with one block in each module, the target and how that is divided."""
-    partition = divided(name)
-    rest = [block for i in range(K) for block in partition.blocks(i)[1:]]
-    return without(build(name, seed), rest), build(name, seed + 1, **options), partition
+from incubate_lib.method.incubation import Hybrid, Imitation, assemble
+from incubate_lib.method.network import divide, divide_at, graft, in_names_of, outputs, run_to
 
 
 @pytest.fixture
 def images():
-    return torch.randn(7, *SHAPE, generator=torch.Generator().manual_seed(1))
+    return some_images()
 
 
 def loss(model, images):
@@ -217,51 +165,12 @@ def test_an_imitations_loss_is_the_distance_of_the_two_modules_outputs(name, ind
     assert all((p.grad is not None) == p.requires_grad for p in imitation.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("index", range(K))
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "vgg"])
-def test_identity_start_computes_what_its_meta_module_computes(name, index, images):
-    meta, target, partition = pair(name)
-    expected = meta(images)
-    start_module(target, meta, partition, index, "identity", inherit_stem=True, inherit_head=True)
-    torch.testing.assert_close(Hybrid(meta, target, partition, index).eval()(images), expected, rtol=0, atol=1e-6)
-
-
-def test_an_identity_start_needs_ways_around_the_weights():
-    meta, target, partition = pair("vgg")
-    with pytest.raises(ValueError, match="nothing leads around the weights of features"):
-        for index in range(K):
-            start_module(target, meta, partition, index, "identity")
-
-
-def test_stack_start_copies_and_does_not_share():
-    small, large = (timm.create_model("vit_tiny_patch16_224", depth=depth, **SMALL) for depth in (4, 8))
-    own, partition = (divide(find_chain(copy.deepcopy(m), (1, 8, 8)), d) for m, d in ((small, [2, 2]), (large, [4, 4])))
-    meta = in_names_of(small, own, large, partition)
-    start_module(large, meta, partition, 0, "stack", inherit_stem=True)
-    weights = [block.attn.qkv.weight for block in large.blocks[:4]]
-    sources = [small.blocks[i].attn.qkv.weight for i in (0, 0, 1, 1)]
-    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(weights, sources, strict=True))
-    assert torch.equal(large.pos_embed, small.pos_embed)
-
-
 def test_a_shallow_network_takes_the_names_of_a_deep_one(images):
     small, large = build("vit", depth=3), build("vit")
     meta = in_names_of(small, divided("vit", depth=3), large, divided("vit"))
     assert torch.equal(meta(images), small(images))
     assert {name.split(".")[1] for name in meta.state_dict() if name.startswith("blocks.")} == {"0", "2", "4"}
     assert meta.state_dict()["blocks.2.attn.qkv.weight"].data_ptr() == small.blocks[1].attn.qkv.weight.data_ptr()
-
-
-def test_random_start_changes_nothing_unless_stem_or_head_are_inherited():
-    meta, target, partition = pair("vit")
-    before = copy.deepcopy(target.state_dict())
-    for index in range(K):
-        start_module(target, meta, partition, index, "random")
-    assert all(torch.equal(target.state_dict()[name], value) for name, value in before.items())
-    for index in range(K):
-        start_module(target, meta, partition, index, "random", inherit_stem=True, inherit_head=True)
-    changed = {name.split(".")[0] for name, value in before.items() if not torch.equal(target.state_dict()[name], value)}
-    assert changed == {"patch_embed", "pos_embed", "cls_token", "norm", "head"}
 
 
 @pytest.mark.parametrize("depths", [[], [6, 0], [3, 2], [2, 2, 3], [-1, 7]])

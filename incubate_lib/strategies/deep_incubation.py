@@ -10,6 +10,7 @@ from pydantic import Field
 
 from incubate_lib.config import SettingsError, refuse
 from incubate_lib.config.strategies import Inner, StrategySettings, TrainingChanges, epochs_in
+from incubate_lib.phases.kinds.incubate import StartName
 from incubate_lib.strategies import Kind
 
 Part = Literal["meta", "incubate", "finetune"]
@@ -21,7 +22,7 @@ class DeepIncubation(StrategySettings):
     is_cut: ClassVar[bool] = True
 
     kind: Literal["deep_incubation"]
-    start: Literal["random", "stack", "identity"] = "random"  # of each target module
+    start: StartName = "random"  # of each target module
     inherit_stem: bool = False  # module 1 starts with the meta model's embedding
     inherit_head: bool = False  # module K starts with the meta model's norm and head
     weights: str | None = None  # a trained meta model, relative to data/

@@ -4,7 +4,7 @@ Files of tasks import torch where they compute only: the names of metrics are as
 """
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,15 @@ class Metric:
     def ahead(self, value: Any, other: Any) -> Any:
         """Return how far a value, or each of a table's, is ahead of another, in `points`: above zero it is better."""
         return self.sign * self.scale * (value - other)
+
+
+# given what runs the model, what goes into it, and the loss of an output
+Losses = Callable[[Callable[["Tensor"], Any], "Tensor", Callable[["Tensor"], "Tensor"]], Iterator["Tensor"]]
+
+
+def of_the_output(run: Callable[["Tensor"], Any], x: "Tensor", loss: Callable[["Tensor"], "Tensor"]) -> Iterator["Tensor"]:
+    """Yield the losses of an update, each of which is gone through backward before the next is computed: here one."""
+    yield loss(run(x))
 
 
 class Task:

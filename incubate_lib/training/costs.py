@@ -12,7 +12,7 @@ keys once more in the backward pass; `executed_flops_per_image` counts that, too
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from incubate_lib.method.network import Partition, has_layer, without
+from incubate_lib.tasks import Losses, of_the_output
 
 
 def train_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
@@ -34,15 +35,6 @@ def train_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -
     if any(parameter.device.type != "meta" for parameter in model.parameters()):
         model = copy.deepcopy(model).to("meta")
     return FlopCounts(image_shape).per_image(model)
-
-
-# given what runs the model, what goes into it, and the loss of an output
-Losses = Callable[[Callable[[Tensor], Any], Tensor, Callable[[Tensor], Tensor]], Iterator[Tensor]]
-
-
-def of_the_output(run: Callable[[Tensor], Any], x: Tensor, loss: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    """Yield the losses of an update, each of which is gone through backward before the next is computed: here one."""
-    yield loss(run(x))
 
 
 def executed_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int], losses: Losses = of_the_output) -> int:

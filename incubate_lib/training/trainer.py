@@ -32,10 +32,10 @@ from incubate_lib.data.scratch import own_folder
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.data.stream import StreamedSet
 from incubate_lib.method.mat import Piece
-from incubate_lib.tasks import Task
+from incubate_lib.tasks import Losses, Task, of_the_output
 from incubate_lib.tasks.classification import TASK as CLASSIFICATION
 from incubate_lib.training.adaptive import Adaptive
-from incubate_lib.training.costs import Losses, executed_flops_per_image, of_the_output
+from incubate_lib.training.costs import executed_flops_per_image
 from incubate_lib.training.team import ALONE, Team
 
 NO_DECAY = {"pos_embed", "cls_token", "reg_token", "dist_token"}  # besides biases and norms, in every phase

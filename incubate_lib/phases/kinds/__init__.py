@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from incubate_lib.config import Frozen, ModelSettings, PhaseSettings
+from incubate_lib.tasks import of_the_output
 
 __path__ = pkgutil.extend_path(__path__, __name__)
 
@@ -67,7 +68,7 @@ class Phase:
 
         `run` is the model, compiled or not, in the phase's precision; `loss` is the task's, of an output.
         """
-        yield loss(run(x))
+        return of_the_output(run, x, loss)
 
     def groups(self, model: "nn.Module") -> list[list["nn.Parameter"]]:
         """Return the parameters that learn together: their gradients are clipped by one norm."""

@@ -5,11 +5,13 @@ from typing import Any, Literal
 from incubate_lib.config import Frozen, ModelSettings, PhaseSettings
 from incubate_lib.phases.kinds import Inputs, Phase
 
+StartName = Literal["random", "stack", "identity"]
+
 
 class Start(Frozen):
     """How a target module begins."""
 
-    start: Literal["random", "stack", "identity"] | None = None
+    start: StartName | None = None
     inherit_stem: bool = False
     inherit_head: bool = False
 
