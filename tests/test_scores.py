@@ -56,11 +56,11 @@ def test_less_is_better_in_words_and_tables():
     made = results({"end_to_end": [3.5, 3.52, 3.51], "growing": [2.5, 2.51, 2.52]})
     told, shown = made.verdict(), comparison(made)
     assert made.metric is PERPLEXITY
-    assert "1.00 perplexity better than end to end (clear at 95 %, 3 of 3 seeds better)" in told
+    assert "perplexity 1.00 better than end to end (clear at 95 %, 3 of 3 seeds better)" in told
     assert "The meta model alone has 3.00 for 0.10 times" in told and "not better on average: end to end." in told
     assert shown.loc["perplexity"].tolist() == ["3.51 ± 0.01", "2.51 ± 0.01"] and "meta model" in shown.index
     worse = results({"end_to_end": [2.5, 2.52, 2.51], "growing": [3.5, 3.51, 3.52]}).verdict()
-    assert "1.00 perplexity worse" in worse and "0 of 3 seeds better" in worse
+    assert "perplexity 1.00 worse" in worse and "0 of 3 seeds better" in worse
 
 
 def test_a_study_reaches_what_is_at_most_as_much():

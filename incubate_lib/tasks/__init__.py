@@ -58,6 +58,10 @@ class Metric:
         """What differences are counted in."""
         return "points" if self.unit == "%" else self.unit or self.label
 
+    def apart(self, amount: str, side: str) -> str:
+        """Return a difference in words, e.g. `2.5 points better`; of what has no unit `mean error 0.30 better`."""
+        return f"{self.label} {amount} {side}" if self.points == self.label else f"{amount} {self.points} {side}"
+
     @property
     def differences(self) -> str:
         """What stands beside a scale of differences, e.g. `points of top-1`."""

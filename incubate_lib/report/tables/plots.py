@@ -169,7 +169,7 @@ def convergence(results: Results) -> Figure:
         seeds = results.strategies.loc[results.strategies["strategy"] == name, "seed"].nunique()
         axis.set(ylabel=results.metric.axis(), title=f"{label(name)} against end to end (n = {seeds})")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=9, loc="lower right")
+        axis.legend(fontsize=9, loc="lower right" if results.metric.higher_is_better else "upper right")  # where no curve ends
     axes[-1].set_xlabel(f"training cost spent ({unit}), modules one after another")
     return figure
 

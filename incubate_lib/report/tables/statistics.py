@@ -94,7 +94,7 @@ def points_text(row: pd.Series) -> str:
     """Return a difference in words: "2.5 points better"; `row` says which metric it is of."""
     gain, metric = row["gain"], tasks.metric(row["metric"])
     side = "better" if gain > 0 else "worse" if gain < 0 else "better or worse"
-    return f"{rounded(abs(gain), metric.digits)} {metric.points} {side}"
+    return metric.apart(rounded(abs(gain), metric.digits), side)
 
 
 def verdict_text(row: pd.Series) -> str:
