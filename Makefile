@@ -1,13 +1,13 @@
 # make run          set up and run the main job: the whole chain on real images (preset digits)
 # make test         set up and run every test
 # make test-fast    those of the method, the loop, data, settings and tables: a part of `make test`, in two minutes
-# make test-lowest  the lowest versions that pyproject.toml allows, in an environment of their own: images, presets, imports
+# make test-lowest  the lowest versions that pyproject.toml allows, in an environment of their own: images, presets, costs
 # make lab          set up and open JupyterLab on the notebooks
 PYTHON ?= python3
 PRESET ?= digits
 BIN = .venv/bin
 FAST = method starts training splits data config bad_input cli report
-LOWEST = $(addprefix tests/test_,floors.py augmentation.py data.py stream.py presets.py import.py)
+LOWEST = $(addprefix tests/test_,floors.py adaptive.py augmentation.py data.py stream.py presets.py import.py)
 LOWEST += "tests/test_shipped.py::test_every_preset_trains_two_epochs_through_its_notebooks[smoke]"
 
 .PHONY: run test test-fast test-lowest lab

@@ -262,7 +262,7 @@ def test_what_the_device_executes_is_counted_beside_it(kind, precision):
         trainer.mat.active = active
         trainer.apply(step)
         trainer.executed_now(), trainer.flops_now()  # counted now, not within the step
-        with FlopCounterMode(display=False) as counter:
+        with all_products() as counter:
             trainer.step(step)
         assert counter.get_total_flops() == 8 * trainer.executed_now()
     executed, flops = trainer.executed_now(), trainer.flops_now()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from incubate_lib.method.network import Partition, has_layer, without
 from incubate_lib.tasks import Losses, of_the_output
@@ -54,12 +54,19 @@ def executed_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]
 
 
 def all_products() -> FlopCounterMode:
-    """Return a counter that knows the products in place and with vectors, too, which torch's own passes over."""
+    """Return a counter that knows the products in place and with vectors, too, which torch's own passes over.
+
+    And the fused attention of CPUs, which torch 2.15 counts and 2.11 does not.
+    """
     aten = torch.ops.aten
+    fused = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+    }
     behind = {aten.addmm_, aten.baddbmm_, aten.addbmm, aten.addbmm_, aten.addmv, aten.addmv_}  # what is added to comes first
     return FlopCounterMode(
         display=False,
-        custom_mapping={op: _product(1) for op in behind} | {op: _product(0) for op in (aten.mv, aten.dot, aten.vdot)},
+        custom_mapping={op: _product(1) for op in behind} | {op: _product(0) for op in (aten.mv, aten.dot, aten.vdot)} | fused,
     )
 
 
