@@ -11,12 +11,10 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-Run = tuple[Any, dict[str, Any]]  # a plan (pipeline.graph.Plan), and its source: preset and overrides, as notebooks take them
-
 
 @dataclass(frozen=True)
 class Submitted:
-    """What became of runs that were handed over."""
+    """What became of a run that was handed over."""
 
     ids: list[str] = field(default_factory=list)  # of the jobs that are new
     # exit status, where all has ended: 0 done, 1 something failed, 130 stopped; none: jobs go on
@@ -65,18 +63,17 @@ class Backend:
     def places(self, devices: int, settings: Any = None) -> int | None:
         """Return how many phases of so many devices go on side by side; none: as many as there are."""
 
-    # -- runs
+    # -- a run: a plan (pipeline.graph.Plan)
 
-    def submit(self, runs: list[Run], settings: Any, console: Any, *, notebooks: bool = True) -> Submitted:
-        """Hand over what is missing of some runs, and their analyses.
+    def submit(self, plan: Any, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> Submitted:
+        """Hand over what is missing of a run: its phases, each as the path of its file.
 
-        Without `notebooks` phases alone will do, each once, though several runs share it. Where phases begin later their
-        folders are made now, so that `incubate status` knows of them. SettingsError before anything begins if it cannot be
-        done.
+        `analysis` are the parameters of the notebook that is to follow; without it phases alone will do, without their
+        notebooks. SettingsError before anything begins if it cannot be done.
         """
         raise NotImplementedError
 
-    def preview(self, runs: list[Run], settings: Any) -> None:
+    def preview(self, plan: Any, settings: Any, *, analysis: dict[str, Any]) -> None:
         """Print what `submit` would hand over."""
         raise NotImplementedError
 

@@ -16,13 +16,13 @@ from incubate_lib.pipeline.view import node_line, render
 
 def status(options: argparse.Namespace) -> None:
     todo = _started(options)
-    lines = [node_line(node) for node in todo.nodes]
+    lines, folders = [node_line(node) for node in todo.nodes], {node.key: node.folder.path for node in todo.nodes}
     backend = backends.of(todo.experiment)
     messages = backend.states(todo, lines)
     Console().print(render(lines, place=backend.title))
     for line in lines:
         if line.state in ("failed", "lost"):
-            print(f"log of {line.key}: {todo.experiment.path / line.key / 'log.txt'}")
+            print(f"log of {line.key}: {folders[line.key] / 'log.txt'}")
     print(*messages, f"folder: {todo.experiment.path}", sep="\n")
 
 
@@ -33,7 +33,8 @@ def stop(options: argparse.Namespace) -> None:
 def logs(options: argparse.Namespace) -> None:
     options.strategies = options.seeds = None
     todo = _started(options)
-    log = todo.experiment.path / _one_phase(options.phase, [node.key for node in todo.nodes]) / "log.txt"
+    folders = {node.key: node.folder.path for node in todo.nodes} | {"analysis": todo.experiment.path}
+    log = folders[_one_phase(options.phase, list(folders))] / "log.txt"
     why = "the phase has not begun, or its node does not see this folder"
     refuse(not log.exists(), f"{log} is not there: {why}")
     with open(log, errors="replace") as file:
@@ -45,8 +46,6 @@ def logs(options: argparse.Namespace) -> None:
 
 def _one_phase(wanted: str, keys: list[str]) -> str:
     """Return the folder of the phase that is meant; SettingsError unless it is exactly one."""
-    if wanted == "analysis":
-        return ""
     found = [key for key in keys if key == wanted] or [key for key in keys if wanted in key]
     refuse(not found, f"{wanted!r} is no phase; {nearest(wanted, keys)}")
     refuse(len(found) > 1, f"{wanted!r} is {len(found)} phases: {', '.join(found)}")

@@ -37,11 +37,11 @@ def run(options: argparse.Namespace) -> int | None:
         from incubate_lib.data.sets import unused_in_words
 
         print(unused_in_words(unused, todo.experiment.facts.num_classes), flush=True)
-    runs = [(todo, source_of(options.preset, options.set))]
+    analysis = source_of(options.preset, options.set) | todo.arguments
     if options.dry_run:
-        backend.preview(runs, asked)
+        backend.preview(todo, asked, analysis=analysis)
         return None
-    submitted = backend.submit(runs, asked, Console())
+    submitted = backend.submit(todo, asked, Console(), analysis=analysis)
     if submitted.status == 0:
         print(f"Finished in {time.monotonic() - began:.0f} s.")
     if submitted.ids:
@@ -65,8 +65,7 @@ def study(options: argparse.Namespace) -> int | None:
 
     about = load_study(options.study, options.set)
     if options.stop:
-        stopping = grid.stop(about)
-        print(f"{stopping} run(s) of {about.name} are asked to stop" if stopping else f"nothing of {about.name} is under way")
+        print(f"{about.name} is asked to stop" if grid.stop(about) else f"nothing of {about.name} is under way")
         return None
     machines = [about.settings(cell).machine for cell in about.cells()]
     devices = max(machine.devices for machine in machines)

@@ -76,7 +76,7 @@ class Settings(Frozen):
             said = f"strategies.{name}.budget has no meaning: phases say already how many epochs it lasts"
             refuse(budget, said)
             for phase in strategy.trains:
-                self._check_fits(self.training_of(name, phase), f"phase {phase} of strategy {name}")
+                self.check_fits(self.training_of(name, phase), f"phase {phase} of strategy {name}")
                 self.mat_of(name, phase)  # raises where changes do not fit
         return self
 
@@ -93,7 +93,7 @@ class Settings(Frozen):
             circle = f"match goes round in a circle: {' → '.join(seen[seen.index(seen[-1]) :])}"
             refuse(seen[-1] in seen[:-1], f"{circle}; give one of them its epochs")
 
-    def _check_fits(self, training: TrainingSettings, where: str) -> None:
+    def check_fits(self, training: TrainingSettings, where: str) -> None:
         """Raise SettingsError when a recipe asks for what these images or this many devices cannot give."""
         streamed, machine = self.data.is_streamed, self.machine
         images = f"{'streamed' if streamed else 'held in memory'} (data.source {self.data.source!r})"

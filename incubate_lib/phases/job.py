@@ -1,26 +1,116 @@
-"""What training a phase takes, as one value: handed to the process that trains, and written as JSON for several."""
+"""A resolved phase: all that training it takes, as one value and as a file.
 
+Settings are resolved to phases once. From then on a phase is the path of its file, `phases/<digest>/phase.json` below the data
+folder: notebooks, kernels, processes, ranks and jobs of clusters are given that, and nobody plans again.
+"""
+
+import json
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from incubate_lib.config import Frozen, MachineSettings, PhaseSettings
+from pydantic import ValidationError
+
+from incubate_lib.config import Frozen, MachineSettings, PhaseSettings, SettingsError, data_folder, error_message
+from incubate_lib.config.members import PHASES
+from incubate_lib.phases.facts import Facts
+from incubate_lib.training.files import read_json, write_atomic
+from incubate_lib.training.runs import PhaseFolder
+
+FILE = "phase.json"
+Model = TypeVar("Model", bound=Frozen)
 
 
 class Job(Frozen):
-    """One phase to be trained in `folder`.
-
-    `inputs` are the folders of the phases it starts from, or a file of weights; `about` is added to the summary
-    (strategy, names of the inputs' folders, SHA-256 of their weights); `flops_per_image` is the counted training cost,
-    `expected` the number of training images and classes that was planned with.
-    """
+    """One phase. Its settings say what it is, and from which phases it starts; the rest says how it comes to be trained."""
 
     settings: PhaseSettings
-    folder: Path
-    title: str
-    about: dict[str, Any]
-    inputs: dict[str, Path]
-    flops_per_image: int
-    expected: tuple[int, int]
+    facts: Facts  # of its images and networks
     machine: MachineSettings
+    strategy: str  # the first one that needs it
+    run: str  # that has it trained, for people
+    weights: Path | None = None  # a file that it starts from
+    # while it is trained:
     stop_files: dict[str, int | None] = {}  # a file that stops the phase when touched: its time stamp before
     lease: int = 0  # the number of the folder's lease that this phase trains under
+
+    @cached_property
+    def digest(self) -> str:
+        return self.settings.digest()
+
+    @property
+    def folder(self) -> PhaseFolder:
+        return PhaseFolder.of(self.digest)
+
+    @property
+    def title(self) -> str:
+        """Name for people, modules counted from one."""
+        what = PHASES[self.settings.phase].title(self.settings)
+        return f"seed {self.settings.seed} {what}" + ("" if what in ("meta", self.strategy) else f", {self.strategy}")
+
+    @property
+    def path(self) -> str:
+        """Where it is written, relative to the data folder: nodes of a cluster may have that elsewhere."""
+        return str((self.folder.path / FILE).relative_to(data_folder()))
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        """The folders of the phases that it starts from; "weights": a file."""
+        folders = {name: PhaseFolder.of(digest).path for name, digest in self.settings.inputs.items()}
+        return folders | ({"weights": self.weights} if self.weights else {})
+
+    def used(self) -> dict[str, str]:
+        """Return the SHA-256 of the weights that it starts from, as far as they are there."""
+        given = {"weights": self.settings.inputs["weights"]} if self.weights else {}
+        done = {name: PhaseFolder(path).summary() for name, path in self.inputs.items() if name not in given}
+        return {name: summary["weights_sha256"] for name, summary in done.items() if summary} | given
+
+    @property
+    def work(self) -> tuple[str, str | None]:
+        """What is executed: its notebook, and the name of the copy; of a kind without one the phase itself, and None."""
+        notebook = PHASES[self.settings.phase].notebook
+        return (notebook, "notebook.ipynb") if notebook else (self.settings.phase, None)
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return what is recorded of this phase, trained from the inputs that are there, or None."""
+        return self.folder.summary(self.digest, self.used())
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the summary if the weights are there, too: nothing is left to train."""
+        return self.folder.finished(self.digest, self.used())
+
+    def is_complete(self) -> bool:
+        """Whether it is finished and its executed notebook, if its kind has one, is there."""
+        _, copy = self.work
+        return self.finished() is not None and (copy is None or (self.folder.path / copy).exists())
+
+    @property
+    def flops_per_image(self) -> int:
+        """The counted cost of training."""
+        return self.facts.flops_of(self.settings)
+
+    def write(self) -> None:
+        """Write it into its folder, unless it stands there."""
+        text = self.model_dump_json(exclude_unset=True, indent=1) + "\n"
+        file = self.folder.path / FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists() or file.read_text() != text:
+            write_atomic(file, text.encode())
+
+
+def read_job(path: str | Path) -> Job:
+    """Return the phase in a file; relative paths begin in the data folder. SettingsError if it cannot be read."""
+    file = data_folder() / path
+    values = read_json(file)
+    if values is None:
+        raise SettingsError(f"{file} is {'damaged' if file.exists() else 'not there'}; `incubate run` writes it again")
+    return checked(Job, values, str(file))
+
+
+def checked(model: type[Model], values: Any, where: str) -> Model:
+    """Return what has these values, which stand in a file; SettingsError if they are none of today's."""
+    try:
+        return model.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        what = f"{where} is of another version of this package, or damaged"
+        raise SettingsError(f"{what}: {error_message(error)}") from None

@@ -30,15 +30,17 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
     Returns the summary, None for other devices. Raises SettingsError when the images are not those that were planned with.
     """
     s = job.settings
-    home = PhaseFolder(job.folder, Lease(job.folder / "lease", job.lease), whose(s, job.about["inputs_sha256"]))
+    path, about = job.folder.path, whose(job.digest, job.used())
+    home = PhaseFolder(path, Lease(path / "lease", job.lease), about)
     repeat_exactly(team.device, job.machine.deterministic, strictly=bool(s.target_depths or s.meta_depths))
     machine = stage(s.data, job.machine)
     train, eval_set = load_data(s.data, team.device, model_shape(s.model), machine)
-    if (len(train), train.num_classes) != job.expected:
+    expected = job.facts.num_images, job.facts.num_classes
+    if (len(train), train.num_classes) != expected:
         raise SettingsError(
-            f"there are {len(train)} training images in {train.num_classes} classes, but {job.expected[0]} in "
-            f"{job.expected[1]} when this experiment began; look at data.folder (machine.data_folder), or give the "
-            "experiment another name"
+            f"there are {len(train)} training images in {train.num_classes} classes, but {expected[0]} in "
+            f"{expected[1]} when this run was planned; look at data.folder (machine.data_folder), or give the "
+            "run another name"
         )
     if s.data.is_streamed:
         check_shared_memory(eval_set, train, s.training, team.devices)
@@ -78,8 +80,8 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
         "train_images": len(train),
         "eval_images": len(eval_set),
     }
-    identity = {"phase": s.seeded_as, "module_index": s.module_index, "seed": s.seed, "hash": s.digest()}
-    return home.finish(identity | job.about | numbers | {"provenance": provenance(team.device)}, kind.results(kept))
+    identity = {"phase": s.seeded_as, "module_index": s.module_index, "seed": s.seed, "strategy": job.strategy}
+    return home.finish(identity | about | numbers | {"provenance": provenance(team.device)}, kind.results(kept))
 
 
 def _stop_asked(stop_files: dict[str, int | None]) -> Callable[[], bool]:

@@ -12,8 +12,9 @@ from subprocess import DEVNULL, STDOUT, Popen
 
 from incubate_lib import backends
 from incubate_lib.config import SettingsError, load_settings
-from incubate_lib.pipeline.execution import who_runs
+from incubate_lib.pipeline.execution import wanted_by, who_runs
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment, source_of
+from incubate_lib.pipeline.recorded import recorded_plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.lease import holder
 
@@ -65,8 +66,7 @@ def start_run(
     backends.check_nodes([settings.machine])
     experiment = Experiment.of(settings)
     _check_free(experiment)
-    experiment = plan(settings, strategies, seeds).experiment
-    experiment.create()  # with what planning has measured, so that the other process need not
+    plan(settings, strategies, seeds).write()  # with what planning has measured, so that the other process need not
     command = [sys.executable, "-m", "incubate_lib.cli", "run", source_of(preset, ())["preset"]]
     command += [f"--set={override}" for override in overrides] + ["--seeds", *map(str, seeds)]
     command += ["--strategies", *strategies] if strategies else []
@@ -125,7 +125,16 @@ def stop_run(experiment: Experiment) -> str:
     if not experiment.is_known():
         raise SettingsError(f"nothing to stop: there is no run in {experiment.path}")
     (experiment.path / STOP_FILE).touch()
+    kept = []
+    for node in recorded_plan(experiment.path).nodes:
+        if node.folder.trainer() is None:
+            continue
+        if other := wanted_by(node.digest, but=experiment.path):
+            kept.append(f"; {node.title} goes on, because run {other} needs it, too")
+        else:
+            node.folder.stop_file.touch()
     for backend in (backends.of(experiment), backends.get()):
         if words := backend.stop(experiment):
-            return words
-    return f"no `incubate run` is at work in {experiment.path}; phases that notebooks train there are asked to stop"
+            return words + "".join(kept)
+    nobody = f"no `incubate run` is at work in {experiment.path}; phases that notebooks train there are asked to stop"
+    return nobody + "".join(kept)

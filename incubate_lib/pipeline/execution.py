@@ -9,16 +9,27 @@ from typing import Any
 
 from rich.console import Console
 
-from incubate_lib.config import SettingsError
+from incubate_lib.config import SettingsError, data_folder
+from incubate_lib.phases.job import Job
+from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.training.files import read_json, write_json
 from incubate_lib.training.lease import Lease, holder
 
 ANALYSIS = "06_analysis"
-Parameters = dict[str, Any]  # of a notebook, or those of `open_phase`
+WANTS = "wants.json"
+Parameters = dict[str, Any]  # of a notebook
 
 
-def start(folder: Path, what: str, parameters: Parameters, output: str | None, threads: int, gpus: Sequence[str] = ()) -> Process:
+def start(job: Job, threads: int, gpus: Sequence[str] = (), *, notebook: bool = True) -> Process:
+    """Start a phase in a process of its own with its cores and GPUs: its notebook, if it has one and that is wanted."""
+    what, output = job.work if notebook else (job.settings.phase, None)
+    return start_notebook(job.folder.path, what, {"phase": job.path}, output, threads, gpus)
+
+
+def start_notebook(
+    folder: Path, what: str, parameters: Parameters, output: str | None, threads: int, gpus: Sequence[str] = ()
+) -> Process:
     """Start a notebook, to be kept as `output`, or a phase alone, in a process of its own, with its cores and GPUs.
 
     What it prints is appended to log.txt.
@@ -58,15 +69,9 @@ def last_error(log: Path, start: int = 0) -> str | None:
     return errors[-1].removeprefix("error: ") if errors else None
 
 
-def is_complete(node: Node) -> bool:
-    """Whether a phase is finished and its executed notebook, if its kind has one, is there."""
-    _, copy = node.work
-    return node.finished() is not None and (copy is None or (node.folder.path / copy).exists())
-
-
 def is_finished(plan: Plan) -> bool:
     """Whether all phases and the analysis are done."""
-    return all(is_complete(node) for node in plan.nodes) and analysed(plan)
+    return all(node.job.is_complete() for node in plan.nodes) and analysed(plan)
 
 
 def _seen(plan: Plan) -> dict[str, str | None]:
@@ -82,11 +87,11 @@ def analysed(plan: Plan) -> bool:
     return there and read_json(path / "analysed.json") == _seen(plan)
 
 
-def analyse(plan: Plan, source: dict[str, Any], console: Console, threads: int) -> int:
+def analyse(plan: Plan, parameters: Parameters, console: Console, threads: int) -> int:
     """Run the analysis notebook and return an exit status."""
     path, seen = plan.experiment.path, _seen(plan)
     console.print("Analysis …")
-    process = start(path, ANALYSIS, source | plan.arguments, f"{ANALYSIS}.ipynb", threads)
+    process = start_notebook(path, ANALYSIS, parameters, f"{ANALYSIS}.ipynb", threads)
     try:
         process.join()
     except KeyboardInterrupt:
@@ -98,6 +103,24 @@ def analyse(plan: Plan, source: dict[str, Any], console: Console, threads: int) 
         return 1
     write_json(path / "analysed.json", seen)
     return 0
+
+
+def want(path: Path, nodes: Sequence[Node]) -> None:
+    """Say in a run's folder which phases it is to have trained, while it is at work."""
+    file = path / WANTS
+    if nodes:
+        write_json(file, [node.digest for node in nodes])
+    else:
+        file.unlink(missing_ok=True)
+
+
+def wanted_by(digest: str, but: Path) -> str | None:
+    """Return the name of a run, or study, at work here that is to have this phase trained, other than one; None if none is."""
+    for file in (*data_folder().glob(f"runs/*/{WANTS}"), *data_folder().glob(f"studies/*/{WANTS}")):
+        path = file.parent
+        if path != but and digest in (read_json(file) or ()) and is_running(path) and not (path / STOP_FILE).exists():
+            return path.name
+    return None
 
 
 @contextlib.contextmanager

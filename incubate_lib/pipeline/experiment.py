@@ -1,18 +1,28 @@
-"""The folder of one set of settings below data/runs, and what is known of it before anything is trained."""
+"""A run: a name below data/runs, and in its run.json which phases it is made of.
 
+The phases themselves lie in data/phases, where every run finds them that is made of the same. What a run was planned as stands
+in run.json under the hash of its settings: called again, nothing is measured or planned. Other settings under the same name get
+a new run.json, and the former is kept as run.<n>.json.
+"""
+
+import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from incubate_lib.config import Settings, SettingsError, data_folder, presets
 from incubate_lib.phases.facts import Facts, measure
+from incubate_lib.phases.job import checked
 from incubate_lib.training.files import read_json, write_json
 
-STOP_FILE = "STOP"  # in the experiment's folder: phases save and stop when they see it
+STOP_FILE = "STOP"  # in a run's folder: no phase of it is begun any more
+INDEX = "run.json"
+VERSION = version("incubate-lib")
 
 
 def source_of(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -23,47 +33,102 @@ def source_of(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The folder of one set of settings, below data/runs."""
+    """A run's folder, and the settings that it has."""
 
-    settings: Settings
+    settings: Settings | None  # none: a study, of which each cell has its own
     path: Path
     given: Facts | None = None
+    known_as: str = ""  # the hash under which its record was found: settings that are read from there may have another
 
     @classmethod
     def of(cls, settings: Settings, facts: Facts | None = None) -> "Experiment":
-        """Find the folder for these settings: `<name>`; `<name>-<hash>` for a variant, made by `--set` or by an edited file."""
-        runs = data_folder() / "runs"
-        plain, variant = runs / settings.name, runs / f"{settings.name}-{settings.digest()[:6]}"
-        is_plain = not settings.is_variant and _owner(plain) in (None, settings.digest())
-        return cls(settings, plain if is_plain else variant, facts)
+        return cls(settings, data_folder() / "runs" / settings.name, facts)
+
+    @classmethod
+    def of_study(cls, name: str) -> "Experiment":
+        """Return the folder of a study; its cells have settings of their own."""
+        return cls(None, data_folder() / "studies" / name)
+
+    @cached_property
+    def hash(self) -> str:
+        return self.known_as or self.settings.digest()
 
     @cached_property
     def facts(self) -> Facts:
-        """What planning must know; measured unless it was given or the experiment's folder has it already."""
-        if self.is_known():
-            return Facts.model_validate(read_json(self.path / "experiment.json")["facts"])
+        """What planning must know; measured unless it was given or a record has it already."""
+        if record := self.record():
+            return checked(Facts, record["facts"], str(self.path / INDEX))
         return self.given or measure(self.settings)
 
+    def record(self) -> dict[str, Any] | None:
+        """Return what is recorded of a run with these settings, the present one or a former; None if there is nothing."""
+        return next((record for _, record in self._records() if record["hash"] == self.hash), None)
+
     def is_known(self) -> bool:
-        """Whether this experiment has been started before."""
-        return _owner(self.path) == self.settings.digest()
+        """Whether a run with these settings was begun."""
+        return self.record() is not None
+
+    def is_present(self) -> bool:
+        """Whether the settings of this name that were run last are these."""
+        return any(file.name == INDEX and record["hash"] == self.hash for file, record in self._records())
+
+    def _records(self) -> list[tuple[Path, dict[str, Any]]]:
+        files = [self.path / INDEX, *sorted(self.path.glob("run.*.json"), reverse=True)]
+        found = ((file, read_json(file)) for file in files)
+        return [(file, record) for file, record in found if is_record(record)]
 
     def started(self) -> tuple[list[str], list[int]]:
-        """Return the strategies and seeds that have a folder here, in the settings' order."""
-        seeds = sorted(int(p.name.removeprefix("seed-")) for p in self.path.glob("seed-*"))
-        names = {p.name for p in self.path.glob("seed-*/*")}
-        return [name for name in self.settings.strategies if name in names], seeds
+        """Return the strategies and seeds of which phases are recorded, in the settings' order."""
+        phases = (self.record() or {}).get("phases", {})
+        seeds = {int(key.split("/")[0].removeprefix("seed-")) for key in phases}
+        names = {key.split("/")[1] for key in phases}
+        return [name for name in self.settings.strategies if name in names], sorted(seeds)
 
-    def create(self) -> None:
-        """Make the folder and say in it whose it is; SettingsError if other settings took it first."""
-        if _owner(self.path) is None:
-            record = {"hash": self.settings.digest(), "settings": self.settings.model_dump(mode="json")}
-            record["facts"] = self.facts.model_dump(mode="json")
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "experiment.json", record)
-        if _owner(self.path) != self.settings.digest():
-            hint = "give yours another name (--set name=…)"
-            raise SettingsError(f"{self.path} belongs to other settings; {hint}")
+    def write(self, phases: Mapping[str, dict[str, Any]], finals: Mapping[tuple[str, int], str]) -> None:
+        """Record phases (key → what `Node.record` says) and what ends a strategy, beside those that are recorded; link them.
+
+        Where another run has the name its record is kept under another.
+        """
+        known = dict(self._records())
+        present = self.path / INDEX
+        record = self.record() or {"phases": {}, "finals": []}
+        both = record["phases"] | phases
+        ends = {(name, seed): key for name, seed, key in record["finals"]} | finals
+        whole = both == record["phases"] and len(ends) == len(record["finals"])
+        if whole and record == known.get(present) and record["version"] == VERSION:
+            self._link({key: phase["digest"] for key, phase in both.items()})
+            return
+        about = {
+            "hash": self.hash,
+            "version": VERSION,
+            "settings": self.settings.model_dump(mode="json"),
+            "facts": self.facts.model_dump(mode="json", exclude_unset=True),
+            "phases": both,
+            "finals": [[*end, key] for end, key in ends.items()],
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        if present.exists() and not self.is_present():
+            numbers = [int(file.name.split(".")[1]) for file in known if file != present]
+            os.replace(present, self.path / f"run.{max(numbers, default=0) + 1}.json")
+        write_json(present, about)
+        for file, former in known.items():
+            if file != present and former["hash"] == self.hash:
+                file.unlink(missing_ok=True)
+        self._link({key: phase["digest"] for key, phase in both.items()})
+
+    def _link(self, digests: dict[str, str]) -> None:
+        """Have names for people lead to the phases, and to no others, where the file system has links."""
+        with contextlib.suppress(OSError):
+            for link in [path for path in self.path.glob("seed-*/**/*") if path.is_symlink()]:
+                if str(link.relative_to(self.path)) not in digests:
+                    link.unlink()
+            for key, digest in digests.items():
+                link = self.path / key
+                target = os.path.relpath(data_folder() / "phases" / digest, link.parent)
+                if not link.is_symlink() or os.readlink(link) != target:
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(target)
 
     def check_writable(self) -> None:
         """Raise SettingsError unless the data folder can be read and written; leaves nothing behind."""
@@ -79,7 +144,7 @@ class Experiment:
             raise SettingsError(f"data folder {data_folder()}: {why}") from None
 
 
-def _owner(path: Path) -> str | None:
-    """Return the hash of the settings an experiment's folder belongs to; None if it is nobody's yet."""
-    record = read_json(path / "experiment.json")
-    return record.get("hash", "nobody we know") if isinstance(record, dict) else record and "nobody we know"
+def is_record(record: Any) -> bool:
+    """Whether a run.json is one of ours."""
+    kinds = {"hash": str, "settings": dict, "facts": dict, "phases": dict, "finals": list}
+    return isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())

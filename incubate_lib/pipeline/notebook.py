@@ -6,12 +6,13 @@ paths and half-saved widget state. The copy appears under its final name only wh
 """
 
 import ast
+import contextlib
 import json
 import logging
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def check_parameters(name: str, parameters: dict[str, Any]) -> None:
     phase = next((PHASES[kind].group for kind in PHASES if PHASES[kind].notebook == name), None)
     if phase:
         defaults = {key: ast.literal_eval(known[key]["default"]) for key in known}
-        open_phase(phase, **defaults | parameters)  # settings, strategy, seed and module_index fit together
+        given = defaults | parameters
+        open_phase(phase, path=given.pop("phase"), **given)  # settings, strategy, seed and module_index fit together
 
 
 def execute(name: str, output: Path, parameters: dict[str, Any], **client: Any) -> None:
@@ -119,28 +121,18 @@ def without_paths(text: str) -> str:
     return found.sub(lambda match: places.get(match[0], match[0]), text)
 
 
-def run(name: str, output: str, parameters: dict[str, Any], **client: Any) -> int:
-    """Execute a notebook and return an exit status; the reason of a failure is the last line printed."""
-    return report_errors(lambda: execute(name, Path(output), parameters, **client))
-
-
-def run_phase(phase: str, parameters: dict[str, Any]) -> int:
-    """Train a phase without its notebook, likewise."""
-    return report_errors(lambda: open_phase(phase, **parameters).run())
-
-
-def report_errors(work: Callable[[], Any]) -> int:
-    """Do some work and return an exit status; the reason of a failure is the last line printed."""
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """End the process where the work within goes wrong; the reason is the last line printed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        work()
+        yield
     except SettingsError as error:
         print(f"error: {error}", flush=True)
-        return 2
+        raise SystemExit(2) from None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         if hasattr(error, "ename"):  # papermill's, of a cell
             reason = f"{error.ename}: {error.evalue}"
         print(f"error: {reason.strip().splitlines()[0]}", flush=True)
-        return 1
-    return 0
+        raise SystemExit(1) from None

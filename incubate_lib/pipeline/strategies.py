@@ -5,6 +5,7 @@ Planning checks everything that can be checked before anything is trained or wri
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,15 +19,19 @@ from incubate_lib.config import (
     Settings,
     SettingsError,
     TrainingSettings,
+    data_folder,
     error_message,
     load_settings,
+    refuse,
 )
 from incubate_lib.config.members import PHASES, STRATEGIES
 from incubate_lib.config.strategies import StrategySettings
-from incubate_lib.data.schedule import steps_per_epoch, total_steps
+from incubate_lib.data.schedule import steps_per_epoch
 from incubate_lib.phases.facts import Facts
+from incubate_lib.phases.job import Job, read_job
 from incubate_lib.pipeline.experiment import Experiment
-from incubate_lib.pipeline.graph import Node, Plan, closure, longest
+from incubate_lib.pipeline.graph import Node, Plan, closure, cost, longest
+from incubate_lib.pipeline.recorded import recorded, recorded_plan
 
 
 def plan(
@@ -49,11 +54,13 @@ def plan(
         settings.strategy(name)
     experiment = Experiment.of(settings, facts)
     experiment.check_writable()
+    wanted = [(name, seed) for seed in seeds for name in strategies]
+    if known := recorded(experiment, wanted):
+        return known
     built = _Strategies(settings, experiment)
-    finals = {(name, seed): built.strategy(name, seed) for seed in seeds for name in strategies}
-    wanted = {node.key for node in closure(finals.values())}
-    nodes = [node for key, node in built.nodes.items() if key in wanted]
-    return Plan(experiment, nodes, finals, {node.key: built.flops(node) for node in nodes})
+    finals = {(name, seed): built.strategy(name, seed) for name, seed in wanted}
+    used = {node.key for node in closure(finals.values())}
+    return Plan(experiment, [node for key, node in built.nodes.items() if key in used], finals)
 
 
 def open_phase(
@@ -64,8 +71,17 @@ def open_phase(
     strategy: str | None = None,
     seed: int = 0,
     module_index: int | None = None,
+    path: str = "",
 ) -> Node:
-    """Return one phase of one strategy, for a notebook: `open_phase("incubate", module_index=2).run()`."""
+    """Return one phase of one strategy, for a notebook: `open_phase("incubate", module_index=2).run()`.
+
+    Or a resolved one by the `path` of its file, relative to the data folder; nothing else may be given with it.
+    """
+    if path:
+        own = "end_to_end" if phase == "end_to_end" else "deep_incubation"  # a notebook's default
+        others = preset != "digits" or overrides or seed or module_index or strategy not in (None, own)
+        refuse(others, f"phase is {path!r}, which says all; leave preset, overrides, seed, strategy and module_index as they are")
+        return _resolved(phase, path)
     settings = load_settings(preset, overrides)
     if strategy is None:
         kind = "end_to_end" if phase == "end_to_end" else "deep_incubation"
@@ -80,6 +96,18 @@ def open_phase(
     return found[0]
 
 
+def _resolved(phase: str, path: str) -> Node:
+    """Return a phase from its file, in the run that has it trained; SettingsError if it is another kind of phase."""
+    job = read_job(path)
+    kinds = job.settings.phase, job.settings.seeded_as
+    refuse(phase not in kinds, f"{path} is a phase {kinds[0]!r}, and this is for phases {phase!r}")
+    whole = recorded_plan(data_folder() / "runs" / job.run)
+    found = [node for node in whole.nodes if node.digest == job.digest]
+    gone = f"run {job.run} has other settings by now, and its phase {path} is not one of them; run it again"
+    refuse(not found, gone)
+    return replace(found[0], job=job)
+
+
 class _Strategies:
     """Builds the nodes of strategies, each once."""
 
@@ -90,15 +118,6 @@ class _Strategies:
     def strategy(self, name: str, seed: int) -> Node:
         """Add the nodes of a strategy and return the last of them."""
         return STRATEGIES[self.settings.strategy(name).kind].build(Builder(self, name, seed))
-
-    def flops(self, node: Node) -> int:
-        """Return the training FLOPs of a whole phase."""
-        training = node.settings.training
-        return 0 if training is None else self.cost(training, self.facts.flops_of(node.settings))
-
-    def cost(self, training: TrainingSettings, flops_per_image: int) -> int:
-        steps = total_steps(training.epochs, self.facts.num_images, training.batch_size)
-        return flops_per_image * training.batch_size * steps
 
 
 class Builder:
@@ -131,17 +150,17 @@ class Builder:
         final = self.built.strategy(self.own.match, self.seed)
         if self.own.get("match_on") == "critical_path":
             nodes = closure([final])
-            flops = {node.key: self.built.flops(node) for node in nodes}
+            flops = {node.key: node.flops for node in nodes}
             return self.own.budget * len(self.facts.target_depths) * longest(nodes, flops)[final.key]
         return self.own.budget * self.spent(final)
 
     def spent(self, node: Node) -> int:
         """Return the training FLOPs of a phase and of all that it starts from."""
-        return sum(map(self.built.flops, closure([node])))
+        return sum(before.flops for before in closure([node]))
 
     def cost(self, training: TrainingSettings, flops_per_image: int) -> int:
         """Return the training FLOPs of a phase with these settings."""
-        return self.built.cost(training, flops_per_image)
+        return cost(training, flops_per_image, self.facts.num_images)
 
     def lasting(self, phase: str, flops: float, per_image: int) -> TrainingSettings:
         """Return the settings of a phase that lasts as long as costs so many FLOPs."""
@@ -199,7 +218,9 @@ class Builder:
             | ({"weights": facts.weights[weights]} if weights else {}),
         )
         key = f"seed-{self.seed}/" + (key or f"{self.name}/{kind}")
-        node = Node(key, self.name, settings, self.built.experiment, inputs, weights)
+        run = {"machine": self.settings.machine, "strategy": self.name, "run": self.built.experiment.path.name}
+        file = {"weights": weights} if weights else {}
+        node = Node(key, Job(settings=settings, facts=facts, **run, **file), self.built.experiment, inputs)
         return self.built.nodes.setdefault(key, node)
 
     def _with_units(self, mat: MATSettings, phase: str, training: TrainingSettings) -> MATSettings:

@@ -1,15 +1,15 @@
 """Run a study: stage by stage, each the runs of all cells side by side, so that no core waits for a cell to end.
 
 First learning rates are chosen, phase after phase, on images cut from the training images; then every cell is trained with
-the chosen rates, all its strategies in one run, and judged on the test images. The state of a study is nothing but the
-records of its runs: called again it walks the same way, and trains what is missing. A phase that several runs share is trained
-once and copied.
+the chosen rates, and judged on the test images. The state of a study is nothing but its phases: called again it walks the same
+way, and trains what is missing. A phase that several cells share is trained once.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,14 +18,16 @@ from rich.console import Console
 from incubate_lib import backends, tasks
 from incubate_lib.backends import Backend
 from incubate_lib.config import SettingsError, data_folder
+from incubate_lib.config.phase import digest as hashed
 from incubate_lib.config.study import Cell, Study
 from incubate_lib.phases.facts import Facts
+from incubate_lib.phases.job import checked
 from incubate_lib.pipeline.execution import is_running, only_run
-from incubate_lib.pipeline.experiment import STOP_FILE, source_of
-from incubate_lib.pipeline.graph import Node, Plan, finished_phases, to_do
+from incubate_lib.pipeline.experiment import STOP_FILE, VERSION, Experiment
+from incubate_lib.pipeline.graph import Node, Plan, to_do
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.training.files import read_json
-from incubate_lib.training.lease import holder
+from incubate_lib.training.files import read_json, write_json
+from incubate_lib.training.runs import PhaseFolder
 
 UNDER_WAY = 3  # exit status
 RunRates = dict[str, float]  # phase → learning rate
@@ -36,10 +38,9 @@ FACTS_FROM = {"task": ..., "data": ..., "model": ..., "partition": ..., "strateg
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a study."""
+    """Some strategies of a cell, with some rates."""
 
     cell: Cell
-    overrides: list[str]
     plan: Plan  # of this stage's phases alone
     strategy: str | None = None  # whose rate is tried; none: all strategies, with the chosen rates
     phase: str | None = None  # of which a rate is tried
@@ -70,9 +71,18 @@ class Walk:
     study: Study
     tried: list[dict[str, Any]] = field(default_factory=list)  # a row a rate and seed
     chosen: dict[tuple[str, str], RunRates] = field(default_factory=dict)  # (cell, strategy) → rates
-    facts: dict[str, Facts] = field(default_factory=dict)
+    facts: dict[str, Facts] = field(init=False)  # of cells' images and networks, by the settings they depend on
     # false from the first stage on that is not finished: its choices are stand-ins, to count costs
     is_known: bool = True
+
+    def __post_init__(self) -> None:
+        known = read_json(self.file)
+        self.facts = {key: checked(Facts, facts, str(self.file)) for key, facts in (known or {}).items()}
+
+    @property
+    def file(self) -> Path:
+        """Where the facts are kept: measuring them takes seconds."""
+        return Experiment.of_study(self.study.name).path / "facts.json"
 
     def stages(self) -> Iterator[Stage]:
         """Yield title and runs of each stage; after one that the caller left unfinished, only the costs of the rest are right."""
@@ -85,8 +95,7 @@ class Walk:
         trials = []
         for cell in self.study.cells():
             rates = {name: self.rates_of(cell, name) for name in self.study.strategies}
-            overrides, plan = self._plan(cell, rates, self.study.seeds)
-            trials.append(Trial(cell, overrides, plan))
+            trials.append(Trial(cell, self._plan(cell, rates, self.study.seeds)))
         return trials
 
     def _choosing(self) -> Iterator[Stage]:
@@ -132,26 +141,25 @@ class Walk:
     def _trial(self, cell: Cell, name: str, phases: list[str], rate: float) -> Trial:
         """Return the run that tries a rate in the last of these phases."""
         rates = {name: self.rates_of(cell, name) | {phases[-1]: rate}}
-        overrides, whole = self._plan(cell, rates, self.study.rates.seeds, "data.eval_split=val")
+        whole = self._plan(cell, rates, self.study.rates.seeds, "data.eval_split=val")
         wanted = {*phases} | ({"assemble"} if phases[-1] == "finetune" else set())
         nodes = [node for node in whole.nodes if node.settings.seeded_as in wanted]
-        return Trial(cell, overrides, dataclasses.replace(whole, nodes=nodes), name, phases[-1], rate)
+        return Trial(cell, dataclasses.replace(whole, nodes=nodes), name, phases[-1], rate)
 
-    def _plan(self, cell: Cell, rates: dict[str, RunRates], seeds: list[int], *more: str) -> tuple[list[str], Plan]:
-        """Return overrides and plan of some strategies of a cell with these rates."""
+    def _plan(self, cell: Cell, rates: dict[str, RunRates], seeds: list[int], *more: str) -> Plan:
+        """Return the plan of some strategies of a cell with these rates."""
         changes = [f"strategies.{n}.phases.{p}.lr={lr!r}" for n, own in rates.items() for p, lr in own.items()]
         settings = self.study.settings(cell, [*changes, *more])
-        key = settings.model_dump_json(include=FACTS_FROM)
+        key = hashed([VERSION, settings.model_dump(mode="json", include=FACTS_FROM)])
         try:
             whole = plan(settings, list(rates), seeds, facts=self.facts.get(key))
         except SettingsError as error:
             raise SettingsError(f"study {self.study.name}, {cell.label}: {error}") from None
-        self.facts[key] = whole.experiment.facts
-        return [*cell.overrides, *changes, *more], whole
-
-    def source(self, trial: Trial) -> dict[str, Any]:
-        """Return preset and overrides of a run, as notebooks and `incubate run` take them."""
-        return source_of(self.study.preset, trial.overrides)
+        if key not in self.facts:
+            self.facts[key] = whole.experiment.facts
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.file, {key: facts.model_dump(mode="json") for key, facts in self.facts.items()})
+        return whole
 
 
 def is_over(node: Node) -> bool:
@@ -180,26 +188,27 @@ def costs(study: Study) -> list[Cost]:
     """
     seen, costs = set(), []
     for title, trials in Walk(study).stages():
-        flops = {node.digest: trial.plan.flops[node.key] for trial in trials for node in trial.plan.nodes}
+        flops = {node.digest: node.flops for node in _each_once(trials)}
         done = {node.digest for trial in trials for node in trial.plan.nodes if is_over(node)}
         missing = flops.keys() - seen - done
-        total = float(sum(flops[digest] for digest in missing))
+        total = float(sum(flops[each] for each in missing))
         costs.append(Cost(title, len(trials), len(flops.keys() - seen), len(missing), total))
         seen |= flops.keys()
     return costs
 
 
 def measured_speed(study: Study) -> float | None:
-    """Return the FLOP/s of one process in finished phases of this study, else of any run here; None if there is none.
+    """Return the FLOP/s of one process in finished phases of this study, else in any here; None if there is none.
 
     Of phases from several devices those of the device that trained last count.
     """
-    folder = data_folder() / "runs"
-    for pattern in (f"{study.name}-*", "*"):
+    folders = data_folder() / "phases"
+    own = {node.digest for _, trials in Walk(study).stages() for trial in trials for node in trial.plan.nodes}
+    for paths in ([folders / digest for digest in own], folders.glob("*")):
         trained: dict[tuple, list[dict[str, Any]]] = {}  # device, threads → summaries
-        for path in folder.glob(f"{pattern}/seed-*/**/summary.json"):
-            summary = read_json(path) or {}
-            if summary.get("train_seconds") and "copied_from" not in summary:
+        for path in paths:
+            summary = PhaseFolder(path).summary() or {}
+            if summary.get("train_seconds"):
                 where = summary["provenance"]
                 trained.setdefault((where["device"], where["threads"]), []).append(summary)
         if trained:
@@ -214,25 +223,18 @@ def run(study: Study, backend: Backend, settings: Any, console: Console) -> tupl
     0: all is done; 1: something failed; 130: stopped; 3: jobs are under way, call again when they have ended.
     """
     steps = Walk(study)
-    home = data_folder() / "studies" / study.name
-    home.mkdir(parents=True, exist_ok=True)
-    with only_run(home):
+    home = Experiment.of_study(study.name)
+    home.path.mkdir(parents=True, exist_ok=True)
+    with only_run(home.path):
         for title, trials in steps.stages():
             # only while rates are chosen a diverged phase is an answer
             over = is_over if trials[0].phase else Node.finished
-            missing = [trial for trial in trials if not all(over(node) for node in trial.plan.nodes)]
+            missing = to_do(_each_once(trials), over)
             if not missing:
                 continue
-            console.print(f"{title}: {len(missing)} of {len(trials)} runs are not finished", highlight=False)
-            for trial in missing:
-                trial.plan.experiment.create()
-                backends.check_free(trial.plan.experiment, "--stop ends them", but=backend)
-            _copy_finished(missing)
-            runs = []
-            for trial in missing:
-                part = dataclasses.replace(trial.plan, nodes=to_do(trial.plan.nodes, over))
-                runs.append((part, steps.source(trial)))
-            status = backend.submit(runs, settings, console, notebooks=False).status
+            console.print(f"{title}: {len(missing)} phases are not finished", highlight=False)
+            backends.check_free(home, "--stop ends them", but=backend)
+            status = backend.submit(Plan(home, missing, {}), settings, console).status
             if status is None:
                 console.print("The next stage begins when these have ended: the same command again goes on.")
                 return steps, UNDER_WAY
@@ -243,26 +245,22 @@ def run(study: Study, backend: Backend, settings: Any, console: Console) -> tupl
     return steps, 0
 
 
-def stop(study: Study) -> int:
-    """Ask all that is under way to save and stop; cancel what waits in a queue. Return the number of runs asked."""
-    here, asked = is_running(data_folder() / "studies" / study.name), set()
-    for _, trials in Walk(study).stages():
-        for trial in trials:
-            experiment, backend = trial.plan.experiment, backends.of(trial.plan.experiment)
-            is_left = experiment.is_known() and not all(is_over(node) for node in trial.plan.nodes)
-            if is_left and experiment.path not in asked and (here or backend.still_active(experiment)):
-                asked.add(experiment.path)
-                (experiment.path / STOP_FILE).touch()
-                backend.stop(experiment)
-    return len(asked)
-
-
-def _copy_finished(trials: list[Trial]) -> None:
-    """Take over what is finished in another run, here and at once: that needs no process of its own."""
-    finished = finished_phases(data_folder() / "runs")
+def _each_once(trials: list[Trial]) -> list[Node]:
+    """Return the phases of some trials, each once, named by what they are: names in runs are not those of one run."""
+    nodes: dict[str, Node] = {}
     for trial in trials:
         for node in trial.plan.nodes:
-            ready = node.digest in finished and all(before.finished() for before in node.inputs.values())
-            is_trained_now = ready and holder(node.folder.path / "lease")
-            if ready and node.finished() is None and not is_trained_now:
-                node.adopt(finished)
+            key = f"{trial.cell.label}/{node.key}"
+            nodes.setdefault(node.digest, dataclasses.replace(node, key=key))
+    return list(nodes.values())
+
+
+def stop(study: Study) -> bool:
+    """Ask what is under way to save and stop, and cancel what waits in a queue; return whether anything was."""
+    home = Experiment.of_study(study.name)
+    backend = backends.of(home)
+    is_at_work = is_running(home.path) or backend.still_active(home) > 0
+    if is_at_work:
+        (home.path / STOP_FILE).touch()
+        backend.stop(home)
+    return is_at_work

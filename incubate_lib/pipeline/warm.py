@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 from jupyter_client.manager import AsyncKernelManager
@@ -46,7 +47,7 @@ def prepare() -> None:
 def start(what: str, parameters: dict[str, Any], output: str | None, log: str, env: dict[str, str]) -> Any:
     """Execute a notebook, or without an `output` train a phase, in a process forked from the warm one; it ends with this one.
 
-    What it prints is appended to `log`. The parameters of a phase are those of `open_phase`.
+    What it prints is appended to `log`. The parameter of a phase is the path of its file.
     """
     prepare()
     process = context.Process(target=_work, args=(what, parameters, output, log, env))
@@ -55,21 +56,25 @@ def start(what: str, parameters: dict[str, Any], output: str | None, log: str, e
 
 
 def _work(what: str, parameters: dict[str, Any], output: str | None, log: str, env: dict[str, str]) -> None:
-    from incubate_lib.pipeline.notebook import run, run_phase
+    from incubate_lib.phases.job import read_job
+    from incubate_lib.phases.run import run_phase
+    from incubate_lib.pipeline.notebook import execute, reported
 
     _settle(log, env)
     if output is None:
         _end_with_parent()
-        raise SystemExit(run_phase(what, parameters))
+        with reported():
+            run_phase(read_job(parameters["phase"]))
+        return
     kernel = _Kernel()  # now: no thread runs yet
     kernel.start()
     _end_with_parent()
     manager = type("Manager", (_Manager,), {"forked": kernel})
     try:
-        code = run(what, output, parameters, kernel_manager_class=manager)
+        with reported():
+            execute(what, Path(output), parameters, kernel_manager_class=manager)
     finally:
         kernel.kill()  # it may never have been asked for, and waits
-    raise SystemExit(code)
 
 
 def _settle(log: str, env: dict[str, str]) -> None:

@@ -67,7 +67,7 @@ def export(
     for one in ready:
         log(f"  {one}")
     log(f"taken: {taken}, {why}")
-    facts, data = taken.node.experiment.facts, settings.data
+    facts, data = taken.node.facts, settings.data
     network = load_trained(taken.node.settings, taken.node.folder, facts.num_classes)
     train, _ = load_data(data, shape=model_shape(settings.model), machine=settings.machine)
     mean, std = (values.flatten().tolist() for values in (train.mean, train.std))

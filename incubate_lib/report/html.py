@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from incubate_lib.pipeline.experiment import INDEX
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live.curves import all_curves
@@ -25,7 +26,7 @@ from incubate_lib.training.files import read_json, write_atomic
 
 def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:
     """Write the report of what is finished and return its path; with the run itself also what widgets show of it."""
-    settings = (read_json(path.parent / "experiment.json") or {}).get("settings")
+    settings = (read_json(path.parent / INDEX) or {}).get("settings")
     functions = (comparison, flop_unit, hardware, label, mixed_text, pd.isna, places)
     text = page(
         "report.html",

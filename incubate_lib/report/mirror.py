@@ -17,6 +17,8 @@ from typing import Any
 
 from incubate_lib import backends
 from incubate_lib.config import SettingsError
+from incubate_lib.config.phase import identity
+from incubate_lib.phases.job import FILE
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.training.lease import Lease
@@ -27,13 +29,13 @@ NO_MEASUREMENTS = {"step", "seed", "module_index"}
 
 def _records(node: Node) -> dict[str, Any] | None:
     """Return what a phase has recorded so far, in numbers and texts; None if it has not begun with these settings."""
-    config = node.folder.config()
-    if config is None or config["hash"] != node.digest:
+    file = node.folder.path / "status.json"
+    if not file.exists():
         return None
     return {
         "run": node.experiment.path.name,
-        "began": (node.folder.path / "config.json").stat().st_mtime,  # seconds since 1970
-        "config": config,
+        "began": (node.folder.path / FILE).stat().st_mtime,  # seconds since 1970
+        "config": identity(node.settings) | {"hash": node.digest},
         "rows": node.folder.metrics(),  # one an evaluation
         "summary": node.summary() or {},  # empty until the phase is finished
     }

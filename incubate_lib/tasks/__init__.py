@@ -53,6 +53,10 @@ class Metric:
         """The largest possible value, of a share; None of anything else."""
         return 1.0 if self.is_share else None
 
+    def best(self, values: Any) -> float:
+        """Return the best of some values, a pandas series."""
+        return values.max() if self.higher_is_better else values.min()
+
     @property
     def points(self) -> str:
         """What differences are counted in."""

@@ -1,4 +1,4 @@
-"""A phase's folder on disk: what is there, what state it is in, how it survives a kill at any moment.
+"""A phase's folder on disk, data/phases/<digest>: what is there, what state it is in, how it survives a kill at any moment.
 
 Every file is written whole to a temporary name and renamed, so a reader never sees half of one; `summary.json` is
 written last and is the sign of a finished phase. Nothing is ever unpickled: checkpoints are read with
@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.config import PhaseSettings, SettingsError
-from incubate_lib.config.phase import identity
+from incubate_lib.config import SettingsError, data_folder
 from incubate_lib.training.files import check_records, is_whole, read_json, replaced, write_atomic, write_json
 from incubate_lib.training.lease import Lease, Lost, holder
 
 METRICS, MNTK = "metrics.jsonl", "mntk.jsonl"  # one line an evaluation: of loss and score, of the modular NTK
 CHECKPOINTS = "checkpoint.pt", "checkpoint.previous.pt"  # the newest first
+STOP_FILE = "STOP"
 GONE = "its weights are missing or damaged; it is trained again"
 STATUS_SECONDS = 1.0  # between rewrites of status.json while a phase trains
 
@@ -32,18 +32,18 @@ class Stopped(Exception):
 
 
 class PhaseFolder:
-    """Files of one phase: config, status, metrics, checkpoints, result, summary."""
+    """Files of one phase: what it is, status, metrics, checkpoints, result, summary."""
 
     def __init__(self, path: Path, lease: Lease | None = None, whose: dict[str, Any] | None = None) -> None:
         self.path = Path(path)
         self.lease = lease  # of the process that trains here; its writes end when another one takes over
         self.whose = whose  # what it trains, as `whose` says it; its checkpoints carry that
 
-    # -- what is there ------------------------------------------------------------------------------------------------
+    @classmethod
+    def of(cls, digest: str) -> "PhaseFolder":
+        return cls(data_folder() / "phases" / digest)
 
-    def config(self) -> dict[str, Any] | None:
-        config = read_json(self.path / "config.json")
-        return config if isinstance(config, dict) and "hash" in config else None
+    # -- what is there ------------------------------------------------------------------------------------------------
 
     def summary(self, digest: str | None = None, used: dict[str, str] | None = None) -> dict[str, Any] | None:
         """Return what is recorded of a phase that was trained to its end; None if it was not, or with another hash.
@@ -85,28 +85,39 @@ class PhaseFolder:
         return rows
 
     @property
+    def stop_file(self) -> Path:
+        """Whoever trains the phase saves and stops when this is touched."""
+        return self.path / STOP_FILE
+
+    def trainer(self) -> str | None:
+        """Say who trains the phase at present; None if nobody does."""
+        other = holder(self.path / "lease")
+        run = other and (read_json(self.path / "phase.json") or {}).get("run")
+        return other and f"process {other.get('pid')} on {other.get('host')}" + (f" (run {run})" if run else "")
+
+    @property
     def weights(self) -> Path:
         return self.path / "model.safetensors"
 
     # -- how it changes -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def claim(self, settings: PhaseSettings, used: dict[str, str] | None = None) -> Iterator[None]:
-        """Hold the folder for training these settings; whatever goes wrong inside is written into status.json.
+    def claim(self, whose: dict[str, Any]) -> Iterator[None]:
+        """Hold the folder for training; whatever goes wrong inside is written into status.json.
 
-        `used` are the SHA-256 of the weights it starts from: what was made from others is forgotten, or modules of two
-        meta models could meet. Waits while another process holds it. Raises SettingsError when the folder belongs to
-        other settings, and Lost when another process took over because this one seemed dead.
+        `whose` is what `whose` says of the phase and the weights it starts from: what was made from others is forgotten, or
+        modules of two meta models could meet. Waits while another process holds it. Raises Lost when another process took over
+        because this one seemed dead.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with _wait_for_lease(self).held() as self.lease:
             self._own()
             for half_written in self.path.glob("*.tmp"):  # by a process that was killed
                 half_written.unlink(missing_ok=True)
-            self.whose = whose(settings, used)
-            self._make_room(settings)
-            attempt = (read_json(self.path / "status.json") or {}).get("attempt", 0) + 1
-            self.set_status("running", attempt=attempt, progress={}, error=None, pid=os.getpid(), host=socket.gethostname())
+            self.whose = whose
+            before = self._make_room()
+            now = {"attempt": before.get("attempt", 0) + 1, "pid": os.getpid(), "host": socket.gethostname()}
+            self.set_status("running", **now, **whose, progress={}, error=None)
             try:
                 yield
             except Lost:
@@ -120,32 +131,20 @@ class PhaseFolder:
             self.set_status("done")
         self.lease = None
 
-    def _make_room(self, settings: PhaseSettings) -> None:
-        """Keep what was made from these settings and inputs; forget what was not, and a summary without its weights."""
-        config = self.config()
-        known = config or self.summary()
-        if known and known["hash"] != self.whose["hash"]:
-            raise SettingsError(
-                f"{self.path} belongs to other settings (hash {known['hash']}) and is left as it is; "
-                "give the run another name (--set name=…)"
-            )
-        if known:
-            ours = known.get("inputs_sha256") == self.whose["inputs_sha256"]
-        else:
-            ours = any(self._is_own_checkpoint(name) for name in CHECKPOINTS)
-            if (self.path / "config.json").exists():
-                print(f"{self.path.name}: config.json is damaged, and is written again; "
-                      f"{'the checkpoint is of these settings' if ours else 'training starts anew'}", flush=True)  # fmt: skip
-        outdated = () if ours else ("summary.json", METRICS, MNTK, *CHECKPOINTS)
-        if ours and self.summary() and not self.finished():
+    def _make_room(self) -> dict[str, Any]:
+        """Keep what was made from these inputs; forget what was not, and a summary without its weights. Return the status."""
+        status = read_json(self.path / "status.json") or {}
+        known = status.get("inputs_sha256")
+        is_ours = known == self.whose["inputs_sha256"] or (known is None and any(map(self._is_own_checkpoint, CHECKPOINTS)))
+        outdated = () if is_ours else ("summary.json", METRICS, MNTK, *CHECKPOINTS)
+        if is_ours and self.summary() and not self.finished():
             print(f"{self.path.name}: {GONE}", flush=True)
             outdated = ("summary.json",)
         for name in outdated:
             (self.path / name).unlink(missing_ok=True)
-        if not ours or config is None:
-            write_json(self.path / "config.json", identity(settings) | self.whose)
         if outdated:
             self.set_status("running", saved_step=0)
+        return status
 
     def _is_own_checkpoint(self, name: str) -> bool:
         """Whether a checkpoint says that it is of this phase; its tensors are not read."""
@@ -266,9 +265,9 @@ def renamed(record: Any) -> Any:
     return {BEFORE.get(name, name): value for name, value in record.items()} if isinstance(record, dict) else record
 
 
-def whose(settings: PhaseSettings, used: dict[str, str] | None) -> dict[str, Any]:
-    """Return what says of a phase's files whose they are: its settings, and the SHA-256 of the weights it starts from."""
-    return {"hash": settings.digest(), "inputs_sha256": used or {}}
+def whose(digest: str, used: dict[str, str]) -> dict[str, Any]:
+    """Return what says of a phase's files whose they are: its digest, and the SHA-256 of the weights it starts from."""
+    return {"hash": digest, "inputs_sha256": used}
 
 
 def _read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
@@ -286,9 +285,8 @@ def _wait_for_lease(folder: PhaseFolder) -> Lease:
     """Take the folder; wait, and say so once, while another process trains the phase."""
     message = False
     while (lease := Lease.take(folder.path / "lease")) is None:
-        other = holder(folder.path / "lease")
-        if other and not message:
-            print(f"waiting for process {other.get('pid')} on {other.get('host')}, which trains {folder.path.name}", flush=True)
+        if not message and (other := folder.trainer()):
+            print(f"waiting for {other}, which trains this phase", flush=True)
             message = True
         time.sleep(0.3)
     return lease

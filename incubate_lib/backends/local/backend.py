@@ -4,9 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from rich.console import Console
-
-from incubate_lib.backends.interface import Backend, Run, Submitted
+from incubate_lib.backends.interface import Backend, Submitted
 from incubate_lib.backends.local.pool import Pool, gpus
 from incubate_lib.config import SettingsError
 from incubate_lib.pipeline.execution import analyse, analysed, clear_log, fair_threads, is_running, only_run
@@ -34,24 +32,17 @@ class Local(Backend):
         cores = min(4, len(os.sched_getaffinity(0)))
         return settings or max(1, (len(gpus()) or cores) // devices)
 
-    def submit(self, runs: list[Run], settings: Any, console: Any, *, notebooks: bool = True) -> Submitted:
-        jobs = self.places(max(plan.experiment.settings.machine.devices for plan, _ in runs), settings)
-        if not notebooks:
-            return Submitted(status=Pool(runs, jobs, console, notebooks=False).run())
-        status = 0
-        for plan, source in runs:
-            status = status or self._run(plan, source, jobs, console)
-        return Submitted(status=status)
-
-    def _run(self, plan: Plan, source: dict[str, Any], jobs: int, console: Console) -> int:
-        """Run a plan and its analysis; return the exit status: 0 all done, 1 something failed, 130 stopped."""
-        plan.experiment.create()
+    def submit(self, plan: Plan, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> Submitted:
+        jobs = self.places(max((node.machine.devices for node in plan.nodes), default=1), settings)
+        if analysis is None:
+            return Submitted(status=Pool(plan, jobs, console, notebooks=False).run())
         with only_run(plan.experiment.path):
-            status = Pool([(plan, source)], jobs, console).run()
-            if status or analysed(plan):
-                return status
-            clear_log(plan.experiment.path)
-            return analyse(plan, source, console, fair_threads(1))
+            plan.write()
+            status = Pool(plan, jobs, console).run()
+            if status == 0 and not analysed(plan):
+                clear_log(plan.experiment.path)
+                status = analyse(plan, analysis, console, fair_threads(1))
+        return Submitted(status=status)
 
     def stop(self, experiment: Any) -> str | None:
         if not is_running(experiment.path):

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import Process
 from pathlib import Path
@@ -13,10 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from incubate_lib.backends.interface import Run
-from incubate_lib.pipeline.execution import clear_log, fair_threads, is_complete, kill, last_error, start
+from incubate_lib.pipeline.execution import clear_log, fair_threads, kill, last_error, start, want, wanted_by
 from incubate_lib.pipeline.experiment import STOP_FILE
-from incubate_lib.pipeline.graph import Node, remaining, to_do
+from incubate_lib.pipeline.graph import Node, Plan, remaining, to_do
 from incubate_lib.pipeline.view import Line, line_of, node_line, render
 from incubate_lib.training.runs import GONE
 
@@ -29,11 +29,10 @@ class Task:
     """A phase in the pool."""
 
     node: Node
-    name: str  # its key, with its run where there are several
-    source: dict[str, Any]  # preset and overrides, as the notebooks take them
     left: float  # FLOPs from its beginning to the end of what needs it
     state: str = "over"  # waiting, running, failed, skipped or over
     note: str = ""  # why it failed or was skipped
+    other: str | None = None  # who else trains it, and is waited for
     process: Process | None = None
     gpus: list[str] = field(default_factory=list)  # that it may use
     line: Line | None = None  # once it is done, and stays so: there may be hundreds
@@ -42,82 +41,90 @@ class Task:
 class Pool:
     """A run's state: what waits, what runs, what failed and why. Without `notebooks` phases alone, for the many of a study."""
 
-    def __init__(self, runs: list[Run], jobs: int, console: Console, *, notebooks: bool = True) -> None:
-        self.runs, self.jobs, self.console, self.notebooks = runs, jobs, console, notebooks
+    def __init__(self, plan: Plan, jobs: int, console: Console, *, notebooks: bool = True) -> None:
+        self.plan, self.jobs, self.console, self.notebooks = plan, jobs, console, notebooks
         self.stopping = False
         self.running: list[Task] = []
-        self.stop_files = list(dict.fromkeys(plan.experiment.path / STOP_FILE for plan, _ in runs))
-        self.tasks: dict[Path, Task] = {}
-        for plan, source in runs:
-            left = remaining(plan.nodes, plan.flops)
-            for node in plan.nodes:
-                name = node.key if len(runs) == 1 else f"{plan.experiment.path.name}/{node.key}"
-                self.tasks[node.folder.path] = Task(node, name, source, left[node.key])
+        self.stop_file = plan.experiment.path / STOP_FILE
+        left = remaining(plan.nodes, plan.flops)
+        self.tasks = {node.digest: Task(node, left[node.key]) for node in plan.nodes}
         self.states: dict[str, str] = {}  # of phases, as they were printed last
         self.summary = time.monotonic()  # when those that run were printed last
+        self.kept: set[str] = set()  # phases that go on when this run stops, because another one needs them
 
     def having(self, state: str) -> list[Task]:
         return [task for task in self.tasks.values() if task.state == state]
 
     def is_done(self, node: Node) -> bool:
-        return is_complete(node) if self.notebooks else node.finished() is not None
+        return node.job.is_complete() if self.notebooks else node.finished() is not None
 
     def run(self) -> int:
         """Run everything that is missing and say what failed; return 0 if all is done, 1 if something failed, 130 if stopped."""
-        for file in self.stop_files:
-            file.unlink(missing_ok=True)
+        self.stop_file.unlink(missing_ok=True)
         missing = to_do([task.node for task in self.tasks.values()], self.is_done)
-        names = list(dict.fromkeys(plan.experiment.path.name for plan, _ in self.runs))
-        run = names[0] if len(names) == 1 else f"{len(names)} runs"
-        self._print(f"{run}: {len(self.tasks) - len(missing)} of {len(self.tasks)} phases are done already")
+        done = len(self.tasks) - len(missing)
+        self._print(f"{self.plan.experiment.path.name}: {done} of {len(self.tasks)} phases are done already")
         for node in missing:
-            self.tasks[node.folder.path].state = "waiting"
+            self.tasks[node.digest].state = "waiting"
             if node.summary() and not node.finished():
                 what = "what starts from it, only if it ends in other weights than before"
                 self._print(f"{node.title}: {GONE}; {what}")
-        if missing:
-            self._work()
+        live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        with self._at_work(missing), live or contextlib.nullcontext():
+            while self.running or (self.having("waiting") and not self.stopping):
+                if self._is_asked_to_stop():
+                    self._stop_phases()
+                for task in sorted(self.having("waiting"), key=lambda task: -task.left):
+                    self.consider(task)
+                for task in list(self.running):
+                    self._supervise(task)
+                self._show(live)
+                time.sleep(POLL_SECONDS)
         for task in self.having("failed"):
-            self._print(f"FAILED {task.name}: {task.note}\n       log: {task.node.folder.path / 'log.txt'}")
+            self._print(f"FAILED {task.node.key}: {task.note}\n       log: {task.node.folder.path / 'log.txt'}")
         for task in self.having("skipped"):
-            self._print(f"skipped {task.name}: {task.note}")
+            self._print(f"skipped {task.node.key}: {task.note}")
         if self.having("failed"):
             return 1
         if self.stopping:
             self._print("Stopped. The same command goes on from here.")
         return 130 if self.stopping else 0
 
-    def _work(self) -> None:
+    @contextlib.contextmanager
+    def _at_work(self, missing: list[Node]) -> Iterator[None]:
+        """Take signals, and say which phases this run needs, so that no other one stops them."""
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        want(self.plan.experiment.path, missing)
         try:
-            with live or contextlib.nullcontext():
-                while self.running or (self.having("waiting") and not self.stopping):
-                    if self._is_asked_to_stop():
-                        for file in self.stop_files:
-                            file.touch()  # again and again, for phases that begin only now
-                    for task in sorted(self.having("waiting"), key=lambda task: -task.left):
-                        self.consider(task)
-                    for task in list(self.running):
-                        self._supervise(task)
-                    self._show(live)
-                    time.sleep(POLL_SECONDS)
+            yield
         finally:
             for task in self.running:
                 kill(task.process)
-            for file in self.stop_files:
+            for file in [self.stop_file, *(task.node.folder.stop_file for task in self.tasks.values() if task.process)]:
                 file.unlink(missing_ok=True)
+            want(self.plan.experiment.path, [])
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def _is_asked_to_stop(self) -> bool:
-        self.stopping = self.stopping or any(file.exists() for file in self.stop_files)
+        self.stopping = self.stopping or self.stop_file.exists()
         return self.stopping
+
+    def _stop_phases(self) -> None:
+        """Have phases save and stop: again and again, for those that begin only now. What another run needs goes on."""
+        for task in self.running:
+            if task.node.digest in self.kept:
+                continue
+            if other := wanted_by(task.node.digest, but=self.plan.experiment.path):
+                self.kept.add(task.node.digest)
+                self._print(f"{task.node.title} goes on: run {other} needs it, too")
+            else:
+                task.node.folder.stop_file.touch()
 
     def consider(self, task: Task) -> None:
         """Start a waiting phase if its inputs are there and a place is free; skip it if one of them failed."""
         inputs = task.node.inputs.values()
-        before = [self.tasks[node.folder.path] for node in inputs if node.folder.path in self.tasks]
+        before = [self.tasks[node.digest] for node in inputs if node.digest in self.tasks]
         if lost := [other for other in before if other.state in ("failed", "skipped")]:
             task.state, task.note = "skipped", f"needs {lost[0].node.key}"
         elif self.stopping or len(self.running) >= self.jobs:
@@ -126,19 +133,20 @@ class Pool:
             return  # what waits may look done, and be made anew once its own input is
         elif self.is_done(task.node):  # its input, trained again, has the same bits as before
             task.state = "over"
-        # of another run's phase that is the same, what it has made will be copied
-        elif all(other.node.digest != task.node.digest for other in self.running):
+        elif (other := task.node.folder.trainer()) is None:
             self._start(task)
+        elif other != task.other:
+            task.other = other
+            self._print(f"{task.node.title}: waits for {other}, which trains it")
 
     def _start(self, task: Task) -> None:
-        node, path = task.node, task.node.folder.path
+        node = task.node
         busy = Counter(gpu for other in self.running for gpu in other.gpus)
         least = sorted(gpus(), key=lambda gpu: busy[gpu])  # stable: the first of the least busy
-        task.gpus = least[: node.experiment.settings.machine.devices]
-        what, output = node.work if self.notebooks else (node.settings.phase, None)
-        clear_log(path)
-        parameters, threads = task.source | node.arguments, fair_threads(self.jobs)
-        task.process = start(path, what, parameters, output, threads, task.gpus)
+        task.gpus, task.other = least[: node.machine.devices], None
+        node.job.write()
+        clear_log(node.folder.path)
+        task.process = start(node.job, fair_threads(self.jobs), task.gpus, notebook=self.notebooks)
         task.state = "running"
         self.running.append(task)
 
@@ -155,11 +163,8 @@ class Pool:
         if self._is_asked_to_stop() and (status["state"] == "stopped" or code < 0):
             return
         task.state = "failed"
-        if code == 0:
-            task.note = "its notebook trained other settings: was the settings file changed meanwhile?"
-        else:
-            error = last_error(task.node.folder.path / "log.txt") or status.get("error")
-            task.note = error or f"ended with exit status {code}"
+        error = last_error(task.node.folder.path / "log.txt") or status.get("error")
+        task.note = error or f"ended with exit status {code}"
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.stopping:  # the second time: at once
@@ -173,16 +178,16 @@ class Pool:
         if task.line:
             return task.line
         node = task.node
-        waits = task.state == "waiting"  # whatever an earlier run left there
+        waits = task.state == "waiting" and not task.other  # whatever an earlier run left there
         line = line_of(node, "waiting") if waits else node_line(node)
         if task.state in ("failed", "skipped"):
             line.state, line.note = task.state, task.note
+        elif task.state == "waiting" and task.other:
+            line.note = f"by {task.other}"
         elif task.state == "running" and line.state != "running":
             line.state = "starting" if line.state != "done" else "finishing"
         elif line.state == "done":
             task.line = line
-        if len(self.runs) > 1:
-            line.key, line.title = task.name, f"{node.experiment.path.name} {line.title}"
         return line
 
     def _show(self, live: Live | None) -> None:

@@ -7,7 +7,6 @@ what it alone knows: what waits, why, and where it runs.
 
 import argparse
 import contextlib
-import dataclasses
 import re
 import shutil
 import time
@@ -16,20 +15,21 @@ from typing import Any
 
 from rich.console import Console
 
-from incubate_lib.backends.interface import Backend, Run, Submitted
+from incubate_lib.backends.interface import Backend, Submitted
 from incubate_lib.backends.slurm import options as OPTIONS
+from incubate_lib.backends.slurm import queue
 from incubate_lib.backends.slurm.attempts import has_ended
 from incubate_lib.backends.slurm.limits import call, check
-from incubate_lib.backends.slurm.queue import Job, active_jobs, cancel, jobs_of, submitted
-from incubate_lib.backends.slurm.sbatch import requests, scripts, team
+from incubate_lib.backends.slurm.queue import Job, active_jobs, cancel, job_of, jobs_of, known_jobs, note, note_phase, submitted
+from incubate_lib.backends.slurm.sbatch import requests, scripts
 from incubate_lib.backends.slurm.settings import SlurmSettings, load_slurm
-from incubate_lib.config import SettingsError, load_settings, presets
+from incubate_lib.config import SettingsError, data_folder, presets
 from incubate_lib.config.files import read_yaml
-from incubate_lib.pipeline.execution import ANALYSIS, analysed, is_complete, only_run
+from incubate_lib.pipeline.execution import ANALYSIS, analysed, only_run
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
 from incubate_lib.pipeline.graph import Node, Plan, to_do
 from incubate_lib.pipeline.view import Line
-from incubate_lib.training.files import write_atomic, write_json
+from incubate_lib.training.files import write_atomic
 from incubate_lib.training.runs import PhaseFolder
 
 
@@ -44,17 +44,15 @@ class Slurm(Backend):
         asked = {name: getattr(options, name) for name in OPTIONS.keys() - {"site", "sbatch"}}
         return load_slurm(options.site, asked, options.sbatch or ())
 
-    def submit(self, runs: list[Run], settings: Any, console: Any, *, notebooks: bool = True) -> Submitted:
-        parts = runs if notebooks else _each_once(runs)
-        return Submitted([job for plan, source in parts for job in _submit(plan, source, settings, console)])
+    def submit(self, plan: Plan, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> Submitted:
+        return Submitted(_submit(plan, analysis, settings, console))
 
-    def preview(self, runs: list[Run], settings: SlurmSettings) -> None:
-        for plan, source in runs:
-            missing = to_do(plan.nodes, is_complete)
-            jobs = requests(missing, settings)
-            jobs = check(jobs) if shutil.which("sinfo") else jobs
-            for script in scripts(plan, missing, source, settings, jobs):
-                print(script.text(script.arguments([f"<job of {key}>" for key in script.after])) + "\n")
+    def preview(self, plan: Plan, settings: SlurmSettings, *, analysis: dict[str, Any]) -> None:
+        missing = _missing(plan, analysis)
+        jobs = requests(missing, settings)
+        jobs = check(jobs) if shutil.which("sinfo") else jobs
+        for script in scripts(plan, missing, analysis, settings, jobs):
+            print(script.text(script.arguments([f"<job of {key}>" for key in script.after])) + "\n")
 
     def knows(self, experiment: Experiment) -> bool:
         return bool(submitted(experiment))
@@ -71,19 +69,19 @@ class Slurm(Backend):
     def states(self, plan: Plan, lines: list[Line]) -> list[str]:
         experiment, ids = plan.experiment, submitted(plan.experiment)
         if ANALYSIS in ids:
-            finished = all(is_complete(node) for node in plan.finals.values()) and analysed(plan)
+            finished = all(node.job.is_complete() for node in plan.finals.values()) and analysed(plan)
             lines.append(Line(ANALYSIS, "analysis", "done" if finished else "waiting"))
         try:
             jobs = jobs_of(experiment)
         except SettingsError as error:
             return [f"{error}; this is from the run's own files"]
         inputs = {node.key: {before.key for before in node.inputs.values()} for node in plan.nodes}
+        folders = {node.key: node.folder for node in plan.nodes}
         inputs[ANALYSIS] = {node.key for node in plan.finals.values()}
         broken: set[str] = set()  # phases that will not finish, as things are
         for line in lines:
-            if line.key in ids and line.state != "done":
-                folder = PhaseFolder(experiment.path / line.key)
-                _annotate(line, ids[line.key], jobs.get(line.key), folder, bool(inputs[line.key] & broken))
+            if line.key in ids and line.key in folders and line.state != "done":
+                _annotate(line, ids[line.key].id, jobs.get(line.key), folders[line.key], bool(inputs[line.key] & broken))
                 if line.state in ("failed", "lost", "skipped", "stopped"):
                     broken.add(line.key)
         waiting = [job.reason for job in jobs.values() if job.state == "PENDING"]
@@ -94,14 +92,20 @@ class Slurm(Backend):
         return read_yaml(Path(__file__).with_name("reasons.yaml")).get(reason)
 
     def stop(self, experiment: Experiment) -> str | None:
-        jobs = active_jobs(experiment)
-        running = [job.id for job in jobs.values() if job.is_running]
+        jobs, mine = active_jobs(experiment), submitted(experiment)
+        others = _needed_elsewhere(experiment) if jobs else set()
+        kept = {key for key, job in jobs.items() if job.id in others}
+        for key in jobs.keys() - kept:
+            if mine[key].digest:
+                PhaseFolder.of(mine[key].digest).stop_file.touch()
+        running = [job.id for key, job in jobs.items() if job.is_running and key not in kept]
         cancel("--batch", "--signal=USR2", ids=running)  # the stop file is seen without it, too, but later
-        cancel(ids=[job.id for job in jobs.values() if not job.is_running])
+        cancel(ids=[job.id for key, job in jobs.items() if not job.is_running and key not in kept])
         if not jobs:
             return None
         how = "those that wait are cancelled, those that run save a checkpoint first"
-        return f"{len(jobs)} job(s) of {experiment.path.name}: {how}"
+        goes_on = f"; {len(kept)} go on, because another run needs them, too" if kept else ""
+        return f"{len(jobs) - len(kept)} job(s) of {experiment.path.name}: {how}{goes_on}"
 
 
 BACKEND = Slurm()
@@ -131,31 +135,46 @@ def _annotate(line: Line, number: str, job: Job | None, folder: PhaseFolder, is_
 # -- submitting -----------------------------------------------------------------------------------------------------------
 
 
-def _submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: Console) -> list[str]:
+def _missing(plan: Plan, analysis: dict[str, Any] | None) -> list[Node]:
+    """Return the phases that are to be trained; for an analysis their notebooks are wanted, too."""
+    return to_do(plan.nodes, lambda node: node.job.is_complete() if analysis else node.finished())
+
+
+def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, console: Console) -> list[str]:
     """Submit what is missing and not in the queue yet; return the ids of the jobs submitted.
 
     SettingsError before anything is submitted when the cluster cannot do it, as far as that can be known.
     """
     experiment = plan.experiment
-    missing = to_do(plan.nodes, is_complete)  # a job that finds its phase complete after all ends at once
+    missing = _missing(plan, analysis)  # a job that finds its phase complete after all ends at once
     jobs = check(requests(missing, slurm))
-    for devices in {team(node, jobs) for node in missing}:  # can batches be shared out among them?
-        load_settings(source["preset"], [*source["overrides"], *devices])
-    for script in scripts(plan, missing, source, slurm, jobs):
+    for script in scripts(plan, missing, analysis, slurm, jobs):
         script.arguments([])  # what it cannot hold is told before anything is written
-    experiment.create()
+    experiment.path.mkdir(parents=True, exist_ok=True)
     with only_run(experiment.path):
         active = _settled(experiment)
+        if active and analysis and experiment.record() and not experiment.is_present():
+            raise SettingsError(f"{len(active)} job(s) of {experiment.path.name} with other settings are active; stop them first")
+        if analysis:
+            plan.write()
+            analysis = analysis | {"preset": _frozen(experiment, analysis["preset"])}
         (experiment.path / STOP_FILE).unlink(missing_ok=True)
         ids = submitted(experiment)
-        source = source | {"preset": _frozen(experiment, source["preset"])}
+        known = known_jobs()
+        for node in missing:  # another run has submitted it
+            other = job_of(node.folder)
+            job = known.get((other.id, other.name)) if other else None
+            if job and job.is_active and node.key not in active and not node.folder.stop_file.exists():
+                ids[node.key], active[node.key] = other, job
         wanted = _not_in_queue(plan, missing, active)
         running = {key: job.id for key, job in active.items()}  # and what is submitted now: all that may be waited for
         new: list[str] = []
-        for script in scripts(plan, wanted, source, slurm, jobs):
-            if script.key == ANALYSIS and (ANALYSIS in active or (not missing and analysed(plan))):
+        for script in scripts(plan, wanted, analysis, slurm, jobs):
+            if not script.phase and (ANALYSIS in active or (not missing and analysed(plan))):
                 continue
-            script.folder.mkdir(parents=True, exist_ok=True)
+            if script.phase:
+                script.phase.write()
+                script.phase.folder.stop_file.unlink(missing_ok=True)
             arguments = script.arguments([running[key] for key in script.after if key in running])
             text = script.text(arguments)
             (script.folder / "slurm.sh").write_text(text)
@@ -165,30 +184,32 @@ def _submit(plan: Plan, source: dict[str, Any], slurm: SlurmSettings, console: C
             except SettingsError as error:
                 message = f"{error}. {len(new)} jobs were submitted; `incubate run` again submits the rest"
                 raise SettingsError(message if new else str(error)) from None
-            ids[script.key] = running[script.key] = number
-            write_json(experiment.path / "slurm.json", ids)
+            running[script.key] = number
+            ids[script.key] = queue.Submitted(number, script.name, script.phase and script.phase.digest)
+            note(experiment, ids)
+            if script.phase:
+                note_phase(script.phase.folder, ids[script.key])
             new.append(number)
+        note(experiment, ids)
     done, waiting = len(plan.nodes) - len(missing), len(missing) - len(wanted)
     message = f"{done} of {len(plan.nodes)} phases are done already, {waiting} are in Slurm's queue"
     console.print(f"{experiment.path.name}: {message}, {len(new)} job(s) submitted", highlight=False)
     return new
 
 
-def _each_once(runs: list[Run]) -> list[Run]:
-    """Return runs without their analyses, each phase once: runs that share it copy it when they are submitted next."""
-    seen: set[str] = set()
-    parts = []
-    for whole, source in runs:
-        nodes: list[Node] = []
-        for node in whole.nodes:
-            others = [before for before in node.inputs.values() if before not in nodes]
-            elsewhere = [before for before in others if before in whole.nodes or before.finished() is None]
-            if node.digest not in seen and not elsewhere:
-                nodes.append(node)
-                seen.add(node.digest)
-        if nodes:
-            parts.append((dataclasses.replace(whole, nodes=nodes, finals={}), source))
-    return parts
+def _needed_elsewhere(experiment: Experiment) -> set[str]:
+    """Return the ids of jobs that other runs need which have more under way than these."""
+    mine = {job.id for job in submitted(experiment).values()}
+    known = known_jobs()
+    needed: set[str] = set()
+    for file in (*data_folder().glob("runs/*/slurm.json"), *data_folder().glob("studies/*/slurm.json")):
+        other = Experiment(None, file.parent)
+        if file.parent != experiment.path and not (file.parent / STOP_FILE).exists():
+            jobs = submitted(other).values()
+            own = [job for job in jobs if job.id not in mine and (job.id, job.name) in known]
+            if any(known[job.id, job.name].is_active for job in own):
+                needed |= {job.id for job in jobs} & mine
+    return needed
 
 
 def _not_in_queue(plan: Plan, missing: list[Node], active: dict[str, Job]) -> list[Node]:

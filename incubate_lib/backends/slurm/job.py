@@ -19,11 +19,10 @@ from rich.console import Console
 
 from incubate_lib.backends import slurm
 from incubate_lib.backends.slurm.attempts import AGAIN, NO_WORD, WARNED, attempts, begin, close, stuck
-from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.config import SettingsError, data_folder, load_settings
+from incubate_lib.phases.job import Job, read_job
 from incubate_lib.pipeline import execution
-from incubate_lib.pipeline.experiment import STOP_FILE
-from incubate_lib.pipeline.graph import Node
-from incubate_lib.pipeline.strategies import open_phase, plan
+from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.runs import PhaseFolder
 
 GIVEN_UP, STOPPED = 4, 130  # exit statuses
@@ -36,25 +35,24 @@ def attempt(about: dict[str, Any]) -> int:
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     print(f"-- job {here.job}, start {here.restart + 1}, on {here.place}, {now}", flush=True)
     if "phase" not in about:
-        return _analysis(**about["parameters"], cores=here.cores)
-    node = _node(about)
+        return _analysis(about["parameters"], here.cores)
+    job = read_job(about["phase"])
     stop = Path(os.environ["INCUBATE_STOP"])
     # preemption warns the steps of a job only, not its script
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, lambda *_: stop.touch())
-    if (node.experiment.path / STOP_FILE).exists():
+    if job.folder.stop_file.exists():
         return STOPPED
-    if execution.is_complete(node):
+    if _is_done(job, about):
         return 0
-    close(node.folder, NO_WORD)  # an earlier attempt that could not say so itself
-    if stuck(attempts(node.folder), here.job, about["attempts"]):
-        return _give_up(node, about["attempts"])
-    begin(node.folder, here)
-    path, parameters = node.folder.path, about["parameters"]
-    process = execution.start(path, node.work[0], parameters, node.work[1], here.cores)
+    close(job.folder, NO_WORD)  # an earlier attempt that could not say so itself
+    if stuck(attempts(job.folder), here.job, about["attempts"]):
+        return _give_up(job.folder, about["attempts"])
+    begin(job.folder, here)
+    process = execution.start(job, here.cores, notebook=about["notebook"])
     process.join()
-    if execution.is_complete(node):
-        close(node.folder, "done")
+    if _is_done(job, about):
+        close(job.folder, "done")
         stop.unlink(missing_ok=True)
         return 0
     return process.exitcode or 1
@@ -64,39 +62,40 @@ def verdict(about: dict[str, Any], code: int) -> int:
     """Note how the attempt ended; return AGAIN if another one makes sense, else the job's exit status."""
     if "phase" not in about or code == GIVEN_UP:
         return code
-    here, node, own = slurm.attempt(), _node(about), Path(os.environ["INCUBATE_STOP"])
-    if execution.is_complete(node):
+    here, job, own = slurm.attempt(), read_job(about["phase"]), Path(os.environ["INCUBATE_STOP"])
+    folder = job.folder
+    if _is_done(job, about):
         return 0
-    newest = [(int(row["job"]), row["restart"]) for row in attempts(node.folder)[-1:]] or [(0, 0)]
+    newest = [(int(row["job"]), row["restart"]) for row in attempts(folder)[-1:]] or [(0, 0)]
     if newest[0] > (int(here.job), here.restart):
         print("a later attempt took over: its node was taken for dead")
         return 1
     if newest[0] != (int(here.job), here.restart):
-        begin(node.folder, here)  # it could not even begin
-    is_stopped = (node.experiment.path / STOP_FILE).exists()
-    how = "stopped" if is_stopped else WARNED if own.exists() else _failure(node, code)
-    close(node.folder, how)
+        begin(folder, here)  # it could not even begin
+    is_stopped = folder.stop_file.exists()
+    how = "stopped" if is_stopped else WARNED if own.exists() else _failure(folder, code)
+    close(folder, how)
     own.unlink(missing_ok=True)
     if is_stopped:
         print("stopped; `incubate run` goes on from the last checkpoint")
         return STOPPED
-    mine = attempts(node.folder)[-1]
-    if stuck(attempts(node.folder), here.job, about["attempts"]):
-        return _give_up(node, about["attempts"])
+    mine = attempts(folder)[-1]
+    if stuck(attempts(folder), here.job, about["attempts"]):
+        return _give_up(folder, about["attempts"])
     if mine["ended"].startswith(FINAL):
-        return _fail(node.folder, mine["ended"])
+        return _fail(folder, mine["ended"])
     print(f"{mine['ended']}; saved at step {mine['saved_step']}, to be requeued")
     return AGAIN
 
 
-def _failure(node: Node, code: int) -> str:
-    error = execution.last_error(node.folder.path / "log.txt", attempts(node.folder)[-1]["log_from"])
+def _failure(folder: PhaseFolder, code: int) -> str:
+    error = execution.last_error(folder.path / "log.txt", attempts(folder)[-1]["log_from"])
     return error or (NO_WORD if code > 128 else f"ended with exit status {code}")
 
 
-def _give_up(node: Node, number: int) -> int:
-    how = attempts(node.folder)[-1]["ended"]
-    _fail(node.folder, f"given up after {number} attempts or more without a step: {how}")
+def _give_up(folder: PhaseFolder, number: int) -> int:
+    how = attempts(folder)[-1]["ended"]
+    _fail(folder, f"given up after {number} attempts or more without a step: {how}")
     return GIVEN_UP
 
 
@@ -106,18 +105,14 @@ def _fail(folder: PhaseFolder, reason: str) -> int:
     return 1
 
 
-def _analysis(preset: str, overrides: list[str], strategies: list[str], seeds: list[int], cores: int) -> int:
-    todo = plan(load_settings(preset, overrides), strategies, seeds)
-    source = {"preset": preset, "overrides": overrides}
-    return 0 if execution.analysed(todo) else execution.analyse(todo, source, Console(width=150), cores)
+def _analysis(parameters: dict[str, Any], cores: int) -> int:
+    settings = load_settings(parameters["preset"], parameters["overrides"])
+    todo = plan(settings, parameters["strategies"], parameters["seeds"])
+    return 0 if execution.analysed(todo) else execution.analyse(todo, parameters, Console(width=150), cores)
 
 
-def _node(about: dict[str, Any]) -> Node:
-    node = open_phase(about["phase"], **about["parameters"])
-    if str(node.folder.path) != about["folder"]:
-        what = f"these settings belong to {node.folder.path}"
-        raise SettingsError(f"{what}, but the job was submitted for {about['folder']}")
-    return node
+def _is_done(job: Job, about: dict[str, Any]) -> bool:
+    return job.is_complete() if about["notebook"] else job.finished() is not None
 
 
 def main(arguments: list[str]) -> int:
@@ -126,8 +121,7 @@ def main(arguments: list[str]) -> int:
         return attempt(about) if arguments[0] == "attempt" else verdict(about, int(arguments[2]))
     except SettingsError as error:
         print(f"error: SettingsError: {error}", flush=True)
-        folder = Path(about["folder"])
-        if "phase" in about and folder.is_dir():
+        if "phase" in about and (folder := (data_folder() / about["phase"]).parent).is_dir():
             PhaseFolder(folder).set_status("failed", error=str(error))
         return 1
 

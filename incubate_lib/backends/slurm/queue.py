@@ -1,17 +1,22 @@
-"""What Slurm knows of a run's jobs."""
+"""What Slurm knows of a run's jobs.
+
+Which they are stands in the run's slurm.json, and with each phase in its folder: a phase has one job, whichever runs need it.
+"""
 
 import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from incubate_lib.backends.slurm.limits import call
-from incubate_lib.backends.slurm.sbatch import job_name
 from incubate_lib.config import SettingsError
 from incubate_lib.pipeline.experiment import Experiment
-from incubate_lib.training.files import read_json
+from incubate_lib.training.files import read_json, write_json
+from incubate_lib.training.runs import PhaseFolder
 
+FILE = "slurm.json"
 ENDED = re.compile("COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY|BOOT_FAIL|DEADLINE|PREEMPTED|REVOKED")
 
 
@@ -40,21 +45,47 @@ class Job:
         return f"{self.id} {self.state.lower()}" + (f" on {self.nodes}" if self.nodes else "")
 
 
-def submitted(experiment: Experiment) -> dict[str, str]:
-    """Return the jobs that were submitted for this experiment: phase key → id."""
-    return read_json(experiment.path / "slurm.json") or {}
+@dataclass(frozen=True)
+class Submitted:
+    """A job that was submitted, by this run or by another that has the same phase."""
+
+    id: str
+    name: str
+    digest: str | None = None  # of its phase; none: the analysis
+
+
+def submitted(experiment: Experiment) -> dict[str, Submitted]:
+    """Return the jobs that were submitted for this experiment, by phase key."""
+    return {key: Submitted(**job) for key, job in (read_json(experiment.path / FILE) or {}).items()}
+
+
+def note(experiment: Experiment, jobs: dict[str, Submitted]) -> None:
+    """Write down the jobs of an experiment."""
+    write_json(experiment.path / FILE, {key: dataclasses.asdict(job) for key, job in jobs.items()})
+
+
+def job_of(folder: PhaseFolder) -> Submitted | None:
+    """Return the job that was last submitted for a phase, by whatever run."""
+    about = read_json(folder.path / FILE)
+    return about and Submitted(**about)
+
+
+def note_phase(folder: PhaseFolder, job: Submitted) -> None:
+    write_json(folder.path / FILE, dataclasses.asdict(job))
+
+
+def known_jobs() -> dict[tuple[str, str], Job]:
+    """Return all of this user's jobs that Slurm still knows, by id and name: a new cluster counts from one again."""
+    output = call("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r|%N|%j")
+    found = (Job(*line.split("|", 4)) for line in output.splitlines() if line.count("|") >= 4)
+    return {(job.id, job.name): job for job in found}
 
 
 def jobs_of(experiment: Experiment) -> dict[str, Job]:
     """Return the jobs that Slurm still knows of this experiment: phase key → job; SettingsError if Slurm does not answer."""
-    ids = submitted(experiment)
-    if not ids:
-        return {}
-    output = call("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r|%N|%j")
-    found = (Job(*line.split("|", 4)) for line in output.splitlines() if line.count("|") >= 4)
-    known = {(job.id, job.name): job for job in found}
-    pairs = ((key, known.get((number, job_name(experiment, key)))) for key, number in ids.items())
-    return {key: job for key, job in pairs if job}  # names too: a new cluster counts from one again
+    mine = submitted(experiment)
+    known = known_jobs() if mine else {}
+    return {key: known[job.id, job.name] for key, job in mine.items() if (job.id, job.name) in known}
 
 
 def active_jobs(experiment: Experiment) -> dict[str, Job]:

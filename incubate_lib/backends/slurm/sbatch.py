@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from incubate_lib.backends.slurm.attempts import AGAIN
 from incubate_lib.backends.slurm.settings import JobSettings, SlurmSettings, one_line
 from incubate_lib.config import SettingsError, data_folder
+from incubate_lib.phases.job import Job
 from incubate_lib.pipeline.execution import ANALYSIS
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node, Plan
@@ -30,21 +31,26 @@ class Script:
     key: str
     after: list[str]  # the keys of what it must wait for
     about: dict[str, Any]  # what it is to do, see `job.py`
-    job: JobSettings
+    request: JobSettings
     slurm: SlurmSettings
+    phase: Job | None = None  # none: the analysis
 
     @property
     def folder(self) -> Path:
-        return self.experiment.path if self.key == ANALYSIS else self.experiment.path / self.key
+        return self.phase.folder.path if self.phase else self.experiment.path
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment.path.name}/{self.key}"
 
     def arguments(self, after: Iterable[str]) -> list[str]:
         """Return the options; `after` are the jobs that must have completed. (As lines of a script they would be weaker
         than variables such as SBATCH_PARTITION, and could hold no spaces.) SettingsError if one could be several lines."""
         log = f"{self.folder}/log.txt".replace("%", "%%")  # no pattern of Slurm's
-        options = {"job-name": job_name(self.experiment, self.key), "output": log, "open-mode": "append"}
+        options = {"job-name": self.name, "output": log, "open-mode": "append"}
         options |= {"chdir": self.experiment.path, "kill-on-invalid-dep": "yes"}
         options |= {"requeue": True, "signal": f"B:USR2@{self.slurm.warn_seconds}"}
-        options |= self.job.options() | ({"dependency": "afterok:" + ":".join(after)} if after else {})
+        options |= self.request.options() | ({"dependency": "afterok:" + ":".join(after)} if after else {})
         for option, value in options.items():
             try:
                 one_line(str(value))
@@ -54,19 +60,15 @@ class Script:
 
     def text(self, arguments: list[str]) -> str:
         """Return the script, with the options for people to read."""
-        about = json.dumps(self.about | {"folder": str(self.folder), "attempts": self.slurm.attempts})
+        about = json.dumps(self.about | {"attempts": self.slurm.attempts})
         values = {"again": AGAIN, "data": str(data_folder()), "interpreter": sys.executable, "about": about}
-        body = TEMPLATES.get_template("job.sh").render(values, folder=str(self.folder), job=self.job, slurm=self.slurm)
+        body = TEMPLATES.get_template("job.sh").render(values, folder=str(self.folder), job=self.request, slurm=self.slurm)
         return f"#!/bin/bash\n# sbatch {shlex.join(arguments)}\n{body}"
 
 
 def flag(name: str, value: Any) -> str:
     """Return an option as sbatch takes it; None and True stand for themselves."""
     return f"--{name}" if value is None or value is True else f"--{name}={value}"
-
-
-def job_name(experiment: Experiment, key: str) -> str:
-    return f"{experiment.path.name}/{key}"
 
 
 def requests(nodes: list[Node], slurm: SlurmSettings) -> dict[str, JobSettings]:
@@ -79,24 +81,29 @@ def _kind(node: Node) -> str:
     return node.settings.seeded_as if node.settings.training else f"{node.settings.seeded_as} without training"
 
 
-def team(node: Node, jobs: dict[str, JobSettings]) -> tuple[str, str]:
-    """Return the overrides that say how many devices train a phase together; SettingsError if that is told twice."""
-    job, devices = jobs[_kind(node)], node.experiment.settings.machine.devices
-    if job.gpus_per_node and devices > 1:
+def on_its_team(node: Node, jobs: dict[str, JobSettings]) -> Job:
+    """Return a phase with the devices that train it together; SettingsError if that is told twice, or cannot be."""
+    request, devices = jobs[_kind(node)], node.machine.devices
+    if request.gpus_per_node and devices > 1:
         how = "on GPUs --gpus-per-node says how many a phase has"
         raise SettingsError(f"--devices is for the CPU (--gpus-per-node 0); {how}")
-    return f"machine.devices={job.gpus_per_node or devices}", f"machine.nodes={job.nodes}"
+    team = {"devices": request.gpus_per_node or devices, "nodes": request.nodes}
+    machine = node.machine.model_copy(update=team)
+    if training := node.settings.training:  # can batches be shared out among them?
+        settings = node.experiment.settings.model_copy(update={"machine": machine})
+        settings.check_fits(training, f"phase {node.settings.seeded_as} of strategy {node.strategy}")
+    return node.job.model_copy(update={"machine": machine})
 
 
 def scripts(
-    plan: Plan, wanted: list[Node], source: dict[str, Any], slurm: SlurmSettings, jobs: dict[str, JobSettings]
+    plan: Plan, wanted: list[Node], analysis: dict[str, Any] | None, slurm: SlurmSettings, jobs: dict[str, JobSettings]
 ) -> Iterator[Script]:
-    """Make the scripts of some phases and of the analysis; `jobs` are the requests of these."""
+    """Make the scripts of some phases and, where its parameters are given, of the analysis; `jobs` are the requests of these."""
     for node in wanted:
-        parameters = source | node.arguments | {"overrides": [*source["overrides"], *team(node, jobs)]}
-        about = {"phase": node.settings.seeded_as, "parameters": parameters}
+        phase = on_its_team(node, jobs)
+        about = {"phase": phase.path, "notebook": analysis is not None}
         after = [before.key for before in node.inputs.values()]
-        yield Script(plan.experiment, node.key, after, about, jobs[_kind(node)], slurm)
-    if plan.finals:
-        after, about = [node.key for node in plan.finals.values()], {"parameters": source | plan.arguments}
-        yield Script(plan.experiment, ANALYSIS, after, about, jobs[ANALYSIS], slurm)
+        yield Script(plan.experiment, node.key, after, about, jobs[_kind(node)], slurm, phase)
+    if analysis:
+        after = [node.key for node in plan.finals.values()]
+        yield Script(plan.experiment, ANALYSIS, after, {"parameters": analysis}, jobs[ANALYSIS], slurm)

@@ -135,7 +135,6 @@ def browse_runs() -> Any:
 
 
 def _browser() -> ipywidgets.Widget:
-    cells = ipywidgets.Checkbox(description="runs of studies, too", indent=False)
     run = ipywidgets.Dropdown(description="run", layout={"width": "36rem"})
     strategies = ipywidgets.SelectMultiple(description="strategies", rows=6, layout={"width": "30rem"})
     seeds = ipywidgets.SelectMultiple(description="seeds", rows=6, layout={"width": "12rem"})
@@ -149,9 +148,9 @@ def _browser() -> ipywidgets.Widget:
         picture.value, picture.layout.display = drawn, None if drawn else "none"
 
     def list_runs() -> None:
-        table, before = runs_table(cells.value), run.value
+        table, before = runs_table(), run.value
         runs.value = _html(table, "the runs")
-        run.options = list(table.loc[~table["state"].str.startswith("study"), "name"])
+        run.options = list(table["name"])
         # a menu that had none chooses none
         run.value = before if before in run.options else next(iter(run.options), None)
 
@@ -183,11 +182,11 @@ def _browser() -> ipywidgets.Widget:
         for menu in menus:
             menu.observe(stepped, names="value")
 
-    follow(list_runs, cells)
+    follow(list_runs)
     follow(choose, run)
     follow(show, run, strategies, seeds, axis)
     folded = ipywidgets.Accordion([runs], titles=("all runs",), selected_index=None)
-    menus = ipywidgets.HBox([run, cells]), ipywidgets.HBox([strategies, seeds]), axis
+    menus = run, ipywidgets.HBox([strategies, seeds]), axis
     return ipywidgets.VBox([*menus, said, picture, tables, folded])
 
 

@@ -94,7 +94,7 @@ class Hybrids:
             raise SettingsError(f"index is {index}; this strategy has the modules 0 … {len(self.nodes) - 1}")
         node = self.nodes[index]
         with torch.device("meta"):
-            meta, target = meta_and_target(node.settings, {}, node.experiment.facts.num_classes)
+            meta, target = meta_and_target(node.settings, {}, node.facts.num_classes)
         partition, imitates = partition_of(node.settings), node.settings.phase == "imitate"
         flops = self._flops.hybrid(meta, target, partition, index, imitates)
         hybrid = Hybrid(meta, target, partition, index)
@@ -109,7 +109,7 @@ class Hybrids:
         """Return what the network costs as end-to-end training has it."""
         node = self.nodes[0]
         with torch.device("meta"):
-            model = build_target(node.settings, node.experiment.facts.num_classes)
+            model = build_target(node.settings, node.facts.num_classes)
         partition = partition_of(node.settings)
         flops, memory = self._flops.per_image(model, partition), self._memory_of(node, model, partition)
         blocks, memory = len(partition.chain.blocks), sum(memory, StepMemory())
@@ -138,7 +138,7 @@ class Hybrids:
 
 def _at_once(node: Node) -> int:
     """Return the images that one device has at once."""
-    s, team = node.settings, node.experiment.settings.machine.team_size
+    s, team = node.settings, node.machine.team_size
     return micro_batches(s.training.batch_size, s.training.micro_batch, team)[1]
 
 

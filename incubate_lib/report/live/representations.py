@@ -274,6 +274,6 @@ def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
         with autocast(device, about.precision):
             guesses = {name: network(x).float().argmax(1).cpu().numpy() for name, network in networks.items()}
         found.append(pd.DataFrame({"label": y.cpu().numpy()} | guesses))
-    names = open_source(about.data, final.experiment.settings.machine)[0].classes
+    names = open_source(about.data, final.machine)[0].classes
     guesses = pd.concat(found, ignore_index=True).rename_axis(index="image")
     return Disagreements(strategy, seed, names, guesses, eval_set)

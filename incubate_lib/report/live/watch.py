@@ -39,9 +39,7 @@ def find(preset: str, overrides: Sequence[str], strategies: Sequence[str] | None
     try:
         experiment = Experiment.of(settings)
         if not experiment.is_known():
-            beside = ""
-            if experiment.path.name != settings.name and not settings.is_variant:
-                beside = f" ({settings.name} beside it is of other settings, or {OLDER})"
+            beside = f" (what is there is of other settings, or {OLDER})" if experiment.path.exists() else ""
             missing = f"there is no run of these settings in {experiment.path} yet"
             raise SettingsError(f"{missing}; start_run or `incubate run {preset}` starts one{beside}")
         return plan(settings, strategies or backends.of(experiment).strategies(experiment), seeds)

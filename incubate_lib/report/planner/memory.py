@@ -31,7 +31,7 @@ def step_memory_of(node: Node, known: dict) -> StepMemory:
     phase = node.settings
     key = (kind_of(phase.seeded_as, phase.module_index), phase.phase, phase.model.img_size, bool(phase.training.ema))
     if key not in known:
-        classes, shape = node.experiment.facts.num_classes, model_shape(phase.model)
+        classes, shape = node.facts.num_classes, model_shape(phase.model)
         with torch.device("meta"):
             model, partition = network_of(phase, classes, known)
         parts = memory_by_part(model, shape, partition, precision=phase.precision, known=_PARTS)

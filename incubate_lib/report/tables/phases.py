@@ -28,7 +28,7 @@ def settings_table(node: Node) -> pd.DataFrame:
 def costs_table(node: Node) -> pd.DataFrame:
     """Return what a training image costs in each kind of phase that the node's strategy may have, counted, next to end to end."""
     other = "incubate" if node.settings.phase == "imitate" else "imitate"  # a strategy does one or the other
-    counted = node.experiment.facts.flops_per_image
+    counted = node.facts.flops_per_image
     flops = pd.Series({key: value for key, value in counted.items() if not key.startswith(other)}) / 1e6
     table = pd.DataFrame({"MFLOP an image": flops.round(2), "of end to end": (flops / flops["target"]).round(3)})
     names = {kind: PHASES[kind].label for kind in PHASES} | {"target": "end to end, fine-tuning"}

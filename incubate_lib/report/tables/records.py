@@ -178,7 +178,7 @@ def _strategy_row(strategy: str, final: Node, needed: dict[str, dict]) -> dict:
         costs = {key: s[name] for key, s in needed.items()}
         row[short] = _number(sum(costs.values()))
         path = _number(longest(closure([final]), costs)[final.key])
-        row[f"critical_{short}"] = row[short] / len(final.experiment.facts.target_depths) if shared else path
+        row[f"critical_{short}"] = row[short] / len(final.facts.target_depths) if shared else path
     row |= {name: sum(s[name] for s in needed.values()) for name in ("images_seen", "steps")}
     row |= hardware_row([s for s in needed.values() if s["train_seconds"]] or [summary])
     commit = (where["commit"] or "")[:10] + ("+" if where["dirty"] else "")
