@@ -53,11 +53,11 @@ def _by_name(data: Path) -> dict[Phase, Path]:
 
 
 def _by_digest(data: Path) -> dict[Phase, Path]:
-    """phases/<digest>; runs/<run>/phases.json says which they are: {"seed-0/<strategy>/<phase>": digest}."""
+    """phases/<digest>; runs/<run>/run.json says which they are: {"phases": {"seed-0/<strategy>/<phase>": {"digest": …}}}."""
     places = {}
-    for record in data.glob("runs/*/phases.json"):
-        for key, digest in json.loads(record.read_text()).items():
-            folder = data / "phases" / digest
+    for record in data.glob("runs/*/run.json"):
+        for key, phase in json.loads(record.read_text())["phases"].items():
+            folder = data / "phases" / phase["digest"]
             if (folder / "summary.json").exists():
                 places[_phase(f"{record.parent.name}/{key}", folder)] = folder
     return places
@@ -75,13 +75,21 @@ def _phase(key: str, folder: Path) -> Phase:
 def tensors(folder: Path, changes: Sequence[Change] = CHANGES) -> dict[str, torch.Tensor]:
     """Return a phase's weights by today's names."""
     stored = renamed_keys(load_file(folder / "model.safetensors"), "tensors", changes)
-    config = json.loads((folder / "config.json").read_text())
-    index, depths = config["module_index"], config["target_depths"]
+    index, depths = _module(folder)
     if not index or any(name.startswith(f"blocks.{sum(depths[: index + 1]) - 1}.") for name in stored):
         return stored
     # Modules of before counted their blocks from 0, now they have the network's names.
     number = re.compile(r"blocks\.(\d+)\.")
     return {number.sub(lambda m: f"blocks.{int(m[1]) + sum(depths[:index])}.", name): t for name, t in stored.items()}
+
+
+def _module(folder: Path) -> tuple[int | None, list[int]]:
+    """Return the number of a phase's module, if it is one, and the depths of all."""
+    if (file := folder / "config.json").exists():  # when phases lay in runs
+        config = json.loads(file.read_text())
+        return config["module_index"], config["target_depths"]
+    settings = json.loads((folder / "phase.json").read_text())["settings"]
+    return settings.get("options", {}).get("module_index"), settings["target_depths"]
 
 
 def curves(folder: Path, changes: Sequence[Change] = CHANGES) -> dict[str, Any]:
