@@ -34,7 +34,7 @@ def join(process: Any, what: object = "a process to end") -> int:
 class Hooks:
     """Holds phases that other processes train, or has them fail; `env` is what these processes need (hooks/sitecustomize.py).
 
-    A phase is named by a part of its path: "seed-1", "seed-0/meta", "incubate-0".
+    A phase is named by a part of its name in the run: "seed-1", "seed-0/meta", "incubate-0".
     """
 
     def __init__(self, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import ipywidgets
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from layouts import write_folder
 
 from incubate_lib.config import SettingsError, data_folder, load_settings
+from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.recorded import recorded_plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live import browser, representations, runs
@@ -19,9 +21,11 @@ from incubate_lib.report.style import Figure
 from incubate_lib.report.tables.phases import settings_difference
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.widgets import Sentence
+from incubate_lib.training.files import read_json, write_json
 
 pytestmark = pytest.mark.xdist_group("look")  # one process, so that the run of the fixture is made once
 STRATEGIES = ["end_to_end", "deep_incubation", "deep_incubation_identity"]
+OF_PHASES = ["half-summary", "no-accuracy", "odd-metrics", "begun"]  # runs of which phases are damaged, or gone
 CHANGES = [  # identity modules that take no step, and a rate of their own, for the table of differences
     "strategies.deep_incubation_identity.phases.incubate.epochs=0",
     "strategies.deep_incubation_identity.phases.incubate.warmup_epochs=0",
@@ -239,41 +243,71 @@ def test_curves_end_where_the_costs_do(recorded, x):
 @pytest.fixture
 def damaged(done, tmp_path, monkeypatch):
     """A data folder with a sound run and everything that can be wrong with others: name → what is told."""
-    runs = tmp_path / "data" / "runs"
-    sound = done.experiment.path
+    data, sound = tmp_path / "data", done.experiment.path
+    runs = data / "runs"
     (runs / "nothing").mkdir(parents=True)
     (runs / "a file").write_text("not a run")
     (runs / "foreign").mkdir()
     (runs / "foreign" / "notes.txt").write_text("not a run either")
-    names = ["sound", "half", "a-list", "no-facts", "other-settings", "no-hash", "half-summary", "no-accuracy", "odd-metrics"]
-    for name in [*names, "digits-budget-0123ab", "begun"]:
-        shutil.copytree(sound, runs / name)
+    (runs / "before").mkdir()
+    (runs / "before" / "experiment.json").write_text("{}")
+    shutil.copytree(data_folder() / "phases", data / "phases")
+    records = ["sound", "half", "a-list", "no-facts", "no-hash", "no-inputs", "other-phase", "other-settings"]
+    for name in records:
+        shutil.copytree(sound, runs / name, symlinks=True)
+    monkeypatch.setenv("INCUBATE_DATA", str(data))
+    # their phases are damaged, and therefore those of no other run
+    phases = {name: with_other_seed(done, name, seed) for seed, name in enumerate(OF_PHASES, 1)}
 
-    def rewrite(name, path, change):
-        for file in (runs / name).glob(path):
+    def rewrite(files, change):
+        for file in files:
             file.write_text(change(file.read_text()))
+
+    def index(name, change):
+        rewrite([runs / name / "run.json"], change)
 
     def without(field):
         return lambda text: json.dumps({key: value for key, value in json.loads(text).items() if key != field})
 
-    rewrite("half", "experiment.json", lambda text: text[:200])
-    rewrite("a-list", "experiment.json", lambda text: "[1, 2]")
-    rewrite("no-facts", "experiment.json", without("facts"))
-    rewrite("other-settings", "seed-0/meta/config.json", lambda text: text.replace('"phase"', '"stage"'))
-    rewrite("no-hash", "seed-0/**/config.json", without("hash"))
-    rewrite("half-summary", "seed-0/end_to_end/summary.json", lambda text: text[:100])
-    rewrite("no-accuracy", "seed-0/**/summary.json", without("score"))
-    rewrite("odd-metrics", "seed-0/meta/metrics.jsonl", lambda text: "5\n")
-    rewrite("digits-budget-0123ab", "experiment.json", lambda text: text.replace('"name": "smoke"', '"name": "digits-budget"'))
-    for folder in (runs / "begun").glob("seed-*"):
-        shutil.rmtree(folder)
-    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "data"))
+    index("half", lambda text: text[:200])
+    index("a-list", lambda text: "[1, 2]")
+    index("no-facts", without("facts"))
+    index("no-hash", without("hash"))
+    index("no-inputs", lambda text: text.replace('"inputs": {"meta": ', '"outputs": {"meta": '))
+    index("other-phase", lambda text: text.replace('"phase": ', '"stage": '))
+    index("other-settings", lambda text: text.replace('"num_modules": ', '"modules": '))
+    rewrite([phases["half-summary"]["end_to_end"].path / "summary.json"], lambda text: text[:100])
+    rewrite([folder.path / "summary.json" for folder in phases["no-accuracy"].values()], without("score"))
+    rewrite([phases["odd-metrics"]["meta"].path / "metrics.jsonl"], lambda text: "5\n")
+    for folder in phases["begun"].values():
+        shutil.rmtree(folder.path)
     return {
-        "nothing": "it is empty", "foreign": "it has no experiment.json", "half": "its experiment.json is damaged",
-        "a-list": "its experiment.json has no settings", "no-facts": "no 'facts'", "other-settings": "phase is missing",
-        "no-hash": "no 'hash'", "no-accuracy": "no 'score'", "odd-metrics": "not as expected", "begun": "is finished yet",
-        "missing": "there is no run missing",
+        "nothing": "it is empty", "foreign": "it has no run.json", "before": "`incubate migrate` takes over runs of before",
+        "half": "its run.json is damaged", "a-list": "its run.json is damaged", "no-facts": "its run.json is damaged",
+        "no-hash": "its run.json is damaged", "no-inputs": "no 'inputs'", "other-phase": "phase is missing",
+        "other-settings": "other settings than today's", "no-accuracy": "no 'score'", "odd-metrics": "not as expected",
+        "begun": "is finished yet", "missing": "there is no run missing",
     }  # fmt: skip
+
+
+def with_other_seed(made, name, seed):
+    """Write a run whose phases, with a seed of their own, are those of another run; return their folders by what they are."""
+    digests, nodes = {}, {}
+    for node in made.nodes:
+        inputs = {which: digests[digest] for which, digest in node.settings.inputs.items()}
+        job = node.job.model_copy(update={"settings": node.settings.model_copy(update={"seed": seed, "inputs": inputs})})
+        digests[node.digest] = job.digest
+        shutil.copytree(data_folder() / "phases" / node.digest, job.folder.path)
+        for file in ("summary.json", "status.json"):
+            write_json(job.folder.path / file, read_json(job.folder.path / file) | {"hash": job.digest})
+        key = node.key.replace("seed-0", f"seed-{seed}")
+        before = {which: nodes[other.key] for which, other in node.inputs.items()}
+        nodes[node.key] = replace(node, key=key, job=job, inputs=before)
+    experiment = replace(made.experiment, path=data_folder() / "runs" / name)
+    finals = {(strategy, seed): nodes[node.key] for (strategy, _), node in made.finals.items()}
+    Plan(experiment, list(nodes.values()), finals).write()
+    kinds = {node.settings.seeded_as: node.job.folder for node in nodes.values()}
+    return kinds | {node.key: node.job.folder for node in nodes.values()}
 
 
 def test_what_is_damaged_becomes_a_sentence(damaged):
@@ -293,11 +327,9 @@ def test_the_table_of_runs_tells_what_is_there(damaged):
     best = browser.open_run("sound")[0].strategies["score"].max()
     assert sound["best top-1 %"] == round(100 * best, 1) and sound["note"] == ", ".join(CHANGES)
     assert table.loc["half-summary", "state"] == "unfinished" and "end_to_end" not in table.loc["half-summary", "strategies"]
-    assert table.loc["nothing", "state"] == table.loc["begun", "state"] == "empty"
-    for name in ("half", "a-list", "foreign", "no-accuracy"):
+    assert table.loc["nothing", "state"] == "empty" and table.loc["begun", "state"] == "unfinished"
+    for name in ("half", "a-list", "foreign", "before", "no-accuracy"):
         assert table.loc[name, "state"] == "damaged" and damaged[name] in table.loc[name, "note"]
-    assert table.loc["digits-budget", "note"].startswith("a study: 1 runs") and "digits-budget-0123ab" not in table.index
-    assert "digits-budget-0123ab" in set(runs.runs_table(cells=True)["name"])
     assert table.loc["published: digits", "state"] == "published" and table.loc["published: digits", "seeds"] == 5
 
 
@@ -305,10 +337,7 @@ def test_the_widget_follows_and_never_breaks(damaged, monkeypatch):
     monkeypatch.delenv("INCUBATE_HEADLESS", raising=False)
     shown = browser.browse_runs()
     assert isinstance(shown.widget, ipywidgets.VBox) and "sound" in shown._repr_mimebundle_()["text/html"]
-    (run, cells), (strategies, _), axis = (
-        *(box.children for box in shown.widget.children[:2]),
-        shown.widget.children[2],
-    )
+    run, (strategies, _), axis = shown.widget.children[0], shown.widget.children[1].children, shown.widget.children[2]
     assert run.value == run.options[0], "the newest run stands there at once"
     said, picture, tables = shown.widget.children[3:6]
     for name in run.options:  # every one of them, the damaged ones and the published tables
@@ -325,9 +354,6 @@ def test_the_widget_follows_and_never_breaks(damaged, monkeypatch):
     assert "training.lr" not in tables.value
     strategies.value = ()
     assert "nothing is finished of these" in said.value and picture.layout.display == "none"
-    assert not {"digits-budget", "digits-budget-0123ab"} & set(run.options), "a study is no run"
-    cells.value = True
-    assert "digits-budget-0123ab" in run.options and run.value == "sound", "what was chosen stays chosen"
     monkeypatch.setenv("INCUBATE_HEADLESS", "1")
     assert isinstance(browser.browse_runs(), pd.DataFrame)
 

@@ -1,4 +1,4 @@
-"""`incubate presets`, `check`, `import`, `export`, `figures`, `completion`: what reads and writes files."""
+"""`incubate presets`, `check`, `clean`, `migrate`, `import`, `export`, `figures`, `completion`: what reads and writes files."""
 
 import argparse
 from pathlib import Path
@@ -41,6 +41,27 @@ def check(options: argparse.Namespace) -> int:
             print(f"  {name}: {reason}")
         bad += len(broken)
     return 1 if bad else 0
+
+
+def clean(options: argparse.Namespace) -> None:
+    from incubate_lib.pipeline import store
+
+    phases = store.unused()
+    for phase in phases:
+        print(phase)
+    size = sum(phase.size for phase in phases) / 2**20
+    if options.delete:
+        store.delete(phases)
+    what = "deleted" if options.delete else "no run names them; `incubate clean --delete` deletes them"
+    print(f"{len(phases)} phase(s), {size:.1f} MiB: {what}" if phases else "nothing to clean: every phase is named by a run")
+
+
+def migrate(options: argparse.Namespace) -> None:
+    from incubate_lib.pipeline import store
+
+    folders = store.migrate(print)
+    there = "their old phases lie in the folders seed-* beside run.json, and may be deleted"
+    print(f"{len(folders)} run(s) taken over; {there}" if folders else "there is no run of before to take over")
 
 
 def import_(options: argparse.Namespace) -> None:

@@ -47,7 +47,7 @@ class Experiment:
     @classmethod
     def of_study(cls, name: str) -> "Experiment":
         """Return the folder of a study; its cells have settings of their own."""
-        return cls(None, data_folder() / "studies" / name)
+        return cls(None, data_folder() / "studies" / name, known_as="study")
 
     @cached_property
     def hash(self) -> str:
@@ -101,8 +101,8 @@ class Experiment:
         about = {
             "hash": self.hash,
             "version": VERSION,
-            "settings": self.settings.model_dump(mode="json"),
-            "facts": self.facts.model_dump(mode="json", exclude_unset=True),
+            "settings": self.settings.model_dump(mode="json") if self.settings else {},
+            "facts": self.facts.model_dump(mode="json", exclude_unset=True) if self.settings else {},
             "phases": both,
             "finals": [[*end, key] for end, key in ends.items()],
         }
@@ -118,6 +118,8 @@ class Experiment:
 
     def _link(self, digests: dict[str, str]) -> None:
         """Have names for people lead to the phases, and to no others, where the file system has links."""
+        if self.settings is None:
+            return
         with contextlib.suppress(OSError):
             for link in [path for path in self.path.glob("seed-*/**/*") if path.is_symlink()]:
                 if str(link.relative_to(self.path)) not in digests:
@@ -125,6 +127,8 @@ class Experiment:
             for key, digest in digests.items():
                 link = self.path / key
                 target = os.path.relpath(data_folder() / "phases" / digest, link.parent)
+                if link.exists() and not link.is_symlink():
+                    continue  # of before, when phases lay here
                 if not link.is_symlink() or os.readlink(link) != target:
                     link.parent.mkdir(parents=True, exist_ok=True)
                     link.unlink(missing_ok=True)

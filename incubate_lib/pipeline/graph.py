@@ -130,6 +130,7 @@ class Plan:
 
     def run(self) -> None:
         """Train everything that is missing, one phase after another, in this process."""
+        self.write()
         for node in self.nodes:
             node.run()
 

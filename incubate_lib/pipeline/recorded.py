@@ -44,7 +44,7 @@ def recorded_plan(folder: Path) -> Plan:
     """
     record = read_record(folder)
     with told_damage(f"{folder.name} cannot be opened"):
-        settings = _settings(record["settings"])
+        settings = settings_of(record["settings"])
         made = _plan(Experiment(settings, folder, known_as=record["hash"]), record)
         order = [*settings.run, *settings.strategies]
         finals = dict(sorted(made.finals.items(), key=lambda item: (item[0][1], order.index(item[0][0]))))
@@ -79,7 +79,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     raise SettingsError(f"{folder.name} is not a run that can be opened: {why}")
 
 
-def _settings(values: dict[str, Any]) -> Settings:
+def settings_of(values: dict[str, Any]) -> Settings:
+    """Return the settings that a record has; ValidationError if they are none of today's."""
     strategies = {name: _strategy(value) for name, value in values.get("strategies", {}).items()}
     own = {"strategies": strategies, "phases": _changes(values.get("phases", {}))}
     return Settings.model_validate_json(json.dumps(as_given(Settings, values) | own))

@@ -229,11 +229,13 @@ def run(study: Study, backend: Backend, settings: Any, console: Console) -> tupl
         for title, trials in steps.stages():
             # only while rates are chosen a diverged phase is an answer
             over = is_over if trials[0].phase else Node.finished
-            missing = to_do(_each_once(trials), over)
+            nodes = _each_once(trials)
+            missing = to_do(nodes, over)
             if not missing:
                 continue
             console.print(f"{title}: {len(missing)} phases are not finished", highlight=False)
             backends.check_free(home, "--stop ends them", but=backend)
+            home.write({node.key: {"digest": node.digest} for node in nodes}, {})  # so that nobody takes them for unused
             status = backend.submit(Plan(home, missing, {}), settings, console).status
             if status is None:
                 console.print("The next stage begins when these have ended: the same command again goes on.")

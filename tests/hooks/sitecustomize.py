@@ -60,10 +60,21 @@ def with_hooks(loop):
 
 
 def rule(kind, folder):
-    """Return the number that a rule has for a phase's folder; None without such a rule."""
+    """Return the number that a rule has for a phase; None without such a rule."""
     with open(os.environ["TEST_HOOKS"]) as file:
         rules = json.load(file)[kind]
-    return next((number for phase, number in rules.items() if f"/{phase}/" in f"{folder}/"), None)
+    name = named(folder)
+    return next((number for phase, number in rules.items() if f"/{phase}/" in name), None)
+
+
+def named(folder):
+    """Return the name that a phase has in the run that trains it, such as /smoke/seed-0/deep_incubation/incubate-2/."""
+    with open(folder / "phase.json") as file:
+        about = json.load(file)
+    phase = about["settings"].get("group") or about["settings"]["phase"]
+    index = about["settings"].get("options", {}).get("module_index")
+    last = phase if index is None else f"{phase}-{index}"
+    return f"/{about['run']}/seed-{about['settings']['seed']}/{'' if phase == 'meta' else about['strategy'] + '/'}{last}/"
 
 
 def hooked(fit):
