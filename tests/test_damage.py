@@ -10,7 +10,7 @@ from stopping import stop_after_checkpoints
 
 from incubate_lib.backends.local.pool import Pool
 from incubate_lib.config import SettingsError
-from incubate_lib.pipeline import execution
+from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.pipeline.view import node_line
 from incubate_lib.training.runs import PhaseFolder
@@ -104,10 +104,11 @@ def test_a_result_without_whole_weights_is_not_finished_and_is_made_again(data_f
     meta = node.inputs["meta"]
     first = meta.run()
     (meta.folder.path / "notebook.ipynb").touch()
+    pool = Pool(Plan(meta.experiment, [meta], {}), 1, None, notebooks=False)
     for lose in LOSS.values():
-        assert execution.is_complete(meta) and node_line(meta).state == meta.folder.status()["state"] == "done"
+        assert meta.job.is_complete() and node_line(meta).state == meta.folder.status()["state"] == "done"
         lose(meta.folder.weights)
-        assert not execution.is_complete(meta) and not meta.finished() and not Pool([], 1, None, notebooks=False).is_done(meta)
+        assert not meta.job.is_complete() and not meta.finished() and not pool.is_done(meta)
         line = node_line(meta)
         assert line.state == meta.folder.status()["state"] == "waiting" and "missing or damaged" in line.note
         assert meta.summary()["weights_sha256"] == first["weights_sha256"], "its numbers are still true"
@@ -119,23 +120,24 @@ def test_a_result_without_whole_weights_is_not_finished_and_is_made_again(data_f
     assert node.run()["inputs_sha256"] == {"meta": first["weights_sha256"]}
 
 
-def test_a_damaged_config_does_not_cost_the_checkpoints(sound, data_folder, capsys):
+@pytest.mark.parametrize("name", ["phase.json", "status.json"])
+def test_a_damaged_record_does_not_cost_the_checkpoints(name, sound, data_folder):
     with pytest.MonkeyPatch.context() as patch:
         folder = stop_after_checkpoints(open_phase("meta", "smoke", FREQUENT, seed=5), patch, 3)
-    whole = (folder.path / "config.json").read_bytes()
-    (folder.path / "config.json").write_bytes(whole[: len(whole) // 2])
+    whole = {name: (folder.path / name).read_bytes() for name in ("phase.json", "status.json")}
+    (folder.path / name).write_bytes(whole[name][: len(whole[name]) // 2])
     assert open_phase("meta", "smoke", FREQUENT, seed=5).run()["weights_sha256"] == sound["weights_sha256"]
-    assert folder.status()["resumed_at"] > 0 and "config.json is damaged" in capsys.readouterr().out
-    assert (folder.path / "config.json").read_bytes() == whole
+    assert folder.status()["resumed_at"] > 0
+    assert (folder.path / "phase.json").read_bytes() == whole["phase.json"]
     assert folder.metrics()[0]["step"] == 0
 
 
-def test_a_damaged_config_beside_checkpoints_of_another_phase_means_a_new_start(sound, data_folder):
+def test_a_damaged_status_beside_checkpoints_of_another_phase_means_a_new_start(sound, data_folder):
     with pytest.MonkeyPatch.context() as patch:
         other = stop_after_checkpoints(open_phase("meta", "smoke", FREQUENT, seed=6), patch, 3)
     node = open_phase("meta", "smoke", FREQUENT, seed=5)
     shutil.copytree(other.path, node.folder.path)
-    (node.folder.path / "config.json").write_text("{")
+    (node.folder.path / "status.json").write_text("{")
     assert node.run()["weights_sha256"] == sound["weights_sha256"] and "resumed_at" not in node.folder.status()
 
 

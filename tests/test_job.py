@@ -1,5 +1,6 @@
 """What follows from how an attempt at a phase ended; the real jobs are in test_slurm.py."""
 
+import json
 import os
 import socket
 import time
@@ -12,13 +13,9 @@ from incubate_lib.backends.slurm import job
 from incubate_lib.backends.slurm.attempts import AGAIN, NO_WORD, WARNED, has_ended, stuck
 from incubate_lib.config import DataSettings, MachineSettings, SettingsError
 from incubate_lib.data.scratch import stage
-from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.files import read_json, write_json
 from incubate_lib.training.trainer import compiled
-
-PARAMETERS = {"preset": "smoke", "overrides": [], "strategy": "end_to_end", "seed": 0}
-ABOUT = {"phase": "end_to_end", "parameters": PARAMETERS, "attempts": 3}
 
 
 @pytest.fixture
@@ -28,10 +25,8 @@ def phase(data_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     monkeypatch.setenv("INCUBATE_STOP", str(tmp_path / "STOP-17-2"))
     node = open_phase("end_to_end", "smoke")
-    node.experiment.create()
-    node.folder.path.mkdir(parents=True)
-    about = ABOUT | {"folder": str(node.folder.path), "key": node.key}
-    return node, about
+    node.job.write()
+    return node, {"phase": node.job.path, "notebook": True, "attempts": 3}
 
 
 def attempts(node, *ends, job="17", step=0) -> None:
@@ -99,7 +94,7 @@ def test_a_warning_means_another_attempt_and_a_stop_does_not(phase):
     assert job.verdict(about, 1) == AGAIN and not os.path.exists(stop)
     assert has_ended(node.folder, "17") and not has_ended(node.folder, "18")
     assert read_json(node.folder.path / "attempts.json")[-1]["ended"] == WARNED
-    (node.experiment.path / STOP_FILE).touch()
+    node.folder.stop_file.touch()
     assert job.verdict(about, 1) == job.STOPPED and job.attempt(about) == job.STOPPED
 
 
@@ -157,9 +152,19 @@ def test_an_attempt_that_nobody_closed_is_bad_luck(ends, phase, monkeypatch):
 
 def test_changed_settings_are_told(phase):
     node, about = phase
-    with pytest.raises(SettingsError, match="the job was submitted for"):
-        job.verdict(about | {"parameters": PARAMETERS | {"overrides": ["training.lr=1e-4"]}}, 1)
+    file = node.folder.path / "phase.json"
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 7'))
+    for then in (lambda: job.verdict(about, 1), lambda: job.attempt(about)):
+        with pytest.raises(SettingsError, match="has other settings than its folder"):
+            then()
     assert node.folder.status()["state"] == "waiting"
+
+
+def test_a_phase_that_cannot_be_read_is_told(phase, capsys):
+    node, about = phase
+    (node.folder.path / "phase.json").write_text("{")
+    assert job.main(["attempt", json.dumps(about)]) == 1 and "phase.json is damaged" in capsys.readouterr().out
+    assert node.folder.status()["state"] == "failed" and "phase.json is damaged" in node.folder.status()["error"]
 
 
 # -- data on a local disk -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training import lease
 from incubate_lib.training.files import read_json
 from incubate_lib.training.lease import Lease, Lost, holder
-from incubate_lib.training.runs import PhaseFolder
+from incubate_lib.training.runs import PhaseFolder, whose
 
 context = multiprocessing.get_context("forkserver")
 
@@ -119,7 +119,7 @@ def test_who_was_taken_for_dead_writes_nothing_more(data_folder):
     """A host is cut off in the middle of a phase, another one finishes it, the first comes back."""
     node = plan(load_settings("smoke"), ["end_to_end"]).nodes[0]
     cut_off = PhaseFolder(node.folder.path)
-    with pytest.raises(Lost), cut_off.claim(node.settings):
+    with pytest.raises(Lost), cut_off.claim(whose(node.digest, {})):
         record = json.loads(cut_off.lease.path.read_text())
         cut_off.lease.path.write_text(json.dumps(record | {"host": "elsewhere"}))
         os.utime(cut_off.lease.path, (0, 0))

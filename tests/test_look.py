@@ -11,6 +11,7 @@ import pytest
 from layouts import write_folder
 
 from incubate_lib.config import SettingsError, data_folder, load_settings
+from incubate_lib.phases.job import Job
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.recorded import recorded_plan
 from incubate_lib.pipeline.strategies import plan
@@ -269,13 +270,18 @@ def damaged(done, tmp_path, monkeypatch):
     def without(field):
         return lambda text: json.dumps({key: value for key, value in json.loads(text).items() if key != field})
 
+    def each_phase(name, change):
+        record = json.loads((runs / name / "run.json").read_text())
+        phases = {key: json.loads(change(json.dumps(about))) for key, about in record["phases"].items()}
+        write_json(runs / name / "run.json", record | {"phases": phases})
+
     index("half", lambda text: text[:200])
     index("a-list", lambda text: "[1, 2]")
     index("no-facts", without("facts"))
     index("no-hash", without("hash"))
-    index("no-inputs", lambda text: text.replace('"inputs": {"meta": ', '"outputs": {"meta": '))
-    index("other-phase", lambda text: text.replace('"phase": ', '"stage": '))
-    index("other-settings", lambda text: text.replace('"num_modules": ', '"modules": '))
+    each_phase("no-inputs", without("inputs"))
+    each_phase("other-phase", lambda text: text.replace('"phase"', '"stage"'))
+    index("other-settings", lambda text: text.replace('"num_modules"', '"modules"'))
     rewrite([phases["half-summary"]["end_to_end"].path / "summary.json"], lambda text: text[:100])
     rewrite([folder.path / "summary.json" for folder in phases["no-accuracy"].values()], without("score"))
     rewrite([phases["odd-metrics"]["meta"].path / "metrics.jsonl"], lambda text: "5\n")
@@ -291,11 +297,12 @@ def damaged(done, tmp_path, monkeypatch):
 
 
 def with_other_seed(made, name, seed):
-    """Write a run whose phases, with a seed of their own, are those of another run; return their folders by what they are."""
+    """Write a run whose phases, with a seed of their own, are those of another run; return their folders."""
     digests, nodes = {}, {}
     for node in made.nodes:
         inputs = {which: digests[digest] for which, digest in node.settings.inputs.items()}
-        job = node.job.model_copy(update={"settings": node.settings.model_copy(update={"seed": seed, "inputs": inputs})})
+        settings = node.settings.model_copy(update={"seed": seed, "inputs": inputs})
+        job = Job(**{name: getattr(node.job, name) for name in Job.model_fields} | {"settings": settings})
         digests[node.digest] = job.digest
         shutil.copytree(data_folder() / "phases" / node.digest, job.folder.path)
         for file in ("summary.json", "status.json"):
@@ -306,8 +313,7 @@ def with_other_seed(made, name, seed):
     experiment = replace(made.experiment, path=data_folder() / "runs" / name)
     finals = {(strategy, seed): nodes[node.key] for (strategy, _), node in made.finals.items()}
     Plan(experiment, list(nodes.values()), finals).write()
-    kinds = {node.settings.seeded_as: node.job.folder for node in nodes.values()}
-    return kinds | {node.key: node.job.folder for node in nodes.values()}
+    return {key.removeprefix("seed-0/"): node.folder for key, node in nodes.items()}
 
 
 def test_what_is_damaged_becomes_a_sentence(damaged):

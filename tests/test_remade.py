@@ -43,8 +43,7 @@ def test_what_starts_from_a_phase_trained_again_is_made_again_only_if_the_bits_d
     lose_meta(todo, as_elsewhere)
     old = {node: node.folder.summary()["weights_sha256"] for node in todo.nodes}
     output = io.StringIO()
-    phases = Pool([(todo, {"preset": "smoke", "overrides": SHORT_OVERRIDES})], 2, Console(file=output), notebooks=False)
-    assert phases.run() == 0
+    assert Pool(todo, 2, Console(file=output), notebooks=False).run() == 0
     assert all(node.finished() for node in todo.nodes)
     rest = 2 if as_elsewhere else 1
     assert attempts(todo) == {("meta", 2), ("incubate", rest), ("assemble", rest), ("finetune", rest)}
@@ -70,10 +69,10 @@ def test_jobs_are_submitted_for_what_starts_from_a_phase_trained_again(data_fold
         (node.folder.path / "notebook.ipynb").touch()
     module = todo.nodes[1]
     module.folder.weights.unlink()
-    source = {"preset": "smoke", "overrides": SHORT_OVERRIDES}
+    analysis = {"preset": "smoke", "overrides": SHORT_OVERRIDES} | todo.arguments
     monkeypatch.setenv("PATH", "")  # scripts are made without a cluster
     capsys.readouterr()
-    backends.get("slurm").preview([(todo, source)], SlurmSettings())
+    backends.get("slurm").preview(todo, SlurmSettings(), analysis=analysis)
     names = re.findall(r"^# sbatch .*--job-name=(\S+)", capsys.readouterr().out, re.M)
     final = todo.finals["deep_incubation", 0]
     keys = [module.key, final.inputs["assemble"].key, final.key, "06_analysis"]

@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -16,11 +17,12 @@ from stopping import stop_after_checkpoints
 
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.phases import train as phases
+from incubate_lib.phases.job import read_job
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training import loop
 from incubate_lib.training.files import read_json
-from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder
+from incubate_lib.training.runs import METRICS, MNTK, PhaseFolder, whose
 from incubate_lib.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("resume")  # one process, so that what is compared with is trained once
@@ -45,10 +47,10 @@ def train(folder: str, overrides: list[str] = OVERRIDES) -> None:
 def outcome(folder: Path) -> dict:
     """Return everything that must not depend on kills: final weights and all evaluations, without their seconds."""
     found = {}
-    for path in sorted(folder.glob("runs/*/seed-0/**/summary.json")):
+    for path in sorted(folder.glob("phases/*/summary.json")):
         phase = PhaseFolder(path.parent)
         rows = [{k: v for k, v in row.items() if k != "train_seconds"} for row in phase.metrics()]
-        found[str(path.parent.relative_to(folder))] = (phase.summary()["weights_sha256"], phase.summary()["score"], rows)
+        found[path.parent.name] = (phase.summary()["weights_sha256"], phase.summary()["score"], rows)
     return found
 
 
@@ -101,7 +103,7 @@ def test_killed_at_many_moments_it_ends_in_the_same_weights(tmp_path, uninterrup
         assert process.exitcode == -signal.SIGPROF
         kills += 1
     assert kills >= 4
-    for path in tmp_path.glob("runs/*/seed-0/**/status.json"):
+    for path in tmp_path.glob("phases/*/status.json"):
         resumed.append((read_json(path)).get("resumed_at", 0))
     assert sum(step > 0 for step in resumed) >= 2, "no kill fell into the middle of a phase"
     assert len(uninterrupted) == 7
@@ -140,32 +142,36 @@ def test_finished_phases_are_only_read(data_folder, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in node.folder.path.iterdir()} == files
 
 
-def test_changed_settings_get_a_folder_of_their_own_and_share_what_is_the_same(data_folder, monkeypatch):
+def test_changed_settings_get_phases_of_their_own_and_share_what_is_the_same(data_folder, monkeypatch):
     original = open_phase("incubate", "smoke", module_index=1)
     original.run()
     before = {p: p.read_bytes() for p in data_folder.rglob("*") if p.is_file()}
     changed = open_phase("incubate", "smoke", ["phases.incubate.lr=1e-3"], module_index=1)
-    assert changed.experiment.path != original.experiment.path
+    assert changed.experiment.path == original.experiment.path and changed.folder.path != original.folder.path
+    assert changed.inputs["meta"].folder.path == original.inputs["meta"].folder.path
     trained = []
     original_fit = phases.fit
     monkeypatch.setattr(phases, "fit", lambda *a, **k: trained.append(k["title"]) or original_fit(*a, **k))
     changed.run()
-    assert len(trained) == 1 and "module 2" in trained[0]  # the meta model was copied, not trained again
-    assert changed.inputs["meta"].summary()["copied_from"] == "smoke/seed-0/meta"
+    assert len(trained) == 1 and "module 2" in trained[0]  # the meta model was not trained again
+    record = original.experiment.path / "run.json"
+    assert (record.with_name("run.1.json")).read_bytes() == before.pop(record), "what the name meant before is kept"
+    assert changed.experiment.is_present() and original.experiment.is_known() and not original.experiment.is_present()
     assert {p: p.read_bytes() for p in before} == before
 
 
-def test_another_fine_tuning_copies_everything_before_it(data_folder, monkeypatch):
-    open_phase("assemble", "smoke").run()
+def test_another_fine_tuning_starts_from_everything_before_it(data_folder, monkeypatch):
+    assembled = open_phase("assemble", "smoke")
+    assembled.run()
     trained, original_fit = [], phases.fit
     monkeypatch.setattr(phases, "fit", lambda *a, **k: trained.append(k["title"]) or original_fit(*a, **k))
     node = open_phase("finetune", "smoke", ["phases.finetune.epochs=1"])
     assert node.run()["steps"] == 12
     assert trained == ["seed 0 finetune, deep_incubation"]
-    assert node.inputs["assemble"].summary()["copied_from"] == "smoke/seed-0/deep_incubation/assemble"
+    assert node.summary()["inputs_sha256"] == {"assemble": assembled.summary()["weights_sha256"]}
 
 
-def test_an_edited_file_never_reuses_the_old_run(data_folder, tmp_path):
+def test_an_edited_file_never_reuses_the_old_results(data_folder, tmp_path):
     text = "name: mine\npartition: {num_modules: 2}\n"
     text += "model: {img_size: 8, patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2, in_chans: 1}\n"
     text += "data: {source: synthetic, test_images: 96}\ntraining: {epochs: 1, batch_size: 16, lr: LR}\n"
@@ -173,21 +179,14 @@ def test_an_edited_file_never_reuses_the_old_run(data_folder, tmp_path):
     for lr in ("1e-3", "2e-3", "1e-3"):
         (tmp_path / "mine.yaml").write_text(text.replace("LR", lr))
         node = open_phase("meta", str(tmp_path / "mine.yaml"))
-        summaries.append((node.run()["weights_sha256"], node.experiment.path.name))
-    assert summaries[0] == summaries[2] != summaries[1]
-    assert summaries[0][1] == "mine" and summaries[1][1].startswith("mine-")
-
-
-def test_a_folder_of_other_settings_is_left_as_it_is(data_folder):
-    node = open_phase("meta", "smoke")
-    node.run()
-    other = node.settings.model_copy(update={"seed": 7})
-    with pytest.raises(SettingsError, match="belongs to other settings"), node.folder.claim(other):
-        pass
+        summaries.append((node.run()["weights_sha256"], node.folder.path))
+        assert node.experiment.path.name == "mine" and node.experiment.is_known()
+    assert summaries[0] == summaries[2] and all(a != b for a, b in zip(*summaries[:2], strict=True))
+    assert {path.name for path in node.experiment.path.glob("run*.json")} == {"run.json", "run.1.json"}
 
 
 def test_two_processes_never_train_the_same_phase(data_folder, tmp_path):
-    """The second waits for the first, and takes over when the first is killed."""
+    """The second, of another run, waits for the first, and takes over when the first is killed."""
     node = open_phase("meta", "smoke")
     first = context.Process(target=hold, args=(str(data_folder),), daemon=True)
     first.start()
@@ -196,7 +195,7 @@ def test_two_processes_never_train_the_same_phase(data_folder, tmp_path):
     second = context.Process(target=run_meta, args=(str(data_folder), str(output)))
     second.start()
     wait_for(lambda: output.exists() and "waiting for process" in output.read_text(), "the second process to say that it waits")
-    assert f"waiting for process {first.pid} on" in output.read_text()
+    assert re.search(rf"waiting for process {first.pid} on \S+ \(run smoke\)", output.read_text())
     assert second.is_alive() and node.folder.status()["pid"] == first.pid and node.folder.status()["attempt"] == 1
     os.kill(first.pid, signal.SIGKILL)
     first.join()
@@ -218,42 +217,42 @@ def run_meta(folder: str, output: str) -> None:
     os.environ["INCUBATE_DATA"] = folder
     torch.set_num_threads(1)
     with open(output, "w") as file, contextlib.redirect_stdout(file):
-        open_phase("meta", "smoke").run()
+        open_phase("meta", "smoke", ["name=other"]).run()
 
 
 def hold(folder: str) -> None:
     os.environ["INCUBATE_DATA"] = folder
     node = open_phase("meta", "smoke")
-    node.experiment.create()
-    with node.folder.claim(node.settings):
+    node.job.write()
+    with node.folder.claim(whose(node.digest, {})):
         signal.pause()  # for ever: it is killed
 
 
 def test_a_report_of_what_is_not_finished_is_not_taken_for_whole(data_folder):
     """A phase may come to disagree with its input behind the back of a run."""
     todo = plan(load_settings("smoke"), ["end_to_end"])
-    todo.experiment.create()
+    todo.write()
     for name in ("06_analysis.ipynb", "report.html"):
         (todo.experiment.path / name).touch()
     (todo.experiment.path / "analysed.json").write_text('{"end_to_end 0": "0123"}')
     assert not execution.analysed(todo)
 
 
-def test_a_finished_phase_without_its_config_is_left_as_it_is(data_folder):
+def test_a_finished_phase_stays_finished_whatever_else_is_damaged(data_folder):
     node = open_phase("meta", "smoke")
-    node.run()
-    (node.folder.path / "config.json").write_text("")
-    other = node.settings.model_copy(update={"seed": 7})
-    with pytest.raises(SettingsError, match="belongs to other settings"), node.folder.claim(other):
-        pass
-    assert node.finished()
+    first = node.run()
+    for name in ("phase.json", "status.json"):
+        (node.folder.path / name).write_bytes(b"\xff")
+    assert open_phase("meta", "smoke").run() == first and node.folder.status()["state"] == "done"
+    assert open_phase("incubate", "smoke", module_index=0).run()["inputs_sha256"] == {"meta": first["weights_sha256"]}
+    assert node.folder.finished() == first and read_job(node.job.path) == node.job, "it says again what it is"
 
 
 @pytest.mark.parametrize("cut", [b'{"step": 0, "epo', b"\xff" + bytes(20)], ids=["half", "no text"])
 def test_a_line_cut_short_by_a_kill_is_not_glued_to_the_next(cut, data_folder):
     settings = load_settings("smoke", ["mat.probe=4", "mat.warmup_epochs=0.5", "phases.end_to_end.epochs=1"])
     node = plan(settings, ["mat"]).nodes[0]
-    with contextlib.suppress(KeyboardInterrupt), node.folder.claim(node.settings):
+    with contextlib.suppress(KeyboardInterrupt), node.folder.claim(whose(node.digest, {})):
         for file in (METRICS, MNTK):
             (node.folder.path / file).write_bytes(cut)
         raise KeyboardInterrupt
@@ -275,7 +274,7 @@ def test_modules_of_two_meta_models_never_meet(data_folder):
     second = node.run()
     assert second["weights_sha256"] != first["weights_sha256"] and node.folder.status()["attempt"] == 2
     assert second["inputs_sha256"] == other.run()["inputs_sha256"] == {"meta": meta.summary()["weights_sha256"]}
-    assert variant.run()["copied_from"] == "smoke/seed-0/deep_incubation/incubate-1"
+    assert variant.run() == second
     shutil.rmtree(meta.folder.path)  # to save space: what is finished stays finished
     assert node.summary() == second
 
@@ -284,13 +283,11 @@ def test_other_images_than_planned_with_are_told(data_folder, tmp_path):
     text = "model: {img_size: 8, patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2, in_chans: 1}\n"
     text += "data: {source: synthetic, test_images: 96}\npartition: {num_modules: 2}\ntraining: {batch_size: 16}\n"
     (tmp_path / "mine.yaml").write_text(text)
-    node = open_phase("meta", str(tmp_path / "mine.yaml"))
-    node.experiment.create()
-    file = node.experiment.path / "experiment.json"
+    todo = plan(load_settings(str(tmp_path / "mine.yaml")))
+    todo.write()
+    file = todo.experiment.path / "run.json"
     file.write_text(file.read_text().replace('"num_images": 288', '"num_images": 300'))
-    with pytest.raises(
-        SettingsError, match=r"there are 288 training images in 4 classes, but 300 in 4 when this experiment began"
-    ):
+    with pytest.raises(SettingsError, match=r"there are 288 training images in 4 classes, but 300 in 4 when this run was planned"):
         open_phase("meta", str(tmp_path / "mine.yaml")).run()
 
 
@@ -332,4 +329,4 @@ def test_mat_stopped_and_resumed_equals_uninterrupted(how, tmp_path, monkeypatch
     assert found[0] == found[1]
     probes = found[0][2][1]
     assert [row["step"] for row in probes] == list(range(0, 36, 6)) and len({tuple(row["active"]) for row in probes}) > 1
-    assert found[0][1] < 36 * 16 * node.experiment.facts.flops_per_image["target"] + summary["mat"]["flops"]
+    assert found[0][1] < 36 * 16 * node.facts.flops_per_image["target"] + summary["mat"]["flops"]

@@ -1,12 +1,16 @@
 """data/phases as a whole: runs of before are taken over, runs share phases, and what no run names can be deleted."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from patience import Hooks, wait_for
@@ -135,6 +139,39 @@ def test_a_record_of_a_phase_says_all_that_training_takes(data_folder):
     (node.folder.path / "phase.json").write_text('{"settings": 3}')
     with pytest.raises(SettingsError, match=r"phase.json is of another version of this package, or damaged"):
         open_phase("incubate", path=node.job.path)
+
+
+# -- the way of a phase -------------------------------------------------------------------------------------------------------
+
+
+def test_few_functions_of_ours_lie_between_the_command_and_the_first_update(data_folder, tmp_path):
+    """Summed over the processes that wait for one another: the command, the notebook's, its kernel."""
+    hooks = Hooks(tmp_path)
+    hooks.hold("end_to_end", 0)
+    stacks = tmp_path / "stacks"
+    command = [sys.executable, "-m", "incubate_lib.cli", "run", "smoke", "--strategies", "end_to_end"]
+    env = os.environ | hooks.env | {"INCUBATE_DATA": str(data_folder), "TEST_STACKS": str(stacks)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
+    folder = plan(load_settings("smoke"), ["end_to_end"]).nodes[0].folder
+    wait_for(lambda: folder.status()["state"] == "running", "the phase to train")
+    tree = psutil.Process(process.pid)
+    pids = [tree.pid, *(child.pid for child in tree.children(recursive=True))]
+    step = 'incubate_lib/training/loop.py", line '
+
+    def asked() -> bool:
+        stacks.write_text("")
+        for pid in pids:
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.1)  # one after the other: they write into one file
+        return step in stacks.read_text()
+
+    wait_for(asked, "the first update")
+    ours = re.findall(r'File "\S*/(incubate_lib/\S+)", line \d+ in (\w+)', stacks.read_text())
+    process.terminate()
+    process.wait()
+    print(*(f"{function}  {file}" for file, function in ours), sep="\n")
+    assert len(ours) + 1 <= 12, "with Trainer.step itself, in whose place the phase is held"
+    assert {"run_phase", "fit"} <= {function for _, function in ours}
 
 
 # -- two runs that need the same phase ----------------------------------------------------------------------------------------

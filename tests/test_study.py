@@ -14,12 +14,14 @@ import pytest
 from patience import Hooks, wait_for
 
 from incubate_lib.config.study import COLUMNS, load_study, studies
+from incubate_lib.phases.job import read_job
+from incubate_lib.pipeline import store
 from incubate_lib.pipeline import study as walks
-from incubate_lib.pipeline.graph import finished_phases
 from incubate_lib.report.tables import studies as report
 from incubate_lib.report.tables.answers import answer, reached
 from incubate_lib.report.tables.studies import StudyTable, gains, published, summary
 from incubate_lib.report.tables.study_plots import fronts, gain_map, ranking
+from incubate_lib.training.runs import PhaseFolder
 
 pytestmark = pytest.mark.xdist_group("study")  # one process, so that the study is trained once
 STUDY = """
@@ -86,20 +88,19 @@ def test_rates_are_the_best_on_validation_images_and_are_those_that_were_used(tr
         assert chosen.tolist() == [best.iloc[0]]
         assert set(table.results.loc[table.results["strategy"] == name, f"lr_{phase}"]) == {chosen.iloc[0]}
     split = {7: "val", 0: "test", 1: "test"}
-    for path in folder.glob("runs/*/seed-*/**/config.json"):
-        config = json.loads(path.read_text())
-        settings = config.get("settings", config)
-        assert settings["data"]["eval_split"] == split[settings["seed"]], path
+    phases = [read_job(path) for path in folder.glob("phases/*/phase.json")]
+    assert {job.settings.seed for job in phases} == split.keys()
+    assert all(job.settings.data.eval_split == split[job.settings.seed] for job in phases)
 
 
 def test_it_costs_what_was_told_and_nothing_is_trained_twice(trained):
     folder, _, costs, _ = trained
-    phases = finished_phases(folder / "runs")
-    own = [[p for p in copies if "copied_from" not in p.summary()] for copies in phases.values()]
-    assert all(len(one) == 1 for one in own)
-    spent = sum(one[0].summary()["train_flops"] for one in own)
+    own = [PhaseFolder(path) for path in folder.glob("phases/*")]
+    assert all(phase.finished() and phase.status()["attempt"] == 1 for phase in own)
+    spent = sum(phase.summary()["train_flops"] for phase in own)
     assert spent == pytest.approx(sum(cost.flops for cost in costs), rel=0.02)
     assert len(own) <= sum(cost.missing for cost in costs)  # rates that two strategies agree on have phases in common
+    assert not (folder / "runs").exists() and store.unused() == []
 
 
 def test_called_again_it_trains_nothing_and_says_the_same(trained):
@@ -135,21 +136,21 @@ def test_stopped_in_the_middle_it_goes_on_and_ends_in_the_same_numbers(trained, 
         pd.testing.assert_frame_equal(ours[same], theirs[same], check_dtype=False)
 
 
-def test_a_run_of_a_study_is_an_ordinary_run(trained):
+def test_a_cell_of_a_study_is_a_run_that_is_trained_already(trained):
     folder, file, *_ = trained
-    steps = walks.Walk(load_study(str(file)))
-    *_, (_, trials) = steps.stages()
-    source = steps.source(trials[0])
-    overrides = [part for value in source["overrides"] for part in ("--set", value)]
-    result = incubate("report", source["preset"], *overrides, folder=folder)
+    trial = walks.Walk(load_study(str(file))).last()[0]
+    trial.plan.write()
+    overrides = [part for value in trial.plan.experiment.settings.overrides for part in ("--set", value)]
+    result = incubate("report", "smoke", *overrides, folder=folder)
     assert result.returncode == 0 and "than end to end" in result.stdout
+    shutil.rmtree(folder / "runs")
 
 
 def test_it_is_told_what_is_left(trained, tmp_path):
     _, file, *_ = trained
     result = incubate("study", str(file), "--dry-run", folder=tmp_path)
     assert result.returncode == 0 and "nothing was trained here yet" in result.stdout
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "phases").exists()
 
 
 def test_the_tables_make_figures_and_sentences(trained):

@@ -21,6 +21,7 @@ def run(options: argparse.Namespace) -> int | None:
     began = time.monotonic()
     backend = backends.get(options.backend)
     refuse(options.dry_run and not backend.has_preview, f"--dry-run is for {backends.able('has_preview')}")
+    refuse(options.anew and options.backend != backends.DEFAULT, f"--anew is for --backend {backends.DEFAULT}")
     asked = backends.settings(options)
     settings = load_settings(options.preset, options.set)
     experiment = Experiment.of(settings)
@@ -37,6 +38,10 @@ def run(options: argparse.Namespace) -> int | None:
         from incubate_lib.data.sets import unused_in_words
 
         print(unused_in_words(unused, todo.experiment.facts.num_classes), flush=True)
+    if options.anew:
+        from incubate_lib.pipeline import store
+
+        store.set_aside(store.of_other_devices(todo))
     analysis = source_of(options.preset, options.set) | todo.arguments
     if options.dry_run:
         backend.preview(todo, asked, analysis=analysis)
@@ -74,7 +79,9 @@ def study(options: argparse.Namespace) -> int | None:
     if not options.dry_run:
         backend.prepare()
     print(PLANNING, flush=True)
-    print(report.costs_text(grid.costs(about), grid.measured_speed(about), jobs), flush=True)
+    costs = grid.costs(about)
+    speed = grid.measured_speed({digest for cost in costs for digest in cost.digests})
+    print(report.costs_text(costs, speed, jobs), flush=True)
     if options.dry_run:
         return None
     steps, status = grid.run(about, backend, asked, Console())

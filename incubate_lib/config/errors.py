@@ -1,6 +1,7 @@
 """What bad input is told: a line or two that name the field, the value and what would be right."""
 
 import difflib
+from functools import cache
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -56,7 +57,13 @@ def _fields_at(loc: tuple, model: Any) -> list[str]:
 
 def nearest(name: str, known: Any) -> str:
     """Return the most similar names, or all of them, as the end of an error message."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return _nearest(str(name), tuple(known))
+
+
+@cache
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    """Messages are made before it is known whether they are needed: for the many settings of a study again and again."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known)}"
 
 

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _parsed(text: str) -> Any:
     """Return what YAML 1.2 says, without python objects or doubled keys; YAMLError or ValueError if it is wrong or too much."""
+    return copy.deepcopy(_parsed_once(text))
+
+
+@cache
+def _parsed_once(text: str) -> Any:
+    """A study reads one preset for each of its cells."""
     refuse(len(text) > LONGEST_TEXT, f"it has more than {LONGEST_TEXT} characters")
     yaml = YAML(typ="safe", pure=True)
     yaml.max_depth = DEEPEST

@@ -21,12 +21,16 @@ class Members:
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names, in order; nothing is imported but the package."""
-        paths = importlib.import_module(self.package).__path__
-        return iter(sorted(member.name for member in pkgutil.iter_modules(paths)))
+        return iter(_names(tuple(importlib.import_module(self.package).__path__)))
 
     def __getitem__(self, name: str) -> Any:
         """Return a member; SettingsError with the nearest names if there is none."""
         return _load(self, name)
+
+
+@cache
+def _names(folders: tuple[str, ...]) -> list[str]:
+    return sorted(member.name for member in pkgutil.iter_modules(folders))
 
 
 @cache

@@ -91,11 +91,11 @@ class Job(Frozen):
 
     def write(self) -> None:
         """Write it into its folder, unless it stands there."""
-        text = self.model_dump_json(exclude_unset=True, indent=1) + "\n"
+        text = (self.model_dump_json(exclude_unset=True, indent=1) + "\n").encode()
         file = self.folder.path / FILE
         file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists() or file.read_text() != text:
-            write_atomic(file, text.encode())
+        if not file.exists() or file.read_bytes() != text:
+            write_atomic(file, text)
 
 
 def read_job(path: str | Path) -> Job:
@@ -104,7 +104,10 @@ def read_job(path: str | Path) -> Job:
     values = read_json(file)
     if values is None:
         raise SettingsError(f"{file} is {'damaged' if file.exists() else 'not there'}; `incubate run` writes it again")
-    return checked(Job, values, str(file))
+    job = checked(Job, values, str(file))
+    if job.digest != file.parent.name:  # edited, or written when a package had other defaults: it would train elsewhere
+        raise SettingsError(f"{file} has other settings than its folder ({job.digest}); `incubate run` writes it again")
+    return job
 
 
 def checked(model: type[Model], values: Any, where: str) -> Model:
@@ -113,4 +116,4 @@ def checked(model: type[Model], values: Any, where: str) -> Model:
         return model.model_validate_json(json.dumps(values))
     except ValidationError as error:
         what = f"{where} is of another version of this package, or damaged"
-        raise SettingsError(f"{what}: {error_message(error)}") from None
+        raise SettingsError(f"{what}: {error_message(error, model)}") from None

@@ -80,8 +80,9 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
         "train_images": len(train),
         "eval_images": len(eval_set),
     }
+    where = provenance(team.device) | {"precision": s.precision}
     identity = {"phase": s.seeded_as, "module_index": s.module_index, "seed": s.seed, "strategy": job.strategy}
-    return home.finish(identity | about | numbers | {"provenance": provenance(team.device)}, kind.results(kept))
+    return home.finish(identity | about | numbers | {"provenance": where}, kind.results(kept))
 
 
 def _stop_asked(stop_files: dict[str, int | None]) -> Callable[[], bool]:

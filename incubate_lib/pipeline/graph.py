@@ -98,7 +98,8 @@ class Node:
         if not self.finished():
             self.experiment.write({node.key: node.record() for node in nodes}, {})
         for node in nodes if not self.finished() else [self]:
-            node.job.write()
+            if node.folder.trainer() is None:  # else it is written by whoever does, which may be another run
+                node.job.write()
             summary = run_phase(node.job)
         return summary
 

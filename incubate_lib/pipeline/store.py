@@ -1,6 +1,7 @@
 """data/phases as a whole: phases that no run names any more, and runs of before, when phases lay in the folders of runs."""
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from incubate_lib.config import SettingsError, data_folder
 from incubate_lib.phases.facts import Facts
 from incubate_lib.phases.job import FILE, checked
 from incubate_lib.pipeline.experiment import Experiment, is_record
-from incubate_lib.pipeline.graph import Node
+from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.recorded import BEFORE, settings_of
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.files import read_json, write_atomic, write_json
@@ -62,6 +63,24 @@ def _indices() -> Iterator[dict[str, Any]]:
 def delete(phases: list[Unused]) -> None:
     for phase in phases:
         shutil.rmtree(phase.folder.path)
+
+
+def of_other_devices(run: Plan) -> list[Node]:
+    """Return the phases of a run that were trained on another device than this machine's."""
+    from incubate_lib.training.team import pick_device, provenance
+
+    here = provenance(pick_device())["device"]
+    done = [(node, node.folder.summary()) for node in run.nodes]
+    return [node for node, summary in done if summary and summary["provenance"]["device"] != here]
+
+
+def set_aside(nodes: list[Node]) -> None:
+    """Have phases trained again by whoever needs them; what was trained stays, until `incubate clean` deletes it."""
+    for node in nodes:
+        path = node.folder.path
+        numbers = itertools.count(1)
+        aside = next(place for number in numbers if not (place := path.with_name(f"{path.name}.{number}")).exists())
+        path.rename(aside)
 
 
 # -- runs of before -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ way, and trains what is missing. A phase that several cells share is trained onc
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -179,6 +179,7 @@ class Cost:
     phases: int  # different ones
     missing: int
     flops: float  # of those that are missing
+    digests: frozenset[str]  # of all phases
 
 
 def costs(study: Study) -> list[Cost]:
@@ -192,19 +193,18 @@ def costs(study: Study) -> list[Cost]:
         done = {node.digest for trial in trials for node in trial.plan.nodes if is_over(node)}
         missing = flops.keys() - seen - done
         total = float(sum(flops[each] for each in missing))
-        costs.append(Cost(title, len(trials), len(flops.keys() - seen), len(missing), total))
+        costs.append(Cost(title, len(trials), len(flops.keys() - seen), len(missing), total, frozenset(flops)))
         seen |= flops.keys()
     return costs
 
 
-def measured_speed(study: Study) -> float | None:
-    """Return the FLOP/s of one process in finished phases of this study, else in any here; None if there is none.
+def measured_speed(of: Collection[str] = ()) -> float | None:
+    """Return the FLOP/s of one process in finished phases with these digests, else in any here; None if there is none.
 
     Of phases from several devices those of the device that trained last count.
     """
     folders = data_folder() / "phases"
-    own = {node.digest for _, trials in Walk(study).stages() for trial in trials for node in trial.plan.nodes}
-    for paths in ([folders / digest for digest in own], folders.glob("*")):
+    for paths in ([folders / digest for digest in of], folders.glob("*")):
         trained: dict[tuple, list[dict[str, Any]]] = {}  # device, threads → summaries
         for path in paths:
             summary = PhaseFolder(path).summary() or {}

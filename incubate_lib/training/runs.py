@@ -22,6 +22,17 @@ from incubate_lib.training.lease import Lease, Lost, holder
 
 METRICS, MNTK = "metrics.jsonl", "mntk.jsonl"  # one line an evaluation: of loss and score, of the modular NTK
 CHECKPOINTS = "checkpoint.pt", "checkpoint.previous.pt"  # the newest first
+NEEDED = {
+    "hash",
+    "weights_sha256",
+    "phase",
+    "seed",
+    "steps",
+    "train_flops",
+    "train_seconds",
+    "loss",
+    "provenance",
+}  # of a summary
 STOP_FILE = "STOP"
 GONE = "its weights are missing or damaged; it is trained again"
 STATUS_SECONDS = 1.0  # between rewrites of status.json while a phase trains
@@ -52,7 +63,12 @@ class PhaseFolder:
         are true even if somebody has deleted the weights since: `finished` tells whether those are there.
         """
         summary = read_json(self.path / "summary.json")
-        if not isinstance(summary, dict) or "hash" not in summary or digest not in (None, summary["hash"]):
+        if summary is None:
+            return None
+        if not isinstance(summary, dict) or not summary.keys() >= NEEDED:
+            here = self.path / "summary.json"
+            raise SettingsError(f"{here} is no record of a finished phase; delete it, and the phase is trained again")
+        if digest not in (None, summary["hash"]):
             return None
         made_from = summary.get("inputs_sha256", {})
         summary = {"metric": METRIC_BEFORE} | renamed(summary)
@@ -66,14 +82,19 @@ class PhaseFolder:
 
     def status(self) -> dict[str, Any]:
         """Return state and progress; a phase whose process is gone is told as `interrupted`."""
+        status = self._status()
         if self.finished():
-            return {"state": "done"} | (read_json(self.path / "status.json") or {}) | {"state": "done"}
-        status = read_json(self.path / "status.json") or {"state": "waiting"}
+            return status | {"state": "done"}
         if status["state"] == "done":  # it was; its result is gone
             return {"state": "waiting"}
         if status["state"] == "running" and not holder(self.path / "lease"):
             status["state"] = "interrupted"
         return status
+
+    def _status(self) -> dict[str, Any]:
+        """Return what status.json says; what is damaged is written again."""
+        status = read_json(self.path / "status.json")
+        return status if isinstance(status, dict) and isinstance(status.get("state"), str) else {"state": "waiting"}
 
     def metrics(self, file: str = METRICS) -> list[dict[str, Any]]:
         """Return one dict per evaluation; a line cut short by a kill is left out."""
@@ -133,7 +154,7 @@ class PhaseFolder:
 
     def _make_room(self) -> dict[str, Any]:
         """Keep what was made from these inputs; forget what was not, and a summary without its weights. Return the status."""
-        status = read_json(self.path / "status.json") or {}
+        status = self._status()
         known = status.get("inputs_sha256")
         is_ours = known == self.whose["inputs_sha256"] or (known is None and any(map(self._is_own_checkpoint, CHECKPOINTS)))
         outdated = () if is_ours else ("summary.json", METRICS, MNTK, *CHECKPOINTS)
@@ -162,8 +183,7 @@ class PhaseFolder:
     def set_status(self, state: str | None = None, **fields: Any) -> None:
         """Rewrite status.json."""
         self._own()
-        status = (read_json(self.path / "status.json") or {}) | fields
-        write_json(self.path / "status.json", status | ({"state": state} if state else {}))
+        write_json(self.path / "status.json", self._status() | fields | ({"state": state} if state else {}))
 
     def start_metrics(self, step: int, file: str = METRICS) -> None:
         """Forget evaluations after `step`, which will be made again with the same numbers, and lines that are cut short:

@@ -5,9 +5,11 @@ other images in them, whose sums are in the file $TEST_CIFAR. Both are asked for
 imported everything before a test begins. FLOPs are counted once in all processes (counted.py).
 """
 
+import faulthandler
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 
@@ -100,6 +102,10 @@ def hooked(fit):
 
     return hooked_fit
 
+
+if "TEST_STACKS" in os.environ:  # each process, and each fork of it, writes its stack there when it is asked to
+    stacks = open(os.environ["TEST_STACKS"], "a")
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
 
 if "PYTEST_CURRENT_TEST" in os.environ:  # a test started this process; pytest-xdist's own find this folder on their path, too
     sys.meta_path.insert(0, Finder("incubate_lib.training.loop", with_hooks))
