@@ -23,7 +23,6 @@ from incubate_lib import backends
 from incubate_lib.backends.local import pool
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline import execution, notebook
-from incubate_lib.pipeline.execution import is_complete
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.files import read_json
@@ -41,7 +40,7 @@ def planned(folder: Path, *overrides: str) -> None:
     """Plan a run of smoke here, where torch is imported already: the command line need not measure then."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INCUBATE_DATA", str(folder))
-        Experiment.of(load_settings("smoke", list(overrides))).create()
+        Experiment.of(load_settings("smoke", list(overrides))).write({}, {})
 
 
 @pytest.fixture(scope="module")
@@ -53,39 +52,45 @@ def chain(tmp_path_factory):
     return folder, subprocess.run(command, capture_output=True, text=True, env=env, timeout=HANG)
 
 
-def weights(folder: Path) -> dict[str, str]:
-    return {
-        str(p.parent.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("model.safetensors")
-    }
+def weights(data: Path) -> dict[str, str]:
+    """Return the SHA-256 of what phases ended in, by the digest of each."""
+    return {p.parent.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in data.glob("phases/*/model.safetensors")}
+
+
+def states(data: Path) -> list[str | None]:
+    """Return the state of each phase as it stands in its folder."""
+    return [(read_json(path) or {}).get("state") for path in data.glob("phases/*/status.json")]
 
 
 def test_the_chain_runs_to_a_verdict(chain):
     folder, result = chain
     assert result.returncode == 0, result.stdout + result.stderr
     run = folder / "runs" / "smoke"
-    names = {str(p.parent.relative_to(run)) for p in run.rglob("summary.json")}
+    names = read_json(run / "run.json")["phases"].keys()
     starts = ["deep_incubation", "deep_incubation_stack", "deep_incubation_identity"]
     phases = ["incubate-0", "incubate-1", "incubate-2", "assemble", "finetune"]
     assert names == {"seed-0/meta", "seed-0/end_to_end", *(f"seed-0/{s}/{p}" for s in starts for p in phases)}
-    assert all((run / name / "notebook.ipynb").exists() for name in names)
+    assert all((run / name / file).exists() for name in names for file in ("summary.json", "notebook.ipynb"))
+    assert len(names) == len(list(folder.glob("phases/*/summary.json")))
     assert "than end to end" in result.stdout and (run / "report.html").exists()
-    times = [read_json(run / f"seed-0/{s}/finetune/summary.json")["inputs"] for s in starts]
-    assert times == [{"assemble": f"seed-0/{s}/assemble"} for s in starts]
+    for start in starts:
+        before, after = (read_json(run / f"seed-0/{start}/{phase}/summary.json") for phase in ("assemble", "finetune"))
+        assert after["inputs_sha256"] == {"assemble": before["weights_sha256"]}
 
 
 def test_modules_ran_side_by_side(chain):
     folder, _ = chain
-    spans = []
-    for path in (folder / "runs" / "smoke").rglob("notebook.ipynb"):
-        meta = nbformat.read(path, 4).metadata.papermill
-        spans.append((meta.start_time, meta.end_time, str(path)))
+    run, spans = folder / "runs" / "smoke", []
+    for key in read_json(run / "run.json")["phases"]:
+        meta = nbformat.read(run / key / "notebook.ipynb", 4).metadata.papermill
+        spans.append((meta.start_time, meta.end_time, key))
     spans.sort()
     assert any(a[1] > b[0] and "incubate-" in a[2] and "incubate-" in b[2] for a, b in itertools.pairwise(spans))
 
 
 def test_executed_copies_hold_results_but_nothing_of_the_machine(chain):
     folder, _ = chain
-    copies = [*(folder / "runs").rglob("notebook.ipynb"), *(folder / "runs").rglob("06_analysis.ipynb")]
+    copies = [*folder.glob("phases/*/notebook.ipynb"), *folder.glob("runs/*/06_analysis.ipynb")]
     assert len(copies) == 18
     for path in copies:
         text = path.read_text()
@@ -102,7 +107,7 @@ def test_again_nothing_is_done_and_torch_is_not_even_imported(chain):
     folder, _ = chain
 
     def files():
-        return {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*") if p.is_file() and "lease" not in p.parts}
+        return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and "lease" not in p.parts}
 
     before = files()
     code = (
@@ -142,15 +147,12 @@ def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
     command = ["run", "smoke", "--strategies", "end_to_end", "deep_incubation_stack", "--jobs", "2"]  # 7 phases
     data, hooks = tmp_path / "data", Hooks(tmp_path)
     env = os.environ | hooks.env | {"INCUBATE_DATA": str(data)}
-    done = lambda: len(list(data.rglob("summary.json")))  # noqa: E731
+    done = lambda: len(list(data.glob("phases/*/summary.json")))  # noqa: E731
     planned(data)
     hooks.hold("incubate-1", 3)  # never done before it is let go; the two phases after it wait for it
 
     def begin():
         return command_line.Begun(*command, env=env)
-
-    def running():
-        return any((read_json(p) or {}).get("state") == "running" for p in data.rglob("status.json"))
 
     process = begin()
     wait_for(lambda: done() >= 1, "the first finished phase")
@@ -161,18 +163,17 @@ def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
         (4, lambda process: incubate("stop", "smoke", folder=data)),
     ]:
         process = begin()
-        wait_for(lambda finished=finished: done() >= finished and running(), f"{finished} finished phases and one that runs")
+        wait_for(lambda finished=finished: done() >= finished and "running" in states(data), f"{finished} finished phases and one that runs")
         stop(process)
         result = process.end()
         assert result.returncode == 130 and "goes on from here" in result.stdout
         assert done() < 7
-        states = {(read_json(p) or {}).get("state") for p in data.rglob("status.json")}
-        assert states <= {"done", "stopped", "interrupted"}, states
+        assert {*states(data)} <= {"done", "stopped", "interrupted"}, states(data)
 
     hooks.let_go("incubate-1")
     result = incubate(*command, folder=data)
     assert result.returncode == 0, result.stdout + result.stderr
-    ours, theirs = weights(data / "runs"), weights(chain[0] / "runs")
+    ours, theirs = weights(data), weights(chain[0])
     assert len(ours) == 7 and ours == {key: theirs[key] for key in ours}
 
 
@@ -202,7 +203,7 @@ def test_a_failed_notebook_stops_what_depends_on_it_and_nothing_else(tmp_path):
     run = next((tmp_path / "runs").iterdir())
     for module in range(3):
         assert f"FAILED seed-0/deep_incubation/incubate-{module}: FloatingPointError" in result.stdout
-        log = run / f"seed-0/deep_incubation/incubate-{module}/log.txt"
+        log = (run / f"seed-0/deep_incubation/incubate-{module}").resolve() / "log.txt"
         assert str(log) in result.stdout and "loss is" in log.read_text()
         assert (log.parent / "notebook.failed.ipynb").exists() and not (log.parent / "notebook.ipynb").exists()
     assert re.search(r"at step \d+ of \d+ \(lr 1e\+30", result.stdout)
@@ -214,22 +215,22 @@ def test_a_failed_notebook_stops_what_depends_on_it_and_nothing_else(tmp_path):
 
 
 def test_a_notebook_that_fails_before_its_kernel_starts_ends_and_tells_why(tmp_path, monkeypatch):
-    """The settings file vanishes during a run; what an earlier run left in status.json must not hide that."""
+    """The run's record vanishes; what an earlier run left in status.json must not hide that."""
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
     todo = plan(load_settings("smoke"), ["end_to_end"])
-    todo.experiment.create()
+    todo.write()
+    (todo.experiment.path / "run.json").unlink()
     todo.nodes[-1].folder.path.mkdir(parents=True)
     todo.nodes[-1].folder.set_status("stopped", error="an old one")
     output = io.StringIO()
-    source = {"preset": str(tmp_path / "gone.yaml"), "overrides": []}
-    assert backends.get().submit([(todo, source)], 2, Console(file=output, width=500)).status == 1
-    assert "FAILED seed-0/end_to_end: cannot read settings file" in output.getvalue()
+    assert pool.Pool(todo, 2, Console(file=output, width=500)).run() == 1
+    assert "FAILED seed-0/end_to_end: smoke is not a run that can be opened: it has no run.json" in output.getvalue()
 
 
 def test_one_run_at_a_time_in_an_experiment(tmp_path, monkeypatch):
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
     todo = plan(load_settings("smoke"), ["end_to_end"])
-    todo.experiment.create()
+    todo.write()
     with execution.only_run(todo.experiment.path):
         result = incubate("run", "smoke", folder=tmp_path)
     assert result.returncode == 2 and f"another `incubate run` (process {os.getpid()} on" in result.stderr
@@ -250,10 +251,10 @@ def test_phases_side_by_side_see_different_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     todo = plan(load_settings("smoke", ["machine.devices=2"]), ["end_to_end", "deep_incubation"])
     seen = []
-    monkeypatch.setattr(pool, "start", lambda *arguments: seen.append(arguments[-1]))
-    phases = pool.Pool([(todo, {})], 2, Console())
+    monkeypatch.setattr(pool, "start", lambda *arguments, **_: seen.append(arguments[-1]))
+    phases = pool.Pool(todo, 2, Console())
     for key in ("seed-0/meta", "seed-0/end_to_end"):
-        phases.consider(next(task for task in phases.tasks.values() if task.name == key))
+        phases.consider(next(task for task in phases.tasks.values() if task.node.key == key))
     assert seen == [["4", "5"], ["6", "7"]]
 
 
@@ -273,6 +274,10 @@ def is_done(path: Path) -> bool:
         ("04_finetune", {"preset": "smoke", "seed": -1}, "seed -1 is negative"),
         ("06_analysis", {"seeds": ["0"]}, r"it must be list\[int\]"),
         ("07_nothing", {}, "no notebook"),
+        ("01_meta_model", {"phase": "phases/0123/phase.json"}, r"phases/0123/phase\.json is not there"),
+        ("01_meta_model", {"phase": "phases/0123/phase.json", "preset": "smoke"}, "which says all; leave preset, overrides"),
+        ("04_finetune", {"phase": "phases/0123/phase.json", "seed": 1}, "which says all; leave preset, overrides"),
+        ("05_end_to_end", {"phase": "phases/0123/phase.json", "strategy": "mat"}, "which says all; leave preset, overrides"),
     ],
 )
 def test_parameters_are_checked_before_a_kernel_starts(name, parameters, message, data_folder):
@@ -288,7 +293,7 @@ def test_plain_papermill_runs_a_notebook_and_agrees_with_the_chain(chain, tmp_pa
     out = tmp_path / "out.ipynb"
     source = notebook.notebook_path("02_incubate_module")
     papermill.execute_notebook(str(source), str(out), {"preset": "smoke", "module_index": 2}, progress_bar=False)
-    ours, theirs = weights(tmp_path / "runs"), weights(chain[0] / "runs")
+    ours, theirs = weights(tmp_path), weights(chain[0])
     assert ours and all(theirs[key] == value for key, value in ours.items())
     assert len(json.dumps(nbformat.read(out, 4).cells)) < 500_000
 
@@ -296,10 +301,10 @@ def test_plain_papermill_runs_a_notebook_and_agrees_with_the_chain(chain, tmp_pa
 def test_a_node_is_complete_only_with_its_notebook(chain, tmp_path, monkeypatch):
     monkeypatch.setenv("INCUBATE_DATA", str(chain[0]))
     node = plan(load_settings("smoke")).nodes[0]
-    assert is_complete(node)
+    assert node.job.is_complete()
     copy = node.folder.path / "notebook.ipynb"
     copy.rename(tmp_path / "aside.ipynb")
-    assert not is_complete(node)
+    assert not node.job.is_complete()
     (tmp_path / "aside.ipynb").rename(copy)
 
 
@@ -326,7 +331,7 @@ def test_mat_and_its_controls_go_through_the_notebooks_to_a_report(tmp_path, mon
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
     parameters = {"preset": "smoke", "overrides": how, "strategies": strategies}
     name = "07_modular_adaptive_training"
-    job = execution.start(tmp_path, name, parameters, "07.ipynb", threads=1)
+    job = execution.start_notebook(tmp_path, name, parameters, "07.ipynb", threads=1)
     assert join(job, name) == 0, (tmp_path / "log.txt").read_text()
     text = (tmp_path / "07.ipynb").read_text()
     assert "Runs of this machine" in text and text.count("image/png") == 4 and "MAT ends at" in text
