@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import itertools
 import multiprocessing
 import os
 import subprocess
@@ -16,8 +15,8 @@ import yaml
 from patience import HANG, Hooks
 from slurm_cluster import Cluster
 
+from incubate_lib.cli import parser
 from incubate_lib.config import load_settings
-from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live.watch import Live
 from incubate_lib.training.files import read_json
@@ -46,12 +45,12 @@ class Site:
 
     def planned(self, *arguments: str) -> str:
         """Plan a run of `smoke` here, where torch is imported already; return its name."""
-        sets = [b for a, b in itertools.pairwise(arguments) if a == "--set"]
+        asked = parser().parse_args(["run", "smoke", *arguments])
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("INCUBATE_DATA", str(self.data))
-            experiment = Experiment.of(load_settings("smoke", sets))
-            experiment.create()
-        return experiment.path.name
+            todo = plan(load_settings("smoke", asked.set), asked.strategies, asked.seeds or [0])
+            todo.write()
+        return todo.experiment.path.name
 
     def submit(self, *arguments: str):
         """Submit a run of `smoke`."""
@@ -72,9 +71,13 @@ class Site:
             live.thread.join()
 
     def phases(self, run: str) -> dict[str, PhaseFolder]:
-        return {key: PhaseFolder(self.data / "runs" / run / key) for key in self.jobs(run) if key != "06_analysis"}
+        return {key: PhaseFolder(self.data / "phases" / job["digest"]) for key, job in self.known(run).items() if job["digest"]}
 
     def jobs(self, run: str) -> dict[str, str]:
+        return {key: job["id"] for key, job in self.known(run).items()}
+
+    def known(self, run: str) -> dict[str, dict]:
+        """What a run has noted of its jobs."""
         return read_json(self.data / "runs" / run / "slurm.json")
 
     def states(self) -> dict[str, str]:
@@ -94,12 +97,14 @@ class Site:
         self.cluster.call("scancel", self.jobs(run)["06_analysis"])
 
     def attempts(self, run: str, key: str) -> list[dict]:
-        return read_json(self.data / "runs" / run / key / "attempts.json") or []
+        return read_json(self.phases(run)[key].path / "attempts.json") or []
 
 
-def weights(folder: Path) -> dict[str, str]:
-    files = folder.rglob("model.safetensors")
-    return {str(p.parent.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+def weights(run: Path) -> dict[str, str]:
+    """Return the hash of each trained phase of a run."""
+    phases = {key: run.parents[1] / "phases" / about["digest"] for key, about in read_json(run / "run.json")["phases"].items()}
+    files = {key: folder / "model.safetensors" for key, folder in phases.items()}
+    return {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items() if file.exists()}
 
 
 def train_here(data: str, overrides: list[str], strategies: list[str], seeds: list[int]) -> None:

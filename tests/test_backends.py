@@ -1,7 +1,6 @@
 """A backend of one's own, known to the package by nothing but `register`: a list in the run's folder, worked off one by one."""
 
 import io
-import json
 import os
 import re
 import subprocess
@@ -15,6 +14,7 @@ from incubate_lib import backends
 from incubate_lib.backends import Attempt, Backend, Submitted
 from incubate_lib.cli import main
 from incubate_lib.config import Frozen, MachineSettings, SettingsError, load_settings
+from incubate_lib.phases.job import read_job
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
 from incubate_lib.pipeline.notebook import ROOT
@@ -23,7 +23,13 @@ from incubate_lib.report.live.progress import Reader, headline
 from incubate_lib.report.mirror import is_at_work
 from incubate_lib.training.files import read_json, write_json
 
-NOTEBOOK = "import json, sys; from incubate_lib.pipeline.notebook import run; sys.exit(run(*json.loads(sys.argv[1])))"
+NOTEBOOK = """
+import sys
+from pathlib import Path
+from incubate_lib.pipeline.notebook import execute
+name, output, phase = sys.argv[1:]
+execute(name, Path(output), {"phase": phase})
+"""
 WHAT = ["smoke", "--strategies", "end_to_end", "--seeds", "0", "1"]
 
 
@@ -39,18 +45,15 @@ class Paper(Backend):
     def settings(self, options):
         return ListSettings(pencil=options.pencil or "HB")
 
-    def submit(self, runs, settings, console, *, notebooks=True):
-        new = []
-        for todo, source in runs:
-            todo.experiment.create()
-            (todo.experiment.path / STOP_FILE).unlink(missing_ok=True)
-            missing = [node for node in todo.nodes if not execution.is_complete(node)]
-            listed = [{"key": n.key, "seed": n.settings.seed, "source": source, "with": settings.pencil} for n in missing]
-            write_json(todo.experiment.path / "list.json", listed)
-            for node in missing:
-                node.folder.path.mkdir(parents=True, exist_ok=True)  # for `incubate status`
-            new += [f"{number} {row['key']}" for number, row in enumerate(listed)]
-        return Submitted(new)
+    def submit(self, todo, settings, console, *, analysis=None):
+        todo.write()
+        (todo.experiment.path / STOP_FILE).unlink(missing_ok=True)
+        missing = [node for node in todo.nodes if not node.job.is_complete()]
+        listed = [{"key": node.key, "phase": node.job.path, "with": settings.pencil} for node in missing]
+        write_json(todo.experiment.path / "list.json", listed)
+        for node in missing:
+            node.job.write()
+        return Submitted([f"{number} {row['key']}" for number, row in enumerate(listed)])
 
     def knows(self, experiment):
         return (experiment.path / "list.json").exists()
@@ -82,11 +85,11 @@ class Paper(Backend):
     def work(self, todo):
         """Do what stands first, in a process that knows nothing of this class."""
         first, *rest = read_json(todo.experiment.path / "list.json")
-        (node,) = (node for node in todo.nodes if node.key == first["key"])
-        asked = [node.work[0], str(node.folder.path / "notebook.ipynb")]
-        asked += [first["source"] | {"strategy": node.strategy, "seed": first["seed"]}]
+        job = read_job(first["phase"])
+        notebook, copy = job.work
+        asked = [notebook, str(job.folder.path / copy), first["phase"]]
         env = os.environ | {"INCUBATE_HEADLESS": "1", "INCUBATE_THREADS": "1"}
-        subprocess.run([sys.executable, "-c", NOTEBOOK, json.dumps(asked)], env=env, check=True, timeout=HANG)
+        subprocess.run([sys.executable, "-c", NOTEBOOK, *asked], env=env, check=True, timeout=HANG)
         write_json(todo.experiment.path / "list.json", rest)
 
 

@@ -163,7 +163,10 @@ def test_killed_and_interrupted_runs_end_in_the_same_weights(chain, tmp_path):
         (4, lambda process: incubate("stop", "smoke", folder=data)),
     ]:
         process = begin()
-        wait_for(lambda finished=finished: done() >= finished and "running" in states(data), f"{finished} finished phases and one that runs")
+        wait_for(
+            lambda finished=finished: done() >= finished and "running" in states(data),
+            f"{finished} finished phases and one that runs",
+        )
         stop(process)
         result = process.end()
         assert result.returncode == 130 and "goes on from here" in result.stdout

@@ -105,7 +105,7 @@ def test_a_data_folder_that_is_not_ours(mode, used):
         data = Path(place) / "data"
         (data / "runs" / "smoke").mkdir(parents=True)
         if used:
-            (data / "runs" / "smoke" / "experiment.json").write_text('{"hash": "0"}')
+            (data / "runs" / "smoke" / "run.json").write_text('{"hash": "0"}')
         before = sorted(data.rglob("*"))
         for folder in (data / "runs" / "smoke", data / "runs", data):
             os.chmod(folder, mode)

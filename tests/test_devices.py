@@ -12,7 +12,7 @@ import torch
 from patience import Hooks, join, wait_for
 from torch import distributed as dist
 
-from incubate_lib.config import MachineSettings, SettingsError, TrainingSettings, load_settings
+from incubate_lib.config import MachineSettings, SettingsError, TrainingSettings, data_folder, load_settings
 from incubate_lib.phases import launch
 from incubate_lib.phases.job import Job
 from incubate_lib.phases.launch import RankFailed
@@ -50,18 +50,15 @@ def join_team(rank: int, devices: int, meeting: str) -> Team:
     return Team(rank, devices)
 
 
-def job_of(node) -> Job:
-    """The job that a node would hand to its ranks."""
-    node.folder.path.mkdir(parents=True, exist_ok=True)
-    inputs = {name: before.folder.path for name, before in node.inputs.items()}
-    return Job(
-        settings=node.settings, folder=node.folder.path, title=node.title, about={"inputs_sha256": {}}, inputs=inputs,
-        flops_per_image=1, expected=(node.experiment.facts.num_images, 4), lease=Lease.take(node.folder.path / "lease").number,
-        machine=node.experiment.settings.machine,
-    )  # fmt: skip
+def train_on(devices: int, meeting: Path, node) -> None:
+    """Train a phase as the ranks of a job."""
+    node.job.write()
+    job = node.job.model_copy(update={"lease": Lease.take(node.folder.path / "lease").number})
+    together(rank_of_a_phase, devices, str(meeting), str(data_folder()), job)
 
 
-def rank_of_a_phase(rank: int, devices: int, meeting: str, job: Job) -> None:
+def rank_of_a_phase(rank: int, devices: int, meeting: str, data: str, job: Job) -> None:
+    os.environ["INCUBATE_DATA"] = data
     team = join_team(rank, devices, meeting) if devices > 1 else ALONE
     torch.set_num_threads(1)
     train_phase(job, team)
@@ -74,50 +71,48 @@ def losses(folder: PhaseFolder) -> list[tuple]:
 @pytest.mark.parametrize("phase", ["meta", "incubate"])
 def test_two_devices_train_as_one(phase, tmp_path, monkeypatch):
     """Same batch, same data, everything random on: the loss curve of one process, within float32 rounding."""
-    nodes, index = [], 1 if phase == "incubate" else None
-    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "meta"))
-    shared = open_phase("meta", "smoke", [*EVERYTHING, "training.epochs=1", "training.warmup_epochs=0"])
-    if phase == "incubate":
-        shared.run()
+    found, index = [], 1 if phase == "incubate" else None
+    overrides = [*EVERYTHING, "training.epochs=4", "training.eval_every=1"]
+    overrides += ["phases.meta.epochs=1", "phases.meta.warmup_epochs=0"] if phase == "incubate" else []
     for devices in (1, 2):
         monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / str(devices)))
-        node = open_phase(phase, "smoke", [*EVERYTHING, "training.epochs=4", "training.eval_every=1"], module_index=index)
-        job = job_of(node)
-        if phase == "incubate":
-            job = job.model_copy(update={"inputs": {"meta": shared.folder.path}})
-        together(rank_of_a_phase, devices, str(tmp_path / f"meeting-{devices}"), job)
-        nodes.append(node)
-    one, two = (losses(node.folder) for node in nodes)
+        node = open_phase(phase, "smoke", overrides, module_index=index)
+        for before in node.inputs.values():
+            before.run()
+        train_on(devices, tmp_path / f"meeting-{devices}", node)
+        found.append((losses(node.folder), node.folder.load_weights(), node.summary()))
+    (one, weights, summary), (two, others, of_two) = found
+    assert summary["inputs_sha256"] == of_two["inputs_sha256"], "the same bits, from one device"
     assert len(one) == 5 and one[-1][2] != one[0][2]
     for a, b in zip(one, two, strict=True):
         assert a[0] == b[0]
         assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=3e-4)
-    weights = [node.folder.load_weights() for node in nodes]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=2e-4)
-    assert [node.summary()["devices"] for node in nodes] == [1, 2]
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-3, atol=2e-4)
+    assert (summary["devices"], of_two["devices"]) == (1, 2)
 
 
 @pytest.mark.parametrize("units", ["heads", "sublayers"])
 def test_two_devices_rest_and_train_the_same_units_as_one(units, tmp_path, monkeypatch):
     """Whoever rests is decided once for all; the replicas are wrapped anew whenever that changes."""
-    nodes = []
+    found = []
     how = [f"mat.units={units}", "mat.threshold=quantile", "mat.alpha=0.6", "mat.every_epochs=0.5", "mat.probe=4"]
     for devices in (1, 2):
         monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / str(devices)))
         settings = load_settings("smoke", [*how, "training.micro_batch=8", "training.drop_path=0", "phases.end_to_end.epochs=2"])
-        nodes.append(plan(settings, ["mat"]).nodes[0])
-        together(rank_of_a_phase, devices, str(tmp_path / f"meeting-{devices}"), job_of(nodes[-1]))
-    probes = [node.folder.metrics(MNTK) for node in nodes]
+        node = plan(settings, ["mat"]).nodes[0]
+        train_on(devices, tmp_path / f"meeting-{devices}", node)
+        found.append((node.summary(), losses(node.folder), node.folder.metrics(MNTK)))
+    (one, its_losses, _), (two, other_losses, _) = found
+    probes = [rows for *_, rows in found]
     assert len(probes[0]) == 4 and len({tuple(row["active"]) for row in probes[0]}) > 1
     assert [row["active"] for row in probes[0]] == [row["active"] for row in probes[1]]
-    one, two = (node.summary() for node in nodes)
     assert two["mat"]["flops"] == 2 * one["mat"]["flops"]  # each device looks
     assert one["train_flops"] - one["mat"]["flops"] == two["train_flops"] - two["mat"]["flops"]
     executed = [sum(row["flops_executed"] for row in rows) for rows in probes]
     assert executed[1] == 2 * executed[0] > 2 * one["mat"]["flops"]
     assert one["train_flops_executed"] - executed[0] == two["train_flops_executed"] - executed[1]
-    for a, b in zip(losses(nodes[0].folder), losses(nodes[1].folder), strict=True):
+    for a, b in zip(its_losses, other_losses, strict=True):
         assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=3e-4)
 
 
@@ -164,7 +159,7 @@ def convolutional(tmp_path) -> str:
 def test_what_several_devices_record_is_true_of_the_weights_they_save(strategy, how, tmp_path, data_folder):
     """Running statistics of BatchNorm are each device's own; one that reads the file has those of the first."""
     node = plan(load_settings(convolutional(tmp_path), how), [strategy]).nodes[0]
-    together(rank_of_a_phase, 2, str(tmp_path / "meeting"), job_of(node))
+    train_on(2, tmp_path / "meeting", node)
     recorded, (_, eval_set) = node.folder.metrics()[-1], node.data()
     saved = evaluate(load_trained(node.settings, node.folder, eval_set.num_classes), eval_set, node.settings.precision)
     assert recorded["score"] == saved["score"] == node.summary()["score"]
@@ -209,8 +204,9 @@ def ranks_of(folder: Path) -> list[int]:
 def test_killed_and_resumed_on_two_devices_equals_uninterrupted(tmp_path, monkeypatch):
     """The caller is killed, then a rank, then it runs to its end: the same bits as without; nobody is left behind."""
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "whole"))
-    whole = open_phase("meta", "smoke", EVERYTHING)
-    together(rank_of_a_phase, 2, str(tmp_path / "meeting"), job_of(whole))
+    node = open_phase("meta", "smoke", EVERYTHING)
+    train_on(2, tmp_path / "meeting", node)
+    whole, whole_losses = node.summary(), losses(node.folder)
 
     hooks = Hooks(tmp_path)
     hooks.hold("meta", 30)
@@ -243,8 +239,8 @@ def test_killed_and_resumed_on_two_devices_equals_uninterrupted(tmp_path, monkey
     hooks.let_go("meta")
     summary = node.run()
     assert node.folder.status()["resumed_at"] > 0 and node.folder.status()["attempt"] == 3
-    assert losses(node.folder) == losses(whole.folder)
-    assert summary["weights_sha256"] == whole.summary()["weights_sha256"]
+    assert losses(node.folder) == whole_losses
+    assert summary["weights_sha256"] == whole["weights_sha256"]
     assert summary["devices"] == 2
 
 
@@ -314,7 +310,7 @@ def test_more_devices_than_there_are_is_told(data_folder, monkeypatch):
     node = plan(load_settings("smoke", ["machine.devices=2"])).nodes[0]
     with pytest.raises(SettingsError, match=r"machine\.devices is 2, but this machine has 1 GPU"):
         node.run()
-    assert not node.folder.path.exists()
+    assert not (node.folder.path / "status.json").exists() and not (node.folder.path / "lease").exists()
 
 
 def test_the_number_of_devices_is_no_part_of_a_phases_identity(data_folder):
@@ -329,6 +325,6 @@ def test_the_command_line_trains_on_two_devices_through_the_notebook(tmp_path):
     what = ["run", "smoke", "--devices", "2", "--strategies", "end_to_end"]
     result = command_line.incubate(*what, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    folder = PhaseFolder(tmp_path / "runs" / "smoke" / "seed-0" / "end_to_end")  # the plain name: devices make no variant
+    folder = PhaseFolder(tmp_path / "runs" / "smoke" / "seed-0" / "end_to_end")
     assert folder.summary()["devices"] == 2 and (folder.path / "notebook.ipynb").exists()
-    assert not ranks_of(folder.path)
+    assert not ranks_of(folder.path.resolve())

@@ -85,7 +85,8 @@ def open_notebook(jupyter):
 
 
 def weights(run: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in run.rglob("model.safetensors")}
+    files = (path / "model.safetensors" for path in run.rglob("*"))  # behind links, which ** does not follow
+    return {file: file.stat().st_mtime_ns for file in files if file.exists()}
 
 
 def look_closer_at_06_analysis(page):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from incubate_lib import cli
-from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.config import SettingsError, data_folder, load_settings
+from incubate_lib.config.phase import identity
 from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.mirror import mirror
@@ -40,7 +41,7 @@ def run(trained, data_folder, monkeypatch):
         monkeypatch.setenv(name, "")  # so that what is set meanwhile is taken back
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody listens
-    shutil.copytree(trained, data_folder)
+    shutil.copytree(trained, data_folder, symlinks=True)
     return plan(load_settings("smoke", SET), ["end_to_end", "deep_incubation"])
 
 
@@ -63,8 +64,8 @@ def wandb(tmp_path_factory):
 
 
 def hashes(run):
-    path = run.experiment.path
-    files = (p for p in path.rglob("*") if p.is_file() and path / "mirror" not in p.parents)
+    mirrored = run.experiment.path / "mirror"
+    files = (p for p in data_folder().rglob("*") if p.is_file() and mirrored not in p.parents)
     return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -174,7 +175,7 @@ def test_wandb_is_offline_and_says_what_the_records_say(run, wandb, capfd):
         ids.add(about.run_id)
         config = {item.key: json.loads(item.value_json) for item in about.config.update}
         del config["_wandb"]
-        assert config == node.folder.config()
+        assert config == identity(node.settings) | {"hash": node.digest}
         output, final = {}, {}
         for record in records:
             values = {(i.key or i.nested_key[0]): json.loads(i.value_json) for i in record.history.item}

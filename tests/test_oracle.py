@@ -91,8 +91,13 @@ def test_phases_are_found_in_either_layout_and_by_todays_names(tmp_path):
     keys = {"seed-0/meta": "a1", "seed-0/end_to_end": "b2", "seed-0/grown/tune": "c3"}
     (new / "phases").mkdir()
     for key, digest in keys.items():
-        shutil.move(run / key.replace("grown/tune", "growing/finetune"), new / "phases" / digest)
-    (run / "phases.json").write_text(json.dumps(keys))
+        folder = new / "phases" / digest
+        shutil.move(run / key.replace("grown/tune", "growing/finetune"), folder)
+        (folder / "config.json").unlink()
+        (folder / "phase.json").write_text(json.dumps({"settings": {"target_depths": []}}))
+        (run / key).parent.mkdir(parents=True, exist_ok=True)
+        (run / key).symlink_to(folder)  # a name for people, no phase of its own
+    (run / "run.json").write_text(json.dumps({"phases": {key: {"digest": digest} for key, digest in keys.items()}}))
     weights = load_file(new / "phases/b2/model.safetensors")
     save_file({"top.weight": weights["head.weight"]}, new / "phases/b2/model.safetensors")
     changes = [Change(strategies={"growing": "grown"}, phases={"finetune": "tune"}), Change(tensors={r"head\.(.*)": r"top.\1"})]

@@ -167,7 +167,7 @@ def test_seconds_of_several_devices_are_told_as_such(data_folder, tmp_path):
     one = from_plan(todo)
     assert "†" not in comparison(one).to_string() + one.verdict() and len(places(one.strategies)) == 1
     (here, threads), *_ = places(one.strategies)
-    path = todo.experiment.path / "seed-0" / "meta" / "summary.json"
+    path = next(node for node in todo.nodes if node.key == "seed-0/meta").folder.path / "summary.json"
     summary = json.loads(path.read_text())
     summary["provenance"] |= {"device": "Another GPU", "threads": 7}
     path.write_text(json.dumps(summary))

@@ -67,7 +67,7 @@ def ways(name: str) -> list[tuple[str, str]]:
 
 def executed(notebook: str, parameters: dict[str, str], folder: Path) -> None:
     """Execute a notebook as `incubate run` does."""
-    job = execution.start(folder, notebook, parameters, f"{parameters['strategy']}.ipynb", threads=1)
+    job = execution.start_notebook(folder, notebook, parameters, f"{parameters['strategy']}.ipynb", threads=1)
     assert join(job, notebook) == 0, (folder / "log.txt").read_text()[-3000:]
 
 
@@ -82,7 +82,7 @@ def test_every_preset_trains_two_epochs_through_its_notebooks(name, tmp_path, mo
     for notebook, strategy in ways(name):
         executed(notebook, {"preset": preset, "strategy": strategy}, tmp_path)
     small = load_settings(preset)
-    summaries = [read_json(path) for path in data.rglob("summary.json")]
+    summaries = [read_json(path) for path in data.glob("phases/*/summary.json")]
     phases = {(summary["strategy"], summary["phase"]): summary for summary in summaries}
     for _, strategy in ways(name):
         how = small.strategies[strategy]

@@ -82,12 +82,13 @@ def test_the_log_of_a_phase_is_shown(site, hardships):
 
 # -- nothing is lost ------------------------------------------------------------------------------------------------------
 
-LONG = ["phases.end_to_end.epochs=10", "phases.end_to_end.warmup_epochs=1"]
+# runs go on at once, so each has a name of its own
+LONG = ["name=long", "phases.end_to_end.epochs=10", "phases.end_to_end.warmup_epochs=1"]
 VARIANT = ["smoke", *(part for value in LONG for part in ("--set", value))]
 ONE = ["--strategies", "end_to_end", *VARIANT[1:]]
 KEYS = [f"seed-{seed}/end_to_end" for seed in range(3)]
-FAILING = ["--seeds", "9", "--set", "phases.incubate.epochs=1"]
-TWO_NODES = ["phases.end_to_end.epochs=4", "training.micro_batch=4"]
+FAILING = ["--seeds", "9", "--set", "name=failing", "--set", "phases.incubate.epochs=1"]
+TWO_NODES = ["name=two-nodes", "phases.end_to_end.epochs=4", "training.micro_batch=4"]
 
 
 @pytest.fixture(scope="module")
@@ -231,11 +232,12 @@ def test_what_fails_three_times_is_given_up_and_the_rest_finishes(site, others):
 
 def test_two_nodes_train_one_phase(site, others, tmp_path, monkeypatch):
     """Two Slurm nodes with a device each end in the weights of two devices of this machine."""
-    from test_devices import job_of, rank_of_a_phase, together
+    from test_devices import rank_of_a_phase, together
 
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
     node = open_phase("end_to_end", "smoke", TWO_NODES)
-    together(rank_of_a_phase, 2, str(tmp_path / "meeting"), job_of(node))
+    node.job.write()
+    together(rank_of_a_phase, 2, str(tmp_path / "meeting"), str(tmp_path), node.job)
     site.wait_until_ended(others["two nodes"])
     folder = site.phases(others["two nodes"])["seed-0/end_to_end"]
     assert folder.summary(), (folder.path / "log.txt").read_text()
@@ -263,8 +265,8 @@ def test_a_node_that_does_not_see_the_run_is_told(site, chain):
 
 
 def test_a_hundred_phases_wait_in_the_queue_and_are_cancelled(site, chain):
-    more = ["--set", "phases.incubate.epochs=3"]
-    output = site.submit(*BOTH, "--seeds", *map(str, range(15)), *more, "--sbatch", "begin=now+1hour")
+    more = ["--set", "name=many", "--set", "phases.incubate.epochs=3"]
+    output = site.submit(*BOTH, "--seeds", *map(str, range(10, 25)), *more, "--sbatch", "begin=now+1hour")
     assert "105 phases" in output and "106 job(s) submitted" in output
     shown = site.incubate("status", "smoke", *more).stdout
     assert shown.count(" queued ") == 106 and "BeginTime" in shown and "Dependency: waits for the phases it starts from" in shown
@@ -273,6 +275,20 @@ def test_a_hundred_phases_wait_in_the_queue_and_are_cancelled(site, chain):
     assert "106 job(s)" in site.incubate("stop", "smoke", *more).stdout
     assert "PENDING" not in site.states().values()
     assert " queued " not in site.incubate("status", "smoke", *more).stdout
+
+
+def test_a_phase_of_two_runs_is_one_job_and_is_cancelled_when_neither_needs_it(site, chain):
+    later = ["--strategies", "deep_incubation", "--seeds", "30", "--sbatch", "begin=now+1hour"]
+    one, other = ["--set", "name=one"], ["--set", "name=other", "--set", "phases.finetune.lr=1e-3"]
+    assert "0 are in Slurm's queue, 7 job(s) submitted" in site.submit(*later, *one)
+    assert "0 of 6 phases are done already, 5 are in Slurm's queue, 2 job(s) submitted" in site.submit(*later, *other)
+    shared = {key for key, job in site.jobs("one").items() if job in site.jobs("other").values()}
+    assert len(shared) == 5 and site.incubate("status", "smoke", *other).stdout.count(" queued ") == 7
+    stopped = site.incubate("stop", "smoke", *one).stdout
+    assert "2 job(s) of one" in stopped and "5 go on, because another run needs them, too" in stopped
+    assert {key for key, job in site.jobs("one").items() if site.states()[job] == "PENDING"} == shared
+    assert "7 job(s) of other" in site.incubate("stop", "smoke", *other).stdout
+    assert not {site.states()[job] for run in ("one", "other") for job in site.jobs(run).values()} - {"CANCELLED"}
 
 
 def test_a_study_goes_from_stage_to_stage(site, chain):
@@ -289,15 +305,12 @@ def test_a_study_goes_from_stage_to_stage(site, chain):
         assert result.returncode == status, result.stdout + result.stderr
         return result.stdout
 
-    def wait() -> set[str]:
-        runs = {path.name for path in (site.data / "runs").glob("trial-*")}
-        for run in runs:
-            site.wait_until_ended(run)
-        return runs
+    def wait() -> dict[str, str]:
+        site.wait_until_ended("../studies/trial")
+        return site.jobs("../studies/trial")
 
     assert "1 job(s) submitted" in call(3)
-    (first,) = wait()
-    assert "06_analysis" not in site.jobs(first)
+    assert len(first := wait()) == 1 and "06_analysis" not in first
     output = call(3)
     assert "1 job(s) submitted" in output and "rates" in output and "done" in output
     assert len(wait()) == 2

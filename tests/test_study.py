@@ -103,6 +103,18 @@ def test_it_costs_what_was_told_and_nothing_is_trained_twice(trained):
     assert not (folder / "runs").exists() and store.unused() == []
 
 
+def test_names_of_a_stages_phases_are_their_own_and_inputs_are_among_them(trained):
+    """A backend knows jobs by them, and what a job waits for."""
+    seen = {}
+    for _, trials in walks.Walk(load_study(str(trained[1]))).stages():
+        nodes = walks._each_once(trials)
+        assert len({node.key for node in nodes}) == len({node.digest for node in nodes}) == len(nodes)
+        assert not any(seen.get(node.key, node.digest) != node.digest for node in nodes)
+        seen |= {node.key: node.digest for node in nodes}
+        own = {node.digest: node for node in nodes}
+        assert all(own.get(before.digest, before) is before for node in nodes for before in node.inputs.values())
+
+
 def test_called_again_it_trains_nothing_and_says_the_same(trained):
     folder, file, _, output = trained
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("model.safetensors")}
@@ -138,7 +150,7 @@ def test_stopped_in_the_middle_it_goes_on_and_ends_in_the_same_numbers(trained, 
 
 def test_a_cell_of_a_study_is_a_run_that_is_trained_already(trained):
     folder, file, *_ = trained
-    trial = walks.Walk(load_study(str(file))).last()[0]
+    *_, (_, (trial, *_)) = walks.Walk(load_study(str(file))).stages()
     trial.plan.write()
     overrides = [part for value in trial.plan.experiment.settings.overrides for part in ("--set", value)]
     result = incubate("report", "smoke", *overrides, folder=folder)

@@ -29,7 +29,7 @@ class Job(Frozen):
     machine: MachineSettings
     strategy: str  # the first one that needs it
     run: str  # that has it trained, for people
-    weights: Path | None = None  # a file that it starts from
+    weights: str | None = None  # a file that it starts from, as settings name it
     # while it is trained:
     stop_files: dict[str, int | None] = {}  # a file that stops the phase when touched: its time stamp before
     lease: int = 0  # the number of the folder's lease that this phase trains under
@@ -57,7 +57,7 @@ class Job(Frozen):
     def inputs(self) -> dict[str, Path]:
         """The folders of the phases that it starts from; "weights": a file."""
         folders = {name: PhaseFolder.of(digest).path for name, digest in self.settings.inputs.items()}
-        return folders | ({"weights": self.weights} if self.weights else {})
+        return folders | ({"weights": Path(self.weights)} if self.weights else {})
 
     def used(self) -> dict[str, str]:
         """Return the SHA-256 of the weights that it starts from, as far as they are there."""
@@ -76,8 +76,16 @@ class Job(Frozen):
         return self.folder.summary(self.digest, self.used())
 
     def finished(self) -> dict[str, Any] | None:
-        """Return the summary if the weights are there, too: nothing is left to train."""
-        return self.folder.finished(self.digest, self.used())
+        """Return the summary if the weights are there, too: nothing is left to train.
+
+        SettingsError if it was trained on other images, which happens where two data sets have one name.
+        """
+        done = self.folder.finished(self.digest, self.used())
+        images = done and done.get("train_images", self.facts.num_images)
+        if done and images != self.facts.num_images:
+            what = f"was trained on {images} images, but there are {self.facts.num_images} now"
+            raise SettingsError(f"{self.title} ({self.folder.path}) {what}; give data.folder another name, or delete that folder")
+        return done
 
     def is_complete(self) -> bool:
         """Whether it is finished and its executed notebook, if its kind has one, is there."""

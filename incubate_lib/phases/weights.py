@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.config import SettingsError, data_folder, in_a_line
+from incubate_lib.config import ModelSettings, SettingsError, data_folder, in_a_line
 from incubate_lib.training.files import read_json
 
 
@@ -104,18 +104,23 @@ def first(wrong: Sequence[str]) -> str:
 def _check_config(model: Any, file: Path) -> None:
     """Raise SettingsError where shapes agree and the Vision Transformer is another one: heads, eps, pooling, activation.
 
-    What the file's network was stands in the config.json beside it, of timm or of a phase; without one there is no knowing.
+    What the file's network was stands in the config.json beside it, of timm (or of a phase of before), or in a phase's
+    phase.json; without one there is no knowing.
     """
     import timm
     import torch
     from timm.models.vision_transformer import VisionTransformer
 
-    config = read_json(file.with_name("config.json"))
+    beside = next((place for name in ("config.json", "phase.json") if (place := file.with_name(name)).exists()), None)
+    config = beside and read_json(beside)
     if not isinstance(model, VisionTransformer) or not isinstance(config, dict):
         return
     try:
         name, arguments = config.get("architecture"), config.get("model_args") or {}
-        if "phase" in config:
+        if "settings" in config:
+            given = ModelSettings.model_validate(config["settings"]["model"])
+            name, arguments = given.name, given.model_dump() | given.options
+        elif "phase" in config:
             name, arguments = config["model"]["name"], config["model"] | config["model"]["options"]
         if not isinstance(name, str) or not timm.is_model(name):
             return
@@ -129,10 +134,10 @@ def _check_config(model: Any, file: Path) -> None:
         } for m in (model, other))  # fmt: skip
     except Exception as error:  # what stands there is not of this project or of timm
         raise SettingsError(
-            f"{file}: the config.json beside it tells of no network that timm knows: {in_a_line(error)}"
+            f"{file}: the {beside.name} beside it tells of no network that timm knows: {in_a_line(error)}"
         ) from None
     if wrong := [f"{key} {theirs[key]}, the model {ours[key]}" for key in ours if ours[key] != theirs[key]]:
-        raise SettingsError(f"{file} does not fit the model: by its config.json ({name}) it has {'; '.join(wrong)}")
+        raise SettingsError(f"{file} does not fit the model: by its {beside.name} ({name}) it has {'; '.join(wrong)}")
 
 
 def check_free(folder: str | Path) -> Path:

@@ -6,6 +6,7 @@ a new run.json, and the former is kept as run.<n>.json.
 """
 
 import contextlib
+import itertools
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,7 @@ class Experiment:
     @cached_property
     def facts(self) -> Facts:
         """What planning must know; measured unless it was given or a record has it already."""
-        if record := self.record():
+        if self.given is None and (record := self.record()):
             return checked(Facts, record["facts"], str(self.path / INDEX))
         return self.given or measure(self.settings)
 
@@ -108,8 +109,8 @@ class Experiment:
         }
         self.path.mkdir(parents=True, exist_ok=True)
         if present.exists() and not self.is_present():
-            numbers = [int(file.name.split(".")[1]) for file in known if file != present]
-            os.replace(present, self.path / f"run.{max(numbers, default=0) + 1}.json")
+            numbers = itertools.count(1)
+            os.replace(present, next(path for n in numbers if not (path := self.path / f"run.{n}.json").exists()))
         write_json(present, about)
         for file, former in known.items():
             if file != present and former["hash"] == self.hash:

@@ -47,6 +47,11 @@ class Trial:
     rate: float | None = None
 
     @property
+    def label(self) -> str:
+        """Name for people, unlike that of any other trial of the study."""
+        return self.cell.label + (f", {self.strategy} {self.phase} lr={self.rate!r}" if self.phase else "")
+
+    @property
     def nodes(self) -> list[Node]:
         """The phases whose rate is tried."""
         return [node for node in self.plan.nodes if node.settings.seeded_as == self.phase]
@@ -230,12 +235,12 @@ def run(study: Study, backend: Backend, settings: Any, console: Console) -> tupl
             # only while rates are chosen a diverged phase is an answer
             over = is_over if trials[0].phase else Node.finished
             nodes = _each_once(trials)
+            home.write({node.key: {"digest": node.digest} for node in nodes}, {})  # so that nobody takes them for unused
             missing = to_do(nodes, over)
             if not missing:
                 continue
             console.print(f"{title}: {len(missing)} phases are not finished", highlight=False)
             backends.check_free(home, "--stop ends them", but=backend)
-            home.write({node.key: {"digest": node.digest} for node in nodes}, {})  # so that nobody takes them for unused
             status = backend.submit(Plan(home, missing, {}), settings, console).status
             if status is None:
                 console.print("The next stage begins when these have ended: the same command again goes on.")
@@ -248,12 +253,13 @@ def run(study: Study, backend: Backend, settings: Any, console: Console) -> tupl
 
 
 def _each_once(trials: list[Trial]) -> list[Node]:
-    """Return the phases of some trials, each once, named by what they are: names in runs are not those of one run."""
+    """Return the phases of some trials, each once, with names that no two have: those in runs are not of one run."""
     nodes: dict[str, Node] = {}
     for trial in trials:
-        for node in trial.plan.nodes:
-            key = f"{trial.cell.label}/{node.key}"
-            nodes.setdefault(node.digest, dataclasses.replace(node, key=key))
+        for node in trial.plan.nodes:  # inputs first
+            if node.digest not in nodes:
+                inputs = {name: nodes.get(before.digest, before) for name, before in node.inputs.items()}
+                nodes[node.digest] = dataclasses.replace(node, key=f"{trial.label}/{node.key}", inputs=inputs)
     return list(nodes.values())
 
 

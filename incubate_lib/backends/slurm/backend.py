@@ -76,7 +76,7 @@ class Slurm(Backend):
         except SettingsError as error:
             return [f"{error}; this is from the run's own files"]
         inputs = {node.key: {before.key for before in node.inputs.values()} for node in plan.nodes}
-        folders = {node.key: node.folder for node in plan.nodes}
+        folders = {node.key: node.folder for node in plan.nodes} | {ANALYSIS: PhaseFolder(experiment.path)}
         inputs[ANALYSIS] = {node.key for node in plan.finals.values()}
         broken: set[str] = set()  # phases that will not finish, as things are
         for line in lines:
@@ -151,7 +151,7 @@ def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, c
     for script in scripts(plan, missing, analysis, slurm, jobs):
         script.arguments([])  # what it cannot hold is told before anything is written
     experiment.path.mkdir(parents=True, exist_ok=True)
-    with only_run(experiment.path):
+    with only_run(experiment.path) if analysis else contextlib.nullcontext():  # a study holds its own folder
         active = _settled(experiment)
         if active and analysis and experiment.record() and not experiment.is_present():
             raise SettingsError(f"{len(active)} job(s) of {experiment.path.name} with other settings are active; stop them first")

@@ -49,7 +49,7 @@ class Reader:
         for node in self.plan.nodes:
             stamp = _stamp(node)
             if self.seen.get(node.key, (None,))[0] != stamp:
-                self.seen[node.key] = (stamp, _read(node, self.plan.flops[node.key]))
+                self.seen[node.key] = (stamp, _read(node, node.flops))
             phases.append(self.seen[node.key][1])
         self.backend = backends.of(self.plan.experiment)
         if self.backend.knows(self.plan.experiment):
@@ -124,7 +124,7 @@ def seconds_left(plan: Plan, phases: list[Phase], places: int | None) -> float |
     left, states = {}, {phase.node.key: phase.line.state for phase in phases}
     for phase in phases:
         key = phase.node.key
-        counted = plan.flops[key] * (1 - phase.share) * seconds / flops
+        counted = phase.node.flops * (1 - phase.share) * seconds / flops
         left[key] = 0.0 if states[key] == "done" else phase.seconds or counted
     way = max(longest(plan.nodes, left).values())
     if places is None:
