@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import command_line
@@ -226,7 +227,10 @@ def test_a_notebook_that_fails_before_its_kernel_starts_ends_and_tells_why(tmp_p
     todo.nodes[-1].folder.path.mkdir(parents=True)
     todo.nodes[-1].folder.set_status("stopped", error="an old one")
     output = io.StringIO()
-    assert pool.Pool(todo, 2, Console(file=output, width=500)).run() == 1
+    phases = pool.Pool(todo, 2, Console(file=output, width=500))
+    for _ in phases.rounds():
+        time.sleep(0.1)
+    assert phases.status == 1
     assert "FAILED seed-0/end_to_end: smoke is not a run that can be opened: it has no run.json" in output.getvalue()
 
 

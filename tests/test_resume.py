@@ -182,7 +182,7 @@ def test_an_edited_file_never_reuses_the_old_results(data_folder, tmp_path):
         summaries.append((node.run()["weights_sha256"], node.folder.path))
         assert node.experiment.path.name == "mine" and node.experiment.is_known()
     assert summaries[0] == summaries[2] and all(a != b for a, b in zip(*summaries[:2], strict=True))
-    assert {path.name for path in node.experiment.path.glob("run*.json")} == {"run.json", "run.1.json"}
+    assert len([*node.experiment.path.glob("run.*.json")]) == 1, "the settings in between; those of before are present again"
 
 
 def test_two_processes_never_train_the_same_phase(data_folder, tmp_path):

@@ -52,7 +52,7 @@ class PhaseSettings(Frozen):
 
 
 def identity(phase: PhaseSettings) -> dict[str, Any]:
-    """Return what a phase is, for its hash and as `config.json` in its folder.
+    """Return what a phase is, for its hash.
 
     What is trained stays good when settings get new fields: beyond those of identity.yaml, one enters only where it has
     another value than its default.

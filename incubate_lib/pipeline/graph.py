@@ -24,6 +24,7 @@ class Node:
     job: Job
     experiment: Experiment
     inputs: dict[str, "Node"] = field(default_factory=dict)
+    whole: "Plan | None" = None  # the run that is recorded when this phase is run; none: no more than it needs
 
     def __repr__(self) -> str:  # not those of all it starts from, again and again
         return f"Node({self.experiment.path.name}/{self.key})"
@@ -95,10 +96,9 @@ class Node:
         from incubate_lib.phases.run import run_phase
 
         nodes = closure([self])
-        if not self.finished():
-            self.experiment.write({node.key: node.record() for node in nodes}, {})
+        (self.whole or Plan(self.experiment, nodes, {})).write()
         for node in nodes if not self.finished() else [self]:
-            if node.folder.trainer() is None:  # else it is written by whoever does, which may be another run
+            if not node.finished() and node.folder.trainer() is None:  # else whoever trains it has written it
                 node.job.write()
             summary = run_phase(node.job)
         return summary

@@ -86,14 +86,15 @@ def open_phase(
     if strategy is None:
         kind = "end_to_end" if phase == "end_to_end" else "deep_incubation"
         strategy = next((n for n in settings.run if settings.strategies[n].kind == kind), kind)
-    nodes = [n for n in plan(settings, [strategy], [seed]).nodes if phase in (n.settings.phase, n.settings.seeded_as)]
+    whole = plan(settings, [strategy], [seed])
+    nodes = [n for n in whole.nodes if phase in (n.settings.phase, n.settings.seeded_as)]
     found = [n for n in nodes if n.settings.module_index == module_index]
     if not found:
         modules = [n.settings.module_index for n in nodes]
         if phase == "incubate" and modules:
             raise SettingsError(f"module_index is {module_index}; it must be one of {modules}")
         raise SettingsError(f"strategy {strategy!r} has no phase {phase!r}")
-    return found[0]
+    return replace(found[0], whole=whole)
 
 
 def _resolved(phase: str, path: str) -> Node:

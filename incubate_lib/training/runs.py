@@ -113,8 +113,11 @@ class PhaseFolder:
     def trainer(self) -> str | None:
         """Say who trains the phase at present; None if nobody does."""
         other = holder(self.path / "lease")
-        run = other and (read_json(self.path / "phase.json") or {}).get("run")
-        return other and f"process {other.get('pid')} on {other.get('host')}" + (f" (run {run})" if run else "")
+        if other is None:
+            return None
+        about = read_json(self.path / "phase.json")
+        run = f" (run {about['run']})" if isinstance(about, dict) and "run" in about else ""
+        return f"process {other.get('pid')} on {other.get('host')}{run}"
 
     @property
     def weights(self) -> Path:

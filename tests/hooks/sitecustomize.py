@@ -104,7 +104,7 @@ def hooked(fit):
 
 
 if "TEST_STACKS" in os.environ:  # each process, and each fork of it, writes its stack there when it is asked to
-    stacks = open(os.environ["TEST_STACKS"], "a")
+    stacks = open(os.environ["TEST_STACKS"], "a")  # noqa: SIM115  for as long as the process lives
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
 
 if "PYTEST_CURRENT_TEST" in os.environ:  # a test started this process; pytest-xdist's own find this folder on their path, too

@@ -1,11 +1,13 @@
 """This machine as a backend: what its options mean, and a run from its phases to its report."""
 
 import argparse
+import contextlib
 import os
+import time
 from typing import Any
 
 from incubate_lib.backends.interface import Backend, Submitted
-from incubate_lib.backends.local.pool import Pool, gpus
+from incubate_lib.backends.local.pool import POLL_SECONDS, Pool, gpus
 from incubate_lib.config import SettingsError
 from incubate_lib.pipeline.execution import analyse, analysed, clear_log, fair_threads, is_running, only_run
 from incubate_lib.pipeline.graph import Plan
@@ -34,15 +36,16 @@ class Local(Backend):
 
     def submit(self, plan: Plan, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> Submitted:
         jobs = self.places(max((node.machine.devices for node in plan.nodes), default=1), settings)
-        if analysis is None:
-            return Submitted(status=Pool(plan, jobs, console, notebooks=False).run())
-        with only_run(plan.experiment.path):
-            plan.write()
-            status = Pool(plan, jobs, console).run()
-            if status == 0 and not analysed(plan):
-                clear_log(plan.experiment.path)
-                status = analyse(plan, analysis, console, fair_threads(1))
-        return Submitted(status=status)
+        pool = Pool(plan, jobs, console, notebooks=analysis is not None)
+        with contextlib.nullcontext() if analysis is None else only_run(plan.experiment.path):
+            if analysis is not None:
+                plan.write()
+            for _ in pool.rounds():
+                time.sleep(POLL_SECONDS)
+            if pool.status or analysis is None or analysed(plan):
+                return Submitted(status=pool.status)
+            clear_log(plan.experiment.path)
+            return Submitted(status=analyse(plan, analysis, console, fair_threads(1)))
 
     def stop(self, experiment: Any) -> str | None:
         if not is_running(experiment.path):

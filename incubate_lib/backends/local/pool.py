@@ -50,6 +50,7 @@ class Pool:
         self.tasks = {node.digest: Task(node, left[node.key]) for node in plan.nodes}
         self.states: dict[str, str] = {}  # of phases, as they were printed last
         self.summary = time.monotonic()  # when those that run were printed last
+        self.status = 0  # exit status: 0 all is done, 1 something failed, 130 stopped
         self.kept: set[str] = set()  # phases that go on when this run stops, because another one needs them
 
     def having(self, state: str) -> list[Task]:
@@ -58,8 +59,8 @@ class Pool:
     def is_done(self, node: Node) -> bool:
         return node.job.is_complete() if self.notebooks else node.finished() is not None
 
-    def run(self) -> int:
-        """Run everything that is missing and say what failed; return 0 if all is done, 1 if something failed, 130 if stopped."""
+    def rounds(self) -> Iterator[None]:
+        """Run everything that is missing and say what failed; yield between two looks at it, and have `status` in the end."""
         self.stop_file.unlink(missing_ok=True)
         missing = to_do([task.node for task in self.tasks.values()], self.is_done)
         done = len(self.tasks) - len(missing)
@@ -79,16 +80,14 @@ class Pool:
                 for task in list(self.running):
                     self._supervise(task)
                 self._show(live)
-                time.sleep(POLL_SECONDS)
+                yield
         for task in self.having("failed"):
             self._print(f"FAILED {task.node.key}: {task.note}\n       log: {task.node.folder.path / 'log.txt'}")
         for task in self.having("skipped"):
             self._print(f"skipped {task.node.key}: {task.note}")
-        if self.having("failed"):
-            return 1
-        if self.stopping:
+        self.status = 1 if self.having("failed") else 130 if self.stopping else 0
+        if self.status == 130:
             self._print("Stopped. The same command goes on from here.")
-        return 130 if self.stopping else 0
 
     @contextlib.contextmanager
     def _at_work(self, missing: list[Node]) -> Iterator[None]:

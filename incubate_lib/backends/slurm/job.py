@@ -49,6 +49,8 @@ def attempt(about: dict[str, Any]) -> int:
     if stuck(attempts(job.folder), here.job, about["attempts"]):
         return _give_up(job.folder, about["attempts"])
     begin(job.folder, here)
+    if job.folder.trainer() is None:  # another run may have written it with other devices, while this one waited
+        job.model_copy(update={"machine": job.machine.model_copy(update=about["team"])}).write()
     process = execution.start(job, here.cores, notebook=about["notebook"])
     process.join()
     if _is_done(job, about):

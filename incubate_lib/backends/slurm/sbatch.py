@@ -101,7 +101,8 @@ def scripts(
     """Make the scripts of some phases and, where its parameters are given, of the analysis; `jobs` are the requests of these."""
     for node in wanted:
         phase = on_its_team(node, jobs)
-        about = {"phase": phase.path, "notebook": analysis is not None}
+        team = {"devices": phase.machine.devices, "nodes": phase.machine.nodes}
+        about = {"phase": phase.path, "team": team, "notebook": analysis is not None}
         after = [before.key for before in node.inputs.values()]
         yield Script(plan.experiment, node.key, after, about, jobs[_kind(node)], slurm, phase)
     if analysis:
