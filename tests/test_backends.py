@@ -58,9 +58,6 @@ class Paper(Backend):
     def knows(self, experiment):
         return (experiment.path / "list.json").exists()
 
-    def strategies(self, experiment):
-        return experiment.started()[0]
-
     def still_active(self, experiment):
         return len(read_json(experiment.path / "list.json") or [])
 

@@ -19,7 +19,7 @@ from rounding import rounding
 from incubate_lib.cli import main
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.phases import train as phases
-from incubate_lib.pipeline import store
+from incubate_lib.pipeline import execution, store
 from incubate_lib.pipeline.background import stop_run
 from incubate_lib.pipeline.recorded import recorded_plan
 from incubate_lib.pipeline.strategies import open_phase, plan
@@ -192,11 +192,12 @@ def test_a_phase_has_one_trainer_and_goes_on_for_the_run_that_waits(data_folder,
     folder = todo.nodes[0].folder
     wait_for(lambda: folder.trainer(), "the first run to train")
     second = run_in_background(hooks, data_folder, "--set", "name=second")
-    wait_for(lambda: (data_folder / "runs" / "second" / "wants.json").exists(), "the second run to be at work")
+    other = data_folder / "runs" / "second"
+    wait_for(lambda: execution.is_running(other) and (other / "run.json").exists(), "the second run to be at work")
     message = stop_run(todo.experiment)
     assert "goes on, because run second needs it, too" in message
     hooks.let_go("end_to_end")
-    said, other = first.communicate()[0], second.communicate()[0]
+    said, told = first.communicate()[0], second.communicate()[0]
     assert first.returncode == 130 and "goes on: run second needs it, too" in said, said
-    assert second.returncode == 0 and "(run first), which trains it" in other, other
-    assert folder.status()["attempt"] == 1 and recorded_plan(data_folder / "runs" / "second").nodes[0].finished()
+    assert second.returncode == 0 and "(run first), which trains it" in told, told
+    assert folder.status()["attempt"] == 1 and recorded_plan(other).nodes[0].finished()

@@ -81,10 +81,6 @@ class Backend:
         """Whether a run (pipeline.experiment.Experiment) was handed to this backend."""
         return False
 
-    def strategies(self, experiment: Any) -> list[str]:
-        """Return the strategies that a run there is known to be of."""
-        return list(dict.fromkeys([*experiment.settings.run, *experiment.started()[0]]))
-
     def still_active(self, experiment: Any) -> int:
         """Return how many jobs of a run wait or run without the process that handed them over, as far as is known here."""
         return 0

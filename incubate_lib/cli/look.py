@@ -10,7 +10,7 @@ from incubate_lib.config import load_settings, nearest, refuse
 from incubate_lib.pipeline.background import stop_run
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Plan
-from incubate_lib.pipeline.strategies import plan
+from incubate_lib.pipeline.recorded import run_of
 from incubate_lib.pipeline.view import node_line, render
 
 
@@ -87,13 +87,7 @@ def mirror(options: argparse.Namespace) -> None:
 
 def _started(options: argparse.Namespace) -> Plan:
     """Return the plan of what was run with these settings."""
-    settings = load_settings(options.preset, options.set)
-    experiment = Experiment.of(settings)
-    _, seeds = experiment.started()
-    none = f"there is no run of these settings in {experiment.path}"
-    refuse(not seeds, f"{none}; start one with `incubate run`")
-    strategies = backends.of(experiment).strategies(experiment)
-    return plan(settings, options.strategies or strategies, seeds if options.seeds is None else options.seeds)
+    return run_of(load_settings(options.preset, options.set), options.strategies, options.seeds)
 
 
 def print_table(todo: Plan) -> None:

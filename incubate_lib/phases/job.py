@@ -98,12 +98,11 @@ class Job(Frozen):
         return self.facts.flops_of(self.settings)
 
     def write(self) -> None:
-        """Write it into its folder, unless it stands there."""
-        text = (self.model_dump_json(exclude_unset=True, indent=1) + "\n").encode()
+        """Write it into its folder; a finished phase keeps what is written there."""
         file = self.folder.path / FILE
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists() or file.read_bytes() != text:
-            write_atomic(file, text)
+        if read_json(file) is None or not self.finished():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, (self.model_dump_json(exclude_unset=True, indent=1) + "\n").encode())
 
 
 def read_job(path: str | Path) -> Job:

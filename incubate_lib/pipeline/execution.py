@@ -11,13 +11,12 @@ from rich.console import Console
 
 from incubate_lib.config import SettingsError, data_folder
 from incubate_lib.phases.job import Job
-from incubate_lib.pipeline.experiment import STOP_FILE
-from incubate_lib.pipeline.graph import Node, Plan
+from incubate_lib.pipeline.experiment import INDEX, STOP_FILE, is_record
+from incubate_lib.pipeline.graph import Plan
 from incubate_lib.training.files import read_json, write_json
 from incubate_lib.training.lease import Lease, holder
 
 ANALYSIS = "06_analysis"
-WANTS = "wants.json"
 Parameters = dict[str, Any]  # of a notebook
 
 
@@ -105,20 +104,12 @@ def analyse(plan: Plan, parameters: Parameters, console: Console, threads: int) 
     return 0
 
 
-def want(path: Path, nodes: Sequence[Node]) -> None:
-    """Say in a run's folder which phases it is to have trained, while it is at work."""
-    file = path / WANTS
-    if nodes:
-        write_json(file, [node.digest for node in nodes])
-    else:
-        file.unlink(missing_ok=True)
-
-
 def wanted_by(digest: str, but: Path) -> str | None:
     """Return the name of a run, or study, at work here that is to have this phase trained, other than one; None if none is."""
-    for file in (*data_folder().glob(f"runs/*/{WANTS}"), *data_folder().glob(f"studies/*/{WANTS}")):
-        path = file.parent
-        if path != but and digest in (read_json(file) or ()) and is_running(path) and not (path / STOP_FILE).exists():
+    for file in (*data_folder().glob(f"runs/*/{INDEX}"), *data_folder().glob(f"studies/*/{INDEX}")):
+        path, record = file.parent, read_json(file)
+        named = {phase["digest"] for phase in record["phases"].values()} if is_record(record) else ()
+        if path != but and digest in named and is_running(path) and not (path / STOP_FILE).exists():
             return path.name
     return None
 

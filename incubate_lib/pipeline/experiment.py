@@ -78,13 +78,6 @@ class Experiment:
         found = ((file, read_json(file)) for file in files)
         return [(file, record) for file, record in found if is_record(record)]
 
-    def started(self) -> tuple[list[str], list[int]]:
-        """Return the strategies and seeds of which phases are recorded, in the settings' order."""
-        phases = (self.record() or {}).get("phases", {})
-        seeds = {int(key.split("/")[0].removeprefix("seed-")) for key in phases}
-        names = {key.split("/")[1] for key in phases}
-        return [name for name in self.settings.strategies if name in names], sorted(seeds)
-
     def write(self, phases: Mapping[str, dict[str, Any]], finals: Mapping[tuple[str, int], str]) -> None:
         """Record phases (key → what `Node.record` says) and what ends a strategy, beside those that are recorded; link them.
 

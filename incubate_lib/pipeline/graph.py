@@ -98,7 +98,7 @@ class Node:
         nodes = closure([self])
         (self.whole or Plan(self.experiment, nodes, {})).write()
         for node in nodes if not self.finished() else [self]:
-            if not node.finished() and node.folder.trainer() is None:  # else whoever trains it has written it
+            if node.folder.trainer() is None:  # else whoever trains it has written it
                 node.job.write()
             summary = run_phase(node.job)
         return summary

@@ -1,15 +1,16 @@
 """A run from nothing but its record, without planning it again: presets change, and a user's settings file may be gone."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import contains
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from incubate_lib.config import PhaseSettings, Settings, SettingsError, error_message
+from incubate_lib.config import PhaseSettings, Settings, SettingsError, error_message, refuse
 from incubate_lib.config.members import STRATEGIES
 from incubate_lib.config.phase import as_given
 from incubate_lib.config.strategies import TrainingChanges, fields_of
@@ -34,6 +35,23 @@ def recorded(experiment: Experiment, wanted: Iterable[tuple[str, int]]) -> Plan 
         return None
     whole = _plan(experiment, record)
     finals = {end: whole.finals[end] for end in wanted}
+    return replace(whole, nodes=closure(finals.values()), finals=finals)
+
+
+def run_of(settings: Settings, strategies: Collection[str] | None = None, seeds: Collection[int] | None = None) -> Plan:
+    """Return what was run with these settings, or some strategies and seeds of it; SettingsError if that was not run."""
+    experiment = Experiment.of(settings)
+    record = experiment.record()
+    none = f"there is no run of these settings in {experiment.path}"
+    refuse(record is None, f"{none}; start one with `incubate run`")
+    whole = _plan(experiment, record)
+    for what, wanted, place in (("strategy", strategies, 0), ("seed", seeds, 1)):
+        ran = list(dict.fromkeys(end[place] for end in whole.finals))
+        for one in wanted or ():
+            there = ", ".join(map(str, ran))
+            refuse(one not in ran, f"{what} {one} was not run in {experiment.path}; there are: {there}")
+    asked = (strategies or {name for name, _ in whole.finals}), (seeds or {seed for _, seed in whole.finals})
+    finals = {end: final for end, final in whole.finals.items() if all(map(contains, asked, end))}
     return replace(whole, nodes=closure(finals.values()), finals=finals)
 
 

@@ -13,9 +13,8 @@ import yaml
 
 from incubate_lib import tasks
 from incubate_lib.config import Settings, SettingsError
-from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Node
-from incubate_lib.pipeline.strategies import plan
+from incubate_lib.pipeline.recorded import run_of
 from incubate_lib.report.tables.hardware import mixed_text, mixes
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.words import TEMPLATES, flop_unit, label, seconds_text
@@ -86,16 +85,10 @@ def finished(settings: Settings, seed: int) -> list[Finished]:
 
     SettingsError if there is no such run, or none of this seed.
     """
-    experiment = Experiment.of(settings)
-    names, seeds = experiment.started() if experiment.is_known() else ([], [])
-    if not seeds:
-        raise SettingsError(f"there is no run of these settings in {experiment.path}; start one with `incubate run`")
-    if seed not in seeds:
-        raise SettingsError(f"seed {seed} was not run in {experiment.path}; there are: {', '.join(map(str, seeds))}")
-    names = [name for name in dict.fromkeys([*settings.run, *names]) if name in names]
-    finals = plan(settings, names, seeds).finals if names else {}
+    run_of(settings, seeds=[seed])  # says so if there is none
+    finals, order = run_of(settings).finals, [*settings.run, *settings.strategies]
     ready = {key: final.finished() for key, final in finals.items()}
-    keys = [(name, seed) for name in names for seed in seeds]
+    keys = sorted(finals, key=lambda key: (order.index(key[0]), key[1]))
     return [Finished(*key, ready[key]["score"], tasks.metric(ready[key]["metric"]), finals[key]) for key in keys if ready[key]]
 
 
@@ -129,7 +122,7 @@ def _card(settings: Settings, taken: Finished, **shown: Any) -> str:
     """Return the model card: YAML front matter and Markdown; no paths of this machine. `shown` goes to its template as it is."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    done, data = plan(settings, [taken.strategy], [taken.seed]), settings.data
+    done, data = run_of(settings, [taken.strategy], [taken.seed]), settings.data
     results = from_plan(done)
     unit, size = flop_unit(results.strategies["flops"].iloc[0])
     training = {n.settings.seeded_as: n.settings.training for n in done.nodes if n.settings.training}

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from incubate_lib.pipeline.execution import clear_log, fair_threads, kill, last_error, start, want, wanted_by
+from incubate_lib.pipeline.execution import clear_log, fair_threads, kill, last_error, start, wanted_by
 from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.graph import Node, Plan, remaining, to_do
 from incubate_lib.pipeline.view import Line, line_of, node_line, render
@@ -71,7 +71,7 @@ class Pool:
                 what = "what starts from it, only if it ends in other weights than before"
                 self._print(f"{node.title}: {GONE}; {what}")
         live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        with self._at_work(missing), live or contextlib.nullcontext():
+        with self._at_work(), live or contextlib.nullcontext():
             while self.running or (self.having("waiting") and not self.stopping):
                 if self._is_asked_to_stop():
                     self._stop_phases()
@@ -90,10 +90,9 @@ class Pool:
             self._print("Stopped. The same command goes on from here.")
 
     @contextlib.contextmanager
-    def _at_work(self, missing: list[Node]) -> Iterator[None]:
-        """Take signals, and say which phases this run needs, so that no other one stops them."""
+    def _at_work(self) -> Iterator[None]:
+        """Take signals; leave no process and no stop file behind."""
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        want(self.plan.experiment.path, missing)
         try:
             yield
         finally:
@@ -101,7 +100,6 @@ class Pool:
                 kill(task.process)
             for file in [self.stop_file, *(task.node.folder.stop_file for task in self.tasks.values() if task.process)]:
                 file.unlink(missing_ok=True)
-            want(self.plan.experiment.path, [])
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

@@ -57,9 +57,6 @@ class Slurm(Backend):
     def knows(self, experiment: Experiment) -> bool:
         return bool(submitted(experiment))
 
-    def strategies(self, experiment: Experiment) -> list[str]:
-        return experiment.started()[0]  # every phase has its folder from the beginning
-
     def still_active(self, experiment: Experiment) -> int:
         # no Slurm here, or no answer: two that meet in a phase wait for each other
         with contextlib.suppress(SettingsError):

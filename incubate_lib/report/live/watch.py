@@ -12,13 +12,11 @@ from typing import Any
 
 import ipywidgets
 
-from incubate_lib import backends
 from incubate_lib.config import SettingsError, data_folder, load_settings
 from incubate_lib.pipeline.background import check_lists, stop_run
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.graph import Plan
-from incubate_lib.pipeline.recorded import DAMAGE
-from incubate_lib.pipeline.strategies import plan
+from incubate_lib.pipeline.recorded import DAMAGE, run_of
 from incubate_lib.report.live.phase_graph import draw, snapshot
 from incubate_lib.report.live.progress import Phase, Reader, at_work, headline, table_of
 from incubate_lib.report.pages import page
@@ -32,7 +30,7 @@ OLDER = "of an older version whose results are not used any more"
 def find(preset: str, overrides: Sequence[str], strategies: Sequence[str] | None, seeds: Sequence[int]) -> Plan:
     """Return the plan of a run that was started; SettingsError in plain words for whatever is not as it should be.
 
-    Without `strategies` those that the preset runs, and any other that was started.
+    Without `strategies` all that were started.
     """
     settings = load_settings(preset, list(overrides))
     place = data_folder() / "runs" / settings.name
@@ -42,7 +40,7 @@ def find(preset: str, overrides: Sequence[str], strategies: Sequence[str] | None
             beside = f" (what is there is of other settings, or {OLDER})" if experiment.path.exists() else ""
             missing = f"there is no run of these settings in {experiment.path} yet"
             raise SettingsError(f"{missing}; start_run or `incubate run {preset}` starts one{beside}")
-        return plan(settings, strategies or backends.of(experiment).strategies(experiment), seeds)
+        return run_of(settings, strategies, seeds)
     except SettingsError:
         raise
     except DAMAGE as error:
