@@ -232,12 +232,11 @@ def test_what_fails_three_times_is_given_up_and_the_rest_finishes(site, others):
 
 def test_two_nodes_train_one_phase(site, others, tmp_path, monkeypatch):
     """Two Slurm nodes with a device each end in the weights of two devices of this machine."""
-    from test_devices import rank_of_a_phase, together
+    from test_devices import train_on
 
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
     node = open_phase("end_to_end", "smoke", TWO_NODES)
-    node.job.write()
-    together(rank_of_a_phase, 2, str(tmp_path / "meeting"), str(tmp_path), node.job)
+    train_on(2, tmp_path / "meeting", node)
     site.wait_until_ended(others["two nodes"])
     folder = site.phases(others["two nodes"])["seed-0/end_to_end"]
     assert folder.summary(), (folder.path / "log.txt").read_text()

@@ -47,8 +47,9 @@ def _size(model, unit) -> int:
 
 
 def mean_curves(results: Results, cost: str) -> dict[str, pd.DataFrame]:
-    """Return for each strategy that trains in one phase its `plots.mean_curve`."""
-    groups = results.curves.groupby("strategy", sort=False)
+    """Return for each finished strategy that trains in one phase its `plots.mean_curve`."""
+    finished = results.curves["strategy"].isin(results.strategies["strategy"])  # others may share a phase that is trained
+    groups = results.curves[finished].groupby("strategy", sort=False)
     return {name: mean_curve(table, cost) for name, table in groups if table["phase"].nunique() == 1}
 
 
@@ -58,10 +59,10 @@ def reach(results: Results) -> pd.DataFrame:
 
     Evaluations are some epochs apart, so the true cost is up to that much smaller, for full training, too.
     """
-    if BASELINE not in set(results.curves["strategy"]):
+    if BASELINE not in set(results.strategies["strategy"]):
         return pd.DataFrame()
     finals = results.strategies.groupby("strategy", sort=False)
-    baseline = finals.get_group(BASELINE) if BASELINE in finals.groups else None
+    baseline = finals.get_group(BASELINE)
     metric = results.metric
     goal = results.curves[results.curves["strategy"] == BASELINE].groupby("step")["score"].mean().iloc[-1]
     rows: dict[str, dict[str, str]] = {}
