@@ -276,6 +276,9 @@ def test_what_full_trainings_accuracy_cost_is_read_off_the_mean_curves():
         "mat_random": [[0.1, 0.3, 0.5, 0.7], [0.1, 0.3, 0.5, 0.7]],
     })  # fmt: skip
     table = mat.reach(made)
+    unfinished = made.curves[made.curves["strategy"] == "mat"].assign(strategy="deep_incubation_mat", phase="meta")
+    shared = replace(made, curves=pd.concat([made.curves, unfinished]))
+    assert mat.reach(shared).equals(table), "a phase that another run has trained makes no strategy"
     assert list(table.columns) == [
         "top-1 %", "training FLOPs, all", "training FLOPs to 80.0 %", "training seconds, all", "training seconds to 80.0 %",
     ]  # fmt: skip
