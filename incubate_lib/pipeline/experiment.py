@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.config import Settings, SettingsError, data_folder, presets
+from incubate_lib.config import LARGEST_SEED, Settings, SettingsError, data_folder, presets
 from incubate_lib.phases.facts import Facts, measure
 from incubate_lib.phases.job import checked
 from incubate_lib.training.files import read_json, write_json
@@ -146,3 +146,17 @@ def is_record(record: Any) -> bool:
     """Whether a run.json is one of ours."""
     kinds = {"hash": str, "settings": dict, "facts": dict, "phases": dict, "finals": list}
     return isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+
+
+def check_asked(settings: Settings, strategies: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raise SettingsError for strategies and seeds that there cannot be."""
+    for name, values in {"seed": [*seeds], "strategy": [*strategies]}.items():
+        doubled = sorted({str(v) for v in values if values.count(v) > 1})
+        if doubled:
+            raise SettingsError(f"{name} {', '.join(doubled)} is given twice")
+    if any(seed < 0 for seed in seeds):
+        raise SettingsError(f"seed {min(seeds)} is negative; seeds are 0 or larger")
+    if any(seed > LARGEST_SEED for seed in seeds):
+        raise SettingsError(f"a seed is larger than {LARGEST_SEED}, the largest there is")
+    for name in strategies:
+        settings.strategy(name)

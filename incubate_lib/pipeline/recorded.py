@@ -16,7 +16,7 @@ from incubate_lib.config.phase import as_given
 from incubate_lib.config.strategies import TrainingChanges, fields_of
 from incubate_lib.phases.facts import Facts
 from incubate_lib.phases.job import Job, checked
-from incubate_lib.pipeline.experiment import INDEX, VERSION, Experiment, is_record
+from incubate_lib.pipeline.experiment import INDEX, VERSION, Experiment, check_asked, is_record
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.training.files import read_json
 
@@ -40,6 +40,7 @@ def recorded(experiment: Experiment, wanted: Iterable[tuple[str, int]]) -> Plan 
 
 def run_of(settings: Settings, strategies: Collection[str] | None = None, seeds: Collection[int] | None = None) -> Plan:
     """Return what was run with these settings, or some strategies and seeds of it; SettingsError if that was not run."""
+    check_asked(settings, [*(strategies or ())], [*(seeds or ())])
     experiment = Experiment.of(settings)
     record = experiment.record()
     none = f"there is no run of these settings in {experiment.path}"

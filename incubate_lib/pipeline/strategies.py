@@ -11,7 +11,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from incubate_lib.config import (
-    LARGEST_SEED,
     DataSettings,
     MATSettings,
     ModelSettings,
@@ -29,7 +28,7 @@ from incubate_lib.config.strategies import StrategySettings
 from incubate_lib.data.schedule import steps_per_epoch
 from incubate_lib.phases.facts import Facts
 from incubate_lib.phases.job import Job, read_job
-from incubate_lib.pipeline.experiment import Experiment
+from incubate_lib.pipeline.experiment import Experiment, check_asked
 from incubate_lib.pipeline.graph import Node, Plan, closure, cost, longest
 from incubate_lib.pipeline.recorded import recorded, recorded_plan
 
@@ -42,16 +41,7 @@ def plan(
     `facts` are those of these images and networks, if they are known already; else they are measured.
     """
     strategies = list(strategies or settings.run)
-    for name, values in {"seed": list(seeds), "strategy": strategies}.items():
-        doubled = sorted({str(v) for v in values if values.count(v) > 1})
-        if doubled:
-            raise SettingsError(f"{name} {', '.join(doubled)} is given twice")
-    if any(seed < 0 for seed in seeds):
-        raise SettingsError(f"seed {min(seeds)} is negative; seeds are 0 or larger")
-    if any(seed > LARGEST_SEED for seed in seeds):
-        raise SettingsError(f"a seed is larger than {LARGEST_SEED}, the largest there is")
-    for name in strategies:
-        settings.strategy(name)
+    check_asked(settings, strategies, seeds)
     experiment = Experiment.of(settings, facts)
     experiment.check_writable()
     wanted = [(name, seed) for seed in seeds for name in strategies]
