@@ -108,7 +108,7 @@ def speed(name: str) -> str:
             {
                 "": title,
                 "GFLOP an image": ", ".join(rounded(value, 2) for value in those["step_flops"] / those["batch"] / 1e9),
-                "seconds a step": ", ".join(f"{value:.3g}" for value in those["step_seconds"]),
+                "seconds a step": ", ".join(f"{value:#.3g}" for value in those["step_seconds"]),
                 "images a second": ", ".join(rounded(v, 2 if v < 10 else 0) for v in those["batch"] / those["step_seconds"]),
                 "peak memory of a step": ", ".join(rounded(value / 2**20, 0) for value in those["peak_memory_bytes"]) + " MiB",
             }
