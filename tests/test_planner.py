@@ -12,12 +12,15 @@ from torch.nn import functional
 
 from incubate_lib.cli import main
 from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.config.members import PHASES
 from incubate_lib.data.sets import load_data
+from incubate_lib.phases.networks import build_model
+from incubate_lib.phases.recipes import networks_of
 from incubate_lib.pipeline.graph import closure
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.planner import planner
 from incubate_lib.report.planner.forecast import Speed, against_measured, forecast, measured_speed, open_plan, stated_speed
-from incubate_lib.report.planner.memory import network_of
+from incubate_lib.report.planner.memory import step_memory_of
 from incubate_lib.report.planner.planner import planner as sliders
 from incubate_lib.report.planner.published import published_costs
 from incubate_lib.report.tables import records
@@ -172,12 +175,21 @@ def test_memory_is_that_of_a_real_step(images, freeze):
 def test_memory_of_a_hybrid_is_that_of_its_parts():
     todo = open_plan("smoke")
     node = next(n for n in todo.nodes if n.settings.phase == "incubate" and n.settings.module_index == 1)
-    with torch.device("meta"):
-        hybrid, _ = network_of(node.settings, 4, {})
-    first, target, last = parts = memory_by_part(hybrid, (1, 8, 8))
+    networks = networks_of(load_settings("smoke"), (node.facts.target_depths, node.facts.meta_depths), 4)
+    hybrid, partition = PHASES["incubate"].trains(networks, 1)
+    first, target, last = parts = memory_by_part(hybrid, (1, 8, 8), partition)
     assert first.activations == first.gradients == 0, "nothing waits for the backward pass before the target"
     assert target.gradients > 0 and last.gradients == 0 and last.activations > 0, "behind it the error passes through"
     assert sum(p.weights for p in parts) == sum(p.numel() * 4 for p in hybrid.parameters())
+
+
+def test_memory_of_a_meta_model_is_its_own():
+    """Not that of the network which its constructor makes when nobody says how deep it is."""
+    todo, known = open_plan("smoke"), {}
+    meta, whole = (next(n for n in todo.nodes if n.settings.phase == phase) for phase in ("meta", "end_to_end"))
+    for node, depth in [(meta, 3), (whole, 6)]:
+        network = build_model(node.settings.model, depth, 4)
+        assert step_memory_of(node, known).weights == sum(4 * p.numel() for p in network.parameters())
 
 
 def test_memory_of_a_network_whose_last_map_has_one_place():

@@ -12,7 +12,7 @@ from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.config.study import load_study
 from incubate_lib.data.sets import load_data
 from incubate_lib.method.incubation import Hybrid, Imitation, start_module
-from incubate_lib.phases.networks import at_size
+from incubate_lib.method.sizes import at_size
 from incubate_lib.phases.recipes import load_trained
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables.records import from_plan

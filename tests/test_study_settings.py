@@ -16,7 +16,7 @@ from incubate_lib.report.tables.studies import published
     [
         ({"preset": "smok"}, "unknown preset"),
         ({"axes": {"depth": {"6": {"model.dept": 6}}}}, "unknown field 'model.dept'; did you mean"),
-        ({"axes": {"depth": {"7": {"model.depth": 7}}}}, "study bad, depth 7: .*model.depth 7 is not divisible"),
+        ({"axes": {"depth": {"7": {"model.depth": 7}}}}, "study bad, depth 7: .*the network's 7 blocks cannot be divided"),
         ({"axes": {"depth": {}}}, "axes.depth has no values"),
         ({"axes": {"seed": {"1": {}}}}, "axes.seed: that is a column of the table"),
         ({"strategies": ["end_to_end", "growin"]}, "did you mean growing"),

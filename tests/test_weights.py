@@ -124,8 +124,8 @@ def test_weights_that_do_not_fit_are_told_by_the_planner(tmp_path, data_folder):
     for place, message in [
         (folder(network(3, num_classes=5)), r"head.weight: the file has \(5, 16\), the model \(4, 16\)"),
         (folder(network(3, kind="H"), name=None), "blocks.0.attn.qkv.bias is missing"),
-        (folder(network(3), num_heads=4), r"by its config.json \(vit_tiny_patch16_224\) it has num_heads 4, the model 2"),
-        (folder(network(3), name="vit_huge_patch14_clip_224"), "LayerNorm's eps 1e-05, the model 1e-06"),
+        (folder(network(3), num_heads=4), r"by its config.json \(vit_tiny_patch16_224\) it has blocks.0.attn.num_heads 4, the"),
+        (folder(network(3), name="vit_huge_patch14_clip_224"), r"it has blocks.0.norm1.eps 1e-05, the model 1e-06"),
     ]:
         with pytest.raises(SettingsError, match=message):
             load_into(meta, place)
@@ -180,11 +180,33 @@ def test_a_network_of_another_kind_is_loaded_with_its_counts_of_batches(tmp_path
     save_file(one.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"architecture": "resnet10t", "model_args": {"in_chans": 1}}')
     assert all(torch.equal(tensor, one.state_dict()[name]) for name, tensor in load_into(other, tmp_path).state_dict().items())
+    (tmp_path / "config.json").write_text('{"architecture": "resnet10t", "model_args": {"in_chans": 1, "act_layer": "gelu"}}')
+    with pytest.raises(SettingsError, match=r"\(resnet10t\) it has conv1.2 GELU, the model ReLU"):
+        load_into(other, tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": "many"}}')
     vit = build_model(ModelSettings(), 1, 4)
     save_file(vit.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(SettingsError, match=r"the config.json beside it tells of no network that timm knows"):
         load_into(vit, tmp_path)
+
+
+def test_the_weights_of_a_phase_with_other_heads_are_told(data_folder):
+    """No shape differs: what the phase was stands in its phase.json."""
+    todo = plan(load_settings("smoke", ["phases.end_to_end.epochs=1", "model.num_heads=4"]), ["end_to_end"])
+    todo.run()
+    with pytest.raises(SettingsError, match=r"by its phase.json \(vit_tiny_patch16_224\) it has blocks.0.attn.num_heads 4, the"):
+        load_into(build_model(load_settings("smoke").model, 6, 4), todo.finals["end_to_end", 0].folder.path)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_weights_are_resampled_for_another_size_as_the_network_s_own_file_does_it(tmp_path, name):
+    small, large = (build_model(ModelSettings(name=name, img_size=size, patch_size=4), 2 if "vit" in name else None, 4)
+                    for size in (32, 64))  # fmt: skip
+    save_file(small.state_dict(), tmp_path / "model.safetensors")
+    loaded = load_into(large, tmp_path / "model.safetensors").state_dict()
+    same = [key for key, tensor in small.state_dict().items() if loaded[key].shape == tensor.shape]
+    assert all(torch.equal(loaded[key], small.state_dict()[key]) for key in same)
+    assert 0 < len(loaded) - len(same) < len(same)
 
 
 # -- what is taken, and what its classes are called -------------------------------------------------------------------------

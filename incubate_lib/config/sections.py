@@ -206,10 +206,10 @@ class PartitionSettings(Frozen):
     def depths(self, depth: int) -> tuple[list[int], list[int]]:
         """Return the blocks of each target and each meta module of a network of `depth` blocks; SettingsError if they differ."""
         target, k = self.target_depths or [], self.num_modules or len(self.target_depths)
-        total = f"partition.target_depths {target} add up to {sum(target)}, but model.depth is {depth}"
+        total = f"partition.target_depths {target} add up to {sum(target)}, but the network has {depth} blocks"
         refuse(target and sum(target) != depth, total)
-        many = f"partition.num_modules is {k}, but the network has only {depth} blocks (model.depth)"
-        both = f"model.depth {depth} is not divisible by partition.num_modules {k}"
+        many = f"partition.num_modules is {k}, but the network has only {depth} blocks"
+        both = f"partition.num_modules is {k}, by which the network's {depth} blocks cannot be divided"
         refuse(k > depth, many)
         refuse(not target and depth % k, f"{both}; change one of them or give partition.target_depths")
         return list(target or [depth // k] * k), list(self.meta_depths or [1] * k)

@@ -100,6 +100,7 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
 
     from incubate_lib.method.units import count_units
     from incubate_lib.phases.networks import build_model, depths_of, model_shape, takes_depth
+    from incubate_lib.phases.recipes import networks_of
 
     shape, outputs = model_shape(settings.model), _outputs(settings, num_classes)
     with torch.device("meta"):
@@ -111,7 +112,7 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     else:
         depths = depths_of(settings)
     sizes, small, unsupported = _small_images(settings, model, shape, outputs)
-    networks = _networks(settings, depths, shape, num_classes)
+    networks = networks_of(settings, depths, num_classes)
     flops: dict[str, int] = {}
     for kind in PHASES:
         flops |= PHASES[kind].count(networks)
@@ -130,26 +131,6 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
         unsupported_units=unsupported_units,
         weights=_weights(settings, outputs, *depths),
     )
-
-
-def _networks(settings: Settings, depths: tuple[list[int], list[int]], shape: tuple[int, int, int], num_classes: int) -> Any:
-    """Return the networks of which kinds of phases count the cost, on the meta device."""
-    import torch
-
-    from incubate_lib.phases.networks import build_meta, build_target, in_target_names, meta_partition_of, partition_of
-    from incubate_lib.training.costs import Counted, FlopCounts
-
-    any_phase = PhaseSettings(
-        phase="meta", seed=0, task=settings.task, data=settings.data, model=settings.model, target_depths=depths[0],
-        meta_depths=depths[1], cuts=(settings.partition and settings.partition.cuts) or [],
-    )  # fmt: skip
-    with torch.device("meta"):
-        target = build_target(any_phase, num_classes)
-        if not depths[0]:
-            return Counted(FlopCounts(shape), target)
-        meta = build_meta(any_phase, num_classes)
-        partitions = partition_of(any_phase), meta_partition_of(any_phase)
-        return Counted(FlopCounts(shape), target, *partitions, meta, in_target_names(any_phase, meta, target))
 
 
 def _unsupported_starts(networks: Any) -> dict[str, str]:
@@ -196,6 +177,7 @@ def _small_images(
     """
     import torch
 
+    from incubate_lib.method.sizes import patch_size
     from incubate_lib.phases.networks import build_model, in_one_piece
     from incubate_lib.training.costs import FlopCounts
 
@@ -204,8 +186,7 @@ def _small_images(
     for name, strategy in settings.strategies.items():
         if not (small_images := strategy.get("low_resolution")):
             continue
-        has_patches = hasattr(model, "patch_embed") and hasattr(model, "pos_embed")
-        patch = model.patch_embed.patch_size[0] if has_patches else 1
+        patch = patch_size(model)
         size = small_images.img_size or max(1, shape[1] // 2 // patch) * patch
         try:
             if size >= shape[1] or size % patch:

@@ -7,8 +7,8 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath, resample_abs_pos_embed
-from torch import Tensor, nn
+from timm.layers import DropPath
+from torch import nn
 
 from incubate_lib.config import ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line, nearest
 from incubate_lib.config.members import TASKS
@@ -191,13 +191,3 @@ def model_shape(settings: ModelSettings) -> tuple[int, int, int]:
     known = timm.get_pretrained_cfg(settings.name)  # none: of a network that is not timm's own
     channels, height, width = known.input_size if known else (3, 224, 224)
     return (settings.in_chans or channels, settings.img_size or height, settings.img_size or width)
-
-
-def at_size(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return weights of the same network for images of another size: the position embedding is resampled, as timm does."""
-    own = getattr(model, "pos_embed", None)
-    if own is None or own.shape == weights["pos_embed"].shape:
-        return weights
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    resampled = resample_abs_pos_embed(weights["pos_embed"], list(model.patch_embed.grid_size), num_prefix_tokens=prefix)
-    return weights | {"pos_embed": resampled}

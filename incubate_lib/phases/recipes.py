@@ -1,12 +1,23 @@
 """The networks of a phase: what it trains, what that is made of, and how a trained one is read again."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import nn
 
-from incubate_lib.config import PhaseSettings
+from incubate_lib.config import PhaseSettings, Settings
 from incubate_lib.config.members import PHASES
 from incubate_lib.method.incubation import start_module
 from incubate_lib.phases.kinds import Inputs
-from incubate_lib.phases.networks import build_meta, build_target, in_target_names, partition_of
+from incubate_lib.phases.networks import (
+    build_meta,
+    build_target,
+    in_target_names,
+    meta_partition_of,
+    model_shape,
+    partition_of,
+)
+from incubate_lib.training.costs import Counted, FlopCounts
 from incubate_lib.training.runs import PhaseFolder
 
 
@@ -16,6 +27,25 @@ def prepare(s: PhaseSettings, inputs: Inputs, num_classes: int) -> nn.Module:
     Without inputs, where only costs are counted, it starts from what was freshly initialised.
     """
     return PHASES[s.phase].build(s, inputs, num_classes)
+
+
+def networks_of(settings: Settings, depths: tuple[Sequence[int], Sequence[int]], num_classes: int) -> Counted:
+    """Return the networks of which kinds of phases count what they cost, on the meta device and without drop-path.
+
+    `depths` are the blocks of the target and the meta modules; none: the network is not cut.
+    """
+    phase = PhaseSettings(
+        phase="meta", seed=0, task=settings.task, data=settings.data, model=settings.model, target_depths=depths[0],
+        meta_depths=depths[1], cuts=(settings.partition and settings.partition.cuts) or [],
+    )  # fmt: skip
+    counts = FlopCounts(model_shape(settings.model))
+    with torch.device("meta"):
+        target = build_target(phase, num_classes)
+        if not depths[0]:
+            return Counted(counts, target)
+        meta = build_meta(phase, num_classes)
+        partitions = partition_of(phase), meta_partition_of(phase)
+        return Counted(counts, target, *partitions, meta, in_target_names(phase, meta, target))
 
 
 def meta_and_target(s: PhaseSettings, inputs: Inputs, num_classes: int) -> tuple[nn.Module, nn.Module]:

@@ -2,6 +2,7 @@
 And into a file: a network as a folder that timm loads, whole or not at all.
 """
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -35,14 +36,15 @@ def sha256(path: Path) -> str:
 
 
 def load_into(model: Any, path: str | Path, expected_sha256: str | None = None) -> Any:
-    """Load weights into a timm ViT, position embedding and patches resampled by timm if the resolution differs.
+    """Load weights into a network, resampled as its file in timm does it if images are of another size.
 
     Raises SettingsError when the file is not the one that was planned with, is damaged, holds what cannot be weights, or
     does not fit, with the first names.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    from incubate_lib.method.sizes import at_size
 
     file = weights_file(path)
     summary = read_json(file.with_name("summary.json")) if file.name == "model.safetensors" else None  # it is a phase's result
@@ -57,8 +59,8 @@ def load_into(model: Any, path: str | Path, expected_sha256: str | None = None) 
     except SafetensorError as error:
         raise SettingsError(f"{file} is not a sound .safetensors file: {error}") from None
     check_values(given, str(file), model.state_dict())
-    if "pos_embed" in given and given["pos_embed"].ndim == 3:
-        given = checkpoint_filter_fn(given, model, interpolation="bicubic", antialias=True)
+    with contextlib.suppress(Exception):  # of other weights than those of this network, which the next line tells
+        given = at_size(given, model)
     check_fits(model.state_dict(), given, str(file))
     _check_config(model, file)
     model.load_state_dict(given)
@@ -101,43 +103,52 @@ def first(wrong: Sequence[str]) -> str:
     return "; ".join(wrong[:3]) + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
+# What the shapes of weights do not show: attributes of layers.
+UNSEEN = ("num_heads", "eps", "global_pool", "pool_type", "stride", "padding", "dilation", "groups")
+
+
 def _check_config(model: Any, file: Path) -> None:
-    """Raise SettingsError where shapes agree and the Vision Transformer is another one: heads, eps, pooling, activation.
+    """Raise SettingsError where shapes agree and the network is another one: heads, eps, strides, pooling, activations.
 
     What the file's network was stands in the config.json beside it, of timm (or of a phase of before), or in a phase's
     phase.json; without one there is no knowing.
     """
     import timm
     import torch
-    from timm.models.vision_transformer import VisionTransformer
 
     beside = next((place for name in ("config.json", "phase.json") if (place := file.with_name(name)).exists()), None)
     config = beside and read_json(beside)
-    if not isinstance(model, VisionTransformer) or not isinstance(config, dict):
+    if not isinstance(config, dict):
         return
     try:
         name, arguments = config.get("architecture"), config.get("model_args") or {}
         if "settings" in config:
             given = ModelSettings.model_validate(config["settings"]["model"])
-            name, arguments = given.name, given.model_dump() | given.options
+            name, arguments = given.name, given.timm_arguments()
         elif "phase" in config:
             name, arguments = config["model"]["name"], config["model"] | config["model"]["options"]
         if not isinstance(name, str) or not timm.is_model(name):
             return
-        unseen = ("embed_dim", "num_heads", "global_pool", "norm_layer", "act_layer")
-        message = {key: arguments[key] for key in unseen if arguments.get(key) is not None}
+        arguments = {key: value for key, value in arguments.items() if key not in ("name", "options") and value is not None}
         with torch.device("meta"):
-            other = timm.create_model(name, depth=1, **message)
-        ours, theirs = ({
-            "num_heads": m.blocks[0].attn.num_heads, "LayerNorm's eps": getattr(m.blocks[0].norm1, "eps", None),
-            "global_pool": m.global_pool, "activation": type(m.blocks[0].mlp.act).__name__,
-        } for m in (model, other))  # fmt: skip
+            other = timm.create_model(name, **arguments)
+        ours, theirs = _unseen(model), _unseen(other)
     except Exception as error:  # what stands there is not of this project or of timm
         raise SettingsError(
             f"{file}: the {beside.name} beside it tells of no network that timm knows: {in_a_line(error)}"
         ) from None
-    if wrong := [f"{key} {theirs[key]}, the model {ours[key]}" for key in ours if ours[key] != theirs[key]]:
-        raise SettingsError(f"{file} does not fit the model: by its {beside.name} ({name}) it has {'; '.join(wrong)}")
+    if wrong := [f"{key} {theirs[key]}, the model {ours[key]}" for key in ours if theirs.get(key, ours[key]) != ours[key]]:
+        raise SettingsError(f"{file} does not fit the model: by its {beside.name} ({name}) it has {first(wrong)}")
+
+
+def _unseen(model: Any) -> dict[str, Any]:
+    """Return what the shapes of a network's weights do not show: these attributes of its layers, and activations."""
+    unseen = {}
+    for path, layer in model.named_modules():
+        unseen |= {f"{path}.{key}".lstrip("."): vars(layer)[key] for key in UNSEEN if key in vars(layer)}
+        if "activation" in type(layer).__module__:
+            unseen[path] = type(layer).__name__
+    return unseen
 
 
 def check_free(folder: str | Path) -> Path:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from incubate_lib.method.incubation import Hybrid
 from incubate_lib.method.network import Partition
 from incubate_lib.training.costs import by_module, by_stretch, description
 from incubate_lib.training.stopwatch import LiveBytes
@@ -39,25 +38,24 @@ class StepMemory:
         return self.weights + self.optimizer + max(self.casts + images * self.activations, self.gradients)
 
 
-def step_memory(model: nn.Module, image_shape: tuple[int, int, int], *, precision: str = "float32") -> StepMemory:
-    """Return the memory of a step of a network, or of a hybrid, on the meta device, for images [C, H, W]."""
-    return sum(memory_by_part(model, image_shape, precision=precision), StepMemory())
+def step_memory(network: nn.Module, image_shape: tuple[int, int, int], *, precision: str = "float32") -> StepMemory:
+    """Return the memory of a step of a network on the meta device, for images [C, H, W]."""
+    return sum(memory_by_part(network, image_shape, precision=precision), StepMemory())
 
 
 def memory_by_part(
-    model: nn.Module,
+    network: nn.Module,
     image_shape: tuple[int, int, int],
     partition: Partition | None = None,
     *,
     precision: str = "float32",
     known: dict | None = None,
 ) -> list[StepMemory]:
-    """Return the memory of each module of a network, in order, or of a hybrid; a network that is not cut is one.
+    """Return the memory of each module of a network, in order, with today's requires_grad; a network that is not cut is one.
 
     `known` is filled with what was found, for those who ask for many.
     """
     known = {} if known is None else known
-    network, partition = (model.network, model.partition) if isinstance(model, Hybrid) else (model, partition)
     key = (description(network), image_shape, precision, partition and partition.ends)
     if key not in known:
         known[key] = _memory(network, image_shape, partition, precision)

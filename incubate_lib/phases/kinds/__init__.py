@@ -16,6 +16,7 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from incubate_lib.method.network import Partition
     from incubate_lib.training.costs import Counted
 
 Inputs = dict[str, Path]  # folders of the phases that a phase starts from; "weights": a folder or file of weights
@@ -55,6 +56,10 @@ class Phase:
     def count(self, networks: "Counted") -> dict[str, int]:
         """Return the FLOPs of a training image of all phases of this kind, by name; those that others name, too, once."""
         return {}
+
+    def trains(self, networks: "Counted", module_index: int | None) -> tuple["nn.Module", "Partition | None"]:
+        """Return the network that an update goes through, frozen where the phase freezes it, and how it is cut."""
+        return networks.target.requires_grad_(True), networks.partition
 
     def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> "nn.Module":
         """Return the model that the phase trains (ready: frozen parts are frozen).

@@ -13,7 +13,8 @@ class Finetune(Phase):
     notebook = "04_finetune"
 
     def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> Any:
-        from incubate_lib.phases.networks import at_size, build_target
+        from incubate_lib.method.sizes import at_size
+        from incubate_lib.phases.networks import build_target
         from incubate_lib.phases.weights import load_into
         from incubate_lib.training.runs import PhaseFolder
 
@@ -22,8 +23,7 @@ class Finetune(Phase):
             load_into(model, inputs["weights"], s.inputs["weights"])
         elif inputs:
             [before] = inputs.values()
-            weights = PhaseFolder(before).load_weights()
-            model.load_state_dict(at_size(weights, model) if "small_images" in inputs else weights)
+            model.load_state_dict(at_size(PhaseFolder(before).load_weights(), model))
         return model
 
 

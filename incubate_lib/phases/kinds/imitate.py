@@ -17,6 +17,7 @@ class Imitate(incubate.Incubate):
     is_set_by_name = False
     options = Options
     imitates = True
+    work = ("forward only", "forward, all gradients; its meta module forward", "not used")
 
     def losses(self, run: Callable[[Any], Any], x: Any, loss: Callable[[Any], Any]) -> Iterator[Any]:
         yield run(x).mean()  # each image's distance from the meta module's features

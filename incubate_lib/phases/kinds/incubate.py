@@ -27,6 +27,8 @@ class Incubate(Phase):
     notebook = "02_incubate_module"
     options = Options
     imitates = False
+    # what an update does of the modules before, of the one that learns, and of those behind
+    work = ("forward only", "forward, all gradients", "forward, gradient of its input")
 
     def title(self, s: PhaseSettings) -> str:
         return f"module {s.module_index + 1} of {len(s.target_depths)}"
@@ -35,11 +37,19 @@ class Incubate(Phase):
         return f"{self.name}-{options['module_index']}"
 
     def count(self, networks: Any) -> dict[str, int]:
-        if not networks.partition:
-            return {}
-        meta, target, partition = networks.hybrids_of, networks.target, networks.partition
-        costs = (networks.counts.hybrid(meta, target, partition, i, self.imitates) for i in range(partition.num_modules))
-        return {f"{self.name}-{i}": sum(cost) for i, cost in enumerate(costs)}
+        modules = networks.partition.num_modules if networks.partition else 0
+        return {f"{self.name}-{i}": sum(self.count_modules(networks, i)) for i in range(modules)}
+
+    def count_modules(self, networks: Any, module_index: int) -> list[int]:
+        """Return the FLOPs of a training image in each module of the hybrid."""
+        made_of = networks.hybrids_of, networks.target, networks.partition
+        return networks.counts.hybrid(*made_of, module_index, self.imitates)
+
+    def trains(self, networks: Any, module_index: int | None) -> tuple[Any, Any]:
+        from incubate_lib.method.incubation import Hybrid
+
+        hybrid = Hybrid(networks.hybrids_of, networks.target, networks.partition, module_index)
+        return hybrid.network, hybrid.partition
 
     def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> Any:
         from incubate_lib.method.incubation import Hybrid, Imitation

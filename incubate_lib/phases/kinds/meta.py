@@ -23,6 +23,9 @@ class Meta(Phase):
     def count(self, networks: Any) -> dict[str, int]:
         return {"meta": networks.counts.per_image(networks.meta, networks.meta_partition)} if networks.partition else {}
 
+    def trains(self, networks: Any, module_index: int | None) -> tuple[Any, Any]:
+        return networks.meta.requires_grad_(True), networks.meta_partition
+
     def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> Any:
         from incubate_lib.phases.networks import build_meta
         from incubate_lib.phases.weights import load_into

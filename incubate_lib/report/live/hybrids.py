@@ -9,29 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import ipywidgets
-import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from torch import nn
 
 from incubate_lib.config import Settings, SettingsError
+from incubate_lib.config.members import PHASES
 from incubate_lib.data.schedule import micro_batches
-from incubate_lib.method.incubation import Hybrid
-from incubate_lib.method.network import Partition, has_layer
-from incubate_lib.phases.networks import build_target, model_shape, partition_of
-from incubate_lib.phases.recipes import meta_and_target
+from incubate_lib.method.network import has_layer
+from incubate_lib.phases.recipes import networks_of
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.style import PAPER, Figure, filling, trained_and_frozen
 from incubate_lib.report.widgets import or_sentence, with_picture, with_twin
 from incubate_lib.report.words import LOOKS, label
-from incubate_lib.training.costs import FlopCounts
 from incubate_lib.training.memory import StepMemory, memory_by_part
 
 KINDS = LOOKS["memory"]
-# before, in, behind the target module
-WORK = ("forward only", "forward, all gradients", "forward, gradient of its input")
-WORK_OF_IMITATION = ("forward only", "forward, all gradients; its meta module forward", "not used")
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,9 @@ class Hybrids:
         if not nodes:
             raise SettingsError(f"strategy {strategy} incubates no modules, so it has no hybrids")
         self.strategy, self.nodes = strategy, sorted(nodes, key=lambda node: node.settings.module_index)
-        self._flops, self._memory = FlopCounts(model_shape(nodes[0].settings.model)), {}
+        first = nodes[0]
+        depths = first.facts.target_depths, first.facts.meta_depths
+        self._networks, self._memory = networks_of(first.experiment.settings, depths, first.facts.num_classes), {}
 
     def costs(self, index: int) -> Costs:
         """Return what the parts of the hybrid of module `index` (0-based) cost while it is incubated.
@@ -93,31 +89,27 @@ class Hybrids:
         if not 0 <= index < len(self.nodes):
             raise SettingsError(f"index is {index}; this strategy has the modules 0 … {len(self.nodes) - 1}")
         node = self.nodes[index]
-        with torch.device("meta"):
-            meta, target = meta_and_target(node.settings, {}, node.facts.num_classes)
-        partition, imitates = partition_of(node.settings), node.settings.phase == "imitate"
-        flops = self._flops.hybrid(meta, target, partition, index, imitates)
-        hybrid = Hybrid(meta, target, partition, index)
-        memory = self._memory_of(node, hybrid)
-        before, inside, behind = WORK_OF_IMITATION if imitates else WORK
+        flops = node.kind.count_modules(self._networks, index)
+        network, partition = node.kind.trains(self._networks, index)
+        memory = self._memory_of(node, network)
+        before, inside, behind = node.kind.work
         works = [before] * index + [inside] + [behind] * (len(self.nodes) - index - 1)
-        kept = [[b for b in partition.blocks(i) if has_layer(hybrid.network, b)] for i in range(len(works))]
+        kept = [[b for b in partition.blocks(i) if has_layer(network, b)] for i in range(len(works))]
         parts = [Part(f"module {i + 1}", len(kept[i]), i == index, works[i], flops[i], memory[i]) for i in range(len(works))]
         return Costs(f"module {index + 1} of {len(self.nodes)} incubates", parts, _at_once(node))
 
     def whole(self) -> Costs:
         """Return what the network costs as end-to-end training has it."""
         node = self.nodes[0]
-        with torch.device("meta"):
-            model = build_target(node.settings, node.facts.num_classes)
-        partition = partition_of(node.settings)
-        flops, memory = self._flops.per_image(model, partition), self._memory_of(node, model, partition)
+        network, partition = PHASES["end_to_end"].trains(self._networks, None)
+        flops, memory = self._networks.counts.per_image(network, partition), self._memory_of(node, network)
         blocks, memory = len(partition.chain.blocks), sum(memory, StepMemory())
-        return Costs("end to end", [Part("whole network", blocks, True, WORK[1], flops, memory)], _at_once(node))
+        part = Part("whole network", blocks, True, "forward, all gradients", flops, memory)
+        return Costs("end to end", [part], _at_once(node))
 
-    def _memory_of(self, node: Node, model: nn.Module, partition: Partition | None = None) -> list[StepMemory]:
-        shape, precision = self._flops.image_shape, node.settings.precision
-        return memory_by_part(model, shape, partition, precision=precision, known=self._memory)
+    def _memory_of(self, node: Node, network: nn.Module) -> list[StepMemory]:
+        shape, partition = self._networks.counts.image_shape, self._networks.partition
+        return memory_by_part(network, shape, partition, precision=node.settings.precision, known=self._memory)
 
     def figure(self, index: int | None = None) -> Figure:
         """Draw the hybrid of module `index` (0-based), or those of all modules, over the network as end-to-end training has it,

@@ -27,16 +27,20 @@ def settings_table(node: Node) -> pd.DataFrame:
 
 def costs_table(node: Node) -> pd.DataFrame:
     """Return what a training image costs in each kind of phase that the node's strategy may have, counted, next to end to end."""
-    other = "incubate" if node.settings.phase == "imitate" else "imitate"  # a strategy does one or the other
-    counted = node.facts.flops_per_image
-    flops = pd.Series({key: value for key, value in counted.items() if not key.startswith(other)}) / 1e6
+    # of kinds that are set under one name a strategy has one
+    own = {PHASES[name].group: PHASES[name].group for name in PHASES} | {node.kind.group: node.kind.name}
+    counted = {
+        key: flops for key, flops in node.facts.flops_per_image.items()
+        if (kind := key.partition("-")[0]) not in PHASES or own[PHASES[kind].group] == kind
+    }  # fmt: skip
+    flops = pd.Series(counted) / 1e6
     table = pd.DataFrame({"MFLOP an image": flops.round(2), "of end to end": (flops / flops["target"]).round(3)})
     names = {kind: PHASES[kind].label for kind in PHASES} | {"target": "end to end, fine-tuning"}
     kinds = {"incubate": "hybrid, module {}", "imitate": "imitation, module {}", "target": "end to end, {} pixels"}
 
     def named(key: str) -> str:
         kind, _, number = key.partition("-")
-        return names.get(key) or kinds[kind].format(int(number) + (kind != "target"))
+        return names.get(key) or kinds.get(kind, kind + " {}").format(int(number) + (kind != "target"))
 
     table.index = [named(key) for key in table.index]
     return table
