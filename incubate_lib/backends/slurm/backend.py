@@ -182,7 +182,7 @@ def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, c
                 message = f"{error}. {len(new)} jobs were submitted; `incubate run` again submits the rest"
                 raise SettingsError(message if new else str(error)) from None
             running[script.key] = number
-            ids[script.key] = queue.Submitted(number, script.name, script.phase and script.phase.digest)
+            ids[script.key] = queue.Queued(number, script.name, script.phase and script.phase.digest)
             note(experiment, ids)
             if script.phase:
                 note_phase(script.phase.folder, ids[script.key])

@@ -46,7 +46,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Submitted:
+class Queued:
     """A job that was submitted, by this run or by another that has the same phase."""
 
     id: str
@@ -54,23 +54,23 @@ class Submitted:
     digest: str | None = None  # of its phase; none: the analysis
 
 
-def submitted(experiment: Experiment) -> dict[str, Submitted]:
+def submitted(experiment: Experiment) -> dict[str, Queued]:
     """Return the jobs that were submitted for this experiment, by phase key."""
-    return {key: Submitted(**job) for key, job in (read_json(experiment.path / FILE) or {}).items()}
+    return {key: Queued(**job) for key, job in (read_json(experiment.path / FILE) or {}).items()}
 
 
-def note(experiment: Experiment, jobs: dict[str, Submitted]) -> None:
+def note(experiment: Experiment, jobs: dict[str, Queued]) -> None:
     """Write down the jobs of an experiment."""
     write_json(experiment.path / FILE, {key: dataclasses.asdict(job) for key, job in jobs.items()})
 
 
-def job_of(folder: PhaseFolder) -> Submitted | None:
+def job_of(folder: PhaseFolder) -> Queued | None:
     """Return the job that was last submitted for a phase, by whatever run."""
     about = read_json(folder.path / FILE)
-    return about and Submitted(**about)
+    return about and Queued(**about)
 
 
-def note_phase(folder: PhaseFolder, job: Submitted) -> None:
+def note_phase(folder: PhaseFolder, job: Queued) -> None:
     write_json(folder.path / FILE, dataclasses.asdict(job))
 
 
