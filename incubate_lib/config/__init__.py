@@ -8,8 +8,10 @@ from incubate_lib.config.errors import in_a_line as in_a_line
 from incubate_lib.config.errors import nearest as nearest
 from incubate_lib.config.errors import refuse as refuse
 from incubate_lib.config.errors import validated as validated
+from incubate_lib.config.files import checkout as checkout
 from incubate_lib.config.files import data_folder as data_folder
 from incubate_lib.config.files import load_settings as load_settings
+from incubate_lib.config.files import notebooks_folder as notebooks_folder
 from incubate_lib.config.files import presets as presets
 from incubate_lib.config.models import DEFAULT_MACHINE as DEFAULT_MACHINE
 from incubate_lib.config.models import Settings as Settings

@@ -164,12 +164,26 @@ def yaml_value(override: str, text: str) -> Any:
         raise SettingsError(f"--set {override!r}: {text!r} is not a plain value") from None
 
 
+def checkout() -> Path | None:
+    """Return the project's folder; None where the package was installed without it (`pip install .`, not -e)."""
+    folder = Path(__file__).resolve().parents[2]
+    return folder if (folder / "pyproject.toml").is_file() else None
+
+
+def notebooks_folder() -> Path:
+    """Return the folder of the numbered notebooks: the project's, or those that a plain install brought along."""
+    return (checkout() or Path(__file__).resolve().parents[1]) / "notebooks"
+
+
 def data_folder() -> Path:
     """Return the folder of datasets, runs and results: $INCUBATE_DATA, or `data/` of the project.
 
+    Of a plain install ~/incubate-data: nothing is written where packages lie.
     Raises SettingsError where no path below it could be opened, because it or a part of it is too long already.
     """
-    folder = Path(os.environ.get("INCUBATE_DATA") or Path(__file__).resolve().parents[2] / "data").absolute()
+    project = checkout()
+    own = project / "data" if project else Path.home() / "incubate-data"
+    folder = Path(os.environ.get("INCUBATE_DATA") or own).absolute()
     most = f"{LONGEST_FOLDER} bytes are possible, and 255 for each folder's name"
     too_long = len(os.fsencode(folder)) > LONGEST_FOLDER or any(len(os.fsencode(part)) > 255 for part in folder.parts)
     refuse(too_long, f"INCUBATE_DATA {str(folder)[:60]}… is too long: {most}")

@@ -18,14 +18,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from incubate_lib.config import SettingsError, data_folder, nearest
+from incubate_lib.config import SettingsError, data_folder, nearest, notebooks_folder, refuse
 from incubate_lib.config.members import PHASES
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.files import write_atomic
 
 # jsonschema would build a grammar for 2 s, for addresses no notebook has
 sys.modules.setdefault("rfc3987_syntax", None)
-ROOT = Path(__file__).resolve().parents[2]
 # seconds a cell; it only reads, so a longer one hangs. Training takes what it takes
 TIMEOUTS = {"06_analysis": 900}
 KEPT = [  # of a notebook's JSON: what is no text, in which a path as short as /tmp stands by chance now and then
@@ -41,11 +40,9 @@ KEPT = [  # of a notebook's JSON: what is no text, in which a path as short as /
 
 
 def notebook_path(name: str) -> Path:
-    """Return the file of a notebook of the series; SettingsError if the project's notebooks are not there."""
-    path = ROOT / "notebooks" / f"{name}.ipynb"
-    if not path.is_file():
-        hint = "install the project with `pip install -e .` from its folder"
-        raise SettingsError(f"no notebook {path}; {hint}")
+    """Return the file of a notebook of the series; SettingsError if it is not there."""
+    path = notebooks_folder() / f"{name}.ipynb"
+    refuse(not path.is_file(), f"no notebook {path}; install the project anew: `pip install -e .` in its folder")
     return path
 
 
@@ -113,7 +110,7 @@ def scrub(nb: Any) -> Any:
 
 def without_paths(text: str) -> str:
     """Replace this machine's paths in a notebook's JSON; pictures and other base64 stay as they are."""
-    places = {data_folder(): "data", ROOT: ".", sys.prefix: "venv", Path.home(): "~"}
+    places = {data_folder(): "data", notebooks_folder().parent: ".", sys.prefix: "venv", Path.home(): "~"}
     places[tempfile.gettempdir()] = "tmp"
     places = {json.dumps(str(path), ensure_ascii=False)[1:-1]: word for path, word in places.items()}
     paths = sorted(places.keys() - {"/"}, key=len, reverse=True)  # the longest first: some lie inside others

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from incubate_lib.config import checkout
+
 
 @dataclass(frozen=True)
 class Team:
@@ -104,11 +106,13 @@ def repeat_exactly(device: torch.device, wanted: bool = True, strictly: bool = T
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Return what a number must carry: date, code, versions, hardware."""
-    root = Path(__file__).resolve().parents[2]
+    project = checkout()
 
     def git(*command: str) -> str:
+        if project is None:  # a repository around the installed package would be another one
+            return ""
         try:
-            return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True).stdout.strip()
+            return subprocess.run(["git", "-C", str(project), *command], capture_output=True, text=True).stdout.strip()
         except OSError:  # no git here: the number is still good
             return ""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from incubate_lib.config import SettingsError, load_settings, nearest, presets
+from incubate_lib.config import SettingsError, checkout, data_folder, load_settings, nearest, presets
 from incubate_lib.config.files import read_yaml
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest
 from incubate_lib.pipeline.strategies import plan
@@ -125,8 +125,9 @@ def published_runs() -> list[str]:
 
 
 def results_folder() -> Path:
-    """The tracked tables belong to the project, whatever INCUBATE_DATA says."""
-    return Path(__file__).resolve().parents[3] / "data" / "results"
+    """The tracked tables belong to the project, whatever INCUBATE_DATA says; a plain install has its own alone."""
+    project = checkout()
+    return project / "data" / "results" if project else data_folder() / "results"
 
 
 def read_table(path: Path, **options: Any) -> pd.DataFrame:
