@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import re
+import resource
 import socket
 import time
 
@@ -65,6 +67,53 @@ def test_a_dead_process_of_this_host_is_known_at_once_even_if_its_number_lives_o
 def test_a_record_that_is_not_written_yet_holds(tmp_path):
     (tmp_path / "000001.json").touch()
     assert holder(tmp_path) and Lease.take(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", '{"host": "elsewh', "[]", "17", '{"host": "elsewhere"}', "\x00\x00"])
+def test_a_record_that_stays_unwritten_is_nobody_s(tmp_path, text):
+    """It is of a full disk, of a host that lost power, or of something else."""
+    (tmp_path / "000001.json").write_text(text)
+    (tmp_path / "notes.json").touch()
+    assert 0 < holder(tmp_path)["lost_in"] <= lease.WRITING_SECONDS
+    before = time.time() - lease.WRITING_SECONDS - 1
+    os.utime(tmp_path / "000001.json", (before, before))
+    assert holder(tmp_path) is None and Lease.take(tmp_path).number == 2
+
+
+def test_a_record_from_the_future_is_nobody_s(tmp_path):
+    """The clock was set back since; who is alive touches it again."""
+    theirs = of_another_host(tmp_path)
+    later = time.time() + 3600
+    os.utime(theirs.path, (later, later))
+    assert holder(tmp_path) is None
+    os.utime(theirs.path)
+    assert holder(tmp_path)["host"] == "elsewhere"
+
+
+def on_a_full_disk(folder: str) -> None:
+    from pathlib import Path
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # files can be made, and nothing written into them
+    try:
+        Lease.take(Path(folder))
+    except OSError:
+        os._exit(17)
+
+
+def test_a_full_disk_locks_nobody_out(tmp_path):
+    process = context.Process(target=on_a_full_disk, args=(str(tmp_path),))
+    process.start()
+    process.join()
+    assert process.exitcode == 17
+    assert Lease.take(tmp_path).number == 1
+
+
+def test_it_is_said_who_holds_a_folder_since_when_and_until_when(tmp_path):
+    of_another_host(tmp_path, since="2026-11-26 08:15")
+    assert re.fullmatch(
+        r"process 1 on elsewhere, since 2026-11-26 08:15; without a sign of life from it, it is taken over in 1\d\d s",
+        lease.in_words(holder(tmp_path)),
+    )
 
 
 def test_a_process_that_one_may_not_look_at_lives(tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ from typing import BinaryIO
 import numpy as np
 
 from incubate_lib.config import DataSettings, SettingsError
-from incubate_lib.data.decode import Names, Shards, open_regular, part_of
+from incubate_lib.data.decode import Names, Shards, open_regular
 from incubate_lib.data.folders import Source, folder_of, is_left_behind, numbered
 
+LONGEST_LABEL = 40  # bytes of a .cls file that are looked at
 ENDINGS = ("jpg", "jpeg", "png", "webp")  # of a sample's image
 END = bytes(1024)  # of a tar file: two empty blocks
 
@@ -29,13 +30,12 @@ def wds(settings: DataSettings, split: str, download: bool) -> Source:
         raise SettingsError(f"data.folder {folder} has no shards {pattern!r} (data.train_split, data.test_split)")
     places, names, labels = [], [], []
     for which, tar in enumerate(tars):
-        for key, members in _samples(tar).items():
+        for key, (members, text) in _samples(tar).items():
             image = next((members[ending] for ending in ENDINGS if ending in members), None)
             if image is None or "cls" not in members:
                 raise SettingsError(f"{tar}: sample {key!r} has {', '.join(members)}; it needs an image and a .cls file")
             places.append((which, image.offset_data, image.size))
             names.append(image.name)
-            text = part_of(tar, members["cls"].offset_data, members["cls"].size).strip()
             if not text.isdigit() or len(text) > 18:  # digits of an int64
                 raise SettingsError(f"{tar}: {members['cls'].name} holds {text[:20]!r}, not the number of a class")
             labels.append(int(text))
@@ -43,9 +43,10 @@ def wds(settings: DataSettings, split: str, download: bool) -> Source:
     return Source(labels, classes, opener=Shards(tars, np.array(places), Names(names)))
 
 
-def _samples(tar: str) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """Return the members of a shard by key and ending."""
+def _samples(tar: str) -> dict[str, tuple[dict[str, tarfile.TarInfo], bytes]]:
+    """Return the members of a shard by key and ending, and how each sample's .cls begins."""
     found: dict[str, dict[str, tarfile.TarInfo]] = {}
+    labels: dict[str, bytes] = {}
     try:
         with open_regular(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
@@ -56,14 +57,17 @@ def _samples(tar: str) -> dict[str, dict[str, tarfile.TarInfo]]:
                     raise SettingsError(f"{tar}: {member.name} is a link or a device; shards hold the files themselves")
                 folder, _, name = member.name.rpartition("/")
                 key, _, ending = name.partition(".")
-                sample = found.setdefault(f"{folder}/{key}", {})
+                key = f"{folder}/{key}"
+                sample = found.setdefault(key, {})
                 if (ending := ending.lower()) in sample:
                     raise SettingsError(f"{tar}: {member.name} stands there twice")
                 sample[ending] = member
+                if ending == "cls":
+                    labels[key] = archive.extractfile(member).read(LONGEST_LABEL).strip()
             _check_end(tar, file, archive.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise SettingsError(f"shard {tar} cannot be read: {error}") from None
-    return found
+    return {key: (members, labels.get(key, b"")) for key, members in found.items()}
 
 
 def _check_end(tar: str, file: BinaryIO, end: int) -> None:

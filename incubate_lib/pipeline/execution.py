@@ -14,7 +14,7 @@ from incubate_lib.phases.job import Job
 from incubate_lib.pipeline.experiment import INDEX, STOP_FILE, is_record
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.training.files import read_json, write_json
-from incubate_lib.training.lease import Lease, holder
+from incubate_lib.training.lease import Lease, holder, in_words
 
 ANALYSIS = "06_analysis"
 Parameters = dict[str, Any]  # of a notebook
@@ -125,9 +125,9 @@ def only_run(path: Path) -> Iterator[None]:
 
 
 def who_runs(path: Path) -> str | None:
-    """Say which process of which host is at work in this experiment; None if no `incubate run` is."""
+    """Say which process of which host is at work in this experiment, and since when; None if no `incubate run` is."""
     other = holder(path / "lease")
-    return other and f"process {other.get('pid')} on {other.get('host')}"
+    return other and in_words(other)
 
 
 def is_running(path: Path) -> bool:

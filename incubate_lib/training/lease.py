@@ -8,8 +8,10 @@ gives up: `check`.
 """
 
 import contextlib
+import datetime
 import json
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -23,7 +25,9 @@ from incubate_lib import backends
 
 BEAT_SECONDS = 10.0  # between signs of life
 LOST_SECONDS = 120.0  # a holder on another host that gave no sign of life for so long is taken for dead
+WRITING_SECONDS = 5.0  # that a record may be there without its content; one that stays so is nobody's
 UNWRITTEN = {"host": "(unknown)", "pid": "(unknown)"}
+WRITTEN = {"host", "pid", "born", "ended"}  # in every record
 KEPT = 3  # records that are kept, for people
 
 
@@ -50,13 +54,18 @@ class Lease:
         here = backends.attempt()
         about = {
             "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "ended": False,
-            "job": here.job, "restart": str(here.restart),
+            "job": here.job, "restart": str(here.restart), "since": datetime.datetime.now().isoformat(" ", "minutes"),
         }  # fmt: skip
         try:
-            with open(lease.path, "x") as file:
-                file.write(json.dumps(about))
+            handle = os.open(lease.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:  # somebody was faster
             return None
+        try:
+            with open(handle, "w") as file:
+                file.write(json.dumps(about))
+        except OSError:  # the disk is full
+            lease.path.unlink(missing_ok=True)
+            raise
         for old in numbers[:-KEPT]:
             (folder / _name(old)).unlink(missing_ok=True)
         return lease
@@ -91,7 +100,10 @@ class Lease:
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
-    """Return host, pid and job of the process that holds a folder; None if nobody alive does."""
+    """Return host, pid and job of the process that holds a folder; None if nobody alive does.
+
+    `lost_in` are the seconds after which it will be taken for dead without a sign of life; none where its process is seen.
+    """
     numbers = _numbers(folder)
     if not numbers:
         return None
@@ -100,26 +112,46 @@ def holder(folder: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError:  # made, and about to be written
-        record = UNWRITTEN
-    return record if _is_alive(record, path) else None
-
-
-def _is_alive(record: dict[str, Any], path: Path) -> bool:
-    if record.get("ended"):
-        return False
-    here = backends.attempt()
-    if record.get("job") and record["job"] == here.job and record.get("restart") != str(here.restart):
-        return False  # an earlier attempt of this very job, which was ended before it started this one
-    if record.get("host") == socket.gethostname():
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not record.keys() >= WRITTEN:  # about to be written, or of a full disk, or foreign
+        left = _left(path, WRITING_SECONDS)
+        return UNWRITTEN | {"lost_in": left} if left else None
+    if record["ended"] or _is_over(record):
+        return None
+    if record["host"] == socket.gethostname():
         born = _born(record["pid"])
         if born == record["born"] or born != "alive":
-            return born == record["born"]
+            return record if born == record["born"] else None
         # else somebody else's process, of which /proc tells nothing: only its signs of life tell
+    left = _left(path, LOST_SECONDS)
+    return record | {"lost_in": left} if left else None
+
+
+def in_words(record: dict[str, Any]) -> str:
+    """Say who holds a folder, since when, and when that ends by itself."""
+    since = f", since {record['since']}" if "since" in record else ""
+    left = record.get("lost_in")
+    without = f"; without a sign of life from it, it is taken over in {left:.0f} s" if left else ""
+    return f"process {record['pid']} on {record['host']}{since}{without}"
+
+
+def _is_over(record: dict[str, Any]) -> bool:
+    """Whether it is of an earlier attempt of this very job, which was ended before it started this one."""
+    here = backends.attempt()
+    return bool(record.get("job")) and record["job"] == here.job and record.get("restart") != str(here.restart)
+
+
+def _left(path: Path, patience: float) -> float:
+    """Return the seconds until a record that is not touched is too old, or 0.
+
+    One from the future is of a clock that was set back since; who is alive touches it again soon.
+    """
     try:
-        return _now(path.parent) - path.stat().st_mtime < LOST_SECONDS
+        age = _now(path.parent) - path.stat().st_mtime
     except FileNotFoundError:
-        return False
+        return 0.0
+    return max(0.0, patience - abs(age))
 
 
 def _born(pid: int) -> str | None:
@@ -153,5 +185,5 @@ def _name(number: int) -> str:
 
 def _numbers(folder: Path) -> list[int]:
     with contextlib.suppress(FileNotFoundError):
-        return sorted(int(name[:-5]) for name in os.listdir(folder) if name.endswith(".json"))
+        return sorted(int(name[:-5]) for name in os.listdir(folder) if re.fullmatch(r"\d+\.json", name))
     return []

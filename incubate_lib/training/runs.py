@@ -18,7 +18,7 @@ from typing import Any
 
 from incubate_lib.config import SettingsError, data_folder
 from incubate_lib.training.files import check_records, is_whole, read_json, replaced, write_atomic, write_json
-from incubate_lib.training.lease import Lease, Lost, holder
+from incubate_lib.training.lease import Lease, Lost, holder, in_words
 
 METRICS, MNTK = "metrics.jsonl", "mntk.jsonl"  # one line an evaluation: of loss and score, of the modular NTK
 CHECKPOINTS = "checkpoint.pt", "checkpoint.previous.pt"  # the newest first
@@ -117,7 +117,7 @@ class PhaseFolder:
             return None
         about = read_json(self.path / "phase.json")
         run = f" (run {about['run']})" if isinstance(about, dict) and "run" in about else ""
-        return f"process {other.get('pid')} on {other.get('host')}{run}"
+        return f"{in_words(other)}{run}"
 
     @property
     def weights(self) -> Path:
