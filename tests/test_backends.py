@@ -8,16 +8,18 @@ import sys
 
 import pytest
 from patience import HANG
+from project import ROOT
 from rich.console import Console
 
 from incubate_lib import backends
 from incubate_lib.backends import Attempt, Backend, Submitted
+from incubate_lib.backends.local.pool import Pool
 from incubate_lib.cli import main
 from incubate_lib.config import Frozen, MachineSettings, SettingsError, load_settings
 from incubate_lib.phases.job import read_job
 from incubate_lib.pipeline import execution
+from incubate_lib.pipeline.background import stop_run
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
-from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live.progress import Reader, headline
 from incubate_lib.report.mirror import is_at_work
@@ -158,3 +160,16 @@ def test_the_readme_names_every_backend_and_its_folder():
     rows = re.findall(r"^\| `(\w+)` \|.*\| `(incubate_lib/backends/\w+/)` \|$", (ROOT / "README.md").read_text(), re.M)
     folders = [f"{path.parent.relative_to(ROOT)}/" for path in sorted(ROOT.glob("incubate_lib/backends/*/backend.py"))]
     assert [folder for _, folder in rows] == folders and all(backends.get(name).name == name for name, _ in rows)
+
+
+def test_a_stop_before_the_first_phase_begins_is_kept(data_folder):
+    """Whoever sees a run at work may stop it, however early; an earlier run's wish is forgotten."""
+    todo = plan(load_settings("smoke"), ["end_to_end"])
+    todo.write()
+    (todo.experiment.path / STOP_FILE).touch()
+    with execution.only_run(todo.experiment.path):
+        assert not (todo.experiment.path / STOP_FILE).exists()
+        assert "asked smoke to stop" in stop_run(todo.experiment)
+        pool = Pool(todo, 1, Console(quiet=True))
+        assert list(pool.rounds()) == [] or pool.status == 130
+    assert pool.status == 130 and todo.nodes[0].folder.status()["state"] == "waiting"

@@ -18,6 +18,7 @@ import nbformat
 import papermill
 import pytest
 from patience import HANG, Hooks, join, wait_for
+from project import ROOT
 from rich.console import Console
 
 from incubate_lib import backends
@@ -95,7 +96,7 @@ def test_executed_copies_hold_results_but_nothing_of_the_machine(chain):
     assert len(copies) == 18
     for path in copies:
         text = path.read_text()
-        for place in (str(folder), str(notebook.ROOT), str(Path.home()) + "/", sys.prefix):
+        for place in (str(folder), str(ROOT), str(Path.home()) + "/", sys.prefix):
             assert place not in text, f"{place} in {path}"
         nb = nbformat.reads(text, 4)
         nbformat.validate(nb)

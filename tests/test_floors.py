@@ -8,9 +8,9 @@ import tomllib
 from importlib.metadata import version
 
 import pytest
+from project import ROOT
 
 import incubate_lib
-from incubate_lib.pipeline.notebook import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]

@@ -12,11 +12,12 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from patience import Hooks, wait_for
+from project import ROOT
 from test_notebooks import TRACKED
 
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline import execution
-from incubate_lib.pipeline.notebook import ROOT, check_parameters
+from incubate_lib.pipeline.notebook import check_parameters
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training.files import read_json
 

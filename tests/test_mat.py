@@ -9,12 +9,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from networks import NETWORKS, gradients, images_for, masks, vgg, vit
+from project import ROOT
 from torch import nn
 
 from incubate_lib.method.mat import PartialUpdates, choose, gradient_norms, same_number
 from incubate_lib.method.mntk import modular_kernels
 from incubate_lib.method.units import Unit, find_units
-from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.training.trainer import compiled
 
 

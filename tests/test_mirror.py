@@ -11,11 +11,11 @@ import sys
 
 import numpy as np
 import pytest
+from project import ROOT
 
 from incubate_lib import cli
 from incubate_lib.config import SettingsError, data_folder, load_settings
 from incubate_lib.config.phase import identity
-from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.mirror import mirror
 

@@ -12,9 +12,10 @@ import papermill
 import pytest
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
+from project import ROOT
 
 from incubate_lib.config.members import PHASES
-from incubate_lib.pipeline.notebook import ROOT, scrub, without_paths
+from incubate_lib.pipeline.notebook import scrub, without_paths
 
 TRACKED = subprocess.run(
     ["git", "-C", str(ROOT), "ls-files", "*.ipynb"], capture_output=True, text=True, check=True

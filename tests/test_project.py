@@ -7,8 +7,7 @@ import tomllib
 
 import pytest
 import yaml
-
-from incubate_lib.pipeline.notebook import ROOT
+from project import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CARD = {"torch", "timm", "jupyterlab", "papermill", "matplotlib", "pandas", "ipywidgets", "pytest", "nbmake"}

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 from PIL import Image
+from project import ROOT
 
 from incubate_lib.config import load_settings
-from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import readme
 from incubate_lib.report.planner.forecast import open_plan

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from project import ROOT
 from scipy.stats import t, ttest_1samp
 
 from incubate_lib import tasks
 from incubate_lib.config import SettingsError, load_settings
-from incubate_lib.pipeline.notebook import ROOT
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import publish
 from incubate_lib.report.html import write_report

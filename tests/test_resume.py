@@ -195,7 +195,7 @@ def test_two_processes_never_train_the_same_phase(data_folder, tmp_path):
     second = context.Process(target=run_meta, args=(str(data_folder), str(output)))
     second.start()
     wait_for(lambda: output.exists() and "waiting for process" in output.read_text(), "the second process to say that it waits")
-    assert re.search(rf"waiting for process {first.pid} on \S+ \(run smoke\)", output.read_text())
+    assert re.search(rf"waiting for process {first.pid} on \S+, since [-\d: ]+ \(run smoke\)", output.read_text())
     assert second.is_alive() and node.folder.status()["pid"] == first.pid and node.folder.status()["attempt"] == 1
     os.kill(first.pid, signal.SIGKILL)
     first.join()

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # what a terminal has no character for is no reason to end
             stream.reconfigure(errors="replace")
     options = parser().parse_args(arguments)
-    from incubate_lib.config import SettingsError
+    from incubate_lib.config import SettingsError, data_folder
 
     _shorten_temporary_folder()
     if getattr(options, "devices", None) is not None:
@@ -52,8 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             return _our_fault(error)
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"incubate: {error.strerror}{where}; {OF_THE_MACHINE[error.errno]}", file=sys.stderr)
+        where = error.filename or data_folder()
+        print(f"incubate: {error.strerror} ({where}); {OF_THE_MACHINE[error.errno]}", file=sys.stderr)
         return 1
     except Exception as error:
         return _our_fault(error)

@@ -102,6 +102,8 @@ def _await_start(experiment: Experiment, process: Popen, log: Path, began: int) 
             words = said[-1].removeprefix("incubate: ") if said else "it said nothing"
             raise SettingsError(f"the run could not be started: {words}")
         time.sleep(0.1)
+    what = f"process {process.pid} has not begun after {START_SECONDS:.0f} s; it may still do so, or `incubate stop` ends it"
+    raise SettingsError(f"{what}. What it prints is in {log}")
 
 
 def check_lists(overrides: Sequence[str], strategies: Sequence[str] | None, seeds: Sequence[int]) -> None:

@@ -116,7 +116,12 @@ def wanted_by(digest: str, but: Path) -> str | None:
 
 @contextlib.contextmanager
 def only_run(path: Path) -> Iterator[None]:
-    """Hold an experiment for one `incubate run`; SettingsError while another one is at work in it."""
+    """Hold an experiment for one `incubate run`; SettingsError while another one is at work in it.
+
+    From now on it can be asked to stop; what an earlier one was asked is forgotten before.
+    """
+    if not is_running(path):
+        (path / STOP_FILE).unlink(missing_ok=True)
     lease = Lease.take(path / "lease")
     if lease is None:
         raise SettingsError(f"another `incubate run` ({who_runs(path)}) is at work in {path}")

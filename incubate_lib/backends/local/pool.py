@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
+from incubate_lib.config import data_folder
 from incubate_lib.pipeline.execution import clear_log, fair_threads, kill, last_error, start, wanted_by
 from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.graph import Node, Plan, remaining, to_do
@@ -21,6 +23,7 @@ from incubate_lib.pipeline.view import Line, line_of, node_line, render
 from incubate_lib.training.runs import GONE
 
 POLL_SECONDS = 0.3
+FULL = 1 << 20  # bytes; a process that finds less can often not even say why it ended
 SUMMARY_SECONDS = 15.0  # between lines when the output is not a terminal
 
 
@@ -61,7 +64,6 @@ class Pool:
 
     def rounds(self) -> Iterator[None]:
         """Run everything that is missing and say what failed; yield between two looks at it, and have `status` in the end."""
-        self.stop_file.unlink(missing_ok=True)
         missing = to_do([task.node for task in self.tasks.values()], self.is_done)
         done = len(self.tasks) - len(missing)
         self._print(f"{self.plan.experiment.path.name}: {done} of {len(self.tasks)} phases are done already")
@@ -161,7 +163,8 @@ class Pool:
             return
         task.state = "failed"
         error = last_error(task.node.folder.path / "log.txt") or status.get("error")
-        task.note = error or f"ended with exit status {code}"
+        full = shutil.disk_usage(task.node.folder.path).free < FULL
+        task.note = error or (f"no space is left in {data_folder()}" if full else f"ended with exit status {code}")
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.stopping:  # the second time: at once
