@@ -250,7 +250,7 @@ def test_broken_images_are_named_counted_and_passed_over_on_request_only(tmp_pat
     with pytest.raises(SettingsError, match=r"val/cat/0\.png"):  # judging by another in its place would count that one twice
         list(open_folder(tmp_path / "set", skip_broken=True)[1].eval_batches())
     picture(2).save(tmp_path / "set" / "val" / "cat" / "0.png")
-    (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set", ", skip_broken: true"))
+    (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
     assert main(["check", str(tmp_path / "mine.yaml")]) == 1
     output = capsys.readouterr().out
     assert (

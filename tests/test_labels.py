@@ -63,6 +63,25 @@ def test_a_run_tells_labels_with_gaps_before_it_trains(tmp_path, monkeypatch, ca
     assert "No image to train on has label 0: 1 of 4 outputs of the network have nothing" in capsys.readouterr().out
 
 
+def test_columns_of_other_names_are_named_and_can_be_chosen(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from datasets import load_dataset
+
+    settings = numbered(tmp_path / "set", "hfds", [0, 1])
+    for split in ("train", "test"):
+        table = load_dataset(str(tmp_path / "set"), split=split, cache_dir=settings["folder"])
+        table = table.rename_columns({"image": "img", "label": "fine_label"})
+        table.to_parquet(str(tmp_path / "other" / f"{split}.parquet"))
+    settings |= {"source": f"hfds/{tmp_path / 'other'}"}
+    with pytest.raises(SettingsError, match=r"train has no column 'image', but img, fine_label; set data.image_column"):
+        open_source(DataSettings(**settings))
+    chosen = {"image_column": "img", "label_column": "fine_label"}
+    train, _ = open_source(DataSettings(**settings, **chosen))
+    assert set(train.labels) == {0, 1} and train.opener(0).size == (16, 16)
+    with pytest.raises(ValueError, match="image_column, label_column has no meaning for source 'folder'"):
+        DataSettings(source="folder", **chosen)
+
+
 def _flow(settings):
     return ", ".join(f"{name}: '{value}'" for name, value in settings.items())
 

@@ -26,12 +26,10 @@ def check(options: argparse.Namespace) -> int:
 
     settings = load_settings(options.preset, options.set)
     how = {"shape": model_shape(settings.model), "machine": settings.machine}
-    parts = files = load_data(settings.data, **how)
-    if settings.data.in_memory:  # the same images once more, one by one: pixels in memory have no tags
-        files = load_data(settings.data.model_copy(update={"in_memory": False}), **how)
-    bad = 0
-    for what, part, file in zip(("train", settings.data.eval_split), parts, files, strict=True):
-        opened, broken, turned = file.check() if isinstance(file, StreamedSet) else (len(part), {}, 0)
+    one_by_one = settings.data.model_copy(update={"in_memory": False, "skip_broken": True})  # so that all are looked at
+    parts, bad = load_data(one_by_one, **how), 0
+    for what, part in zip(("train", settings.data.eval_split), parts, strict=True):
+        opened, broken, turned = part.check() if isinstance(part, StreamedSet) else (len(part), {}, 0)
         print(f"{what}: {len(part)} images in {part.num_classes} classes; {opened} opened, {len(broken)} cannot be read")
         if what == "train" and (unused := unused_classes(part.labels, part.num_classes)):
             print(f"  {unused_in_words(unused, part.num_classes)}")
@@ -40,6 +38,8 @@ def check(options: argparse.Namespace) -> int:
         for name, reason in broken.items():
             print(f"  {name}: {reason}")
         bad += len(broken)
+    if settings.data.in_memory and not bad:
+        load_data(settings.data, **how)  # they must be of one size, too
     return 1 if bad else 0
 
 

@@ -54,6 +54,7 @@ TIMM = ("torch/", "hfds/", "wds/")  # prefixes of timm's create_dataset
 SPECIAL = {  # fields that only some sources know
     ("num_images", "num_classes", "image_size", "channels"): lambda source: source == "synthetic",
     ("folder",): lambda source: source not in MADE,
+    ("image_column", "label_column"): lambda source: source.startswith("hfds/"),
     ("train_split", "test_split", "in_memory", "crop_pct", "skip_broken"): lambda source: source not in WHOLE,
 }
 
@@ -83,6 +84,9 @@ class DataSettings(Frozen):
     # of a judged image's shorter side that the centre crop keeps
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
     skip_broken: bool = False  # take the next image in place of one that cannot be read, and count it
+    # of Hugging Face's tables; some sets have img and fine_label, for example
+    image_column: str = "image"
+    label_column: str = "label"
     # generated images:
     num_images: Positive = 384  # training and test together
     num_classes: Annotated[int, Field(ge=2)] = 4

@@ -67,7 +67,8 @@ def numbered(labels: Any, what: str, names: Any = ()) -> tuple[np.ndarray, list[
     array = np.asarray(labels)
     if len(array) and array.dtype.kind not in "iub":
         strange = next((label for label in array.tolist() if not isinstance(label, int)), array[0])
-        raise SettingsError(f"{what}: label {strange!r} is no whole number; labels are the numbers of classes, from 0")
+        hint = "; data.label_column names another column, ClassLabel numbers words" if isinstance(strange, str) else ""
+        raise SettingsError(f"{what}: label {strange!r} is no whole number; labels are the numbers of classes, from 0{hint}")
     most = int(array.max(initial=-1))
     if most >= MOST_CLASSES:
         raise SettingsError(f"{what}: label {most} is no class; labels are numbers from 0, and {MOST_CLASSES:,} classes the most")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.data import create_dataset
 from torchvision.datasets import FashionMNIST
 
-from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError
+from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, refuse
 from incubate_lib.data.decode import Files, Names, Rows
 from incubate_lib.data.folders import Source, folder_of, image_folder, numbered
 from incubate_lib.data.shards import wds
@@ -134,15 +134,22 @@ def _hugging_face(settings: DataSettings, split: str, download: bool) -> Source:
         import huggingface_hub
 
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = not download
-        reader = create_dataset(settings.source, root=cache, split=split).reader
-        table, label = reader.dataset, reader.label_key
-        labels, names = table[label], getattr(table.features[label], "names", ())
+        table = datasets.load_dataset(settings.source.removeprefix("hfds/"), split=split, cache_dir=cache)
+        for field in ("image_column", "label_column"):
+            column = getattr(settings, field)
+            there = f"{what} has no column {column!r}, but {', '.join(table.column_names)}; set data.{field}"
+            refuse(column not in table.column_names, there)
+        table = table.cast_column(settings.image_column, datasets.Image(decode=False))
+        labels = table[settings.label_column]
+        names = getattr(table.features[settings.label_column], "names", ())
+    except SettingsError:
+        raise
     except ImportError:
         raise SettingsError("data.source 'hfds/…' needs the package datasets: pip install datasets") from None
     except Exception as error:  # datasets raises many kinds for what is not there
         message = " ".join(str(error).split())
         raise SettingsError(f"data.source {settings.source!r}: Hugging Face datasets cannot read it: {message}") from None
-    return Source(*numbered(labels, what, names), opener=Rows(table, reader.image_key, what))
+    return Source(*numbered(labels, what, names), opener=Rows(table, settings.image_column, what))
 
 
 _MADE = {"digits": _digits, "synthetic": _synthetic}
