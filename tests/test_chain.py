@@ -294,6 +294,30 @@ def test_parameters_are_checked_before_a_kernel_starts(name, parameters, message
     assert not data_folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"modul_index": 1}, "this notebook has no parameter 'modul_index'; did you mean module_index"),
+        ({"seed": "one"}, "this notebook: parameter seed is 'one'; it must be int"),
+        ({"strategy": "deep"}, "unknown strategy 'deep'"),
+    ],
+)
+def test_plain_papermill_refuses_wrong_parameters_in_a_line(parameters, message, tmp_path, data_folder):
+    """Nothing is trained, and there is no traceback to read."""
+    source = notebook.notebook_path("02_incubate_module")
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        papermill.execute_notebook(str(source), str(tmp_path / "out.ipynb"), {"preset": "smoke"} | parameters, progress_bar=False)
+    assert caught.value.evalue.startswith(message) and len(caught.value.traceback) == 1
+    assert not data_folder.exists()
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))])
+def test_every_notebook_checks_what_is_put_into_it(name):
+    cells = [cell for cell in nbformat.read(notebook.notebook_path(name), 4).cells if cell.cell_type == "code"]
+    at = next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
+    assert cells[at + 1].source.startswith("check_injected(In)\n")
+
+
 def test_plain_papermill_runs_a_notebook_and_agrees_with_the_chain(chain, tmp_path, monkeypatch):
     """`papermill notebooks/02_incubate_module.ipynb out.ipynb -p module_index 2`, the meta model trained on the way."""
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))

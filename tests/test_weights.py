@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,9 @@ def test_an_imported_meta_model_drives_the_chain_and_the_result_can_be_exported(
     ):  # fmt: skip
         assert words in text, words
     assert str(tmp_path) not in card and "None" not in card
+    [snippet] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    pasted = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path / "out", capture_output=True, text=True, timeout=HANG)
+    assert pasted.returncode == 0 and pasted.stdout.strip() in open_source(settings.data)[0].classes, pasted.stderr
 
     # and nothing else
     for arguments, message in [

@@ -12,6 +12,10 @@ Model = TypeVar("Model", bound=BaseModel)
 class SettingsError(ValueError):
     """Bad input from the user: the message names the field, the value and what would be right. Exit status 2."""
 
+    def _render_traceback_(self) -> list[str]:
+        """Have IPython show a line instead of thirty: where it was raised says nothing to whoever wrote the input."""
+        return [f"SettingsError: {self}"]
+
 
 def refuse(broken: Any, words: str) -> None:
     """Raise SettingsError with these words if a rule is broken. In a model's validator pydantic adds the place."""

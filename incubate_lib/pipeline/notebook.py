@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from incubate_lib.config import SettingsError, data_folder, nearest, notebooks_folder, refuse
+from incubate_lib.config import SettingsError, data_folder, notebooks_folder, refuse
 from incubate_lib.config.members import PHASES
+from incubate_lib.pipeline.injected import check_value
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.training.files import write_atomic
 
@@ -51,15 +50,9 @@ def check_parameters(name: str, parameters: dict[str, Any]) -> None:
     import papermill
 
     known = papermill.inspect_notebook(str(notebook_path(name)))
+    types = {key: about["inferred_type_name"] for key, about in known.items()}
     for key, value in parameters.items():
-        if key not in known:
-            raise SettingsError(f"notebook {name} has no parameter {key!r}; {nearest(key, known)}")
-        expected = known[key]["inferred_type_name"]
-        try:
-            TypeAdapter(expected).validate_python(value, strict=True)
-        except ValidationError:
-            what = f"notebook {name}: parameter {key}"
-            raise SettingsError(f"{what} is {value!r}; it must be {expected}") from None
+        check_value(f"notebook {name}", key, value, types)
     phase = next((PHASES[kind].group for kind in PHASES if PHASES[kind].notebook == name), None)
     if phase:
         defaults = {key: ast.literal_eval(known[key]["default"]) for key in known}

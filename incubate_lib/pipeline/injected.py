@@ -1,0 +1,36 @@
+"""Parameters of a notebook, checked by itself: plain papermill only warns of an unknown one, and trains with the default."""
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from incubate_lib.config import SettingsError, nearest
+
+
+def check_injected(cells: Sequence[str]) -> None:
+    """Raise SettingsError for what papermill put in that this notebook has no parameter for, or that is of another type.
+
+    `cells` are the sources of the cells that were run: IPython's `In`.
+    """
+    places = [i for i, cell in enumerate(cells) if cell.startswith("# Parameters")]
+    if not places:
+        return
+    for cell in reversed(cells[: places[-1]]):
+        nodes = ast.parse(cell).body
+        if nodes and all(isinstance(node, ast.AnnAssign) for node in nodes):  # what it was put behind
+            known = {node.target.id: ast.unparse(node.annotation) for node in nodes}
+            for node in ast.parse(cells[places[-1]]).body:
+                check_value("this notebook", node.targets[0].id, ast.literal_eval(node.value), known)
+            return
+
+
+def check_value(notebook: str, name: str, value: Any, known: dict[str, str]) -> None:
+    """Raise SettingsError for a parameter that a notebook does not have, or of another type than `known` says: name → type."""
+    if name not in known:
+        raise SettingsError(f"{notebook} has no parameter {name!r}; {nearest(name, known)}")
+    try:
+        TypeAdapter(known[name]).validate_python(value, strict=True)
+    except ValidationError:
+        raise SettingsError(f"{notebook}: parameter {name} is {value!r}; it must be {known[name]}") from None
