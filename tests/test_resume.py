@@ -224,7 +224,7 @@ def hold(folder: str) -> None:
     os.environ["INCUBATE_DATA"] = folder
     node = open_phase("meta", "smoke")
     node.job.write()
-    with node.folder.claim(whose(node.digest, {})):
+    with node.folder.claim(whose(node.digest, {}, node.facts.num_images)):
         signal.pause()  # for ever: it is killed
 
 
@@ -252,7 +252,7 @@ def test_a_finished_phase_stays_finished_whatever_else_is_damaged(data_folder):
 def test_a_line_cut_short_by_a_kill_is_not_glued_to_the_next(cut, data_folder):
     settings = load_settings("smoke", ["mat.probe=4", "mat.warmup_epochs=0.5", "phases.end_to_end.epochs=1"])
     node = plan(settings, ["mat"]).nodes[0]
-    with contextlib.suppress(KeyboardInterrupt), node.folder.claim(whose(node.digest, {})):
+    with contextlib.suppress(KeyboardInterrupt), node.folder.claim(whose(node.digest, {}, node.facts.num_images)):
         for file in (METRICS, MNTK):
             (node.folder.path / file).write_bytes(cut)
         raise KeyboardInterrupt
@@ -291,6 +291,19 @@ def test_other_images_than_planned_with_are_told(data_folder, tmp_path):
         SettingsError, match=r"there are 288 training images in 4 classes, but 300 in 4 when this run was planned"
     ):
         open_phase("meta", str(tmp_path / "mine.yaml")).run()
+
+
+@pytest.mark.parametrize(("images", "kept"), [(191, True), (120, False)])
+def test_a_checkpoint_of_other_images_is_forgotten(images, kept, data_folder):
+    """No setting says how many images there are in a folder."""
+    node = open_phase("meta", "smoke")
+    with contextlib.suppress(KeyboardInterrupt), node.folder.claim(whose(node.digest, {}, 191)):
+        node.folder.save_checkpoint({"counts": {"step": 5}})
+        raise KeyboardInterrupt
+    with contextlib.suppress(KeyboardInterrupt), node.folder.claim(whose(node.digest, {}, images)):
+        state, _ = node.folder.load_checkpoint(lambda state: None)
+        assert (state and state["counts"]["step"]) == (5 if kept else None)
+        raise KeyboardInterrupt
 
 
 def test_a_phase_does_not_depend_on_what_does_not_concern_it(data_folder):

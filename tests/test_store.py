@@ -19,10 +19,11 @@ from rounding import rounding
 from incubate_lib.cli import main
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.phases import train as phases
+from incubate_lib.phases.job import read_job
 from incubate_lib.pipeline import execution, store
 from incubate_lib.pipeline.background import stop_run
 from incubate_lib.pipeline.recorded import recorded_plan
-from incubate_lib.pipeline.strategies import open_phase, plan
+from incubate_lib.pipeline.strategies import open_phase, plan, with_matched
 from incubate_lib.training.files import read_json
 
 BEFORE = Path(__file__).with_name("before.zip")  # written by 88f03c4: a finished strategy, and one stopped at step 21 of 100
@@ -181,6 +182,20 @@ def run_in_background(hooks: Hooks, data: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "incubate_lib.cli", "run", "smoke", "--strategies", "end_to_end", *more]
     env = os.environ | hooks.env | {"INCUBATE_DATA": str(data)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+def test_a_phase_opens_by_its_file_whatever_its_run_has_by_now(data_folder):
+    todo = plan(load_settings("smoke"), ["deep_incubation"])
+    todo.write()
+    for node in todo.nodes:
+        node.job.write()
+    module = next(node for node in todo.nodes if node.settings.module_index == 1)
+    plan(load_settings("smoke", ["phases.meta.epochs=1"]), ["end_to_end"]).write()  # the name has other settings by now
+    assert open_phase("incubate", path=module.job.path).inputs["meta"].digest == module.inputs["meta"].digest
+    shutil.rmtree(todo.experiment.path)  # a study's phases have no run of their own either
+    alone = open_phase("incubate", path=module.job.path)
+    assert alone.job == read_job(module.job.path) and alone.inputs["meta"].digest == module.inputs["meta"].digest
+    assert with_matched(alone).nodes == [alone.inputs["meta"], alone]
 
 
 def test_a_phase_has_one_trainer_and_goes_on_for_the_run_that_waits(data_folder, tmp_path):

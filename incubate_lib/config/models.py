@@ -154,12 +154,6 @@ class Settings(Frozen):
         strategy = self.strategies.get(name)
         return bool(strategy and strategy.get("match")) and not strategy.has_epochs(self.phases)
 
-    @property
-    def is_variant(self) -> bool:
-        """Whether an override can have made other results than the file alone."""
-        neutral = ("machine.", "run=", "description=")
-        return any(not override.replace(" ", "").startswith(neutral) for override in self.overrides)
-
     def digest(self) -> str:
         """Return the hash that names an experiment: of all settings that can change a result.
 

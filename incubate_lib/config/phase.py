@@ -64,6 +64,8 @@ def identity(phase: PhaseSettings) -> dict[str, Any]:
     always = {"module_index": None, "start": None, "inherit_stem": False, "inherit_head": False}
     values |= {"phase": phase.seeded_as} | always | _given(values.pop("options", {}))
     values.pop("group", None)
+    if phase.phase != phase.seeded_as and not values.get("imitate"):  # whose identity never said its kind otherwise
+        values["kind"] = phase.phase
     return values
 
 
@@ -73,10 +75,12 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def of_identity(values: dict[str, Any]) -> PhaseSettings:
     """Return the phase that has this identity; ValidationError if it is none of today's settings."""
+    kind = values.get("kind") or ("imitate" if values.get("imitate") else None)
+    values = {name: value for name, value in values.items() if name != "kind"}
     options = _given({name: value for name, value in values.items() if name not in PhaseSettings.model_fields})
     own = as_given(PhaseSettings, {name: value for name, value in values.items() if name in PhaseSettings.model_fields})
-    if options.get("imitate"):  # its kind has a name of its own; its identity does not say it
-        own |= {"phase": "imitate", "group": own["phase"]}
+    if kind:
+        own |= {"phase": kind, "group": own["phase"]}
     kind = PHASES[own["phase"]] if "phase" in own else None
     own["options"] = kind.options.model_validate(options).model_dump(mode="json") if kind else options
     return PhaseSettings.model_validate_json(json.dumps(own))

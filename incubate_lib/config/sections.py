@@ -15,7 +15,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 More = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
-LONGEST_NAME = 100  # of the 255 bytes that a file's name can have; tables, figures and variants add to it
+LONGEST_NAME = 100  # of the 255 bytes that a file's name can have; tables and figures add to it
 LARGEST_SEED = 2**63 - 1
 
 

@@ -30,7 +30,7 @@ def run_phase(job: Job) -> dict[str, Any]:
     device = pick_device()
     if device.type == "cuda" and job.machine.devices > torch.cuda.device_count():
         raise SettingsError(f"machine.devices is {job.machine.devices}, but this machine has {torch.cuda.device_count()} GPU(s)")
-    with folder.claim(whose(job.digest, used)):
+    with folder.claim(whose(job.digest, used, job.facts.num_images)):
         if done := folder.finished(job.digest, used):  # finished by another process while this one waited
             return done
         job = job.model_copy(update={"stop_files": stop_files, "lease": folder.lease.number})

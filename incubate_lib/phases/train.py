@@ -30,7 +30,7 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
     Returns the summary, None for other devices. Raises SettingsError when the images are not those that were planned with.
     """
     s = job.settings
-    path, about = job.folder.path, whose(job.digest, job.used())
+    path, about = job.folder.path, whose(job.digest, job.used(), job.facts.num_images)
     home = PhaseFolder(path, Lease(path / "lease", job.lease), about)
     repeat_exactly(team.device, job.machine.deterministic, strictly=bool(s.target_depths or s.meta_depths))
     machine = stage(s.data, job.machine)
@@ -39,8 +39,8 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
     if (len(train), train.num_classes) != expected:
         raise SettingsError(
             f"there are {len(train)} training images in {train.num_classes} classes, but {expected[0]} in "
-            f"{expected[1]} when this run was planned; look at data.folder (machine.data_folder), or give the "
-            "run another name"
+            f"{expected[1]} when this run was planned; look at data.folder (machine.data_folder): other images need a "
+            "folder of another name"
         )
     if s.data.is_streamed:
         check_shared_memory(eval_set, train, s.training, team.devices)

@@ -56,8 +56,9 @@ class Experiment:
 
     @cached_property
     def facts(self) -> Facts:
-        """What planning must know; measured unless it was given or a record has it already."""
-        if self.given is None and (record := self.record()):
+        """What planning must know; measured unless it was given or a record of this version of the package has it already."""
+        record = None if self.given else self.record()
+        if record and record.get("version") == VERSION:
             return checked(Facts, record["facts"], str(self.path / INDEX))
         return self.given or measure(self.settings)
 

@@ -96,7 +96,8 @@ class Node:
         from incubate_lib.phases.run import run_phase
 
         nodes = closure([self])
-        (self.whole or Plan(self.experiment, nodes, {})).write()
+        if self.experiment.settings:  # else it is opened by its file alone, and its run has it recorded or is gone
+            (self.whole or Plan(self.experiment, nodes, {})).write()
         for node in nodes if not self.finished() else [self]:
             if node.folder.trainer() is None:  # else whoever trains it has written it
                 node.job.write()

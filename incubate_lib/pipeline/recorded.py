@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from operator import contains
 from pathlib import Path
@@ -61,7 +61,18 @@ def recorded_plan(folder: Path) -> Plan:
 
     Nothing is planned or counted anew, so this takes no data. SettingsError says what is missing or damaged.
     """
-    record = read_record(folder)
+    return _opened(folder, read_record(folder))
+
+
+def recorded_plans(folder: Path) -> Iterator[Plan]:
+    """Yield the plan that a run has and those that it had before under this name, as far as they are there and sound."""
+    for file in (folder / INDEX, *sorted(folder.glob("run.*.json"), reverse=True)):
+        if is_record(record := read_json(file)):
+            with suppress(SettingsError):
+                yield _opened(folder, record)
+
+
+def _opened(folder: Path, record: dict[str, Any]) -> Plan:
     with told_damage(f"{folder.name} cannot be opened"):
         settings = settings_of(record["settings"])
         made = _plan(Experiment(settings, folder, known_as=record["hash"]), record)

@@ -27,10 +27,11 @@ from incubate_lib.config.members import PHASES, STRATEGIES
 from incubate_lib.config.strategies import StrategySettings
 from incubate_lib.data.schedule import steps_per_epoch
 from incubate_lib.phases.facts import Facts
-from incubate_lib.phases.job import Job, read_job
+from incubate_lib.phases.job import FILE, Job, read_job
 from incubate_lib.pipeline.experiment import Experiment, check_asked
 from incubate_lib.pipeline.graph import Node, Plan, closure, cost, longest
-from incubate_lib.pipeline.recorded import recorded, recorded_plan
+from incubate_lib.pipeline.recorded import recorded, recorded_plans
+from incubate_lib.training.runs import PhaseFolder
 
 
 def plan(
@@ -88,15 +89,33 @@ def open_phase(
 
 
 def _resolved(phase: str, path: str) -> Node:
-    """Return a phase from its file, in the run that has it trained; SettingsError if it is another kind of phase."""
+    """Return a phase from its file, in the run that has it trained if that is recorded; SettingsError for another kind's."""
     job = read_job(path)
     kinds = job.settings.phase, job.settings.seeded_as
     refuse(phase not in kinds, f"{path} is a phase {kinds[0]!r}, and this is for phases {phase!r}")
-    whole = recorded_plan(data_folder() / "runs" / job.run)
-    found = [node for node in whole.nodes if node.digest == job.digest]
-    gone = f"run {job.run} has other settings by now, and its phase {path} is not one of them; run it again"
-    refuse(not found, gone)
-    return replace(found[0], job=job)
+    for whole in recorded_plans(data_folder() / "runs" / job.run):
+        for node in whole.nodes:
+            if node.digest == job.digest:
+                return replace(node, job=job)
+    return _alone(job)
+
+
+def _alone(job: Job) -> Node:
+    """Return a phase as its file and those of the phases before it say it: of a study, which has many settings."""
+    inputs = {name: _alone(read_job(PhaseFolder.of(digest).path / FILE)) for name, digest in job.settings.inputs.items()
+              if name != "weights"}  # fmt: skip
+    return Node(job.title, job, Experiment.of_study(job.run), inputs)
+
+
+def with_matched(node: Node) -> Plan:
+    """Return the plan of a phase's strategy, and of the one that its length follows from, as far as that is known."""
+    end = (node.strategy, node.settings.seed)
+    settings = node.experiment.settings
+    if settings is None:
+        return Plan(node.experiment, closure([node]), {end: node})
+    wanted = [(name, end[1]) for name in (settings.strategies[node.strategy].match, node.strategy) if name]
+    names = [name for name, _ in wanted]
+    return recorded(node.experiment, wanted) or plan(settings, names, [end[1]], facts=node.facts)
 
 
 class _Strategies:

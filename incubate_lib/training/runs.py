@@ -159,7 +159,7 @@ class PhaseFolder:
         """Keep what was made from these inputs; forget what was not, and a summary without its weights. Return the status."""
         status = self._status()
         known = status.get("inputs_sha256")
-        is_ours = known == self.whose["inputs_sha256"] or (known is None and any(map(self._is_own_checkpoint, CHECKPOINTS)))
+        is_ours = self._is_mine(status) if known is not None else any(map(self._is_own_checkpoint, CHECKPOINTS))
         outdated = () if is_ours else ("summary.json", METRICS, MNTK, *CHECKPOINTS)
         if is_ours and self.summary() and not self.finished():
             print(f"{self.path.name}: {GONE}", flush=True)
@@ -173,11 +173,15 @@ class PhaseFolder:
     def _is_own_checkpoint(self, name: str) -> bool:
         """Whether a checkpoint says that it is of this phase; its tensors are not read."""
         try:
-            return _read_checkpoint(self.path / name, mmap=True).get("whose") == self.whose
+            return self._is_mine(_read_checkpoint(self.path / name, mmap=True)["whose"])
         except (PermissionError, MemoryError):
             raise
         except Exception:  # not there, or damaged, in whatever way
             return False
+
+    def _is_mine(self, about: dict[str, Any]) -> bool:
+        """Whether a status or a checkpoint is of what is trained here; what it does not say, it need not."""
+        return all(about.get(name, value) == value for name, value in self.whose.items())
 
     def _own(self) -> None:
         if self.lease:
@@ -227,7 +231,7 @@ class PhaseFolder:
         for path in (self.path / name for name in CHECKPOINTS):
             try:
                 state = _read_checkpoint(path)
-                if self.whose and state.get("whose") != self.whose:
+                if self.whose and not self._is_mine(state["whose"]):
                     raise ValueError("it is of other settings or inputs")
                 check(state)
                 return state, complaints
@@ -288,9 +292,10 @@ def renamed(record: Any) -> Any:
     return {BEFORE.get(name, name): value for name, value in record.items()} if isinstance(record, dict) else record
 
 
-def whose(digest: str, used: dict[str, str]) -> dict[str, Any]:
-    """Return what says of a phase's files whose they are: its digest, and the SHA-256 of the weights it starts from."""
-    return {"hash": digest, "inputs_sha256": used}
+def whose(digest: str, used: dict[str, str], num_images: int) -> dict[str, Any]:
+    """Return what says of a phase's files whose they are: its digest, the SHA-256 of the weights it starts from, and on how
+    many images it is trained."""
+    return {"hash": digest, "inputs_sha256": used, "num_images": num_images}
 
 
 def _read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
