@@ -24,6 +24,7 @@ from rich.console import Console
 from incubate_lib import backends
 from incubate_lib.backends.local import pool
 from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.phases.job import Job
 from incubate_lib.pipeline import execution, notebook
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.strategies import plan
@@ -220,11 +221,11 @@ def test_a_failed_notebook_stops_what_depends_on_it_and_nothing_else(tmp_path):
 
 
 def test_a_notebook_that_fails_before_its_kernel_starts_ends_and_tells_why(tmp_path, monkeypatch):
-    """The run's record vanishes; what an earlier run left in status.json must not hide that."""
+    """The phase's file is not there; what an earlier run left in status.json must not hide that."""
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
     todo = plan(load_settings("smoke"), ["end_to_end"])
     todo.write()
-    (todo.experiment.path / "run.json").unlink()
+    monkeypatch.setattr(Job, "path", "phases/0123/phase.json")
     todo.nodes[-1].folder.path.mkdir(parents=True)
     todo.nodes[-1].folder.set_status("stopped", error="an old one")
     output = io.StringIO()
@@ -232,7 +233,7 @@ def test_a_notebook_that_fails_before_its_kernel_starts_ends_and_tells_why(tmp_p
     for _ in phases.rounds():
         time.sleep(0.1)
     assert phases.status == 1
-    assert "FAILED seed-0/end_to_end: smoke is not a run that can be opened: it has no run.json" in output.getvalue()
+    assert re.search(r"FAILED seed-0/end_to_end: \S*phases/0123/phase.json is not there", output.getvalue())
 
 
 def test_one_run_at_a_time_in_an_experiment(tmp_path, monkeypatch):

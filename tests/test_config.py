@@ -114,6 +114,8 @@ def test_identities_stay_what_they_were_and_can_be_read_again():
         assert of_identity(json.loads(json.dumps(identity(node.settings)))).digest() == node.digest
     again = of_identity(identity(nodes["seed-0/imitation/incubate-1"].settings))
     assert (again.phase, again.seeded_as, again.module_index) == ("imitate", "incubate", 1)
+    other = again.model_copy(update={"phase": "another", "options": {"module_index": 1}})  # of a new kind, set as incubation is
+    assert other.digest() not in {node.digest for node in nodes.values()}, "and so not taken for that"
 
 
 def test_an_explicit_null_switches_clipping_off():
