@@ -70,7 +70,7 @@ def study(options: argparse.Namespace) -> int | None:
 
     about = load_study(options.study, options.set)
     if options.stop:
-        print(f"{about.name} is asked to stop" if grid.stop(about) else f"nothing of {about.name} is under way")
+        print(grid.stop(about))
         return None
     machines = [about.settings(cell).machine for cell in about.cells()]
     devices = max(machine.devices for machine in machines)

@@ -11,7 +11,7 @@ from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 
 from incubate_lib import backends
-from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.config import SettingsError, load_settings, refuse
 from incubate_lib.pipeline.execution import wanted_by, who_runs
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment, source_of
 from incubate_lib.pipeline.recorded import recorded_plan
@@ -124,8 +124,9 @@ def stop_run(experiment: Experiment) -> str:
 
     SettingsError if there is no run.
     """
-    if not experiment.is_known():
-        raise SettingsError(f"nothing to stop: there is no run in {experiment.path}")
+    refuse(not experiment.is_known(), f"nothing to stop: there is no run in {experiment.path}")
+    other = f"the run {experiment.path.name} has other settings by now; give those to stop it"
+    refuse(not experiment.is_present(), other)
     (experiment.path / STOP_FILE).touch()
     kept = []
     for node in recorded_plan(experiment.path).nodes:

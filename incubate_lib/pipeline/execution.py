@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
+from incubate_lib import backends
 from incubate_lib.config import SettingsError, data_folder
 from incubate_lib.phases.job import Job
-from incubate_lib.pipeline.experiment import INDEX, STOP_FILE, is_record
+from incubate_lib.pipeline.experiment import INDEX, STOP_FILE, Experiment, is_record
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.training.files import read_json, write_json
 from incubate_lib.training.lease import Lease, holder, in_words
@@ -105,13 +106,19 @@ def analyse(plan: Plan, parameters: Parameters, console: Console, threads: int) 
 
 
 def wanted_by(digest: str, but: Path) -> str | None:
-    """Return the name of a run, or study, at work here that is to have this phase trained, other than one; None if none is."""
+    """Return the name of a run or study at work, here or elsewhere, that needs this phase, other than one; None if none does."""
     for file in (*data_folder().glob(f"runs/*/{INDEX}"), *data_folder().glob(f"studies/*/{INDEX}")):
         path, record = file.parent, read_json(file)
         named = {phase["digest"] for phase in record["phases"].values()} if is_record(record) else ()
-        if path != but and digest in named and is_running(path) and not (path / STOP_FILE).exists():
+        if path != but and digest in named and not (path / STOP_FILE).exists() and is_at_work(path):
             return path.name
     return None
+
+
+def is_at_work(path: Path) -> bool:
+    """Whether a run is at work: its process, or jobs that were handed over."""
+    run = Experiment(None, path)
+    return is_running(path) or backends.of(run).still_active(run) > 0
 
 
 @contextlib.contextmanager

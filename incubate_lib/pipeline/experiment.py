@@ -146,7 +146,9 @@ class Experiment:
 def is_record(record: Any) -> bool:
     """Whether a run.json is one of ours."""
     kinds = {"hash": str, "settings": dict, "facts": dict, "phases": dict, "finals": list}
-    return isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        return False
+    return all(isinstance(phase, dict) and isinstance(phase.get("digest"), str) for phase in record["phases"].values())
 
 
 def check_asked(settings: Settings, strategies: Sequence[str], seeds: Sequence[int]) -> None:

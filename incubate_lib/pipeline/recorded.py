@@ -43,8 +43,11 @@ def run_of(settings: Settings, strategies: Collection[str] | None = None, seeds:
     check_asked(settings, [*(strategies or ())], [*(seeds or ())])
     experiment = Experiment.of(settings)
     record = experiment.record()
+    file = experiment.path / INDEX
+    damaged = record is None and file.exists() and not is_record(read_json(file))
+    refuse(damaged, f"{file} is damaged; `incubate run` with the same arguments makes it again")
     none = f"there is no run of these settings in {experiment.path}"
-    refuse(record is None, f"{none}; start one with `incubate run`")
+    refuse(record is None, f"{none}; `incubate run` with the same arguments starts one")
     whole = _plan(experiment, record)
     for what, wanted, place in (("strategy", strategies, 0), ("seed", seeds, 1)):
         ran = list(dict.fromkeys(end[place] for end in whole.finals))

@@ -22,7 +22,7 @@ from incubate_lib.config.phase import digest as hashed
 from incubate_lib.config.study import Cell, Study
 from incubate_lib.phases.facts import Facts
 from incubate_lib.phases.job import checked
-from incubate_lib.pipeline.execution import is_running, only_run
+from incubate_lib.pipeline.execution import is_at_work, only_run
 from incubate_lib.pipeline.experiment import STOP_FILE, VERSION, Experiment
 from incubate_lib.pipeline.graph import Node, Plan, to_do
 from incubate_lib.pipeline.strategies import plan
@@ -263,12 +263,11 @@ def _each_once(trials: list[Trial]) -> list[Node]:
     return list(nodes.values())
 
 
-def stop(study: Study) -> bool:
-    """Ask what is under way to save and stop, and cancel what waits in a queue; return whether anything was."""
+def stop(study: Study) -> str:
+    """Ask what is under way to save and stop, and cancel what waits in a queue; return who was asked, in words."""
     home = Experiment.of_study(study.name)
-    backend = backends.of(home)
-    is_at_work = is_running(home.path) or backend.still_active(home) > 0
-    if is_at_work:
-        (home.path / STOP_FILE).touch()
-        backend.stop(home)
-    return is_at_work
+    if not is_at_work(home.path):
+        return f"nothing of {study.name} is under way"
+    (home.path / STOP_FILE).touch()
+    asked = filter(None, (backend.stop(home) for backend in (backends.of(home), backends.get())))
+    return next(asked, f"{study.name} is asked to stop")

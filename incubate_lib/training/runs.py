@@ -16,23 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.config import SettingsError, data_folder
+from pydantic import BaseModel, ValidationError
+
+from incubate_lib.config import SettingsError, data_folder, error_message
 from incubate_lib.training.files import check_records, is_whole, read_json, replaced, write_atomic, write_json
 from incubate_lib.training.lease import Lease, Lost, holder, in_words
 
 METRICS, MNTK = "metrics.jsonl", "mntk.jsonl"  # one line an evaluation: of loss and score, of the modular NTK
 CHECKPOINTS = "checkpoint.pt", "checkpoint.previous.pt"  # the newest first
-NEEDED = {
-    "hash",
-    "weights_sha256",
-    "phase",
-    "seed",
-    "steps",
-    "train_flops",
-    "train_seconds",
-    "loss",
-    "provenance",
-}  # of a summary
 STOP_FILE = "STOP"
 GONE = "its weights are missing or damaged; it is trained again"
 STATUS_SECONDS = 1.0  # between rewrites of status.json while a phase trains
@@ -40,6 +31,30 @@ STATUS_SECONDS = 1.0  # between rewrites of status.json while a phase trains
 
 class Stopped(Exception):
     """The phase was asked to stop; its checkpoint is saved and the next run goes on from it."""
+
+
+class _Where(BaseModel):
+    device: str
+    threads: int
+    date: str
+    versions: dict[str, str]
+
+
+class _Summary(BaseModel):
+    """What is read of every summary."""
+
+    hash: str
+    weights_sha256: str
+    phase: str
+    seed: int
+    steps: int
+    epochs: float
+    score: float
+    loss: float
+    train_flops: float
+    train_seconds: float
+    provenance: _Where
+    inputs_sha256: dict[str, str] = {}
 
 
 class PhaseFolder:
@@ -65,13 +80,14 @@ class PhaseFolder:
         summary = read_json(self.path / "summary.json")
         if summary is None:
             return None
-        if not isinstance(summary, dict) or not summary.keys() >= NEEDED:
-            here = self.path / "summary.json"
-            raise SettingsError(f"{here} is no record of a finished phase; delete it, and the phase is trained again")
+        try:
+            made_from = _Summary.model_validate(renamed(summary)).inputs_sha256
+        except ValidationError as error:
+            what = f"{self.path / 'summary.json'} is no record of a finished phase ({error_message(error)})"
+            raise SettingsError(f"{what}; delete it, and the phase is trained again") from None
+        summary = {"metric": METRIC_BEFORE} | renamed(summary)
         if digest not in (None, summary["hash"]):
             return None
-        made_from = summary.get("inputs_sha256", {})
-        summary = {"metric": METRIC_BEFORE} | renamed(summary)
         return summary if all(made_from.get(name) == sha for name, sha in (used or {}).items()) else None
 
     def finished(self, digest: str | None = None, used: dict[str, str] | None = None) -> dict[str, Any] | None:
@@ -94,16 +110,17 @@ class PhaseFolder:
     def _status(self) -> dict[str, Any]:
         """Return what status.json says; what is damaged is written again."""
         status = read_json(self.path / "status.json")
-        return status if isinstance(status, dict) and isinstance(status.get("state"), str) else {"state": "waiting"}
+        is_sound = isinstance(status, dict) and isinstance(status.get("state"), str)
+        return status if is_sound and isinstance(status.get("progress", {}), dict) else {"state": "waiting"}
 
     def metrics(self, file: str = METRICS) -> list[dict[str, Any]]:
-        """Return one dict per evaluation; a line cut short by a kill is left out."""
+        """Return one dict per evaluation; a line cut short by a kill, or that is no evaluation, is left out."""
         rows = []
         with contextlib.suppress(FileNotFoundError):
             for line in (self.path / file).read_bytes().splitlines():
                 with contextlib.suppress(ValueError):
                     rows.append(renamed(json.loads(line)))
-        return rows
+        return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
     @property
     def stop_file(self) -> Path:

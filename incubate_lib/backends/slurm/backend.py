@@ -195,17 +195,12 @@ def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, c
 
 
 def _needed_elsewhere(experiment: Experiment) -> set[str]:
-    """Return the ids of jobs that other runs need which have more under way than these."""
+    """Return the ids of jobs that other runs name, too, which nobody stopped."""
     mine = {job.id for job in submitted(experiment).values()}
-    known = known_jobs()
     needed: set[str] = set()
     for file in (*data_folder().glob("runs/*/slurm.json"), *data_folder().glob("studies/*/slurm.json")):
-        other = Experiment(None, file.parent)
         if file.parent != experiment.path and not (file.parent / STOP_FILE).exists():
-            jobs = submitted(other).values()
-            own = [job for job in jobs if job.id not in mine and (job.id, job.name) in known]
-            if any(known[job.id, job.name].is_active for job in own):
-                needed |= {job.id for job in jobs} & mine
+            needed |= {job.id for job in submitted(Experiment(None, file.parent)).values()} & mine
     return needed
 
 

@@ -7,8 +7,10 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from incubate_lib.backends.slurm.limits import call
 from incubate_lib.config import SettingsError
@@ -56,7 +58,8 @@ class Queued:
 
 def submitted(experiment: Experiment) -> dict[str, Queued]:
     """Return the jobs that were submitted for this experiment, by phase key."""
-    return {key: Queued(**job) for key, job in (read_json(experiment.path / FILE) or {}).items()}
+    file = experiment.path / FILE
+    return _read(file, lambda about: {key: Queued(**job) for key, job in about.items()}) or {}
 
 
 def note(experiment: Experiment, jobs: dict[str, Queued]) -> None:
@@ -66,8 +69,17 @@ def note(experiment: Experiment, jobs: dict[str, Queued]) -> None:
 
 def job_of(folder: PhaseFolder) -> Queued | None:
     """Return the job that was last submitted for a phase, by whatever run."""
-    about = read_json(folder.path / FILE)
-    return about and Queued(**about)
+    return _read(folder.path / FILE, lambda about: Queued(**about))
+
+
+def _read(file: Path, made: Callable[[Any], Any]) -> Any:
+    """Return what a record of jobs says; None where there is none, SettingsError for one of another shape."""
+    about = read_json(file)
+    try:
+        return None if about is None else made(about)
+    except (AttributeError, TypeError):
+        hint = "delete it, if none of these jobs is in Slurm's queue any more"
+        raise SettingsError(f"{file} is no record of jobs; {hint}") from None
 
 
 def note_phase(folder: PhaseFolder, job: Queued) -> None:
