@@ -82,6 +82,11 @@ def test_a_task_without_classes_goes_from_images_to_a_verdict(write, tmp_path):
     assert "mean error" in result.stdout and "top-1" not in result.stdout and "%" not in result.stdout
     page = (run / "report.html").read_text()
     assert "mean error" in page and "top-1" not in page
+    export = [*command[:-2], "export", file, "out", "--strategy", "end_to_end"]
+    result = subprocess.run(export, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "It has 1 output(s) an image, of the task `digit_value`." in card and "class" not in card.partition("## Use")[2]
 
 
 def test_a_phase_with_two_losses_is_run_and_counted(write, toys):

@@ -57,8 +57,9 @@ def measure(settings: Settings) -> Facts:
 
 def _outputs(settings: Settings, num_classes: int) -> int:
     """Return how many outputs the network's head needs."""
+    task = TASKS[settings.task]
     try:
-        return TASKS[settings.task].outputs(num_classes)
+        return task.outputs(num_classes)
     except ValueError as error:
         raise SettingsError(f"task {settings.task!r} cannot learn data.source {settings.data.source!r}: {error}") from None
 

@@ -245,7 +245,8 @@ class Builder:
         is_short = mat.warmup_epochs >= training.epochs
         control = f"mat.slow_every of {strategy} is a control for one device without compilation"
         compiled = f"machine.nodes is {machine.team_size} and machine.compile {machine.compile!r}"
-        in_module_1 = phase == "incubate" and units in ("conv_layers", "filters")
+        # where there are sublayers of attention, convolutions are of the stem
+        in_module_1 = phase == "incubate" and units in ("conv_layers", "filters") and "sublayers" in found
         wrapped = machine.team_size > 1 or machine.compile != "off"  # and compiled at every update
         problems = {
             f"{kind}, but model.name {self.settings.model.name!r} has none; it has: {has}": units not in found,

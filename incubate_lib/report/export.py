@@ -70,12 +70,20 @@ def export(
     network = load_trained(taken.node.settings, taken.node.folder, facts.num_classes)
     train, _ = load_data(data, shape=model_shape(settings.model), machine=settings.machine)
     mean, std = (values.flatten().tolist() for values in (train.mean, train.std))
-    names = open_source(data, settings.machine)[0].classes
-    arguments = timm_arguments(settings.model) | {"num_classes": tasks.get(settings.task).outputs(facts.num_classes)}
+    task = tasks.get(settings.task)
+    names = task.output_names(open_source(data, settings.machine)[0].classes)
+    arguments = timm_arguments(settings.model) | {"num_classes": task.outputs(facts.num_classes)}
     if facts.target_depths and takes_depth(settings.model):
         arguments["depth"] = sum(facts.target_depths)
     crop_pct = data.crop_pct if data.is_streamed else 1.0
-    shown = {"mean": mean, "std": std, "classes": names, "shape": train.shape, "mode": "L" if train.shape[0] == 1 else "RGB"}
+    shown = {
+        "mean": mean,
+        "std": std,
+        "classes": names,
+        "task": task,
+        "shape": train.shape,
+        "mode": "L" if train.shape[0] == 1 else "RGB",
+    }
     card = _card(settings, taken, ready=ready, **shown)
     save_timm(network, folder, arguments, train.shape, mean, std, crop_pct, card, names)
     return taken.strategy
@@ -136,7 +144,7 @@ def _card(settings: Settings, taken: Finished, **shown: Any) -> str:
     }
     functions = {"label": label, "mixes": mixes, "mixed_text": mixed_text, "seconds": seconds_text, "yaml": _yaml}
     card = ModelCard.from_template(
-        ModelCardData(library_name="timm", tags=["image-classification", "timm"]),
+        ModelCardData(library_name="timm", tags=[*tasks.get(settings.task).tags, "timm"]),
         template_path=str(TEMPLATES / "card.md"),
         settings=settings,
         taken=taken,

@@ -4,7 +4,7 @@ Files of tasks import torch where they compute only: the names of metrics are as
 """
 
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -112,6 +112,8 @@ class Task:
     name = ""
     metrics: tuple[Metric, ...] = ()  # the first is the score, by which rates, modules and strategies are compared
     num_sums = 0  # S, see `sums`
+    network = "A network"  # what learns it, for a model card
+    tags: tuple[str, ...] = ()  # of model cards
 
     @property
     def score(self) -> Metric:
@@ -120,6 +122,10 @@ class Task:
     def outputs(self, num_classes: int) -> int:
         """Return how many outputs the head needs for data of so many classes; ValueError if the task cannot learn them."""
         raise NotImplementedError
+
+    def output_names(self, classes: Sequence[str]) -> list[str]:
+        """Return what the outputs are called, for data with these classes; nothing where they have no names."""
+        return []
 
     def chance(self, num_classes: int) -> float | None:
         """Return the score of guessing; None where nobody knows."""

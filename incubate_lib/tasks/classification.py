@@ -1,6 +1,6 @@
 """Which class an image belongs to. A batch is images [B, C, H, W] and labels [B], or [B, classes] where images are mixed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from incubate_lib.tasks import Metric, Task
@@ -10,9 +10,14 @@ class Classification(Task):
     name = "classification"
     metrics = (Metric("accuracy", "top-1", "%", scale=100.0, digits=1, is_share=True),)
     num_sums = 3
+    network = "An image classifier"
+    tags = ("image-classification",)
 
     def outputs(self, num_classes: int) -> int:
         return num_classes
+
+    def output_names(self, classes: Sequence[str]) -> list[str]:
+        return list(classes)
 
     def chance(self, num_classes: int) -> float:
         return 1 / num_classes

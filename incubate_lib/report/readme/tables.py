@@ -12,12 +12,7 @@ from incubate_lib.report.tables.hardware import mixes
 from incubate_lib.report.tables.statistics import rounded, spread
 from incubate_lib.report.words import BASELINE, label, seconds_text
 
-HEADS = {
-    BASELINE: "end to end",
-    "deep_incubation": "Deep Incubation, the paper's random start",
-    "deep_incubation_identity": "Deep Incubation, recommended",
-    "growing": "the same start without incubation (`growing`)",
-}
+BUDGETED = (BASELINE, "deep_incubation", "deep_incubation_identity", "growing")
 
 
 def budget(study: str) -> str:
@@ -25,14 +20,14 @@ def budget(study: str) -> str:
     metric, whole = study_of(study).metric, rows_of(study, BASELINE).groupby("budget")[["flops", "critical_flops"]].mean()
     rows = []
     for place, cell in study_of(study).results.groupby("budget", sort=False):
-        groups = {name: cell[cell["strategy"] == name] for name in HEADS}
+        groups = {name: cell[cell["strategy"] == name] for name in BUDGETED}
         best = max((group["score"].mean() for group in groups.values()), key=lambda mean: metric.sign * mean)
         is_largest = whole["flops"][place] == whole["flops"].max()
         row = {"budget": f"{place} ({rounded(whole['flops'].max() / 1e12)} TFLOP)" if is_largest else place}
         for name, group in groups.items():
             bold = "**" if metric.written(group["score"].mean()) == metric.written(best) else ""
             path = rounded(group["critical_flops"].mean() / whole["critical_flops"].max(), 2)
-            row[HEADS[name]] = f"{bold}{spread(group['score'], metric)}{bold} ({path})"
+            row[label(name)] = f"{bold}{spread(group['score'], metric)}{bold} ({path})"
         rows.append(row)
     return markdown(rows)
 
