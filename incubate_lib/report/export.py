@@ -76,14 +76,8 @@ def export(
     if facts.target_depths and takes_depth(settings.model):
         arguments["depth"] = sum(facts.target_depths)
     crop_pct = data.crop_pct if data.is_streamed else 1.0
-    shown = {
-        "mean": mean,
-        "std": std,
-        "classes": names,
-        "task": task,
-        "shape": train.shape,
-        "mode": "L" if train.shape[0] == 1 else "RGB",
-    }
+    shape, mode = train.shape, "L" if train.shape[0] == 1 else "RGB"
+    shown = {"mean": mean, "std": std, "classes": names, "task": task, "shape": shape, "mode": mode}
     card = _card(settings, taken, ready=ready, **shown)
     save_timm(network, folder, arguments, train.shape, mean, std, crop_pct, card, names)
     return taken.strategy

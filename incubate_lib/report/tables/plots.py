@@ -199,11 +199,9 @@ def _phases(axis, results: Results, name: str, factor: float) -> None:
             legend = f"assembled, before fine-tuning ({metric.written(assembled, ' ')})"
             axis.plot(spent / factor, metric.scale * assembled, color=look["color"], label=legend, **STAR)
         elif (phase, module) in lines:
-            linestyle, legend = (
-                PIECES.get(phase, ("-.", phase.replace("_", " ")))
-                if is_cut
-                else (look["linestyle"], None if spent else label(name))
-            )
+            linestyle, legend = look["linestyle"], None if spent else label(name)
+            if is_cut:
+                linestyle, legend = PIECES.get(phase, ("-.", phase.replace("_", " ")))
             curve = mean_curve(lines[phase, module], "flops")
             line = look | {"linestyle": linestyle, "markersize": 3, "label": None if module > 0 else legend}
             draw_curve(axis, (spent + curve["cost"]) / factor, curve, metric, line, alpha=0.15)
