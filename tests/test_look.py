@@ -26,7 +26,7 @@ from incubate_lib.training.files import read_json, write_json
 
 pytestmark = pytest.mark.xdist_group("look")  # one process, so that the run of the fixture is made once
 STRATEGIES = ["end_to_end", "deep_incubation", "deep_incubation_identity"]
-OF_PHASES = ["half-summary", "no-accuracy", "odd-metrics", "begun"]  # runs of which phases are damaged, or gone
+OF_PHASES = ["half-summary", "no-accuracy", "begun"]  # runs of which phases are damaged, or gone
 CHANGES = [  # identity modules that take no step, and a rate of their own, for the table of differences
     "strategies.deep_incubation_identity.phases.incubate.epochs=0",
     "strategies.deep_incubation_identity.phases.incubate.warmup_epochs=0",
@@ -284,14 +284,13 @@ def damaged(done, tmp_path, monkeypatch):
     index("other-settings", lambda text: text.replace('"num_modules"', '"modules"'))
     rewrite([phases["half-summary"]["end_to_end"].path / "summary.json"], lambda text: text[:100])
     rewrite([folder.path / "summary.json" for folder in phases["no-accuracy"].values()], without("score"))
-    rewrite([phases["odd-metrics"]["meta"].path / "metrics.jsonl"], lambda text: "5\n")
     for folder in phases["begun"].values():
         shutil.rmtree(folder.path)
     return {
         "nothing": "it is empty", "foreign": "it has no run.json", "before": "`incubate migrate` takes over runs of before",
         "half": "its run.json is damaged", "a-list": "its run.json is damaged", "no-facts": "its run.json is damaged",
         "no-hash": "its run.json is damaged", "no-inputs": "no 'inputs'", "other-phase": "phase is missing",
-        "other-settings": "other settings than today's", "no-accuracy": "no 'score'", "odd-metrics": "not as expected",
+        "other-settings": "other settings than today's", "no-accuracy": "score is missing",
         "begun": "is finished yet", "missing": "there is no run missing",
     }  # fmt: skip
 

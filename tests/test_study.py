@@ -137,7 +137,7 @@ def test_stopped_in_the_middle_it_goes_on_and_ends_in_the_same_numbers(trained, 
     wait_for(lambda: "module 1 of 3" in begun.output, "a module to be trained")
     asked = incubate("study", str(file), "--stop", folder=tmp_path)
     result = begun.end()
-    assert result.returncode == 130 and "Stopped." in result.stdout and "asked to stop" in asked.stdout
+    assert result.returncode == 130 and "Stopped." in result.stdout and "asked trial to stop" in asked.stdout
     assert not (tmp_path / "studies" / "trial.csv").exists()
     assert incubate("study", str(file), "--jobs", "2", folder=tmp_path).returncode == 0
     for table in ("trial.csv", "trial_rates.csv"):

@@ -245,7 +245,7 @@ def test_nothing_there_yet(data_folder, headless):
     [
         (lambda record: {"settings": {}}, "of an older version whose results are not used any more"),
         (lambda record: record | {"facts": {"images": 3}}, "another version of this package, or damaged"),
-        (lambda record: record | {"phases": {"seed-0/meta": {}}}, "smoke: its run.json: its records have no 'settings'"),
+        (lambda record: record | {"phases": {"seed-0/meta": {}}}, "of an older version whose results are not used any more"),
         (lambda record: {"hash": record["hash"]}, "of an older version whose results are not used any more"),
         (lambda record: record | {"hash": "of format 2"}, "of an older version whose results are not used any more"),
         (lambda record: [], "no run of these settings"),
@@ -264,7 +264,7 @@ def test_half_written_records(todo):
     paths = [node.folder.path for node in todo.nodes]
     for path in paths:
         path.mkdir(parents=True, exist_ok=True)
-    row = {"epoch": 0.0, "loss": 1.5, "score": 0.25, "train_loss": None}
+    row = {"step": 0, "epoch": 0.0, "loss": 1.5, "score": 0.25, "train_loss": None}
     lines = [row, row | {"epoch": 1.0, "loss": float("nan")}, [3], row | {"epoch": None}, row | {"epoch": 2.0, "loss": 0.5}]
     paths[0].joinpath("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 3, "lo')
     paths[0].joinpath("status.json").write_text('{"state": "stopped", "progress": {}}')
