@@ -17,7 +17,12 @@ from pathlib import Path
 from incubate_lib.cli.parser import parser as parser
 
 LONGEST_TEMPORARY = 60  # bytes; sockets may have 108, and processes add some folders of their own
-OF_THE_MACHINE = {  # what to do about errors of the system
+LONGEST_MESSAGE = 1000  # characters
+FULL = (errno.ENOSPC, errno.EDQUOT)
+OTHERS = (errno.ELOOP, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENXIO)
+OF_THE_MACHINE = dict.fromkeys(
+    OTHERS, "look at what lies there, or give another place"
+) | {  # what to do about errors of the system
     errno.ENOSPC: "make room and call again: what is finished stays finished",
     errno.EDQUOT: "make room within your quota and call again: what is finished stays finished",
     errno.EROFS: "set INCUBATE_DATA to a folder that can be written",
@@ -41,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return getattr(importlib.import_module(f"incubate_lib.cli.{group}"), function)(options) or 0
     except SettingsError as error:
-        print(f"incubate: {error}", file=sys.stderr)
+        print(f"incubate: {in_short(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("incubate: interrupted", file=sys.stderr)
@@ -52,11 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             return _our_fault(error)
-        where = error.filename or data_folder()
+        where = in_short(str(error.filename or data_folder()))
         print(f"incubate: {error.strerror} ({where}); {OF_THE_MACHINE[error.errno]}", file=sys.stderr)
-        return 1
+        return 1 if error.errno in FULL else 2
     except Exception as error:
         return _our_fault(error)
+
+
+def in_short(message: str) -> str:
+    """Return a message that fits a screen: values of the user's may be of any length."""
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[: LONGEST_MESSAGE - 200]} … {message[-200:]}"
 
 
 def _our_fault(error: Exception) -> int:

@@ -17,6 +17,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's, with errors like those of the commands: a line that begins with `incubate: `, and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
+        message = message if len(message) < 1000 else f"{message[:900]} …"
         print(f"incubate: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 

@@ -2,10 +2,13 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
 from incubate_lib.config import load_settings, refuse
+
+FIGURES = (".png", ".svg", ".pdf")
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -16,6 +19,7 @@ def plan(options: argparse.Namespace) -> None:
 
     both = "--bench is a measured speed, --device and --share an assumed one; give one of them"
     refuse(options.bench and (options.device or options.share), both)
+    check_figure(options.figure)
     asked = {name: getattr(options, name) for name in ("strategies", "images", "classes")}
     todo = forecast.open_plan(options.preset, options.set, **asked)
     if options.bench:
@@ -38,6 +42,15 @@ def plan(options: argparse.Namespace) -> None:
         print(f"wrote {options.figure}")
 
 
+def check_figure(file: str | None) -> None:
+    """Raise SettingsError unless a figure can be written there: known before it is drawn."""
+    if file is not None:
+        path = Path(file)
+        kinds = f"--figure {file!r}: give a name that ends in {', '.join(FIGURES)}"
+        refuse(path.suffix not in FIGURES or path.is_dir(), kinds)
+        refuse(not path.absolute().parent.is_dir(), f"--figure {file!r}: there is no folder {path.absolute().parent}")
+
+
 def bench(options: argparse.Namespace) -> None:
     settings = load_settings(options.preset or "digits", options.set)
     unused = [o for o in options.set if not o.lstrip().startswith(("precision", "machine"))]
@@ -50,7 +63,7 @@ def bench(options: argparse.Namespace) -> None:
     from incubate_lib.report.planner import bench as text
     from incubate_lib.report.publish import check_name, publish_bench
 
-    if options.save:
+    if options.save is not None:
         check_name(options.save)
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     rounds = {"rounds": options.rounds} if options.rounds is not None else {}

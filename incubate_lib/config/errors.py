@@ -7,6 +7,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 Model = TypeVar("Model", bound=BaseModel)
+SHOWN = 20  # names of a list in a message
 
 
 class SettingsError(ValueError):
@@ -67,8 +68,17 @@ def nearest(name: str, known: Any) -> str:
 @cache
 def _nearest(name: str, known: tuple[str, ...]) -> str:
     """Messages are made before it is known whether they are needed: for the many settings of a study again and again."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known)}"
+    if len(name) > 200:  # comparing takes as long as both are, and shows nothing
+        return _listed(known)
+    parts = [other for other in known if len(other) > 1 and other in name.split("_")]  # `lr` for `lr_rate`
+    close = list(dict.fromkeys([*difflib.get_close_matches(name, known, n=3, cutoff=0.5), *parts]))[:3]
+    return f"did you mean {' or '.join(close)}?" if close else _listed(known)
+
+
+def _listed(known: tuple[str, ...]) -> str:
+    """Return names, and of very many the first and how many there are."""
+    shown = ", ".join(known[:SHOWN])
+    return f"there are: {shown}" + (f" … ({len(known):,} in all)" if len(known) > SHOWN else "")
 
 
 def in_a_line(error: Exception) -> str:

@@ -38,9 +38,10 @@ def find_file(what: str, name: str, known: dict[str, Path]) -> Path:
     """Return the file that is known by a name, or the YAML file at a path; SettingsError if it is neither."""
     path = known.get(name) or Path(name)
     folder = f"{name} is a folder; give a {what} ({', '.join(known)}) or a .yaml file"
-    unknown = f"unknown {what} {name!r}; {nearest(name, known)}, or give a .yaml file"
+    unknown = f"unknown {what} {shortened(repr(name))}; {nearest(name, known)} (or give a .yaml file)"
     is_file = path.suffix in (".yaml", ".yml") or os.path.isfile(path)
     refuse(os.path.isdir(path), folder)
+    refuse(os.path.exists(path) and not os.path.isfile(path), f"{name} is a pipe, socket or device; give a .yaml file")
     refuse(not is_file, unknown)
     return path
 

@@ -9,7 +9,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from incubate_lib.config.errors import nearest, refuse
 
-Positive = Annotated[int, Field(ge=1)]
+# Bounds that no sound settings reach: what is larger is a slip, and would take the machine's memory, or for ever.
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Pixels = Annotated[int, Field(ge=1, le=20_000)]
+Blocks = Annotated[int, Field(ge=1, le=10_000)]
+Epochs = Annotated[float, Field(ge=0, le=1e6)]
+Number = Annotated[float, Field(ge=0, le=1e6)]
 UnitKind = Literal["heads", "sublayers", "blocks", "conv_layers", "filters"]  # method/units.py
 Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
@@ -17,6 +22,7 @@ More = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
 LONGEST_NAME = 100  # of the 255 bytes that a file's name can have; tables and figures add to it
 LARGEST_SEED = 2**63 - 1
+LARGEST_SET = 2**30  # bytes of generated images
 
 
 def check_name(name: str, *, dots: bool = True) -> str:
@@ -64,9 +70,9 @@ class DataSettings(Frozen):
 
     # digits, synthetic, cifar10, cifar100, fashion_mnist, folder, or timm's torch/…, hfds/…, wds/…
     source: str = "digits"
-    pad: Annotated[int, Field(ge=0)] = 0  # black pixels added on each side of images that are held in memory
+    pad: Annotated[int, Field(ge=0, le=20_000)] = 0  # black pixels added on each side of images that are held in memory
     # pixels; images that are held in memory are shrunk to squares of this size
-    resize: Positive | None = None
+    resize: Pixels | None = None
     # where the images are, relative to data/datasets; the source's name if left out
     folder: str | None = None
     # "val" is cut from the training images, for choosing settings
@@ -89,9 +95,9 @@ class DataSettings(Frozen):
     label_column: str = "label"
     # generated images:
     num_images: Positive = 384  # training and test together
-    num_classes: Annotated[int, Field(ge=2)] = 4
-    image_size: Positive = 8
-    channels: Positive = 1
+    num_classes: Annotated[int, Field(ge=2, le=1_000_000)] = 4
+    image_size: Pixels = 8
+    channels: Annotated[int, Field(ge=1, le=1_000)] = 1
 
     @model_validator(mode="after")
     def _known(self) -> "DataSettings":
@@ -102,7 +108,10 @@ class DataSettings(Frozen):
         resized = self.is_streamed and ("pad" if self.pad else self.resize and "resize")
         size = "has no meaning for streamed images: they are brought to the model's size"
         cropped = self.in_memory and "crop_pct" in self.model_fields_set
+        volume = self.num_images * self.channels * self.image_size**2
+        many = f"num_images {self.num_images} × channels {self.channels} × image_size {self.image_size}² are {volume:,} bytes"
         refuse(unused, f"{unused} has no meaning for source {self.source!r}")
+        refuse(volume > LARGEST_SET, f"{many}; {LARGEST_SET:,} are the most that are generated")
         refuse(resized, f"{resized} {size}")
         refuse(cropped, "crop_pct has no meaning with in_memory: the images are used as they are")
         return self
@@ -137,10 +146,10 @@ class ModelSettings(Frozen):
     """
 
     name: str = "vit_tiny_patch16_224"
-    img_size: Positive | None = None  # pixels
-    patch_size: Positive | None = None  # pixels
+    img_size: Pixels | None = None
+    patch_size: Pixels | None = None
     embed_dim: Positive | None = None
-    depth: Positive | None = None  # blocks
+    depth: Blocks | None = None
     num_heads: Positive | None = None
     in_chans: Positive | None = None
     options: dict[str, Any] = {}  # any further argument of the timm model, e.g. {qkv_bias: false}
@@ -190,9 +199,9 @@ def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
 class PartitionSettings(Frozen):
     """How the network is cut: `num_modules` equal parts, the blocks of every part, or the layers behind which it is cut."""
 
-    num_modules: Positive | None = None
-    target_depths: list[Positive] | None = None  # blocks of each target module
-    meta_depths: list[Positive] | None = None  # blocks of each meta module; one each if left out
+    num_modules: Blocks | None = None
+    target_depths: list[Blocks] | None = Field(None, min_length=1)  # of each target module
+    meta_depths: list[Blocks] | None = Field(None, min_length=1)  # of each meta module; one each if left out
     cuts: list[str] | None = Field(None, min_length=1)  # names of layers, in the network's order
 
     @model_validator(mode="after")
@@ -223,34 +232,34 @@ class TrainingSettings(Frozen):
     """The recipe of one phase: AdamW, cosine with linear warm-up per step, timm's mixup and cutmix."""
 
     # passes over the training images; fractions are fine; 0: judge only
-    epochs: Annotated[float, Field(ge=0)] = 10.0
+    epochs: Epochs = 10.0
     # images of an update, on all devices together; an epoch's incomplete last one is left out
     batch_size: Positive = 32
     # images that one device takes at once, gradients add up; none: its whole share
     micro_batch: Positive | None = None
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0, le=1e6)] = 1e-3
     lr_for_batch: Positive | None = None  # lr is meant for this batch size and scaled linearly to batch_size
     min_lr: Annotated[float, Field(ge=0)] = 1e-5  # where the cosine ends; never scaled
-    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # linear, from zero
+    warmup_epochs: Epochs = 1.0  # linear, from zero
     # not on biases, norms, position embedding, class token
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    weight_decay: Number = 0.05
     betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False)
     clip_grad: Annotated[float, Field(gt=0)] | None = None  # largest norm of the gradient; none: no clipping
     # decay of the moving average of weights, which is judged and kept; none: the last weights
     ema: Share | None = None
     label_smoothing: Share = 0.1
     drop_path: Share = 0.0
-    mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of the beta distribution; 0: off
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    mixup: Number = 0.0  # alpha of the beta distribution; 0: off
+    cutmix: Number = 0.0
     hflip: bool = False  # random mirroring of each image
-    shift: Annotated[int, Field(ge=0)] = 0  # pixels; random translation; images held in memory only
+    shift: Annotated[int, Field(ge=0, le=20_000)] = 0  # pixels; random translation; images held in memory only
     # timm's notation, e.g. rand-m9-mstd0.5-inc1; streamed images only, as the next two
     randaugment: str | None = None
     # only without randaugment, which has its own, as in timm
     color_jitter: Annotated[float, Field(ge=0)] = 0.0
     erase: Share = 0.0  # probability of a rectangle of noise
     # augmentations of an image within a batch; an epoch then shows 1/repeats of the images
-    repeats: Positive = 1
+    repeats: Annotated[int, Field(ge=1, le=1_000)] = 1
     eval_every: Positive = 1  # epochs between evaluations; the last step is always evaluated
 
     @property

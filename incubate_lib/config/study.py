@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -14,6 +15,7 @@ from incubate_lib.config.packaged import packaged
 from incubate_lib.config.sections import Frozen, Label, Name, Seed, Word
 
 BASELINE = "end_to_end"
+MOST_CELLS = 1_000
 COLUMNS, DERIVED = (packaged("columns.yaml")[of] for of in ("study", "derived"))
 Value = TypeVar("Value")
 
@@ -32,7 +34,7 @@ class Rates(Frozen):
     Phases of Deep Incubation together cost what end-to-end training costs, so each strategy's choice costs as much as another's.
     """
 
-    values: Once[Annotated[float, Field(gt=0)]]
+    values: Once[Annotated[float, Field(gt=0, le=1e6)]]
     seeds: Once[Seed]  # judged on images cut from the training images
     # axis → its value at which rates are chosen for all others; axes left out: chosen at each value
     at: dict[Word, Word] = {}
@@ -75,6 +77,13 @@ class Study(Frozen):
             refuse(axis not in self.axes, f"rates.at names {axis!r}; {others}")
             others = nearest(value, self.axes[axis])
             refuse(value not in self.axes[axis], f"rates.at.{axis} is {value!r}; {others}")
+        cells = math.prod(map(len, self.axes.values()))
+        refuse(cells > MOST_CELLS, f"axes have {cells:,} combinations; {MOST_CELLS:,} are the most")
+        by_axis = [set().union(*values.values()) for values in self.axes.values()]
+        for field in ("name", "overrides"):
+            refuse(field in self.set or any(field in axis for axis in by_axis), f"{field} is what the study itself sets")
+        for field in set().union(*by_axis):
+            refuse(sum(field in axis for axis in by_axis) > 1, f"{field} is set by two axes; each field has one")
         both = sorted(set(self.rates.seeds if self.rates else ()) & set(self.seeds))
         refuse(both, f"seeds {both} are in rates.seeds, too: what a rate was chosen with must not judge it")
         return self

@@ -88,7 +88,10 @@ def read_released(
 def _read(path: Path) -> list[State]:
     """Return the state dicts of a checkpoint's stages; all copies of a weight in it must be equal."""
     raw = _load(path)
-    stages = [_tensors(path, stage) for stage in raw.get("model_stages") or []]
+    stages = raw.get("model_stages") or []
+    if not isinstance(stages, list | tuple):
+        raise SettingsError(f"{path}: model_stages is a {type(stages).__name__}, where a list of state dicts should be")
+    stages = [_tensors(path, stage) for stage in stages]
     given = raw.get("model", raw.get("state_dict", None if stages else raw))
     flat, copies = {}, {}
     for key, tensor in ({} if given is None else _tensors(path, given)).items():
@@ -139,8 +142,15 @@ def _tensors(path: Path, state: Any) -> State:
         if name in named and not _equal(named[name], tensor):
             raise SettingsError(f"{path} holds {name} twice, with different values, once as {key}")
         named[name] = tensor
+    if hollow := [f"{name} {tuple(tensor.shape)}" for name, tensor in named.items() if not _has_data(tensor)]:
+        raise SettingsError(f"{path} holds {first(hollow)} without all of its numbers")
     check_values(named, str(path))
     return named
+
+
+def _has_data(tensor: Tensor) -> bool:
+    """Whether each number is stored: a few bytes can stand for any number of equal ones."""
+    return not tensor.is_meta and (tensor.layout != torch.strided or tensor.untyped_storage().nbytes() >= tensor.nbytes)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -14,6 +14,8 @@ class Classification(Task):
     tags = ("image-classification",)
 
     def outputs(self, num_classes: int) -> int:
+        if num_classes < 2:
+            raise ValueError(f"there is {num_classes} class; telling images apart takes at least 2")
         return num_classes
 
     def output_names(self, classes: Sequence[str]) -> list[str]:

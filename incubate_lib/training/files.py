@@ -43,6 +43,8 @@ def _matches(weights: Path, size: int, changed: int) -> bool:
 def check_records(path: Path) -> None:
     """Raise ValueError unless all in a zipped torch file is what its checksums say, which torch.load does not look at."""
     with zipfile.ZipFile(path) as archive:
+        if packed := [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]:
+            raise ValueError(f"{packed[0]} is compressed, as torch's own never are")  # and may be of any size
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} is not what its checksum says")
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from incubate_lib.backends.interface import Backend, Submitted
 from incubate_lib.backends.local.pool import POLL_SECONDS, Pool, gpus
-from incubate_lib.config import SettingsError
+from incubate_lib.config import refuse
 from incubate_lib.pipeline.execution import analyse, analysed, clear_log, fair_threads, is_running, only_run
 from incubate_lib.pipeline.graph import Plan
+
+MOST_JOBS = 1_000
 
 
 class Local(Backend):
@@ -20,9 +22,10 @@ class Local(Backend):
     title = "this machine"
 
     def settings(self, options: argparse.Namespace) -> int | None:
-        if options.jobs is not None and options.jobs < 1:
-            raise SettingsError(f"--jobs is {options.jobs}; it must be at least 1")
-        return options.jobs
+        jobs = options.jobs
+        refuse(jobs is not None and jobs < 1, f"--jobs is {jobs}; it must be at least 1")
+        refuse(jobs is not None and jobs > MOST_JOBS, f"--jobs is {jobs}; it must be at most {MOST_JOBS:,}")
+        return jobs
 
     def prepare(self) -> None:
         from incubate_lib.pipeline import warm

@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 
 from incubate_lib.config import Settings, SettingsError, load_settings, nearest, presets, refuse
-from incubate_lib.data.counts import Images, count_images
+from incubate_lib.config.errors import shortened
+from incubate_lib.data.counts import Images, check_numbers, count_images
 from incubate_lib.data.schedule import micro_batches, total_steps
 from incubate_lib.phases.facts import Facts, count
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest, remaining
@@ -123,7 +124,7 @@ def open_settings(preset: str, overrides: Sequence[str] = ()) -> Settings:
 
     if not timm.is_model(preset):
         known = nearest(preset, [*presets(), *timm.list_models("vit*")])
-        raise SettingsError(f"{preset!r} is no preset, no .yaml file and no timm model; {known}")
+        raise SettingsError(f"{shortened(repr(preset))} is no preset, no .yaml file and no timm model; {known}")
     name = preset.partition(".")[0]  # what follows names weights, which cost nothing
     own = [f"name={name}", f"model={{name: {name}}}", "partition={num_modules: 4}"]
     return load_settings("imagenet-vit-b", [*own, *overrides])
@@ -167,7 +168,7 @@ def forecast(todo: Plan, speed: Speed, *, machines: int = 1, spent: dict[str, in
     `spent` has the FLOPs of phases that were trained, by their keys: with Modular Adaptive Training they are known only then. Of
     phases that could begin, the one with the longest way to the end goes first, as `incubate run` does it.
     """
-    refuse(machines < 1, f"machines is {machines}; it must be at least 1")
+    check_numbers({"machines": machines})
     spent = spent or {}
     flops, settings = todo.flops | spent, todo.experiment.settings
     devices, known, rows, totals, adaptive = settings.machine.team_size, {}, [], [], []
