@@ -1,6 +1,6 @@
 """Bad inputs for every command, each in a process and a data folder of its own: how each is refused, as a table.
 
-    python tests/bad_inputs.py [--kind KIND] [--sample N] [--warm]
+    python tests/bad_inputs.py [--kind KIND] [--name WORDS] [--sample N] [--warm]
 
 A bad input is refused well if the exit status is 2, within 2 seconds, or 20 where torch is imported, in at most two lines, with
 less than 1 GB of memory, and nothing is written. `check` may have looked and found faults, too: status 1. With --warm processes
@@ -259,8 +259,9 @@ def main() -> int:
     parser.add_argument("--kind", help="only this kind, for example 'study files'")
     parser.add_argument("--sample", type=int, metavar="N", help="only so many, of every kind")
     parser.add_argument("--warm", action="store_true", help="in forks of a process that has imported everything")
+    parser.add_argument("--name", default="", metavar="WORDS", help="only those of which the name has these words")
     options = parser.parse_args()
-    cases = [case for case in CATALOGUE if options.kind in (None, case.kind)]
+    cases = [case for case in CATALOGUE if options.kind in (None, case.kind) and options.name in case.name]
     cases = sample(options.sample, cases) if options.sample else cases
     answers = []
     with tempfile.TemporaryDirectory(prefix="bad-run-") as folder:

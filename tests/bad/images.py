@@ -129,10 +129,8 @@ FOLDERS = {  # what is wrong → what is made, after a sound folder unless it be
     "a link to the root": both(GROUND, link("images/train/ant/more", "/")),
     "links around each other": both(GROUND, link("images/train/ant/b", "../bee"), link("images/train/bee/a", "../ant")),
     "an image that links to itself": both(GROUND, link("images/train/ant/x.png", "x.png")),
-    "a link out of the folder": both(GROUND, file("other/0.png", png()), link("images/train/ant/more", "../../../other")),
     "a link to a device": both(GROUND, link("images/train/ant/x.png", "/dev/zero")),
     "a pipe for an image": both(GROUND, pipe("images/train/ant/x.png")),
-    "a folder for an image": both(GROUND, empty("images/train/ant/x.png")),
     "an empty image": both(GROUND, file("images/train/ant/x.png", "")),
     "a text for an image": both(GROUND, file("images/train/ant/x.png", "hello")),
     "an image cut short": both(GROUND, file("images/train/ant/x.png", png((64, 64))[:60])),
@@ -256,6 +254,12 @@ def catalogue() -> list[Bad]:
         value = value.replace("images", "'{here}/images'")
         make = both(GROUND, _here(settings("folder", f", {value}")))
         found.append(Bad("image folders", f"place: {name}", ("run", "mine.yaml"), make))
+    linked_out = both(GROUND, file("other/0.png", png()), link("images/train/ant/more", "../../../other"))
+    make = both(_here(settings("folder", images)), linked_out)
+    found.append(Bad("image folders", "a link out of the folder", ("check", "mine.yaml"), make, "more", may_be_told=True))
+    for field in ("machine.data_folder", "machine.scratch"):
+        make, command = both(_here(settings("folder", images)), GROUND), ("run", "mine.yaml", "--set", f"{field}=/dev/null/x")
+        found.append(Bad("image folders", f"{field} cannot be", command, make, "/dev/null/x"))
     for name, parts in FASHION.items():
         make = both(_here(settings("fashion_mnist", images, 1)), fashion(**parts))
         size = ("--set", "model.img_size=28", "--set", "model.patch_size=7")

@@ -143,14 +143,6 @@ LEASES = {  # of a lease's record, of a phase that says that it is trained
     "ended of a word": '{"host": "HERE", "pid": 1, "born": "x", "ended": "no"}',
     "binary": "\x00\x01",
 }
-TABLES = {
-    "empty": b"",
-    "binary": b"\x00\xff\xfe" * 99,
-    "other columns": b"a,b\n1,2\n",
-    "a heading alone": b"strategy,seed\n",
-    "rows of other lengths": b"a,b\n1,2,3,4\n5\n",
-    "a quote that stays open": b'a,b\n"1,2\n',
-}
 
 
 def trained_now(content: str) -> Callable[[Path], object]:
@@ -211,13 +203,6 @@ def catalogue() -> list[Bad]:
         add(f"weights: {name}", command, damaged(SHAPES[name], of_phase("model.safetensors")), "model.safetensors")
     for name, text in LEASES.items():
         add(f"lease: {name}", "status smoke", trained_now(text), told=True)
-    for name, content in TABLES.items():
-        add(f"bench table: {name}", "plan smoke --bench mine", file("data/results/bench_mine.csv", content), "bench_mine.csv")
-        for table in ("mine.csv", "mine_phases.csv"):
-            whole = _published if table == "mine_phases.csv" else file("data/results/mine_phases.csv", b"")
-            add(
-                f"table {table}: {name}", "plan smoke --against mine", both(whole, file(f"data/results/{table}", content)), "mine"
-            )
     add(
         "a seed's folder of a word",
         "migrate",
@@ -246,10 +231,6 @@ def _unnamed(here: Path) -> None:
     shutil.rmtree(here / "data/runs")
     (here / "data/runs/smoke/seed-0").mkdir(parents=True)
     (here / "data/runs/smoke/seed-0/end_to_end").symlink_to(target)
-
-
-def _published(here: Path) -> None:
-    file("data/results/mine.csv", b"strategy,seed\nend_to_end,0\n")(here)
 
 
 def _file_for(place: str) -> Callable[[Path], object]:

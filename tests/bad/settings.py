@@ -114,7 +114,6 @@ TOGETHER = {  # overrides that do not go together, or of which one is none
     "an empty model name": ["model.name=''"],
     "model name is a path": ["model.name=../x"],
     "an unknown model": ["model.name=vit_tiny_patch16_225"],
-    "a model of text": ["model.name=eva02_tiny_patch14_224", "model.patch_size=4"],
     "options of no such argument": ["model.options.fish=1"],
     "options of a wrong type": ["model.options.mlp_ratio=many"],
     "options that are huge": ["model.options.mlp_ratio=1e12"],
@@ -125,7 +124,6 @@ TOGETHER = {  # overrides that do not go together, or of which one is none
     "options of no pool": ["model.options.global_pool=fish"],
     "images of another size": ["model.img_size=16"],
     "other channels": ["model.in_chans=3"],
-    "a patch that does not divide": ["model.patch_size=3"],
     "a width that heads do not divide": ["model.embed_dim=17"],
     "depth is not to be divided": ["model.depth=7"],
     "no partition": ["partition=null"],
@@ -175,8 +173,6 @@ TOGETHER = {  # overrides that do not go together, or of which one is none
     ],
     "more modules than classes of memory": ["model.depth=300000", "partition.num_modules=300000"],
     "very many devices": ["machine.devices=16", "machine.nodes=1000000000"],
-    "a scratch folder that is not there": ["machine.scratch=/no/such/folder"],
-    "a data folder that is not there": ["machine.data_folder=/no/such/folder"],
 }
 BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{inner}'] * 8)}]\n" for inner, name in itertools.pairwise("abcdefghij")
