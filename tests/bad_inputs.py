@@ -244,6 +244,14 @@ def table(answers: list[Answer]) -> str:
     return "\n".join(lines)
 
 
+def in_words(answer: Answer) -> str:
+    """Say what a bad input was answered, and what is wrong with that."""
+    how = f"status {answer.status}, {answer.seconds:.1f} s, {answer.memory / 1e6:.0f} MB"
+    written = f"  written: {', '.join(answer.written[:5])}\n" if answer.written else ""
+    said = " ".join(answer.said[:100000].split())[:300]
+    return f"{answer.case.kind}, {answer.case}\n  {', '.join(answer.faults())} ({how})\n{written}  {said}"
+
+
 def _warm() -> None:
     """Import all that commands need, and begin the process that theirs are forks of."""
     from incubate_lib.pipeline import warm
@@ -263,23 +271,18 @@ def main() -> int:
     options = parser.parse_args()
     cases = [case for case in CATALOGUE if options.kind in (None, case.kind) and options.name in case.name]
     cases = sample(options.sample, cases) if options.sample else cases
-    answers = []
+    answers: list[Answer] = []
     with tempfile.TemporaryDirectory(prefix="bad-run-") as folder:
         trained = train(Path(folder) / "data") if any(case.needs_run for case in cases) else None
         if options.warm:
             _warm()
-        for answer in ask(cases, trained, options.warm):
-            answers.append(answer)
-            print(
-                f"{len(answers):4} {answer.seconds:5.1f} s  {' '.join(answer.faults()) or 'well':<16} {answer.case}", flush=True
-            )
-    print(f"\n{table(answers)}\n")
-    for answer in answers:
-        if faults := answer.faults():
-            what = f"status {answer.status}, {answer.seconds:.1f} s, {answer.memory / 1e6:.0f} MB"
-            print(f"{answer.case.kind}, {answer.case}\n  {', '.join(faults)} ({what})")
-            print(f"  written: {', '.join(answer.written[:5])}\n" * bool(answer.written), end="")
-            print(f"  {' '.join(answer.said[:100000].split())[:300]}\n")
+        try:
+            for answer in ask(cases, trained, options.warm):
+                answers.append(answer)
+                how = " ".join(answer.faults()) or "well"
+                print(f"{len(answers):4} {answer.seconds:5.1f} s  {how:<16} {answer.case}", flush=True)
+        finally:
+            print(f"\n{table(answers)}\n\n" + "\n\n".join(in_words(answer) for answer in answers if answer.faults()))
     return int(any(answer.faults() for answer in answers))
 
 

@@ -41,7 +41,8 @@ def damaged(content: bytes | None, place: Callable[[Path], Path]) -> Callable[[P
     def make(here: Path) -> None:
         path = place(here)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
+        whole = path.read_bytes() if path.exists() else b"{ }"
+        path.write_bytes(whole[: len(whole) // 2] if content is None else content)
 
     return make
 
@@ -177,7 +178,7 @@ def catalogue() -> list[Bad]:
             "slurm.json",
             True,
         )
-        add(f"experiment.json: {name}", "migrate", damaged(content or b"{", _before), "old", True)
+        add(f"experiment.json: {name}", "migrate", damaged(content, _before), "old", True)
     for name, command in itertools.product(
         ("empty", "a list", "cut short", "deep lists"),
         ("report smoke", "run smoke", "logs smoke end_to_end", "export smoke new", "stop smoke", "mirror smoke", "clean"),
