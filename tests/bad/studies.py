@@ -89,7 +89,7 @@ FIELDS = {  # what is wrong → fields in place of sound ones (none: left out), 
     "rates at no such value": ({"rates": "{values: [1e-3], seeds: [7], at: {depth: 7}}"}, "depth"),
     "rates at a list": ({"rates": "{values: [1e-3], seeds: [7], at: [depth]}"}, "at"),
     "rates below the lowest": ({"rates": "{values: [1e-9], seeds: [7]}"}, "min_lr"),
-    "an axis with a value of 90,000 letters": ({"axes": "{a: {" + "x" * 90000 + ": {model.depth: 6}}}"}, "100"),
+    "an axis with a value of 90,000 letters": ({"axes": "{a: {" + "x" * 90000 + ": {model.depth: 6}}}"}, ""),
     "10^6 seeds": ({"seeds": "[" + ", ".join(map(str, range(9990))) + "]"}, ""),
     "a depth of 10^6 in a cell": ({"axes": "{depth: {a: {model.depth: 999999}}}"}, "depth"),
 }
