@@ -1,0 +1,41 @@
+"""A sample of the catalogue of bad inputs; `python tests/bad_inputs.py` asks them all."""
+
+import json
+import time
+
+import pytest
+from bad_inputs import CATALOGUE, Answer, prepare, sample, tree
+from command_line import incubate
+
+from incubate_lib.config import SettingsError
+from incubate_lib.pipeline.notebook import check_parameters
+
+CHEAP = [case for case in CATALOGUE if not case.needs_run and not case.is_notebook]
+COMMANDS = sample(24, CHEAP)
+NOTEBOOKS = sample(4, [case for case in CATALOGUE if case.is_notebook])
+
+
+def test_the_catalogue_has_many_different_inputs():
+    names = {(case.kind, case.name) for case in CATALOGUE}
+    assert len(names) == len(CATALOGUE) >= 400
+    alone = [(case.command, tuple(case.env.items())) for case in CATALOGUE if case.make.__name__ == "nothing"]
+    assert len(set(alone)) == len(alone), "of those that are a command line and nothing else"
+
+
+@pytest.mark.parametrize("case", COMMANDS, ids=lambda case: f"{case.kind}: {case.name}"[:100])
+def test_a_bad_input_is_refused(case, tmp_path):
+    arguments, env = prepare(case, tmp_path / "here", None)
+    before, began = tree(tmp_path / "here"), time.monotonic()
+    done = incubate(*arguments, env=env, cwd=tmp_path / "here")
+    after, seconds = tree(tmp_path / "here"), time.monotonic() - began
+    written = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    answer = Answer(case, done.returncode, done.stderr, seconds, torch=True, memory=0, written=written)
+    assert not answer.faults(), done.stderr
+
+
+@pytest.mark.parametrize("case", NOTEBOOKS, ids=lambda case: case.name)
+def test_a_bad_parameter_is_refused(case, data_folder):
+    with pytest.raises(SettingsError) as told:
+        check_parameters(case.command[0], json.loads(case.command[1]))
+    assert str(told.value).count("\n") <= 1 and case.says in str(told.value)
+    assert not data_folder.exists()
