@@ -17,7 +17,7 @@ from pathlib import Path
 from incubate_lib.cli.parser import parser as parser
 
 LONGEST_TEMPORARY = 60  # bytes; sockets may have 108, and processes add some folders of their own
-LONGEST_MESSAGE = 1000  # characters
+LONGEST_MESSAGE = 900  # characters
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OTHERS = (errno.ELOOP, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENXIO)
 OF_THE_MACHINE = dict.fromkeys(

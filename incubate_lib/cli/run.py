@@ -63,15 +63,15 @@ def study(options: argparse.Namespace) -> int | None:
             print(f"{name}  {load_study(name).description}")
         return None
     backend, asked = backends.get(options.backend), backends.settings(options)
+    about = load_study(options.study, options.set)
+    if options.stop:
+        print(grid.stop(about))
+        return None
     import pandas as pd
 
     from incubate_lib.report.tables import studies as report
     from incubate_lib.report.tables import study_plots
 
-    about = load_study(options.study, options.set)
-    if options.stop:
-        print(grid.stop(about))
-        return None
     machines = [about.settings(cell).machine for cell in about.cells()]
     devices = max(machine.devices for machine in machines)
     jobs = backend.places(devices, asked) or backends.get().places(devices)

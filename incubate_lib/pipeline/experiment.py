@@ -133,6 +133,9 @@ class Experiment:
         """Raise SettingsError unless the data folder can be read and written; leaves nothing behind."""
         place = self.path
         try:
+            dangling = [part for part in (place, *place.parents) if part.is_symlink() and not part.exists()]
+            if dangling:
+                raise SettingsError(f"data folder {data_folder()}: {dangling[0]} is a link to nothing, or to itself")
             while not place.exists() and place.parent != place:
                 place = place.parent
             os.listdir(place)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import zipfile
 from collections.abc import Iterator
 from functools import cache
@@ -76,8 +77,12 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file; None if it is not there or not whole, SettingsError if it may not be read."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise SettingsError(f"{path} is a folder, pipe, socket or device, where a file of records should be")
         return json.loads(path.read_text())
     except PermissionError:
         raise SettingsError(f"cannot read {path}: permission denied") from None
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, SettingsError):
+            raise
         return None

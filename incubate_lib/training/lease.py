@@ -114,7 +114,8 @@ def holder(folder: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         record = None
-    if not isinstance(record, dict) or not record.keys() >= WRITTEN:  # about to be written, or of a full disk, or foreign
+    is_whole = isinstance(record, dict) and record.keys() >= WRITTEN and type(record["pid"]) is int
+    if not is_whole:  # about to be written, or of a full disk, or foreign
         left = _left(path, WRITING_SECONDS)
         return UNWRITTEN | {"lost_in": left} if left else None
     if record["ended"] or _is_over(record):

@@ -115,11 +115,10 @@ class PhaseFolder:
 
     def metrics(self, file: str = METRICS) -> list[dict[str, Any]]:
         """Return one dict per evaluation; a line cut short by a kill, or that is no evaluation, is left out."""
-        rows = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self.path / file).read_bytes().splitlines():
-                with contextlib.suppress(ValueError):
-                    rows.append(renamed(json.loads(line)))
+        rows, path = [], self.path / file
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            with contextlib.suppress(ValueError, RecursionError):
+                rows.append(renamed(json.loads(line)))
         return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
     @property
