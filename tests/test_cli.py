@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from incubate_lib.cli import main, parser
+from incubate_lib.config import load_settings
+from incubate_lib.pipeline.strategies import plan
 
 
 @pytest.mark.parametrize(
@@ -133,3 +135,14 @@ def _as_nobody(data: Path, output: Path) -> None:
         sys.stderr = file
         code = main(["run", "smoke"])
     os._exit(code)
+
+
+def test_status_lists_all_runs_and_takes_the_name_of_one(data_folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["status"]) == 2 and "there is no run in" in capsys.readouterr().err
+    plan(load_settings("smoke", ["name=mine", "phases.end_to_end.epochs=1"]), ["end_to_end"]).write()
+    assert main(["status"]) == 0
+    output = capsys.readouterr().out
+    assert "mine  unfinished" in output and max(map(len, output.splitlines())) <= 80
+    assert main(["status", "mine"]) == 0 and "seed 0 end_to_end" in capsys.readouterr().out
+    assert main(["status", "mine", "--seeds", "7"]) == 2 and "seed 7 was not run" in capsys.readouterr().err

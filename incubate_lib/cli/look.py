@@ -1,21 +1,27 @@
 """`incubate status`, `logs`, `report`, `mirror`, `stop`: what looks into a run, or ends it."""
 
 import argparse
+import os
 import time
 
 from rich.console import Console
+from rich.table import Table
 
 from incubate_lib import backends
-from incubate_lib.config import load_settings, nearest, refuse
+from incubate_lib.config import data_folder, load_settings, nearest, refuse
 from incubate_lib.pipeline.background import stop_run
-from incubate_lib.pipeline.experiment import Experiment
+from incubate_lib.pipeline.experiment import INDEX, Experiment
 from incubate_lib.pipeline.graph import Plan
-from incubate_lib.pipeline.recorded import run_of
+from incubate_lib.pipeline.recorded import of_ends, recorded_plan, run_of
 from incubate_lib.pipeline.view import node_line, render
 
 
 def status(options: argparse.Namespace) -> None:
-    todo = _started(options)
+    if options.preset is None:
+        return all_runs()
+    folder = data_folder() / "runs" / options.preset
+    by_name = os.sep not in options.preset and not options.set and (folder / INDEX).exists()
+    todo = of_ends(recorded_plan(folder), options.strategies, options.seeds) if by_name else _started(options)
     lines, folders = [node_line(node) for node in todo.nodes], {node.key: node.folder.path for node in todo.nodes}
     backend = backends.of(todo.experiment)
     messages = backend.states(todo, lines)
@@ -24,6 +30,21 @@ def status(options: argparse.Namespace) -> None:
         if line.state in ("failed", "lost"):
             print(f"log of {line.key}: {folders[line.key] / 'log.txt'}")
     print(*messages, f"folder: {todo.experiment.path}", sep="\n")
+
+
+def all_runs() -> None:
+    """Print a row a run of the data folder, the newest first."""
+    from incubate_lib.report.live.runs import runs_table
+
+    table = runs_table()
+    table = table[table["state"] != "published"]
+    refuse(table.empty, f"there is no run in {data_folder() / 'runs'} yet; `incubate run` starts one")
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("run", "state", "finished", "strategies (seeds)"):
+        shown.add_column(heading, overflow="fold")
+    for row in table.to_dict("records"):
+        shown.add_row(row["name"], row["state"], row["date"][:10], row["strategies"] or row["note"])
+    Console().print(shown)
 
 
 def stop(options: argparse.Namespace) -> None:

@@ -48,12 +48,16 @@ def run_of(settings: Settings, strategies: Collection[str] | None = None, seeds:
     refuse(damaged, f"{file} is damaged; `incubate run` with the same arguments makes it again")
     none = f"there is no run of these settings in {experiment.path}"
     refuse(record is None, f"{none}; `incubate run` with the same arguments starts one")
-    whole = _plan(experiment, record)
+    return of_ends(_plan(experiment, record), strategies, seeds)
+
+
+def of_ends(whole: Plan, strategies: Collection[str] | None = None, seeds: Collection[int] | None = None) -> Plan:
+    """Return some strategies and seeds of a run; SettingsError if that was not run."""
     for what, wanted, place in (("strategy", strategies, 0), ("seed", seeds, 1)):
         ran = list(dict.fromkeys(end[place] for end in whole.finals))
         for one in wanted or ():
             there = ", ".join(map(str, ran))
-            refuse(one not in ran, f"{what} {one} was not run in {experiment.path}; there are: {there}")
+            refuse(one not in ran, f"{what} {one} was not run in {whole.experiment.path}; there are: {there}")
     asked = (strategies or {name for name, _ in whole.finals}), (seeds or {seed for _, seed in whole.finals})
     finals = {end: final for end, final in whole.finals.items() if all(map(contains, asked, end))}
     return replace(whole, nodes=closure(finals.values()), finals=finals)
