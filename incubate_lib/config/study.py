@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from incubate_lib.config.errors import SettingsError, nearest, refuse, validated
 from incubate_lib.config.files import find_file, in_the_package, load_settings, presets, read_yaml, yaml_value
@@ -34,7 +34,7 @@ class Rates(Frozen):
     Phases of Deep Incubation together cost what end-to-end training costs, so each strategy's choice costs as much as another's.
     """
 
-    values: Once[Annotated[float, Field(gt=0, le=1e6)]]
+    values: Once[Annotated[float, Field(gt=0, le=1e30)]]
     seeds: Once[Seed]  # judged on images cut from the training images
     # axis → its value at which rates are chosen for all others; axes left out: chosen at each value
     at: dict[Word, Word] = {}
@@ -63,6 +63,15 @@ class Study(Frozen):
     strategies: Once[str]
     seeds: Once[Seed]
     rates: Rates | None = None  # none: the preset's
+
+    @field_validator("axes", mode="before")
+    @classmethod
+    def _no_two_alike(cls, axes: Any) -> Any:
+        for axis, values in axes.items() if isinstance(axes, dict) else ():
+            names = [str(value) for value in values] if isinstance(values, dict) else []
+            double = next((name for name in names if names.count(name) > 1), None)
+            refuse(double is not None, f"axis {axis} has the value {double} twice, as a number and as a word")
+        return axes
 
     @model_validator(mode="after")
     def _check_together(self) -> "Study":

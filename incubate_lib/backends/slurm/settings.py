@@ -56,7 +56,7 @@ Line = Annotated[str, AfterValidator(one_line)]
 class JobSettings(Frozen):
     """What the job of one phase asks for."""
 
-    partition: Line | None = None  # none: the cluster's default
+    partition: Annotated[Line, Field(min_length=1)] | None = None  # none: the cluster's default
     gpus_per_node: Annotated[int, Field(ge=0)] = 1  # that train the phase together; 0: on the CPU
     nodes: Positive = 1  # that train the phase together
     # limit of one attempt, as Slurm writes it; a number is minutes. A phase may take several
@@ -130,7 +130,7 @@ class SlurmSettings(JobSettings):
 
 def load_slurm(site: str | None, options: dict[str, Any], sbatch: Sequence[str] = ()) -> SlurmSettings:
     """Read a site's YAML file, if there is one, and put the options that were given on top; SettingsError if anything is off."""
-    raw = read_yaml(Path(site)) if site else {}
+    raw = {} if site is None else read_yaml(Path(site))
     raw |= {name: value for name, value in options.items() if value is not None}
     pairs = [option.lstrip("-").partition("=") for option in sbatch]
     further = raw.get("sbatch") or {}
