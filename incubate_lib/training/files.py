@@ -4,14 +4,13 @@ import contextlib
 import json
 import os
 import socket
-import stat
 import zipfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from incubate_lib.config import SettingsError
+from incubate_lib.config import SettingsError, refuse
 
 
 def is_whole(weights: Path) -> bool:
@@ -77,12 +76,12 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file; None if it is not there or not whole, SettingsError if it may not be read."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise SettingsError(f"{path} is a folder, pipe, socket or device, where a file of records should be")
-        return json.loads(path.read_text())
+        if path.is_file():
+            return json.loads(path.read_text())
+        is_there = path.exists()
     except PermissionError:
         raise SettingsError(f"cannot read {path}: permission denied") from None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, SettingsError):
-            raise
+    except (OSError, ValueError, RecursionError):
         return None
+    refuse(is_there, f"{path} is a folder, pipe, socket or device, where a file of records should be")
+    return None
