@@ -293,6 +293,16 @@ def test_other_images_than_planned_with_are_told(data_folder, tmp_path):
         open_phase("meta", str(tmp_path / "mine.yaml")).run()
 
 
+def test_a_phase_that_went_on_elsewhere_names_both_devices(data_folder, monkeypatch):
+    """Its seconds are of both, so tables must not add them to those of one."""
+    node = open_phase("meta", "smoke", ["machine.checkpoint_seconds=0"])
+    stop_after_checkpoints(node, monkeypatch, 3)
+    monkeypatch.setenv("INCUBATE_DATA", str(data_folder))
+    [here] = node.folder.status()["devices"]
+    node.folder.set_status(devices=["a GPU"])
+    assert node.run()["provenance"]["device"] == f"a GPU then {here}"
+
+
 @pytest.mark.parametrize(("images", "kept"), [(191, True), (120, False)])
 def test_a_checkpoint_of_other_images_is_forgotten(images, kept, data_folder):
     """No setting says how many images there are in a folder."""

@@ -81,6 +81,8 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
         "eval_images": len(eval_set),
     }
     where = provenance(team.device) | {"precision": s.precision}
+    if s.training:  # its seconds are of all devices on which it went on
+        where["device"] = " then ".join(home.status()["devices"])
     identity = {"phase": s.seeded_as, "module_index": s.module_index, "seed": s.seed, "strategy": job.strategy}
     return home.finish(identity | about | numbers | {"provenance": where}, kind.results(kept))
 

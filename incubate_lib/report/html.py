@@ -9,7 +9,7 @@ import pandas as pd
 
 from incubate_lib.pipeline.experiment import INDEX
 from incubate_lib.pipeline.graph import Plan
-from incubate_lib.pipeline.strategies import plan
+from incubate_lib.pipeline.recorded import of_ends
 from incubate_lib.report.live.curves import all_curves
 from incubate_lib.report.live.phase_graph import draw
 from incubate_lib.report.live.progress import Reader
@@ -53,7 +53,7 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
 
     names = list(results.strategies["strategy"].unique())
     facts, seed = run.experiment.facts, int(results.strategies["seed"].iloc[0])
-    one = plan(run.experiment.settings, names, [seed], facts=facts)
+    one = of_ends(run, names, [seed])
     kinds: dict[str, str] = {}  # strategies differ in how modules start; what trains is one of two things
     for (name, _), final in one.finals.items():
         for node in final.upstream("incubate"):

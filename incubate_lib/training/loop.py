@@ -16,7 +16,7 @@ from incubate_lib.tasks import Task
 from incubate_lib.tasks.classification import TASK as CLASSIFICATION
 from incubate_lib.training.progress import Progress
 from incubate_lib.training.runs import MNTK, STATUS_SECONDS, PhaseFolder, Stopped
-from incubate_lib.training.team import ALONE, Team
+from incubate_lib.training.team import ALONE, Team, device_name
 from incubate_lib.training.trainer import Counts, DataSet, Trainer, autocast
 
 DATA_SHARE_WARNED = 0.1  # of training time spent waiting for images
@@ -114,8 +114,9 @@ def fit(
     if team.all_reduce(torch.tensor([step], device=trainer.device)).item() != step * team.devices:  # also: all have read it
         raise RuntimeError(f"{title}: the devices read different checkpoints (this one is at step {step}); run again")
     if team.is_first:
-        if resumed:
-            folder.set_status(resumed_at=step)
+        before = folder.status().get("devices", []) if resumed else []
+        devices = list(dict.fromkeys([*before, device_name(trainer.device)]))
+        folder.set_status(devices=devices, **({"resumed_at": step} if resumed else {}))
         folder.start_metrics(step)
         folder.start_metrics(step - 1, MNTK)  # of the evaluation before update `step` nothing is in the checkpoint
     rows = [row for row in folder.metrics() if row["step"] <= step]

@@ -121,10 +121,15 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD") or None,
         "dirty": bool(git("status", "--porcelain", "-uno")),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),  # highest: no TF32
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a GPU or this machine's processor is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def _cpu_name() -> str:
