@@ -124,6 +124,7 @@ def stop_run(experiment: Experiment) -> str:
 
     SettingsError if there is no run.
     """
+    experiment.check_sound()
     refuse(not experiment.is_known(), f"nothing to stop: there is no run in {experiment.path}")
     other = f"the run {experiment.path.name} has other settings by now; give those to stop it"
     refuse(not experiment.is_present(), other)

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.config import LARGEST_SEED, Settings, SettingsError, data_folder, presets
+from incubate_lib.config import LARGEST_SEED, Settings, SettingsError, data_folder, presets, refuse
 from incubate_lib.phases.facts import Facts, measure
 from incubate_lib.phases.job import checked
 from incubate_lib.training.files import read_json, write_json
@@ -65,6 +65,12 @@ class Experiment:
     def record(self) -> dict[str, Any] | None:
         """Return what is recorded of a run with these settings, the present one or a former; None if there is nothing."""
         return next((record for _, record in self._records() if record["hash"] == self.hash), None)
+
+    def check_sound(self) -> None:
+        """Raise SettingsError if there is a run.json that is none."""
+        file = self.path / INDEX
+        damaged = file.exists() and not is_record(read_json(file))
+        refuse(damaged, f"{file} is damaged; `incubate run` with the same arguments makes it again")
 
     def is_known(self) -> bool:
         """Whether a run with these settings was begun."""

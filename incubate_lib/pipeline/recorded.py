@@ -43,9 +43,8 @@ def run_of(settings: Settings, strategies: Collection[str] | None = None, seeds:
     check_asked(settings, [*(strategies or ())], [*(seeds or ())])
     experiment = Experiment.of(settings)
     record = experiment.record()
-    file = experiment.path / INDEX
-    damaged = record is None and file.exists() and not is_record(read_json(file))
-    refuse(damaged, f"{file} is damaged; `incubate run` with the same arguments makes it again")
+    if record is None:
+        experiment.check_sound()
     none = f"there is no run of these settings in {experiment.path}"
     refuse(record is None, f"{none}; `incubate run` with the same arguments starts one")
     return of_ends(_plan(experiment, record), strategies, seeds)
