@@ -39,7 +39,8 @@ def folder_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE
         folder.mkdir(parents=True, exist_ok=True)
     elif not folder.is_dir():
         message = "is not there" if not folder.exists() else "is not a folder"
-        raise SettingsError(f"data.folder {folder} {message}; it must hold the images of data.source {settings.source!r}")
+        hint = f"it must hold the images of data.source {settings.source!r}; relative names begin in {data_folder() / 'datasets'}"
+        raise SettingsError(f"data.folder {folder} {message}; {hint}")
     return folder
 
 

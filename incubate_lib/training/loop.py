@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from incubate_lib.data.schedule import steps_per_epoch
+from incubate_lib.data.stream import StreamedSet
 from incubate_lib.tasks import Task
 from incubate_lib.tasks.classification import TASK as CLASSIFICATION
 from incubate_lib.training.progress import Progress
@@ -218,7 +219,7 @@ def fit(
     steady = counts.train_seconds - counts.startup_seconds
     data_share = (counts.wait_seconds - counts.startup_wait) / steady if steady > 0 else 0.0
     broken = team.gather(sorted(getattr(train, "broken", ())))
-    if data_share > DATA_SHARE_WARNED and team.is_first:
+    if data_share > DATA_SHARE_WARNED and team.is_first and isinstance(train, StreamedSet):  # of others nothing would help
         print(f"{title}: {data_share:.0%} of the training time was spent waiting for images; more machine.workers, a faster "
               "disk or data.in_memory would help", flush=True)  # fmt: skip
     numbers = {name: rows[-1][name] for name in ("score", "loss", "train_loss")}
