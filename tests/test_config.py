@@ -187,7 +187,7 @@ def test_a_name_that_only_an_unused_strategy_has_in_other_letters():
         ),
         ({"name": "inception_v3", "options": {"aux_logits": True}}, "{'aux_logits': True} gives a tuple for two images"),
         ({"name": "vgg11", "img_size": 8}, "model.name 'vgg11' with model.options {} fails with images of (3, 8, 8)"),
-        ({"name": "vit_tiny_patch16_224", "options": {"global_pool": ""}}, "where logits are (2, 4): a row for each image"),
+        ({"name": "vit_tiny_patch16_224", "options": {"global_pool": ""}}, "where the task needs (2, 4): one for each image"),
     ],
 )
 def test_a_network_that_gives_no_row_of_logits_is_refused_while_planning(model, message):

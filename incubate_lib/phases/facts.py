@@ -71,7 +71,7 @@ def _check_task(settings: Settings, train: Any) -> None:
     task = TASKS[settings.task]
     try:
         batch = train.some(torch.arange(2))
-        output = torch.zeros(2, _outputs(settings, train.num_classes))
+        output = torch.zeros(2, *task.output_shape(_outputs(settings, train.num_classes)))
         task.loss(output, batch)
         sums = task.sums(output, batch)
         task.evaluated(sums.tolist())
@@ -106,7 +106,7 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
     shape, outputs = model_shape(settings.model), _outputs(settings, num_classes)
     with torch.device("meta"):
         model = build_model(settings.model, settings.model.depth, outputs)
-    _check_output(settings.model, model, shape, outputs)
+    _check_output(settings.model, model, shape, TASKS[settings.task].output_shape(outputs))
     units, depths, unsupported_units = count_units(model), ([], []), {}
     if settings.partition is None:
         unsupported_units = _unsupported_units(model, units, shape)
@@ -151,8 +151,8 @@ def _unsupported_starts(networks: Any) -> dict[str, str]:
     return unsupported
 
 
-def _check_output(settings: ModelSettings, model: Any, shape: tuple[int, int, int], outputs: int) -> None:
-    """Raise SettingsError unless a network on the meta device gives a row of so many outputs for each image."""
+def _check_output(settings: ModelSettings, model: Any, shape: tuple[int, int, int], wanted: tuple[int, ...]) -> None:
+    """Raise SettingsError unless a network on the meta device gives an output of this shape for each image."""
     import torch
 
     network = f"model.name {settings.name!r} with model.options {settings.options}"
@@ -165,8 +165,8 @@ def _check_output(settings: ModelSettings, model: Any, shape: tuple[int, int, in
             f"{in_a_line(error)}"
         ) from None
     found = tuple(getattr(logits, "shape", ())) or f"a {type(logits).__name__}"
-    if found != (2, outputs):
-        raise SettingsError(f"{network} gives {found} for two images, where logits are (2, {outputs}): a row for each image")
+    if found != (2, *wanted):
+        raise SettingsError(f"{network} gives {found} for two images, where the task needs {(2, *wanted)}: one for each image")
 
 
 def _small_images(

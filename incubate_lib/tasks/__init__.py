@@ -123,6 +123,10 @@ class Task:
         """Return how many outputs the head needs for data of so many classes; ValueError if the task cannot learn them."""
         raise NotImplementedError
 
+    def output_shape(self, outputs: int) -> tuple[int, ...]:
+        """Return the shape of what the network gives for a sample: a row of outputs, unless a task says otherwise."""
+        return (outputs,)
+
     def output_names(self, classes: Sequence[str]) -> list[str]:
         """Return what the outputs are called, for data with these classes; nothing where they have no names."""
         return []
