@@ -237,7 +237,7 @@ class TrainingSettings(Frozen):
     batch_size: Positive = 32
     # images that one device takes at once, gradients add up; none: its whole share
     micro_batch: Positive | None = None
-    lr: Annotated[float, Field(gt=0, le=1e30)] = 1e-3  # a float32 holds no more
+    lr: Annotated[float, Field(gt=0, le=3e38)] = 1e-3  # a float32 holds no more
     lr_for_batch: Positive | None = None  # lr is meant for this batch size and scaled linearly to batch_size
     min_lr: Annotated[float, Field(ge=0)] = 1e-5  # where the cosine ends; never scaled
     warmup_epochs: Epochs = 1.0  # linear, from zero

@@ -34,7 +34,7 @@ class Rates(Frozen):
     Phases of Deep Incubation together cost what end-to-end training costs, so each strategy's choice costs as much as another's.
     """
 
-    values: Once[Annotated[float, Field(gt=0, le=1e30)]]
+    values: Once[Annotated[float, Field(gt=0, le=3e38)]]
     seeds: Once[Seed]  # judged on images cut from the training images
     # axis → its value at which rates are chosen for all others; axes left out: chosen at each value
     at: dict[Word, Word] = {}

@@ -55,7 +55,7 @@ class Bench:
         self.settings, self.batch, self.classes, self.device = settings, batch, classes, device
         self.shape = model_shape(settings.model)
         self.target_depths, self.meta_depths = depths_of(settings)
-        self.recipe = TrainingSettings(epochs=1e9, batch_size=batch, lr=LR, warmup_epochs=0.0, label_smoothing=0.0)
+        self.recipe = TrainingSettings(epochs=1e6, batch_size=batch, lr=LR, warmup_epochs=0.0, label_smoothing=0.0)
         images = torch.randint(256, (batch, *self.shape), dtype=torch.uint8, device=device)
         labels = torch.randint(classes, (batch,), device=device)
         half = torch.full((self.shape[0], 1, 1), 0.5, device=device)
