@@ -4,13 +4,14 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import zipfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from incubate_lib.config import SettingsError, refuse
+from incubate_lib.config import SettingsError
 
 
 def is_whole(weights: Path) -> bool:
@@ -76,12 +77,10 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file; None if it is not there or not whole, SettingsError if it may not be read."""
     try:
-        if path.is_file():
+        if stat.S_ISREG(os.stat(path).st_mode):  # asked once: a file may appear in between
             return json.loads(path.read_text())
-        is_there = path.exists()
     except PermissionError:
         raise SettingsError(f"cannot read {path}: permission denied") from None
     except (OSError, ValueError, RecursionError):
         return None
-    refuse(is_there, f"{path} is a folder, pipe, socket or device, where a file of records should be")
-    return None
+    raise SettingsError(f"{path} is a folder, pipe, socket or device, where a file of records should be")
