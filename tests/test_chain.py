@@ -23,7 +23,7 @@ from rich.console import Console
 
 from incubate_lib import backends
 from incubate_lib.backends.local import pool
-from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.config import load_settings
 from incubate_lib.phases.job import Job
 from incubate_lib.pipeline import execution, notebook
 from incubate_lib.pipeline.experiment import Experiment
@@ -269,54 +269,6 @@ def test_phases_side_by_side_see_different_gpus(tmp_path, monkeypatch):
 
 def is_done(path: Path) -> bool:
     return (path / "summary.json").exists() and (path / "notebook.ipynb").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters", "message"),
-    [
-        ("02_incubate_module", {"module": 1}, "no parameter 'module'; did you mean module_index"),
-        ("02_incubate_module", {"module_index": "1"}, "module_index is '1'; it must be int"),
-        ("02_incubate_module", {"module_index": True}, "module_index is True; it must be int"),
-        ("02_incubate_module", {"preset": "smoke", "module_index": 3}, r"module_index is 3; it must be one of \[0, 1, 2\]"),
-        ("01_meta_model", {"overrides": [1]}, r"overrides is \[1\]; it must be list\[str\]"),
-        ("01_meta_model", {"preset": "smoke", "strategy": "end_to_end"}, "strategy 'end_to_end' has no phase 'meta'"),
-        ("04_finetune", {"preset": "smoke", "seed": -1}, "seed -1 is negative"),
-        ("06_analysis", {"seeds": ["0"]}, r"it must be list\[int\]"),
-        ("07_nothing", {}, "no notebook"),
-        ("01_meta_model", {"phase": "phases/0123/phase.json"}, r"phases/0123/phase\.json is not there"),
-        ("01_meta_model", {"phase": "phases/0123/phase.json", "preset": "smoke"}, "which says all; leave preset, overrides"),
-        ("04_finetune", {"phase": "phases/0123/phase.json", "seed": 1}, "which says all; leave preset, overrides"),
-        ("05_end_to_end", {"phase": "phases/0123/phase.json", "strategy": "mat"}, "which says all; leave preset, overrides"),
-    ],
-)
-def test_parameters_are_checked_before_a_kernel_starts(name, parameters, message, data_folder):
-    with pytest.raises(SettingsError, match=message):
-        notebook.check_parameters(name, parameters)
-    assert not data_folder.exists()
-
-
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"modul_index": 1}, "this notebook has no parameter 'modul_index'; did you mean module_index"),
-        ({"seed": "one"}, "this notebook: parameter seed is 'one'; it must be int"),
-        ({"strategy": "deep"}, "unknown strategy 'deep'"),
-    ],
-)
-def test_plain_papermill_refuses_wrong_parameters_in_a_line(parameters, message, tmp_path, data_folder):
-    """Nothing is trained, and there is no traceback to read."""
-    source = notebook.notebook_path("02_incubate_module")
-    with pytest.raises(papermill.PapermillExecutionError) as caught:
-        papermill.execute_notebook(str(source), str(tmp_path / "out.ipynb"), {"preset": "smoke"} | parameters, progress_bar=False)
-    assert caught.value.evalue.startswith(message) and len(caught.value.traceback) == 1
-    assert not data_folder.exists()
-
-
-@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))])
-def test_every_notebook_checks_what_is_put_into_it(name):
-    cells = [cell for cell in nbformat.read(notebook.notebook_path(name), 4).cells if cell.cell_type == "code"]
-    at = next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
-    assert cells[at + 1].source.startswith("check_injected(In)\n")
 
 
 def test_plain_papermill_runs_a_notebook_and_agrees_with_the_chain(chain, tmp_path, monkeypatch):

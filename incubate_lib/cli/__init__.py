@@ -14,15 +14,14 @@ import traceback
 import zlib
 from pathlib import Path
 
+from incubate_lib.cli.parser import in_short
 from incubate_lib.cli.parser import parser as parser
 
 LONGEST_TEMPORARY = 60  # bytes; sockets may have 108, and processes add some folders of their own
-LONGEST_MESSAGE = 900  # characters
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OTHERS = (errno.ELOOP, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENXIO)
-OF_THE_MACHINE = dict.fromkeys(
-    OTHERS, "look at what lies there, or give another place"
-) | {  # what to do about errors of the system
+# errors of the system → what to do about them
+OF_THE_MACHINE = dict.fromkeys(OTHERS, "look at what lies there, or give another place") | {
     errno.ENOSPC: "make room and call again: what is finished stays finished",
     errno.EDQUOT: "make room within your quota and call again: what is finished stays finished",
     errno.EROFS: "set INCUBATE_DATA to a folder that can be written",
@@ -62,11 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if error.errno in FULL else 2
     except Exception as error:
         return _our_fault(error)
-
-
-def in_short(message: str) -> str:
-    """Return a message that fits a screen: values of the user's may be of any length."""
-    return message if len(message) <= LONGEST_MESSAGE else f"{message[: LONGEST_MESSAGE - 200]} … {message[-200:]}"
 
 
 def _our_fault(error: Exception) -> int:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from incubate_lib import __version__, backends
 
 COMPLETED = "_incubate_preset"  # the shell's function that completes a preset, see cli/files.py
+LONGEST_MESSAGE = 900  # characters
 TYPES = {"int": int, "float": float}
 
 
@@ -17,8 +18,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's, with errors like those of the commands: a line that begins with `incubate: `, and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
-        message = message if len(message) < 1000 else f"{message[:900]} …"
-        print(f"incubate: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"incubate: {in_short(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
@@ -30,6 +30,11 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             raise argparse.ArgumentError(action, f"unknown choice {value!r}; {_nearest(value, action.choices)}")
+
+
+def in_short(message: str) -> str:
+    """Return a message that fits a screen: values of the user's may be of any length."""
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[: LONGEST_MESSAGE - 200]} … {message[-200:]}"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
