@@ -7,6 +7,7 @@ must hold the bits of a run in peace, nothing temporary may be left, and no run 
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -87,10 +88,8 @@ def take_over_elsewhere(data: Path, run: subprocess.Popen, chance: random.Random
 
 
 def with_stamp(path: Path, moment: float) -> None:
-    try:
+    with contextlib.suppress(FileNotFoundError):  # gone by now
         os.utime(path, (moment, moment), follow_symlinks=False)
-    except FileNotFoundError:
-        pass  # gone by now
 
 
 FAULTS = {kill_a_process: 4, kill_the_run: 3, fill_the_disk: 2, set_the_clock_back: 1, take_over_elsewhere: 2}  # how often
