@@ -195,7 +195,7 @@ def ranks_of(folder: Path) -> list[int]:
             environment = dict(line.partition(b"=")[::2] for line in (place / "environ").read_bytes().split(b"\0"))
         except OSError:
             continue
-        if str(folder / "job.json").encode() in command and b"RANK" in environment:
+        if f"phases/{folder.name}/job.json".encode() in command and b"RANK" in environment:
             found[int(environment[b"RANK"])] = int(place.name)
     return [found[rank] for rank in sorted(found)]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from incubate_lib import backends
-from incubate_lib.config import SettingsError
+from incubate_lib.config import SettingsError, data_folder
 from incubate_lib.phases.job import Job
 from incubate_lib.training.files import read_json, write_atomic, write_json
 from incubate_lib.training.runs import PhaseFolder, Stopped
@@ -46,9 +46,9 @@ def train_on_devices(job: Job, folder: PhaseFolder) -> dict[str, Any]:
     """
     for old in folder.path.glob("rank-*.json"):
         old.unlink()
-    file, machine = folder.path / "job.json", job.machine
-    write_atomic(file, job.model_dump_json(exclude_unset=True).encode())
-    command = [sys.executable, *THIS, "--agent", str(file)]
+    file, machine = str(Path(job.path).with_name("job.json")), job.machine
+    write_atomic(data_folder() / file, job.model_dump_json(exclude_unset=True).encode())
+    command = [sys.executable, *THIS, "--agent", file]
     if machine.nodes > 1:
         command = [*_on_each_node(machine.nodes), *command, *_meeting_point()]
     cores = int(os.environ.get("INCUBATE_THREADS") or len(os.sched_getaffinity(0)))
@@ -121,7 +121,7 @@ def _agent(path: Path, host: str = "", port: str = "") -> None:
     if "INCUBATE_STOP" in os.environ:  # TERM is the job's warning: the ranks act on it
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT"
-    machine = Job.model_validate_json(path.read_text()).machine
+    machine = _read(path).machine
     where = ["--standalone", "--local-addr=127.0.0.1"]
     if host:
         where = [f"--nnodes={machine.nodes}", f"--node-rank={backends.attempt().node_rank}"]
@@ -136,9 +136,13 @@ def _agent(path: Path, host: str = "", port: str = "") -> None:
         sys.exit(1)
 
 
+def _read(path: Path) -> Job:
+    return Job.model_validate_json((data_folder() / path).read_text())
+
+
 def _report(job: Path, rank: int, when: float, kind: str, message: Any, where: str = "") -> None:
     report = {"rank": rank, "time": when, "kind": kind, "message": message, "traceback": where}
-    write_json(job.with_name(f"rank-{rank}.json"), report)
+    write_json(data_folder() / job.with_name(f"rank-{rank}.json"), report)
 
 
 def _rank(path: Path) -> None:
@@ -147,7 +151,7 @@ def _rank(path: Path) -> None:
     if stop := os.environ.get("INCUBATE_STOP"):  # a cluster warns every process of a job
         signal.signal(signal.SIGTERM, lambda *_: Path(stop).touch())
     try:
-        _train(Job.model_validate_json(path.read_text()))
+        _train(_read(path))
     except BaseException as error:
         _report(path, int(os.environ["RANK"]), time.time(), type(error).__name__, str(error), traceback.format_exc())
         sys.stdout.flush()
