@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from incubate_lib import tasks
-from incubate_lib.pipeline.graph import Node
+from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.training.runs import GONE
 
 STYLE = {"done": "green", "running": "cyan", "failed": "red", "lost": "red", "interrupted": "yellow", "stopped": "yellow"}
@@ -63,6 +63,23 @@ def node_line(node: Node) -> Line:
         if progress.get("eta_seconds") is not None and status["state"] == "running":
             line.eta = f"{progress['eta_seconds']:.0f} s"
     return line
+
+
+def matched_lengths(plan: Plan) -> list[str]:
+    """Say of each strategy that is matched to another one's cost which epochs its phases have instead of those that are set."""
+    settings, lines = plan.experiment.settings, {}
+    for (name, _), final in plan.finals.items():
+        if name in lines or not settings.is_matched(name):
+            continue
+        way, trained = settings.strategies[name], [node.settings for node in closure([final]) if node.settings.training]
+        both = {s.seeded_as: (s.training.epochs, settings.training_of(name, s.seeded_as).epochs) for s in trained}
+        lasts = [
+            f"{phase} {epochs:.4g} epochs instead of {given:g}" for phase, (epochs, given) in both.items() if epochs != given
+        ]
+        share = "" if way.get("budget") == 1 else f"{way.get('budget'):g} times "
+        what = "what K workers do in the time" if way.get("match_on") == "critical_path" else "the cost"
+        lines[name] = f"{name} is matched to {share}{what} of {way.get('match')}: {', '.join(lasts)}."
+    return list(lines.values())
 
 
 def render(lines: list[Line], height: int | None = None, place: str = "where") -> Table:

@@ -45,7 +45,8 @@ def command(run: Plan) -> str:
 def settings_file(settings: Settings) -> str:
     """Return the YAML that gives these settings again: what has its default, or no meaning here, is left out."""
     values = as_given(Settings, settings.model_dump(mode="json", exclude={"overrides", "phases", "strategies"}))
-    values["data"] = {"source": settings.data.source} | values.get("data", {})  # what people look for, also where it is the default
+    # what people look for, also where it is the default
+    values["data"] = {"source": settings.data.source} | values.get("data", {})
     values["model"] = {"name": settings.model.name} | values.get("model", {})
     values["phases"] = {name: as_set(changes) for name, changes in settings.phases.items() if as_set(changes)}
     known = UNCUT if settings.partition is None else KNOWN

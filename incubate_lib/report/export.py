@@ -17,6 +17,7 @@ from incubate_lib.report.tables.hardware import mixed_text, mixes
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.words import TEMPLATES, flop_unit, in_yaml, label, seconds_text
 from incubate_lib.tasks import Metric
+from incubate_lib.training.files import check_free
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def export(
     from incubate_lib.data.sources import open_source
     from incubate_lib.phases.networks import model_shape, takes_depth, timm_arguments
     from incubate_lib.phases.recipes import load_trained
-    from incubate_lib.phases.weights import check_free, save_timm
+    from incubate_lib.phases.weights import save_timm
 
     folder = check_free(folder)
     ready = finished(settings, seed)

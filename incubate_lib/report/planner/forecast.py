@@ -173,7 +173,8 @@ def forecast(
     """Return what each strategy of a plan costs on so many machines, each with the settings' devices for one phase at a time.
 
     `spent` has the FLOPs of phases that were trained, by their keys: with Modular Adaptive Training they are known only then;
-    `took` has the device-seconds that they were measured to take, instead of the speed's. Of phases that could begin, the one with the longest way to the end goes first, as `incubate run` does it.
+    `took` has the device-seconds that they were measured to take, which count instead of the speed's. Of phases that could
+    begin, the one with the longest way to the end goes first, as `incubate run` does it.
     """
     check_numbers({"machines": machines})
     spent, took = spent or {}, took or {}
