@@ -159,9 +159,12 @@ def _as_nobody(data: Path, output: Path) -> None:
 def test_status_lists_all_runs_and_takes_the_name_of_one(data_folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["status"]) == 2 and "there is no run in" in capsys.readouterr().err
-    plan(load_settings("smoke", ["name=mine", "phases.end_to_end.epochs=1"]), ["end_to_end"]).write()
+    plan(load_settings("smoke", ["name=mine", "phases.end_to_end.epochs=1"]), ["deep_incubation_stack"]).write()
     assert main(["status"]) == 0
     output = capsys.readouterr().out
     assert "mine  unfinished" in output and max(map(len, output.splitlines())) <= 80
-    assert main(["status", "mine"]) == 0 and "seed 0 end_to_end" in capsys.readouterr().out
+    assert main(["status", "mine"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"seed 0 module {i} of 3, deep_incubation_stack  waiting" in output for i in (1, 2, 3)), "a line each"
+    assert max(map(len, output.splitlines()[:-1])) <= 80, "the last names the folder"
     assert main(["status", "mine", "--seeds", "7"]) == 2 and "seed 7 was not run" in capsys.readouterr().err

@@ -32,7 +32,8 @@ def check(options: argparse.Namespace) -> int:
     parts, bad = load_data(one_by_one, **how), 0
     for what, part in zip(("train", settings.data.eval_split), parts, strict=True):
         opened, broken, turned = part.check() if isinstance(part, StreamedSet) else (len(part), {}, 0)
-        print(f"{what}: {len(part)} images in {part.num_classes} classes; {opened} opened, {len(broken)} cannot be read")
+        read = f"{opened - len(broken)} can be read, {len(broken)} cannot"
+        print(f"{what}: {len(part)} images in {part.num_classes} classes; {read}")
         if what == "train" and (unused := unused_classes(part.labels, part.num_classes)):
             print(f"  {unused_in_words(unused, part.num_classes)}")
         if turned:

@@ -73,7 +73,8 @@ def _shown(table: "pd.DataFrame", console: Console, title: str | None = None) ->
         for i, (whole, word) in enumerate(zip(widths, words, strict=True)):
             widths[i] = min(whole, word + room)
             room -= widths[i] - word
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, int(fits), 0, 0), show_edge=False)
+    about = {"title": title, "title_justify": "left", "title_style": "bold"}
+    shown = Table(**about, box=SIMPLE_HEAD, padding=(0, int(fits), 0, 0), show_edge=False)
     for i, (heading, width) in enumerate(zip(table, widths, strict=True)):
         shown.add_column(heading, justify="right" if i else "left", vertical="bottom", width=width)
     for row in zip(*(cells[1:] for cells in columns), strict=True):

@@ -85,14 +85,16 @@ def matched_lengths(plan: Plan) -> list[str]:
 def render(lines: list[Line], height: int | None = None, place: str = "where") -> Table:
     """Return a table for the terminal, with the heading `place` over what says where a phase is.
 
-    What is done or waits is only counted where `height` lines cannot show all.
+    What is done or waits is only counted where `height` lines cannot show all. With a height it is drawn again and again, and
+    columns keep their widths.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("phase", max_width=max(22, shutil.get_terminal_size().columns - 54))
-    table.add_column("state", no_wrap=True, min_width=11)
+    again = height is not None
+    table.add_column("phase", max_width=max(22, shutil.get_terminal_size().columns - 54) if again else None)
+    table.add_column("state", no_wrap=True, min_width=11 * again)
     headings = lines[0].numbers() if lines else ()
     for name, width in zip(headings, (10, 6, 6, 6)):
-        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+        table.add_column(name, justify="right", no_wrap=True, min_width=width * again)
     if placed := any(line.where for line in lines):
         table.add_column(place, overflow="fold")
     folded = Counter(line.state for line in lines if line.state in ("done", "waiting"))
