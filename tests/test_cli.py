@@ -38,6 +38,25 @@ def test_a_command_line_that_is_none(arguments, message, capsys):
     assert caught.value.code == 2 and output.startswith(f"incubate: {message}") and output.count("\n") == 1
 
 
+def test_what_is_misspelt_or_occupied_is_told_before_torch_is_imported(tmp_path):
+    """It takes seconds; all of these in one process, which has it not imported at the end."""
+    (tmp_path / "mine.yaml").write_text("training: {lr_rate: 3}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    commands = [f"{name} {what}" for name in ("run", "plan", "check", "report", "mirror", "bench", "stop", "status")
+                for what in ("smokee", "mine.yaml")]  # fmt: skip
+    commands += ["logs smokee meta", "study digits-budgett", "export smoke full", "import mine.yaml full", "import none.pt new"]
+    code = (
+        f"import sys\nfrom incubate_lib.cli import main\nfor command in {commands}:\n"
+        "    assert main(command.split()) == 2 and 'torch' not in sys.modules, command"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == len(commands) and all(line.startswith("incubate: ") for line in lines)
+    assert sum("did you mean smoke?" in line for line in lines) == 9 and sum("did you mean lr?" in line for line in lines) == 8
+
+
 def test_lists_and_repeated_options():
     options = parser().parse_args(shlex.split("run mine.yaml --set a.b=1 --seeds 0 1 --set 'c=[1, 2]' --strat end_to_end mat"))
     assert options.preset == "mine.yaml" and options.set == ["a.b=1", "c=[1, 2]"]
@@ -140,9 +159,12 @@ def _as_nobody(data: Path, output: Path) -> None:
 def test_status_lists_all_runs_and_takes_the_name_of_one(data_folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["status"]) == 2 and "there is no run in" in capsys.readouterr().err
-    plan(load_settings("smoke", ["name=mine", "phases.end_to_end.epochs=1"]), ["end_to_end"]).write()
+    plan(load_settings("smoke", ["name=mine", "phases.end_to_end.epochs=1"]), ["deep_incubation_stack"]).write()
     assert main(["status"]) == 0
     output = capsys.readouterr().out
     assert "mine  unfinished" in output and max(map(len, output.splitlines())) <= 80
-    assert main(["status", "mine"]) == 0 and "seed 0 end_to_end" in capsys.readouterr().out
+    assert main(["status", "mine"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"seed 0 module {i} of 3, deep_incubation_stack  waiting" in output for i in (1, 2, 3)), "a line each"
+    assert max(map(len, output.splitlines()[:-1])) <= 80, "the last names the folder"
     assert main(["status", "mine", "--seeds", "7"]) == 2 and "seed 7 was not run" in capsys.readouterr().err

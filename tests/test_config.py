@@ -21,6 +21,7 @@ from incubate_lib.config import (
     SettingsError,
     TrainingSettings,
     load_settings,
+    nearest,
     presets,
 )
 from incubate_lib.config.files import read_yaml, yaml_value
@@ -29,6 +30,7 @@ from incubate_lib.config.study import load_study
 from incubate_lib.phases.facts import count
 from incubate_lib.phases.networks import build_model
 from incubate_lib.pipeline.strategies import plan
+from incubate_lib.report.about import settings_file
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -234,3 +236,36 @@ def test_weights_that_timm_leaves_unset_are_refused(monkeypatch):
     monkeypatch.setattr(timm, "create_model", forgetful)
     with pytest.raises(SettingsError, match=r"leaves 1 tensor\(s\) of model.name 'vit_tiny.* without a start, first head.weight"):
         build_model(ModelSettings(options={"qkv_bias": False}), 1, 4)
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_the_settings_file_of_a_report_gives_the_same_settings(preset, tmp_path):
+    """Of what the command line was told, too; nothing that has its default is in it."""
+    for overrides in ([], ["training.min_lr=1e-6", "strategies.mine={kind: end_to_end}"]):
+        given = load_settings(preset, overrides)
+        (tmp_path / "mine.yaml").write_text(text := settings_file(given))
+        again = load_settings(str(tmp_path / "mine.yaml"))
+        assert again.model_dump(exclude={"overrides"}) == given.model_dump(exclude={"overrides"})
+        assert again.digest() == given.digest()
+        assert "null" not in text and "label_smoothing: 0.1" not in text
+
+
+def test_images_beside_a_settings_file_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "data"))
+    (file := tmp_path / "mine.yaml").write_text("data: {source: folder, folder: flowers}\npartition: {num_modules: 2}\n")
+    assert load_settings(str(file)).data.folder == "flowers", "nowhere"
+    (tmp_path / "flowers").mkdir()
+    assert load_settings(str(file)).data.folder == str(tmp_path / "flowers")
+    (tmp_path / "data" / "datasets" / "flowers").mkdir(parents=True)
+    assert load_settings(str(file)).data.folder == "flowers", "where they usually lie"
+
+
+@pytest.mark.parametrize(
+    ("given", "known", "output"),
+    [
+        ("lr_rate", ["lr", "lr_for_batch", "color_jitter", "erase"], "did you mean lr?"),
+        ("epoch", ["epochs", "lr"], "did you mean epochs?"), ("qqq", ["epochs", "lr"], "there are: epochs, lr"),
+    ],
+)  # fmt: skip
+def test_the_nearest_name_is_named_alone(given, known, output):
+    assert nearest(given, known) == output

@@ -1,6 +1,8 @@
 """What is exported: which network is taken, and what its classes are called."""
 
+import contextlib
 import json
+import re
 
 import pytest
 import timm
@@ -52,6 +54,10 @@ def test_export_says_what_is_finished_which_it_takes_and_why_and_names_the_class
     assert list(model.pretrained_cfg["label_names"]) == names
     card = (out / "README.md").read_text()
     assert all(name in card for name in names)
+    snippet = re.search("## Use\n\n```python\n(.*?)```", card, re.S)[1]
+    with contextlib.chdir(out):  # as the card says
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() in names, "pasted, it predicts one image"
     for name, seed in order:
         this = " (this one)" if (name, seed) == ("random_modules", 0) else ""
         assert f"| {name}{this} | {seed} | {100 * accuracies[name, seed]:.2f} % |" in card

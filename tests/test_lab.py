@@ -140,6 +140,8 @@ def test_the_page_may_be_reloaded_in_the_middle_of_training(open_notebook, data,
     page.reload(answers=False)
     wait_for(lambda: page.state()["kernel"] == kernel, "the same kernel")
     assert read_json(status)["state"] == "running"
+    told = page.text("this.run()")
+    assert f"`incubate status {run}`" in told and "while the page is reloaded" in told
     page.screenshot("reloaded")
     kept = [cell.execution_count for cell in saved.cells if cell.cell_type == "code"]
     assert kept[0] == 1 and kept[-1] is None, "saved in the middle"

@@ -73,7 +73,8 @@ def test_columns_of_other_names_are_named_and_can_be_chosen(tmp_path, monkeypatc
         table = table.rename_columns({"image": "img", "label": "fine_label"})
         table.to_parquet(str(tmp_path / "other" / f"{split}.parquet"))
     settings |= {"source": f"hfds/{tmp_path / 'other'}"}
-    with pytest.raises(SettingsError, match=r"train has no column 'image', but img, fine_label; set data.image_column"):
+    asked = "data.image_column is 'image' and data.label_column is 'label', but its columns are img, fine_label"
+    with pytest.raises(SettingsError, match=f"train: {asked}"):
         open_source(DataSettings(**settings))
     chosen = {"image_column": "img", "label_column": "fine_label"}
     train, _ = open_source(DataSettings(**settings, **chosen))

@@ -238,6 +238,16 @@ def test_the_command_says_what_the_tables_say(capsys, tmp_path):
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("columns", "lines"), [(80, 2), (200, 1)])
+def test_tables_fit_the_terminal_and_use_a_wider_one(columns, lines, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["plan", "digits", "--machines", "3"]) == 0
+    tables, matched, _ = capsys.readouterr().out.partition("end_to_end is matched to the cost of deep_incubation")
+    assert matched and "…" not in tables and max(map(len, tables.splitlines())) <= columns
+    row = tables.partition("\nend to end ")[0].splitlines()[-1] + tables.partition("\nend to end ")[2].partition("\n")[0]
+    assert ("2.127 (1.00×)" in row) == (lines == 1) and "(1.00×)" in row, "a ratio goes on in a second line where it is narrow"
+
+
 def test_sliders_count_anew_and_headless_there_are_none(monkeypatch):
     shown = sliders("smoke")
     *controls, table, picture = shown.widget.children

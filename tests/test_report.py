@@ -1,7 +1,11 @@
 """Tables and figures say what the records say."""
 
+import base64
+import html
 import json
 import math
+import re
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +15,7 @@ from project import ROOT
 from scipy.stats import t, ttest_1samp
 
 from incubate_lib import tasks
+from incubate_lib.cli import parser
 from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import publish
@@ -192,6 +197,44 @@ def test_seconds_of_several_devices_are_told_as_such(data_folder, tmp_path):
         in output
     )
     assert "2 devices are mixed" in speed_of(mixed).source
+
+
+def test_the_report_says_what_the_run_was_and_how_to_have_it_again(data_folder, tmp_path):
+    overrides = ["phases.meta.epochs=1", "strategies.end_to_end.phases.end_to_end.epochs=1"]
+    todo = plan(load_settings("smoke", overrides), ["end_to_end", "deep_incubation"], [0, 1])
+    todo.run()
+    measured = from_plan(todo)
+    page = html.unescape(write_report(measured, tmp_path / "report.html", todo).read_text())
+    for words in (
+        "synthetic: 192 images to train on, in 4 classes; 96 images of the test split judge", "vit_tiny_patch16_224 img_size=8",
+        "K = 3 modules of 2 + 2 + 2 blocks; the meta model has 1 + 1 + 1", hardware(measured), measured.strategies["commit"][0],
+        "a modelled schedule", "<dt>critical path</dt>",
+    ):  # fmt: skip
+        assert words in page
+    command = re.search("<code>(incubate .*?)</code>", page)[1]
+    options = parser().parse_args(shlex.split(command)[1:])
+    assert load_settings(options.preset, options.set).digest() == todo.experiment.hash
+    assert {"strategies": options.strategies, "seeds": options.seeds} == todo.arguments
+    (tmp_path / "smoke.yaml").write_text(re.search("<pre>(.*?)</pre>", page, re.S)[1])
+    assert load_settings(str(tmp_path / "smoke.yaml")).digest() == todo.experiment.hash
+    tables = dict(re.findall('download="(.*?)" href="data:text/csv;charset=utf-8;base64,(.*?)"', page))
+    assert list(tables) == ["smoke.csv", "smoke_phases.csv", "smoke_curves.csv"]
+    assert base64.b64decode(tables["smoke.csv"]).decode() == records.as_csv(measured.strategies)
+    first = measured.strategies[(measured.strategies["seed"] == 0) & (measured.strategies["strategy"] == "deep_incubation")]
+    schedule = page.partition("a modelled schedule")[2].partition("</table>")[0]
+    for column in ("seconds", "critical_seconds"):
+        assert f">{first[column].item():,.4g} (" in schedule, "the seconds that were measured, not those of a mean speed"
+
+
+def test_marks_stand_at_their_true_cost():
+    made = results({"end_to_end": [0.5, 0.6], "deep_incubation": [0.7, 0.8]}, {"end_to_end": 1e12, "deep_incubation": 1e12})
+    left, right = plots.score_vs_cost(made).axes
+    for axis, cost in ((left, 1.0), (right, 0.5)):
+        means = [line for line in axis.lines if line.get_marker() in "os"]
+        assert [line.get_xydata().tolist() for line in means] == [[[cost, 55.0]], [[cost, 75.0]]]
+        assert all(
+            np.allclose(seeds.get_offsets()[:, 0], cost) for seeds in axis.collections[::1] if len(seeds.get_offsets()) == 2
+        )
 
 
 def test_publishing_keeps_every_number_and_draws_from_the_files(data_folder, tmp_path, monkeypatch):

@@ -66,6 +66,21 @@ def test_worker_processes_change_nothing(tmp_path):
     assert all(map(torch.equal, stream(2, 4)[0], alone[4:]))
 
 
+def test_no_worker_is_left_when_all_images_are_read_or_no_more_are_wanted(tmp_path):
+    """A notebook's kernel is ended while it holds them: their semaphores would outlive it."""
+    write_folder(tmp_path / "set")
+    settings, how = DataSettings(source="folder", folder=str(tmp_path / "set")), MachineSettings(workers=2)
+    _, test = load_data(settings, shape=(3, 16, 16), machine=how)
+    before = set(multiprocessing.active_children())
+    for read in (list, next):
+        read(test.eval_batches(keep=False))
+        assert set(multiprocessing.active_children()) == before
+    list(test.eval_batches())
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    list(test.eval_batches(keep=False))
+    assert set(multiprocessing.active_children()) == before
+
+
 def read_for_ever(folder: str, output: str, stop: str) -> None:
     os.environ["INCUBATE_STOP"] = stop
     settings = DataSettings(source="folder", folder=folder)

@@ -1,11 +1,13 @@
 """`incubate presets`, `check`, `clean`, `migrate`, `import`, `export`, `figures`, `completion`: what reads and writes files."""
 
 import argparse
+import os
 from pathlib import Path
 
 from incubate_lib import config
 from incubate_lib.cli.parser import COMPLETED, parser
-from incubate_lib.config import load_settings
+from incubate_lib.config import load_settings, refuse
+from incubate_lib.training.files import check_free
 
 COMPLETE = {  # a shell's function: a preset's name or a file
     "bash": COMPLETED + """() { compgen -W "%s" -- "$1"; compgen -f -- "$1"; }""",
@@ -20,17 +22,18 @@ def presets(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
+    settings = load_settings(options.preset, options.set)  # first: what is misspelt is told before torch is imported
     from incubate_lib.data.sets import load_data, unused_classes, unused_in_words
     from incubate_lib.data.stream import StreamedSet
     from incubate_lib.phases.networks import model_shape
 
-    settings = load_settings(options.preset, options.set)
     how = {"shape": model_shape(settings.model), "machine": settings.machine}
     one_by_one = settings.data.model_copy(update={"in_memory": False, "skip_broken": True})  # so that all are looked at
     parts, bad = load_data(one_by_one, **how), 0
     for what, part in zip(("train", settings.data.eval_split), parts, strict=True):
         opened, broken, turned = part.check() if isinstance(part, StreamedSet) else (len(part), {}, 0)
-        print(f"{what}: {len(part)} images in {part.num_classes} classes; {opened} opened, {len(broken)} cannot be read")
+        read = f"{opened - len(broken)} can be read, {len(broken)} cannot"
+        print(f"{what}: {len(part)} images in {part.num_classes} classes; {read}")
         if what == "train" and (unused := unused_classes(part.labels, part.num_classes)):
             print(f"  {unused_in_words(unused, part.num_classes)}")
         if turned:
@@ -65,6 +68,9 @@ def migrate(options: argparse.Namespace) -> None:
 
 
 def import_(options: argparse.Namespace) -> None:
+    check_free(options.folder)  # first: importing torch takes seconds
+    for file in options.files:
+        refuse(not os.path.exists(os.path.expanduser(file)), f"cannot read {file}: there is no such file")
     from incubate_lib.phases.released import import_released
 
     settings, depths = import_released(options.files, options.folder, name=options.model, num_heads=options.num_heads)
@@ -75,9 +81,10 @@ def import_(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
+    settings = load_settings(options.preset, options.set)
+    check_free(options.folder)
     from incubate_lib.report.export import export
 
-    settings = load_settings(options.preset, options.set)
     name = export(settings, options.folder, strategy=options.strategy, seed=options.seed, log=print)
     print(f"wrote strategy {name}, seed {options.seed}: timm.create_model('local-dir:{options.folder}', pretrained=True)")
     print(f"Before you publish it, read {options.folder}/README.md and fill in the licence.")

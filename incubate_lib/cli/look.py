@@ -74,11 +74,11 @@ def _one_phase(wanted: str, keys: list[str]) -> str:
 
 
 def report(options: argparse.Namespace) -> None:
+    todo = _started(options)  # first: what is misspelt is told before torch is imported
     from incubate_lib.report.html import write_report
     from incubate_lib.report.publish import publish
     from incubate_lib.report.tables.records import from_plan
 
-    todo = _started(options)
     results = from_plan(todo)
     none = f"no strategy is finished yet in {todo.experiment.path}; `incubate status` shows how far it is"
     refuse(results.strategies.empty, none)
@@ -91,6 +91,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def mirror(options: argparse.Namespace) -> None:
+    _started(options)
     from incubate_lib.report.mirror import is_at_work, mirror
 
     more = True

@@ -1,25 +1,34 @@
 """`incubate plan`, `incubate bench`: what training costs, predicted and measured."""
 
 import argparse
+import difflib
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
-from incubate_lib.config import load_settings, refuse
+from incubate_lib.config import load_settings, presets, refuse
+from incubate_lib.pipeline.view import matched_lengths
+
+if TYPE_CHECKING:  # it takes a second, and what is misspelt is told before
+    import pandas as pd
 
 FIGURES = (".png", ".svg", ".pdf")
+ALIKE = 0.8  # of a preset's name; no network of timm has one so like it
 
 
 def plan(options: argparse.Namespace) -> None:
-    import pandas as pd
-
-    from incubate_lib.report.planner import forecast, planner
-    from incubate_lib.report.tables.records import published
-
     both = "--bench is a measured speed, --device and --share an assumed one; give one of them"
     refuse(options.bench and (options.device or options.share), both)
     check_figure(options.figure)
+    _check_early(options.preset, options.set)
+    from incubate_lib.report.planner import forecast, planner
+    from incubate_lib.report.tables.records import published
+
     asked = {name: getattr(options, name) for name in ("strategies", "images", "classes")}
     todo = forecast.open_plan(options.preset, options.set, **asked)
     if options.bench:
@@ -31,15 +40,46 @@ def plan(options: argparse.Namespace) -> None:
     measured = published(options.against) if options.against else None
     costs = forecast.forecast(todo, speed, machines=options.machines)
     print(costs.images + "\n")
-    with pd.option_context("display.width", 200, "display.max_columns", None):
-        print(planner.strategies_table(costs), planner.phases_table(costs).to_string(index=False), sep="\n\n")
-    print("\n" + planner.in_words(costs))
+    console = Console(highlight=False)
+    console.print(_shown(planner.strategies_table(costs).reset_index(names="strategy"), console), "")
+    for name, phases in planner.phases_table(costs).groupby("strategy", sort=False):
+        console.print(_shown(phases.drop(columns="strategy"), console, name), "")
+    print(*matched_lengths(todo), planner.in_words(costs), sep="\n")
     if measured:
         table = forecast.against_measured(measured, speed)
         print(f"\n{planner.against_table(table).to_string(index=False)}\n\n{planner.against_in_words(table)}")
     if options.figure:
         planner.gantt(costs).savefig(options.figure, dpi=150)
         print(f"wrote {options.figure}")
+
+
+def _check_early(preset: str, overrides: list[str]) -> None:
+    """Raise SettingsError for settings that are wrong, and for a preset's name that is misspelt, before torch is imported."""
+    if preset in presets() or os.path.exists(preset) or Path(preset).suffix in (".yaml", ".yml"):
+        load_settings(preset, overrides)
+        return
+    close = difflib.get_close_matches(preset[:200], presets(), cutoff=ALIKE)
+    refuse(close, f"{preset!r} is no preset, no .yaml file and no timm model; did you mean {' or '.join(close)}?")
+
+
+def _shown(table: "pd.DataFrame", console: Console, title: str | None = None) -> Table:
+    """Return a table for the terminal; where it is too narrow, what has several words goes on in a second line."""
+    columns = [[heading, *map(str, table[heading])] for heading in table]
+    widths = [max(map(len, cells)) for cells in columns]
+    fits = sum(widths) + 2 * len(widths) <= console.width
+    if not fits:
+        words = [max(len(word) for cell in cells for word in cell.split()) for cells in columns]
+        room = max(0, console.width - sum(words) - len(words))
+        for i, (whole, word) in enumerate(zip(widths, words, strict=True)):
+            widths[i] = min(whole, word + room)
+            room -= widths[i] - word
+    about = {"title": title, "title_justify": "left", "title_style": "bold"}
+    shown = Table(**about, box=SIMPLE_HEAD, padding=(0, int(fits), 0, 0), show_edge=False)
+    for i, (heading, width) in enumerate(zip(table, widths, strict=True)):
+        shown.add_column(heading, justify="right" if i else "left", vertical="bottom", width=width)
+    for row in zip(*(cells[1:] for cells in columns), strict=True):
+        shown.add_row(*row)
+    return shown
 
 
 def check_figure(file: str | None) -> None:

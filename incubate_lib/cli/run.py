@@ -13,6 +13,7 @@ from incubate_lib.pipeline import execution
 from incubate_lib.pipeline import study as grid
 from incubate_lib.pipeline.experiment import Experiment, source_of
 from incubate_lib.pipeline.strategies import plan
+from incubate_lib.pipeline.view import matched_lengths
 
 PLANNING = "Planning: reading the images, building the networks, counting FLOPs …"
 
@@ -38,6 +39,8 @@ def run(options: argparse.Namespace) -> int | None:
         from incubate_lib.data.sets import unused_in_words
 
         print(unused_in_words(unused, todo.experiment.facts.num_classes), flush=True)
+    if is_new:
+        print(*matched_lengths(todo), sep="\n", flush=True)
     if options.anew:
         from incubate_lib.pipeline import store
 

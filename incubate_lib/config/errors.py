@@ -71,7 +71,8 @@ def _nearest(name: str, known: tuple[str, ...]) -> str:
     if len(name) > 200:  # comparing takes as long as both are, and shows nothing
         return _listed(known)
     parts = [other for other in known if len(other) > 1 and other in name.split("_")]  # `lr` for `lr_rate`
-    close = list(dict.fromkeys([*difflib.get_close_matches(name, known, n=3, cutoff=0.5), *parts]))[:3]
+    alike = [*difflib.get_close_matches(name, known, n=3, cutoff=0.7), *parts]
+    close = list(dict.fromkeys(alike or difflib.get_close_matches(name, known, n=3, cutoff=0.5)))[:3]
     return f"did you mean {' or '.join(close)}?" if close else _listed(known)
 
 

@@ -1,5 +1,6 @@
 """Settings files: presets and users' own, read, overridden by `--set a.b=c`, checked; and where data lies."""
 
+import contextlib
 import copy
 import itertools
 import os
@@ -62,6 +63,8 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
         raw["strategies"] = {name: copy.deepcopy(known.get(name, {})) | (given.get(name) or {}) for name in known | given}
     for override in overrides:
         _override(raw, override)
+    if path not in presets().values():
+        _look_beside(path, raw.get("data"))
     raw["overrides"] = list(overrides)
     where = [path.name, *(f"--set {shortened(override)}" for override in overrides)]
     settings = validated(Settings, raw, " ".join(where))
@@ -70,6 +73,15 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
     for override in overrides:
         _refuse_unused(settings, override.partition("=")[0].strip())
     return settings
+
+
+def _look_beside(file: Path, data: Any) -> None:
+    """Give the whole path of a folder of images that lies beside the user's settings file, and not where they usually lie."""
+    folder = data.get("folder") if isinstance(data, dict) else None
+    if isinstance(folder, str) and folder:
+        with contextlib.suppress(OSError, ValueError):  # of a name that none can have, which is told where it is opened
+            if not (data_folder() / "datasets" / folder).exists() and (beside := file.absolute().parent / folder).is_dir():
+                data["folder"] = str(beside)
 
 
 def _refuse_unused(settings: Settings, where: str) -> None:

@@ -73,7 +73,7 @@ class DataSettings(Frozen):
     pad: Annotated[int, Field(ge=0, le=20_000)] = 0  # black pixels added on each side of images that are held in memory
     # pixels; images that are held in memory are shrunk to squares of this size
     resize: Pixels | None = None
-    # where the images are, relative to data/datasets; the source's name if left out
+    # where the images are, relative to data/datasets or to the settings file; the source's name if left out
     folder: str | None = None
     # "val" is cut from the training images, for choosing settings
     eval_split: Literal["val", "test"] = "test"

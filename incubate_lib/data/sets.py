@@ -66,8 +66,11 @@ class ImageSet:
         """Augment on the device, drawing from the global generators, and normalise."""
         return self.normalise(augment(images, recipe))
 
-    def eval_batches(self, rank: int = 0, devices: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised batches of every image that falls to this rank: each image once over all ranks."""
+    def eval_batches(self, rank: int = 0, devices: int = 1, keep: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised batches of every image that falls to this rank: each image once over all ranks.
+
+        `keep` is for sets that worker processes read.
+        """
         for index in torch.arange(rank, len(self), devices, device=self.labels.device).split(EVAL_BATCH):
             yield self.some(index)
 

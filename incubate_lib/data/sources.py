@@ -135,10 +135,9 @@ def _hugging_face(settings: DataSettings, split: str, download: bool) -> Source:
 
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = not download
         table = datasets.load_dataset(settings.source.removeprefix("hfds/"), split=split, cache_dir=cache)
-        for field in ("image_column", "label_column"):
-            column = getattr(settings, field)
-            there = f"{what} has no column {column!r}, but {', '.join(table.column_names)}; set data.{field}"
-            refuse(column not in table.column_names, there)
+        given = {field: getattr(settings, field) for field in ("image_column", "label_column")}
+        missing = [f"data.{field} is {column!r}" for field, column in given.items() if column not in table.column_names]
+        refuse(missing, f"{what}: {' and '.join(missing)}, but its columns are {', '.join(table.column_names)}")
         table = table.cast_column(settings.image_column, datasets.Image(decode=False))
         labels = table[settings.label_column]
         names = getattr(table.features[settings.label_column], "names", ())

@@ -48,7 +48,7 @@ class StreamedSet:
     device: torch.device
     machine: MachineSettings
     broken: dict[str, str] = field(default_factory=dict)  # images passed over so far: name → reason
-    eval_loader: DataLoader | None = None  # kept: starting its workers takes longer than a small evaluation
+    eval_loader: DataLoader | None = None  # kept while a network trains: to start its workers takes longer than to judge
 
     def __len__(self) -> int:
         return len(self.index)
@@ -90,14 +90,20 @@ class StreamedSet:
             images = RandomErasing(recipe.erase, mode="pixel", device=images.device)(images)
         return images
 
-    def eval_batches(self, rank: int = 0, devices: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised batches of every image that falls to this rank: each image once over all ranks."""
-        if self.eval_loader is None:
+    def eval_batches(self, rank: int = 0, devices: int = 1, keep: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised batches of every image that falls to this rank: each image once over all ranks.
+
+        `keep` has the worker processes wait for the next time. They are not to be kept where nobody asks again: a notebook's
+        kernel ends without ending them.
+        """
+        loader = self.eval_loader
+        if loader is None:
             check_shared_memory(self, devices=devices)
             mine = range(rank, len(self), devices)
             batches = [[(i, 0) for i in mine[k : k + EVAL_BATCH]] for k in range(0, len(mine), EVAL_BATCH)]
-            self.eval_loader = self.loader(None, batches, devices)
-        for images, labels in self._read(self.eval_loader):
+            loader = self.loader(None, batches, devices)
+        self.eval_loader = loader if keep else None
+        for images, labels in self._read(loader):
             yield self.normalise(images), labels
 
     def _read(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from incubate_lib.config import ModelSettings, SettingsError, error_message, in_a_line
 from incubate_lib.method.network import counted_through, divide
 from incubate_lib.phases.networks import build_model, chain_of, model_shape
-from incubate_lib.phases.weights import check_fits, check_free, check_values, first, save_timm
-from incubate_lib.training.files import check_records
+from incubate_lib.phases.weights import check_fits, check_values, first, save_timm
+from incubate_lib.training.files import check_free, check_records
 
 State = dict[str, Tensor]
 NAMES = {width: f"vit_{size}_patch16_224" for width, size in {192: "tiny", 384: "small", 768: "base", 1024: "large"}.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from incubate_lib.config import ModelSettings, SettingsError, data_folder, in_a_line
-from incubate_lib.training.files import read_json
+from incubate_lib.training.files import check_free, read_json, unfinished
 
 
 def weights_file(path: str | Path) -> Path:
@@ -151,24 +151,6 @@ def _unseen(model: Any) -> dict[str, Any]:
     return unseen
 
 
-def check_free(folder: str | Path) -> Path:
-    """Return the path of a folder to be written; SettingsError if something is there already."""
-    folder = Path(os.path.expanduser(folder)).absolute()
-    if len(os.fsencode(_half(folder).name)) > 255:
-        raise SettingsError(f"cannot write {folder}: its name is too long")
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise SettingsError(f"{folder} is there already, and not an empty folder; it is left as it is: give another name")
-    except OSError as error:
-        raise SettingsError(f"cannot write {folder}: {error.strerror}") from None
-    return folder
-
-
-def _half(folder: Path) -> Path:
-    """Return where a folder is written before it is whole."""
-    return folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-
-
 def save_timm(
     model: Any, folder: str | Path, arguments: dict[str, Any], shape: Sequence[int], mean: Sequence[float], std: Sequence[float],
     crop_pct: float, card: str | None = None, label_names: Sequence[str] = (),
@@ -188,7 +170,7 @@ def save_timm(
         "fixed_input_size": own.get("fixed_input_size", False), "mean": list(mean), "std": list(std),
         "crop_pct": crop_pct, "crop_mode": "center", "interpolation": "bicubic", "classifier": own["classifier"],
     } | ({"first_conv": own["first_conv"]} if shape[0] == 3 else {})  # fmt: skip  # timm < 1.0.31 would adapt any other
-    half = _half(folder)
+    half = unfinished(folder)
     try:
         half.mkdir(parents=True)
         more = {"label_names": list(label_names)} if label_names else {}

@@ -1,5 +1,7 @@
 """A run as a graph of phases: nodes that know their phase, their name in the run and the phases they start from."""
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +16,11 @@ from incubate_lib.phases.job import Job
 from incubate_lib.phases.kinds import Phase
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.training.runs import PhaseFolder
+
+PAGE = (  # in a notebook, whose page forgets a cell that has not ended
+    "{title} trains in this kernel, also while the page is reloaded or closed; `incubate status {run}` and notebook 10 show "
+    "how far it is, and this cell shows the result when it is run again."
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,6 +103,8 @@ class Node:
         from incubate_lib.phases.run import run_phase
 
         nodes = closure([self])
+        if not self.finished() and "ipykernel" in sys.modules and not os.environ.get("INCUBATE_HEADLESS"):
+            print(PAGE.format(title=self.title, run=self.experiment.path.name), flush=True)
         if self.experiment.settings:  # else it is opened by its file alone, and its run has it recorded or is gone
             (self.whole or Plan(self.experiment, nodes, {})).write()
         for node in nodes if not self.finished() else [self]:

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from incubate_lib import tasks
-from incubate_lib.pipeline.graph import Node
+from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.training.runs import GONE
 
 STYLE = {"done": "green", "running": "cyan", "failed": "red", "lost": "red", "interrupted": "yellow", "stopped": "yellow"}
@@ -65,17 +65,36 @@ def node_line(node: Node) -> Line:
     return line
 
 
+def matched_lengths(plan: Plan) -> list[str]:
+    """Say of each strategy that is matched to another one's cost which epochs its phases have instead of those that are set."""
+    settings, lines = plan.experiment.settings, {}
+    for (name, _), final in plan.finals.items():
+        if name in lines or not settings.is_matched(name):
+            continue
+        way, trained = settings.strategies[name], [node.settings for node in closure([final]) if node.settings.training]
+        both = {s.seeded_as: (s.training.epochs, settings.training_of(name, s.seeded_as).epochs) for s in trained}
+        lasts = [
+            f"{phase} {epochs:.4g} epochs instead of {given:g}" for phase, (epochs, given) in both.items() if epochs != given
+        ]
+        share = "" if way.get("budget") == 1 else f"{way.get('budget'):g} times "
+        what = "what K workers do in the time" if way.get("match_on") == "critical_path" else "the cost"
+        lines[name] = f"{name} is matched to {share}{what} of {way.get('match')}: {', '.join(lasts)}."
+    return list(lines.values())
+
+
 def render(lines: list[Line], height: int | None = None, place: str = "where") -> Table:
     """Return a table for the terminal, with the heading `place` over what says where a phase is.
 
-    What is done or waits is only counted where `height` lines cannot show all.
+    What is done or waits is only counted where `height` lines cannot show all. With a height it is drawn again and again, and
+    columns keep their widths.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("phase", max_width=max(22, shutil.get_terminal_size().columns - 54))
-    table.add_column("state", no_wrap=True, min_width=11)
+    again = height is not None
+    table.add_column("phase", max_width=max(22, shutil.get_terminal_size().columns - 54) if again else None)
+    table.add_column("state", no_wrap=True, min_width=11 * again)
     headings = lines[0].numbers() if lines else ()
     for name, width in zip(headings, (10, 6, 6, 6)):
-        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+        table.add_column(name, justify="right", no_wrap=True, min_width=width * again)
     if placed := any(line.where for line in lines):
         table.add_column(place, overflow="fold")
     folded = Counter(line.state for line in lines if line.state in ("done", "waiting"))

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from incubate_lib import tasks
 from incubate_lib.config import Settings, SettingsError
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.pipeline.recorded import run_of
 from incubate_lib.report.tables.hardware import mixed_text, mixes
 from incubate_lib.report.tables.records import from_plan
-from incubate_lib.report.words import TEMPLATES, flop_unit, label, seconds_text
+from incubate_lib.report.words import TEMPLATES, flop_unit, in_yaml, label, seconds_text
 from incubate_lib.tasks import Metric
+from incubate_lib.training.files import check_free
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def export(
     from incubate_lib.data.sources import open_source
     from incubate_lib.phases.networks import model_shape, takes_depth, timm_arguments
     from incubate_lib.phases.recipes import load_trained
-    from incubate_lib.phases.weights import check_free, save_timm
+    from incubate_lib.phases.weights import save_timm
 
     folder = check_free(folder)
     ready = finished(settings, seed)
@@ -136,7 +135,7 @@ def _card(settings: Settings, taken: Finished, **shown: Any) -> str:
         "strategy": strategy,
         "training": {phase: of.model_dump(mode="json", exclude_none=True) for phase, of in training.items()},
     }
-    functions = {"label": label, "mixes": mixes, "mixed_text": mixed_text, "seconds": seconds_text, "yaml": _yaml}
+    functions = {"label": label, "mixes": mixes, "mixed_text": mixed_text, "seconds": seconds_text, "yaml": in_yaml}
     card = ModelCard.from_template(
         ModelCardData(library_name="timm", tags=[*tasks.get(settings.task).tags, "timm"]),
         template_path=str(TEMPLATES / "card.md"),
@@ -151,7 +150,3 @@ def _card(settings: Settings, taken: Finished, **shown: Any) -> str:
         **shown,
     )
     return f"{card}\n"
-
-
-def _yaml(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)

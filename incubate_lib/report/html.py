@@ -1,15 +1,14 @@
 """The report: one HTML file that needs no other, to be mailed, archived, opened anywhere."""
 
 import base64
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from incubate_lib.pipeline.experiment import INDEX
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.recorded import of_ends
+from incubate_lib.report.about import about, settings_file
 from incubate_lib.report.live.curves import all_curves
 from incubate_lib.report.live.phase_graph import draw
 from incubate_lib.report.live.progress import Reader
@@ -18,28 +17,32 @@ from incubate_lib.report.tables import mat, plots
 from incubate_lib.report.tables.comparison import comparison, hardware
 from incubate_lib.report.tables.hardware import mixed_text, places
 from incubate_lib.report.tables.phases import settings_difference
-from incubate_lib.report.tables.records import Results
+from incubate_lib.report.tables.records import COLUMNS, Results, as_csv, table_file
 from incubate_lib.report.tables.verdict import lowered
-from incubate_lib.report.words import flop_unit, label
-from incubate_lib.training.files import read_json, write_atomic
+from incubate_lib.report.words import flop_unit, label, phase_name
+from incubate_lib.training.files import write_atomic
 
 
 def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:
     """Write the report of what is finished and return its path; with the run itself also what widgets show of it."""
-    settings = (read_json(path.parent / INDEX) or {}).get("settings")
-    functions = (comparison, flop_unit, hardware, label, mixed_text, pd.isna, places)
+    functions = (comparison, encoded, flop_unit, hardware, label, mixed_text, pd.isna, phase_name, places)
+    tables = {part: getattr(results, part) for part in COLUMNS}
     text = page(
         "report.html",
         results=results,
         run=run and _the_run(results, run),
         plots=plots,
         mat=mat,
-        settings=settings and json.dumps(settings, indent=1),
-        encoded=lambda figure: base64.b64encode(figure.png(130)).decode(),
+        tables={table_file(results.name, part).name: as_csv(table) for part, table in tables.items() if len(table)},
         **{function.__name__: function for function in functions},
     )
     write_atomic(path, f"{text}\n".encode())
     return path
+
+
+def encoded(data: bytes) -> str:
+    """Return data as it stands in the page itself."""
+    return base64.b64encode(data).decode()
 
 
 def _the_run(results: Results, run: Plan) -> dict[str, Any]:
@@ -60,16 +63,20 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
             kinds.setdefault(node.settings.phase, name)
     difference = settings_difference(one, names)
     shown: dict[str, Any] = {
+        "about": about(run, results),
+        "settings": settings_file(run.experiment.settings),
         "seed": seed,
         "machines": len(facts.target_depths),
         "lowered": lowered(run.finals.values()),
         "graph": draw(one, Reader(one).phases())[0].figure(),
         "curves": all_curves(results) if len(results.curves) else None,
         "hybrids": {name: Hybrids(one, name).figure() for name in kinds.values()},
-        "difference": difference if len(names) > 1 and len(difference) else None,
+        "difference": difference.rename(columns=label).reset_index() if len(names) > 1 and len(difference) else None,
     }
     if shown["machines"] > 1:
-        spent = {node.key: summary["train_flops"] for node in one.nodes if (summary := node.summary())}
-        costs = forecast(one, speed_of(results), machines=shown["machines"], spent=spent)
+        done = {node.key: summary for node in one.nodes if (summary := node.summary())}
+        spent = {key: summary["train_flops"] for key, summary in done.items()}
+        took = {key: summary["train_seconds"] * summary.get("devices", 1) for key, summary in done.items()}
+        costs = forecast(one, speed_of(results), machines=shown["machines"], spent=spent, took=took)
         shown |= {"gantt": gantt(costs), "costs": strategies_table(costs)}
     return shown

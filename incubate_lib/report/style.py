@@ -24,6 +24,12 @@ class Figure(mpl_figure.Figure):
         self.savefig(buffer, format="png", dpi=dpi)
         return buffer.getvalue()
 
+    def svg(self) -> bytes:
+        """Return the figure as an SVG file: sharp at any size; its letters are drawn, so that no font is missing."""
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="svg", metadata={"Date": None})
+        return buffer.getvalue()
+
     def _repr_png_(self) -> bytes:
         return self.png()
 

@@ -49,6 +49,11 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
 
 
+def in_yaml(values: dict[str, Any]) -> str:
+    """Return values as a settings file has them: what has no parts of its own stands on one line."""
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+
+
 def phase_name(phase: str, module_index: Any, num_modules: int = 0) -> str:
     """Return a phase's name for people, modules counted from one."""
     if pd.isna(module_index):

@@ -14,6 +14,24 @@ from typing import Any, BinaryIO
 from incubate_lib.config import SettingsError
 
 
+def check_free(folder: str | Path) -> Path:
+    """Return the path of a folder to be written; SettingsError if something is there already."""
+    folder = Path(os.path.expanduser(folder)).absolute()
+    if len(os.fsencode(unfinished(folder).name)) > 255:
+        raise SettingsError(f"cannot write {folder}: its name is too long")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise SettingsError(f"{folder} is there already, and not an empty folder; it is left as it is: give another name")
+    except OSError as error:
+        raise SettingsError(f"cannot write {folder}: {error.strerror}") from None
+    return folder
+
+
+def unfinished(folder: Path) -> Path:
+    """Return where a folder is written before it is whole."""
+    return folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+
+
 def is_whole(weights: Path) -> bool:
     """Whether a .safetensors file is there and as long as its header says; SettingsError if it may not be read.
 

@@ -76,7 +76,7 @@ def mistakes(model: nn.Module, data: DataSet, task: Task = CLASSIFICATION, num: 
     model.eval()
     device = next(model.parameters()).device
     images, captions = [torch.zeros(0, *data.shape, dtype=torch.uint8)], []
-    for batch in data.eval_batches():
+    for batch in data.eval_batches(keep=False):
         x = task.inputs(batch)
         told = task.mistakes(model(x.to(device)).to(x.device), batch)
         wrong = [place for place, caption in enumerate(told) if caption is not None]

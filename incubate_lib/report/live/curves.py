@@ -98,10 +98,9 @@ def _draw_panel(
             if spots and not look["dashed"]:
                 picture.box(spots[-1][0] - 2.5, spots[-1][1] - 2.5, 5, 5, fill=look["color"], radius=2.5)
                 last.append(points[-1][1])
-        if last:  # where a curve that goes well does not run: under the one, over the other
-            words, at = f"{fmean(last):.3f}", low + 13
-            if name == "score":
-                words, at = metric.written(fmean(last), " "), top + SCORE_HEIGHT - 5
+        if last:  # in the half in which the curve does not end
+            words = metric.written(fmean(last), " ") if name == "score" else f"{fmean(last):.3f}"
+            at = place + (height - 5 if fmean(last) > scale / 2 else 13)
             picture.text(x + width - 4, at, words, color=look["color"], bold=True, anchor="end")
 
 

@@ -269,7 +269,7 @@ def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
     for name, node in nodes.items():
         networks[name] = load_trained(node.settings, node.folder, classes).to(device)
     found = []
-    for x, y in eval_set.eval_batches():
+    for x, y in eval_set.eval_batches(keep=False):
         x = x.to(device)
         with autocast(device, about.precision):
             guesses = {name: network(x).float().argmax(1).cpu().numpy() for name, network in networks.items()}

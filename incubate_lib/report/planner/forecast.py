@@ -7,7 +7,7 @@ images and saving are not in them, nor what devices that train one phase togethe
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -162,20 +162,29 @@ class Forecast:
     strategies: pd.DataFrame
 
 
-def forecast(todo: Plan, speed: Speed, *, machines: int = 1, spent: dict[str, int] | None = None) -> Forecast:
+def forecast(
+    todo: Plan,
+    speed: Speed,
+    *,
+    machines: int = 1,
+    spent: Mapping[str, int] | None = None,
+    took: Mapping[str, float] | None = None,
+) -> Forecast:
     """Return what each strategy of a plan costs on so many machines, each with the settings' devices for one phase at a time.
 
-    `spent` has the FLOPs of phases that were trained, by their keys: with Modular Adaptive Training they are known only then. Of
-    phases that could begin, the one with the longest way to the end goes first, as `incubate run` does it.
+    `spent` has the FLOPs of phases that were trained, by their keys: with Modular Adaptive Training they are known only then;
+    `took` has the device-seconds that they were measured to take, which count instead of the speed's. Of phases that could
+    begin, the one with the longest way to the end goes first, as `incubate run` does it.
     """
     check_numbers({"machines": machines})
-    spent = spent or {}
+    spent, took = spent or {}, took or {}
     flops, settings = todo.flops | spent, todo.experiment.settings
     devices, known, rows, totals, adaptive = settings.machine.team_size, {}, [], [], []
     for (name, _), final in todo.finals.items():
         nodes = closure([final])
         kinds = {node.key: (node.settings.seeded_as, node.settings.module_index) for node in nodes}
-        hours = {key: speed.seconds(*kind, flops[key]) / 3600 for key, kind in kinds.items()}
+        seconds = {key: took[key] if key in took else speed.seconds(*kind, flops[key]) for key, kind in kinds.items()}
+        hours = {key: time / 3600 for key, time in seconds.items()}
         places = _schedule(nodes, {key: time / devices for key, time in hours.items()}, machines)
         own = []
         for node in nodes:

@@ -23,6 +23,7 @@ from incubate_lib.training.stopwatch import PEAKS, peak_flops
 NAME_BOX = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
 NAME = {"ha": "center", "va": "center", "fontsize": 9, "bbox": NAME_BOX}
 UNITS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600, "milliseconds": 1 / 3.6e6, "microseconds": 1 / 3.6e9}
+SHORT = {"hours": "h", "minutes": "min", "seconds": "s", "milliseconds": "ms", "microseconds": "µs"}  # in headings, which wrap
 
 
 def strategies_table(costs: Forecast) -> pd.DataFrame:
@@ -30,14 +31,16 @@ def strategies_table(costs: Forecast) -> pd.DataFrame:
     table = costs.strategies.set_index("strategy")
     unit, size = flop_unit(table["flops"].max())
     time, hours = time_unit(max(table["device_hours"].max(), 1e-12))
+    memory, bytes_ = memory_unit(table["memory"].max())
+    time = SHORT[time]
 
     count = costs.machines * costs.devices
-    side_by_side = f"{time}, modules side by side on {costs.machines} × {costs.devices}"
-    together = f"{time}, all {count} on one phase" if count > 1 else f"{time} on one device"
+    side_by_side = f"modules side by side on {costs.machines} × {costs.devices} ({time})"
+    together = f"all {count} on one phase ({time})" if count > 1 else f"on one device ({time})"
     columns = {
         unit: ("flops", size),
         f"critical path {unit}": ("critical_flops", size),
-        f"device-{time}": ("device_hours", hours),
+        f"device time ({time})": ("device_hours", hours),
         side_by_side: ("hours", hours),
         together: ("device_hours", count * hours),
     }
@@ -46,7 +49,7 @@ def strategies_table(costs: Forecast) -> pd.DataFrame:
         shown[title] = (table[column] / one).map("{:,.4g}".format)
         if costs.reference is not None:
             shown[title] += (table[column] / table.loc[costs.reference, column]).map(" ({:.2f}×)".format)
-    shown["GiB a device"] = (table["memory"] / 2**30).map("{:,.2f}".format)
+    shown[f"{memory} a device"] = (table["memory"] / bytes_).map("{:,.2f}".format)
     return shown.rename(index=label).rename_axis(index=None)
 
 
@@ -55,16 +58,18 @@ def phases_table(costs: Forecast) -> pd.DataFrame:
     table = costs.phases
     unit, size = flop_unit(table["flops"].max())
     time, hours = time_unit(max(costs.strategies["device_hours"].max(), 1e-12))
+    memory, bytes_ = memory_unit(table["memory"].max())
+    time = SHORT[time]
     titles = {  # column → its title, unit and form; numbers as they are
         "epochs": ("epochs", 1, "{:,.4g}"),
         "steps": ("updates", 1, "{:,.0f}"),
         "flops": (unit, size, "{:,.4g}"),
-        "device_hours": (f"device-{time}", hours, "{:,.4g}"),
+        "device_hours": (f"device time ({time})", hours, "{:,.4g}"),
         "begin": (f"begins ({time})", hours, "{:,.3g}"),
         "end": (f"ends ({time})", hours, "{:,.3g}"),
         "machine": ("machine", 1, ""),
         "images": ("images at once", 1, ""),
-        "memory": ("GiB a device", 2**30, "{:,.2f}"),
+        "memory": (f"{memory} a device", bytes_, "{:,.2f}"),
     }
     names = [_phase_name(row) for row in table.itertuples()]
     shown = pd.DataFrame({"strategy": table["strategy"].map(label), "phase": names})
@@ -104,6 +109,11 @@ def _phase_name(row: Any) -> str:
 def time_unit(hours: float) -> tuple[str, float]:
     """Return a unit in which so many hours read well, and its length in hours."""
     return next((unit for unit in UNITS.items() if hours >= 2 * unit[1]), list(UNITS.items())[-1])
+
+
+def memory_unit(size: int) -> tuple[str, int]:
+    """Return a unit in which so many bytes read well, and its size."""
+    return ("GiB", 2**30) if size >= 0.1 * 2**30 else ("MiB", 2**20)
 
 
 def in_words(costs: Forecast) -> str:

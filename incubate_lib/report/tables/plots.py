@@ -115,7 +115,7 @@ def module_bars(phases: pd.DataFrame) -> Figure:
 def score_vs_cost(results: Results) -> Figure:
     """Draw the score against total training cost and against the critical path: each seed, and mean ± std.
 
-    Strategies that are matched in cost would hide one another: their marks are drawn side by side.
+    Strategies that are matched in cost stand above one another: large marks are empty, so that none hides another.
     """
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     table, metric = results.strategies, results.metric
@@ -125,17 +125,15 @@ def score_vs_cost(results: Results) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     panels = {"flops": "all phases, one machine", "critical_flops": "critical path, modules side by side"}
     for axis, (column, title) in zip(axes, panels.items(), strict=True):
-        costs = table.groupby("strategy", sort=False)[column].mean() / factor
         for name, group in table.groupby("strategy", sort=False):
             look = {key: style(name)[key] for key in ("color", "marker")}
-            beside = list(costs.index[(costs - costs[name]).abs() < 0.03 * widest])
-            x = costs[name] + (beside.index(name) - (len(beside) - 1) / 2) * 0.045 * widest
-            axis.scatter([x - 0.014 * widest] * len(group), metric.scale * group["score"], alpha=0.4, s=14, **look)
-            _mean(axis, x, metric.scale * group["score"], label(name), markersize=8, **look)
+            costs, scores = group[column] / factor, metric.scale * group["score"]
+            axis.scatter(costs, scores, s=9 * (len(group) > 1), **look)
+            _mean(axis, costs.mean(), scores, label(name), markersize=9, **look)
         if len(meta):  # what the small network reaches, and for how little
             look = {"color": "#777777", "marker": "*", "markersize": 10}
             _mean(axis, meta["flops"].mean() / factor, metric.scale * meta["score"], "the meta model alone", **look)
-        axis.set(title=title, xlabel=f"training cost ({unit}), equal ones drawn side by side", xlim=(0, 1.12 * widest))
+        axis.set(title=title, xlabel=f"training cost ({unit})", xlim=(0, 1.12 * widest))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(metric.axis(f", {table['split'].iloc[0]} split"))
     legend_below(figure, axes[0], fontsize=9, ncols=2)
@@ -146,6 +144,7 @@ def _mean(axis, x: float, values: pd.Series, name: str, **look) -> None:
     """Mark the mean of values, one a seed, with a bar of one standard deviation if there are several."""
     error = values.std() if len(values) > 1 else None
     look |= {"capsize": 4, "linestyle": "none", "label": f"{name} (n = {len(values)})"}
+    look |= {"markerfacecolor": "none", "markeredgewidth": 1.6}
     axis.errorbar(x, values.mean(), yerr=error, **look)
 
 

@@ -139,10 +139,15 @@ def read_table(path: Path, **options: Any) -> pd.DataFrame:
     return table
 
 
+def as_csv(table: pd.DataFrame) -> str:
+    """Return a table with six digits, as all tracked ones have."""
+    return table.to_csv(index=False, float_format="%.6g")
+
+
 def write_table(table: pd.DataFrame, path: Path) -> Path:
-    """Write a table with six digits, as all tracked ones have; return the file."""
+    """Write a table as `as_csv` has it; return the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, index=False, float_format="%.6g")
+    path.write_text(as_csv(table), encoding="utf-8")
     return path
 
 
