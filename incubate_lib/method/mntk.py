@@ -78,22 +78,17 @@ def modular_kernels(
                 classes = model(images[:1]).shape[1]
             images = images.repeat_interleave(classes, 0)
         kernels = torch.zeros(len(units), len(images), len(images), dtype=precision, device=images.device)
-        # before other hooks, which may change the output
-        handles = [layers[name].register_forward_hook(watch(name), prepend=True) for name in owners]
-        for parameter in learns:
-            parameter.requires_grad_(False)  # their gradients are what must not be computed
-        try:
-            with torch.enable_grad():
-                logits = model(images)
-                if outputs == "all":
-                    one = torch.eye(classes, device=logits.device, dtype=logits.dtype)
-                    logits = logits * one.repeat(len(logits) // classes, 1)
-                torch.autograd.grad(logits.sum(), roots, allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as stack, torch.enable_grad():
+            for name in owners:  # before other hooks, which may change the output
+                stack.enter_context(layers[name].register_forward_hook(watch(name), prepend=True))
             for parameter in learns:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(False)  # their gradients are what must not be computed
+                stack.callback(parameter.requires_grad_, True)
+            logits = model(images)
+            if outputs == "all":
+                one = torch.eye(classes, device=logits.device, dtype=logits.dtype)
+                logits = logits * one.repeat(len(logits) // classes, 1)
+            torch.autograd.grad(logits.sum(), roots, allow_unused=True)
     return kernels
 
 
@@ -140,13 +135,12 @@ def _check_pass(model: nn.Module, owners: Mapping[str, Mapping[str, "Owner"]], p
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(check(name), with_kwargs=True, prepend=True) for name in owners]
-    try:
-        with watched_parameters(model) as uses:
-            logits = model(probe)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks:
+        for name in owners:
+            hook = check(name)
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True, prepend=True))
+        uses = hooks.enter_context(watched_parameters(model))
+        logits = model(probe)
     for name, shorts in owners.items():
         for short in shorts:
             if (use := uses.get(f"{name}.{short}")) and use.outside:
