@@ -9,6 +9,7 @@ Letters used for shapes: B batch, C channels, H and W pixels.
 
 import bisect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,19 +135,14 @@ def find_chain(model: nn.Module, shape: Sequence[int]) -> Chain:
     model.eval().requires_grad_(True)
     images = torch.zeros(2, *shape, device=next(model.parameters()).device, requires_grad=True)
     recording = _Recording(model)
-    handles = []
-    for name, layer in model.named_modules():
-        if name:
-            enter = lambda layer, args, kwargs, name=name: recording.enter(name, args, kwargs)  # noqa: E731
-            leave = lambda layer, args, output, name=name: recording.leave(name, output)  # noqa: E731
-            handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(layer.register_forward_hook(leave))
-    try:
-        with recording:
-            logits = model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, recording:
+        for name, layer in model.named_modules():
+            if name:
+                enter = lambda layer, args, kwargs, name=name: recording.enter(name, args, kwargs)  # noqa: E731
+                leave = lambda layer, args, output, name=name: recording.leave(name, output)  # noqa: E731
+                hooks.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+                hooks.enter_context(layer.register_forward_hook(leave))
+        logits = model(images)
     if not isinstance(logits, Tensor):
         raise NotAChain(f"{type(model).__name__} returns a {type(logits).__name__}, not one tensor of logits")
     is_cut = _narrow_places(logits, images)

@@ -9,7 +9,8 @@ network of its own in those names (`network.in_names_of`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -120,15 +121,11 @@ class Imitation(Hybrid):
         def record(layer: nn.Module, args: Any, output: Any, replay: Replay) -> None:
             replay.value = output.clone() if isinstance(output, Tensor) else output  # what follows may work in place
 
-        handles = [
-            self.meta.get_submodule(path).register_forward_hook(lambda *call, replay=replay: record(*call, replay))
-            for path, replay in self.replays.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for path, replay in self.replays.items():
+                hook = partial(record, replay=replay)
+                hooks.enter_context(self.meta.get_submodule(path).register_forward_hook(hook))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _layers_before(network: nn.Module, partition: Partition, index: int) -> list[str]:

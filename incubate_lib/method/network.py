@@ -10,6 +10,7 @@ import bisect
 import copy
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,28 +159,22 @@ def run_to(model: nn.Module, partition: Partition, index: int, x: Tensor) -> Ten
     def stop(layer: nn.Module, args: Any, output: Tensor) -> None:
         raise _Reached(output)
 
-    handle = last_layer(model, partition, index).register_forward_hook(stop)
     try:
-        model(x)
+        with last_layer(model, partition, index).register_forward_hook(stop):
+            model(x)
     except _Reached as reached:
         return reached.args[0]
-    finally:
-        handle.remove()
     raise AssertionError("the network ran past its cut")
 
 
 def outputs(model: nn.Module, partition: Partition, x: Tensor) -> list[Tensor]:
     """Run a network on images [B, C, H, W] and return the output of every module; of the last one they are the logits."""
     kept: dict[int, Tensor] = {}
-    handles = []
-    for index in range(partition.num_modules - 1):
-        keep = lambda layer, args, output, index=index: kept.update({index: output})  # noqa: E731
-        handles.append(last_layer(model, partition, index).register_forward_hook(keep))
-    try:
+    with ExitStack() as hooks:
+        for index in range(partition.num_modules - 1):
+            keep = lambda layer, args, output, index=index: kept.update({index: output})  # noqa: E731
+            hooks.enter_context(last_layer(model, partition, index).register_forward_hook(keep))
         logits = model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [kept[index] for index in sorted(kept)] + [logits]
 
 

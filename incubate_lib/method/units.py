@@ -6,8 +6,10 @@ are those of its target module. Made by `find_units`.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -40,29 +42,52 @@ def find_units(model: nn.Module, kind: str) -> list[Unit]:
     if kind not in KINDS:
         raise ValueError(f"there is no kind of unit {kind!r}; there are: {', '.join(KINDS)}")
     if kind == "heads":
-        _prove(model, _attentions(model), _heads_of, _attended)
+        _prove(model, _attentions(model), _heads, _attended)
     if kind == "filters":
         convolutions = ((name, layer) for name, layer in _named(model, nn.Conv2d) if not _is_plain(layer))
-        _prove(model, convolutions, _filters_of, _convolved)
-    units = _trainable(model, KINDS[kind](model))
+        _prove(model, convolutions, _filters, _convolved)
+    units = _trainable(model, kind)
     if not units:
         has = ", ".join(f"{name} ({count})" for name, count in count_units(model).items()) or "none that are known here"
         raise ValueError(f"{type(model).__name__} has no {kind.replace('_', ' ')}; it has: {has}")
     return units
 
 
+def owners_of(units: Sequence[Unit], model: nn.Module) -> dict[str, int | Tensor]:
+    """Return for each parameter that units have the index of its unit, or of the unit of each of its rows: int64, -1 for none.
+
+    Raises ValueError for what belongs to two units.
+    """
+    owners: dict[str, int | Tensor] = {}
+    for index, unit in enumerate(units):
+        for name, ranges in unit.rows.items():
+            if ranges is None or isinstance(owners.get(name), int):
+                if name in owners:
+                    raise ValueError(f"parameter {name} belongs to two units; one of them is {unit.name}")
+                owners[name] = index
+                continue
+            rows = owners.setdefault(name, torch.full((len(model.get_parameter(name)),), -1))
+            for first, end in ranges:
+                if rows[first:end].ge(0).any():
+                    raise ValueError(f"rows {first} to {end} of {name} belong to two units; one of them is {unit.name}")
+                rows[first:end] = index
+    return owners
+
+
 def count_units(model: nn.Module) -> dict[str, int]:
     """Return the kinds of trainable units that a model has, and how many of each."""
-    return {kind: len(found) for kind, find in KINDS.items() if (found := _trainable(model, find(model)))}
+    return {kind: len(found) for kind in KINDS if (found := _trainable(model, kind))}
 
 
-def _trainable(model: nn.Module, units: Iterable[Unit]) -> list[Unit]:
+def _trainable(model: nn.Module, kind: str) -> list[Unit]:
+    layers_of, units_of = KINDS[kind]
+    units = [unit for name, layer in layers_of(model) for unit in units_of(name, layer)]
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     kept = (Unit(u.name, {name: rows for name, rows in u.rows.items() if name in learns}, u.entrances) for u in units)
     return [unit for unit in kept if unit.rows]
 
 
-def _named(model: nn.Module, *classes: type) -> Iterator[tuple[str, nn.Module]]:
+def _named(model: nn.Module, classes: type | tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, classes))
 
 
@@ -76,13 +101,8 @@ def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _heads(model: nn.Module) -> Iterator[Unit]:
+def _heads(name: str, module: nn.Module) -> Iterator[Unit]:
     """Each head's rows of q, k and v; the output projection and the MLP belong to no head."""
-    for name, module in _attentions(model):
-        yield from _heads_of(name, module)
-
-
-def _heads_of(name: str, module: nn.Module) -> Iterator[Unit]:
     heads, width = module.num_heads, module.qkv.out_features // 3
     size = width // heads
     for head in range(heads):
@@ -90,37 +110,37 @@ def _heads_of(name: str, module: nn.Module) -> Iterator[Unit]:
         yield Unit(f"{name} head {head}", dict.fromkeys(_whole(f"{name}.qkv", module.qkv), rows))
 
 
-def _sublayers(model: nn.Module) -> Iterator[Unit]:
-    for name, block in _named(model, Block):
-        for part, layers in {"attn": ("norm1", "attn", "ls1"), "mlp": ("norm2", "mlp", "ls2")}.items():
-            rows = {}
-            for layer in layers:
-                rows |= _whole(f"{name}.{layer}", getattr(block, layer))
-            yield Unit(f"{name}.{part}", rows, (f"{name}.{layers[0]}",))
+def _sublayers(name: str, block: Block) -> Iterator[Unit]:
+    for part, layers in {"attn": ("norm1", "attn", "ls1"), "mlp": ("norm2", "mlp", "ls2")}.items():
+        rows = {}
+        for layer in layers:
+            rows |= _whole(f"{name}.{layer}", getattr(block, layer))
+        yield Unit(f"{name}.{part}", rows, (f"{name}.{layers[0]}",))
 
 
-def _blocks(model: nn.Module) -> Iterator[Unit]:
-    for name, block in _named(model, Block, BasicBlock, Bottleneck):
-        entrances = ("norm1", "norm2") if isinstance(block, Block) else ("conv1",)
-        yield Unit(name, _whole(name, block), tuple(f"{name}.{layer}" for layer in entrances))
+def _block(name: str, block: nn.Module) -> Iterator[Unit]:
+    entrances = ("norm1", "norm2") if isinstance(block, Block) else ("conv1",)
+    yield Unit(name, _whole(name, block), tuple(f"{name}.{layer}" for layer in entrances))
 
 
-def _conv_layers(model: nn.Module) -> Iterator[Unit]:
-    for name, layer in _named(model, nn.Conv2d):
-        yield Unit(name, _whole(name, layer))
+def _conv_layer(name: str, layer: nn.Conv2d) -> Iterator[Unit]:
+    yield Unit(name, _whole(name, layer))
 
 
-def _filters(model: nn.Module) -> Iterator[Unit]:
-    for name, layer in _named(model, nn.Conv2d):
-        yield from _filters_of(name, layer)
-
-
-def _filters_of(name: str, layer: nn.Conv2d) -> Iterator[Unit]:
+def _filters(name: str, layer: nn.Conv2d) -> Iterator[Unit]:
     for row in range(layer.out_channels):
         yield Unit(f"{name} filter {row}", dict.fromkeys(_whole(name, layer), ((row, row + 1),)))
 
 
-KINDS = {"heads": _heads, "sublayers": _sublayers, "blocks": _blocks, "conv_layers": _conv_layers, "filters": _filters}
+# A kind → where its units are, and those of one such place.
+_convolutions = partial(_named, classes=nn.Conv2d)
+KINDS = {
+    "heads": (_attentions, _heads),
+    "sublayers": (partial(_named, classes=Block), _sublayers),
+    "blocks": (partial(_named, classes=(Block, BasicBlock, Bottleneck)), _block),
+    "conv_layers": (_convolutions, _conv_layer),
+    "filters": (_convolutions, _filters),
+}
 
 
 # -- whether rows are what they seem --------------------------------------------------------------------------------------
@@ -204,14 +224,14 @@ def _attended(attention: nn.Module) -> Tensor:
         if seen:  # not a norm before q, k and v
             seen.append(inputs[0])
 
-    handles = [attention.qkv.register_forward_hook(lambda layer, inputs, output: seen.append(output))]
-    mixing = [getattr(attention, "norm", None), attention.proj]
-    handles += [layer.register_forward_pre_hook(record) for layer in mixing if isinstance(layer, nn.Module)]
     tokens = getattr(attention, "window_area", 4)  # windows have a fixed number
     generator = torch.Generator().manual_seed(1)
-    attention(torch.randn(2, tokens, attention.qkv.in_features, generator=generator, dtype=torch.float64))
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as hooks:
+        hooks.enter_context(attention.qkv.register_forward_hook(lambda layer, inputs, output: seen.append(output)))
+        for layer in (getattr(attention, "norm", None), attention.proj):
+            if isinstance(layer, nn.Module):
+                hooks.enter_context(layer.register_forward_pre_hook(record))
+        attention(torch.randn(2, tokens, attention.qkv.in_features, generator=generator, dtype=torch.float64))
     if len(seen) < 2:
         raise ValueError("its layers qkv and proj are not called one after the other")
     return seen[1]

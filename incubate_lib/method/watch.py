@@ -53,15 +53,12 @@ def watched_parameters(model: nn.Module) -> Iterator[dict[str, Use]]:
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         calls[id(module)] -= 1
 
-    holders = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
-    handles = [module.register_forward_pre_hook(enter) for module in holders]
-    handles += [module.register_forward_hook(leave, prepend=True) for module in holders]
-    try:
-        with _Watch(model, uses, calls):
-            yield uses
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, _Watch(model, uses, calls):
+        for module in model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                hooks.enter_context(module.register_forward_pre_hook(enter))
+                hooks.enter_context(module.register_forward_hook(leave, prepend=True))
+        yield uses
 
 
 class _Watch(TorchDispatchMode):

@@ -13,6 +13,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -197,16 +198,12 @@ def by_stretch(
             output.register_hook(partial(arrived, stretch=stretch))
         return None
 
-    handles = []
-    for stretch, part in enumerate(stretches[:-1]):
-        if not part.block or has_layer(network, part.block):
-            hook = partial(reached, stretch=stretch)
-            handles.append(network.get_submodule(part.name).register_forward_hook(hook))
-    try:
+    with ExitStack() as hooks:
+        for stretch, part in enumerate(stretches[:-1]):
+            if not part.block or has_layer(network, part.block):
+                hook = partial(reached, stretch=stretch)
+                hooks.enter_context(network.get_submodule(part.name).register_forward_hook(hook))
         out = (run or network)(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     note(last, out)
     for stretch, output in reversed([*outputs, (last, out)]):
         if backward and output.requires_grad:

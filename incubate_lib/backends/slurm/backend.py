@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from incubate_lib.backends.interface import Backend, Submitted
+from incubate_lib.backends.interface import Backend
 from incubate_lib.backends.slurm import options as OPTIONS
 from incubate_lib.backends.slurm import queue
 from incubate_lib.backends.slurm.attempts import has_ended
@@ -23,9 +23,9 @@ from incubate_lib.backends.slurm.limits import call, check
 from incubate_lib.backends.slurm.queue import Job, active_jobs, cancel, job_of, jobs_of, known_jobs, note, note_phase, submitted
 from incubate_lib.backends.slurm.sbatch import requests, scripts
 from incubate_lib.backends.slurm.settings import SlurmSettings, load_slurm
-from incubate_lib.config import SettingsError, data_folder, presets
+from incubate_lib.config import SettingsError, presets
 from incubate_lib.config.files import read_yaml
-from incubate_lib.pipeline.execution import ANALYSIS, analysed, only_run
+from incubate_lib.pipeline.execution import ANALYSIS, analysed, only_run, stop_phases
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
 from incubate_lib.pipeline.graph import Node, Plan, to_do
 from incubate_lib.pipeline.view import Line
@@ -44,8 +44,8 @@ class Slurm(Backend):
         asked = {name: getattr(options, name) for name in OPTIONS.keys() - {"site", "sbatch"}}
         return load_slurm(options.site, asked, options.sbatch or ())
 
-    def submit(self, plan: Plan, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> Submitted:
-        return Submitted(_submit(plan, analysis, settings, console))
+    def submit(self, plan: Plan, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> None:
+        _submit(plan, analysis, settings, console)
 
     def preview(self, plan: Plan, settings: SlurmSettings, *, analysis: dict[str, Any]) -> None:
         missing = _missing(plan, analysis)
@@ -89,12 +89,10 @@ class Slurm(Backend):
         return read_yaml(Path(__file__).with_name("reasons.yaml")).get(reason)
 
     def stop(self, experiment: Experiment) -> str | None:
-        jobs, mine = active_jobs(experiment), submitted(experiment)
-        others = _needed_elsewhere(experiment) if jobs else set()
-        kept = {key for key, job in jobs.items() if job.id in others}
-        for key in jobs.keys() - kept:
-            if mine[key].digest:
-                PhaseFolder.of(mine[key].digest).stop_file.touch()
+        jobs = active_jobs(experiment)
+        phases = {key: job.digest for key, job in submitted(experiment).items() if key in jobs and job.digest}
+        needed = stop_phases(phases.values(), but=experiment.path)
+        kept = {key for key, digest in phases.items() if digest in needed}
         running = [job.id for key, job in jobs.items() if job.is_running and key not in kept]
         cancel("--batch", "--signal=USR2", ids=running)  # the stop file is seen without it, too, but later
         cancel(ids=[job.id for key, job in jobs.items() if not job.is_running and key not in kept])
@@ -134,11 +132,11 @@ def _annotate(line: Line, number: str, job: Job | None, folder: PhaseFolder, is_
 
 def _missing(plan: Plan, analysis: dict[str, Any] | None) -> list[Node]:
     """Return the phases that are to be trained; for an analysis their notebooks are wanted, too."""
-    return to_do(plan.nodes, lambda node: node.job.is_complete() if analysis else node.finished())
+    return to_do(plan.nodes, lambda node: node.job.is_complete(analysis is not None))
 
 
-def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, console: Console) -> list[str]:
-    """Submit what is missing and not in the queue yet; return the ids of the jobs submitted.
+def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, console: Console) -> None:
+    """Submit what is missing and not in the queue yet.
 
     SettingsError before anything is submitted when the cluster cannot do it, as far as that can be known.
     """
@@ -165,7 +163,7 @@ def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, c
                 ids[node.key], active[node.key] = other, job
         wanted = _not_in_queue(plan, missing, active)
         running = {key: job.id for key, job in active.items()}  # and what is submitted now: all that may be waited for
-        new: list[str] = []
+        new = 0
         for script in scripts(plan, wanted, analysis, slurm, jobs):
             if not script.phase and (ANALYSIS in active or (not missing and analysed(plan))):
                 continue
@@ -179,29 +177,18 @@ def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, c
                 output = call("sbatch", "--parsable", *arguments, stdin=text)
                 number = re.search(r"^(\d+)(;.*)?$", output, re.M)[1]  # a site's wrapper may say more
             except SettingsError as error:
-                message = f"{error}. {len(new)} jobs were submitted; `incubate run` again submits the rest"
+                message = f"{error}. {new} jobs were submitted; `incubate run` again submits the rest"
                 raise SettingsError(message if new else str(error)) from None
             running[script.key] = number
             ids[script.key] = queue.Queued(number, script.name, script.phase and script.phase.digest)
             note(experiment, ids)
             if script.phase:
                 note_phase(script.phase.folder, ids[script.key])
-            new.append(number)
+            new += 1
         note(experiment, ids)
     done, waiting = len(plan.nodes) - len(missing), len(missing) - len(wanted)
     message = f"{done} of {len(plan.nodes)} phases are done already, {waiting} are in Slurm's queue"
-    console.print(f"{experiment.path.name}: {message}, {len(new)} job(s) submitted", highlight=False)
-    return new
-
-
-def _needed_elsewhere(experiment: Experiment) -> set[str]:
-    """Return the ids of jobs that other runs name, too, which nobody stopped."""
-    mine = {job.id for job in submitted(experiment).values()}
-    needed: set[str] = set()
-    for file in (*data_folder().glob("runs/*/slurm.json"), *data_folder().glob("studies/*/slurm.json")):
-        if file.parent != experiment.path and not (file.parent / STOP_FILE).exists():
-            needed |= {job.id for job in submitted(Experiment(None, file.parent)).values()} & mine
-    return needed
+    console.print(f"{experiment.path.name}: {message}, {new} job(s) submitted", highlight=False)
 
 
 def _not_in_queue(plan: Plan, missing: list[Node], active: dict[str, Job]) -> list[Node]:
