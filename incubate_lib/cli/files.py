@@ -84,10 +84,11 @@ def export(options: argparse.Namespace) -> None:
 
 
 def figures(options: argparse.Namespace) -> None:
+    from incubate_lib.cli.pages import commands
     from incubate_lib.report import readme
     from incubate_lib.report.publish import redraw
 
-    for path in [*redraw(), *readme.write()]:
+    for path in [*redraw(), *readme.write({"commands": commands})]:
         print(f"wrote {path}")
 
 
