@@ -19,7 +19,8 @@ SHOWN = ("image/png", "text/html", "text/markdown")  # the first of these that t
 def show(name: str) -> Path:
     """Execute a notebook of the series with its defaults, keep the outputs in it, and return its path.
 
-    Headless, so that pictures stand where widgets would. Raises papermill's error if a cell fails, SettingsError if it grew too large.
+    Headless, so that pictures stand where widgets would. Raises papermill's error if a cell fails, SettingsError if the outputs
+    are too large.
     """
     import nbformat
 

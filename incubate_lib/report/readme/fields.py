@@ -6,7 +6,7 @@ import re
 import tokenize
 from typing import Any
 
-from incubate_lib.config import Settings
+from incubate_lib.config import Frozen, Settings
 from incubate_lib.config.members import STRATEGIES
 from incubate_lib.report.readme.text import markdown
 
@@ -46,13 +46,13 @@ def comments(model: type) -> dict[str, str]:
 
 def _model(annotation: Any) -> type:
     """Return the settings class in an annotation that may allow None, too."""
-    return next(kind for kind in (annotation, *getattr(annotation, "__args__", ())) if hasattr(kind, "model_fields"))
+    return next(kind for kind in (annotation, *getattr(annotation, "__args__", ())) if isinstance(kind, type) and issubclass(kind, Frozen))
 
 
 def _default(field: Any) -> str:
     if field.is_required():
         return "needed"
-    if hasattr(field.default, "model_fields") or field.default is None or field.default in ("", {}):
+    if isinstance(field.default, Frozen) or field.default is None or field.default in ("", {}):
         return ""
     value = field.default
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
