@@ -46,7 +46,8 @@ def comments(model: type) -> dict[str, str]:
 
 def _model(annotation: Any) -> type:
     """Return the settings class in an annotation that may allow None, too."""
-    return next(kind for kind in (annotation, *getattr(annotation, "__args__", ())) if isinstance(kind, type) and issubclass(kind, Frozen))
+    kinds = (kind for kind in (annotation, *getattr(annotation, "__args__", ())) if isinstance(kind, type))
+    return next(kind for kind in kinds if issubclass(kind, Frozen))
 
 
 def _default(field: Any) -> str:
