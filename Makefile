@@ -14,10 +14,10 @@ LOWEST += "tests/test_shipped.py::test_every_preset_trains_two_epochs_through_it
 run: .venv/ready
 	$(BIN)/incubate run $(PRESET)
 
-test: .venv/ready
+test: .venv/tests
 	$(BIN)/python -m pytest
 
-test-fast: .venv/ready
+test-fast: .venv/tests
 	$(BIN)/python -m pytest -n 2 -k "not compiled" $(FAST:%=tests/test_%.py)
 
 # Tests that meet other packages most closely: images and their transforms, recipes, networks, weights of others, notebooks.
@@ -33,11 +33,15 @@ lab: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"python >= 3.11 is needed, {sys.executable} is {sys.version.split()[0]}; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable .
+	touch $@
+
+.venv/tests: .venv/ready
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 # torch is downloaded once more. fsspec is named so that its lowest version is taken too: datasets allows only a few.
-.venv-lowest/ready: pyproject.toml .venv/ready
+.venv-lowest/ready: pyproject.toml .venv/tests
 	$(BIN)/python -m venv --without-pip .venv-lowest
 	$(BIN)/uv pip install --quiet --compile-bytecode --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[test,wandb]' fsspec
 	touch $@

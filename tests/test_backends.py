@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from patience import HANG
-from project import ROOT
+from project import ROOT, pages
 from rich.console import Console
 
 from incubate_lib import backends
@@ -156,7 +156,7 @@ def test_a_process_knows_which_attempt_it_is(paper, data_folder, monkeypatch):
 
 
 def test_the_readme_names_every_backend_and_its_folder():
-    rows = re.findall(r"^\| `(\w+)` \|.*\| `(incubate_lib/backends/\w+/)` \|$", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| `(\w+)` \|.*\| `(incubate_lib/backends/\w+/)` \|$", pages()["incubate_lib/backends/README.md"], re.M)
     folders = [f"{path.parent.relative_to(ROOT)}/" for path in sorted(ROOT.glob("incubate_lib/backends/*/backend.py"))]
     assert [folder for _, folder in rows] == folders and all(backends.get(name).name == name for name, _ in rows)
 

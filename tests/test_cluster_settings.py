@@ -1,11 +1,11 @@
 """What jobs ask for: a site's file, options on top, phases that ask for something else."""
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from project import block
 
 from incubate_lib.backends.slurm.sbatch import requests, scripts
 from incubate_lib.backends.slurm.settings import load_slurm
@@ -19,7 +19,7 @@ def write(path: Path, text: str) -> str:
 
 
 def test_the_readmes_site_file_is_read(tmp_path):
-    text = re.search(r"```yaml\n(# site\.yaml.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)[1]
+    text = block("yaml", "# site.yaml")
     slurm = load_slurm(write(tmp_path, text), {})
     assert (slurm.time, slurm.gpus_per_node, slurm.nodes, slurm.python) == ("8:00:00", 4, 2, "python")
     assert slurm.prologue == ["module load cuda", "export NCCL_SOCKET_IFNAME=ib0"]

@@ -2,14 +2,13 @@
 
 import copy
 import math
-import re
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from networks import NETWORKS, gradients, images_for, masks, vgg, vit
-from project import ROOT
+from project import block
 from torch import nn
 
 from incubate_lib.method.mat import PartialUpdates, choose, gradient_norms, same_number
@@ -294,8 +293,7 @@ def test_a_copy_of_the_model_is_independent():
 
 def test_the_readmes_loop_trains():
     """The lines of README, run as they stand: what rests keeps its weights, the loss falls."""
-    text = (ROOT / "README.md").read_text()
-    block = next(part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "PartialUpdates" in part)
+    loop = block("python", "PartialUpdates")
     model, images = vit(), images_for(8)
     labels, losses = torch.arange(8) % 4, []
 
@@ -304,7 +302,7 @@ def test_the_readmes_loop_trains():
         return losses[-1]
 
     names = {"model": model, "probe": images, "epochs": 12, "loader": [(images, labels)] * 4, "loss_function": loss_function}
-    exec(block, names)
+    exec(loop, names)
     assert losses[-1] < losses[0] / 2 and len(names["history"]) == 12
     active = names["updates"].active
     assert active.sum() == 2 and len(active) == 6  # a quarter of six, and what ties with the cut

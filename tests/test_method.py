@@ -2,16 +2,15 @@
 
 import copy
 import itertools
-import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from families import NETWORKS, SHAPE, K, build, divided, pair, some_images
+from project import block
 from torch import nn
 
 from incubate_lib.method.chain import NotAChain, find_chain
@@ -107,9 +106,9 @@ def test_frozen_modules_stay_in_eval_mode_and_the_prefix_records_nothing(images)
         assert bool(learning) is mode and all(name.startswith(("blocks.2", "blocks.3")) for name in learning)
         assert not mode or blocks.get_submodule("2").attn.training
     recording = {}
-    for name, block in blocks.named_children():
+    for name, child in blocks.named_children():
         keep = lambda *call, name=name: recording.update({name: call[-1].requires_grad})  # noqa: E731
-        block.register_forward_hook(keep)
+        child.register_forward_hook(keep)
     hybrid(images)
     assert recording == {"0": False, "2": True, "3": True, "4": True}
 
@@ -243,8 +242,7 @@ def test_more_than_ten_modules_keep_their_order(images):
 
 @pytest.mark.parametrize("name", ["vit", "resnet", "swin"])
 def test_the_readmes_block_runs_in_a_loop_of_ones_own(name, images):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    [block] = re.findall(r"```python\n(import copy, timm\n.*?)```", readme, re.S)
+    text = block("python", "train(meta)  # your loop")
     trained = []
 
     def train(model):
@@ -257,12 +255,10 @@ def test_the_readmes_block_runs_in_a_loop_of_ones_own(name, images):
     chain = divided(name).chain
     depths = [1] * 3 + [len(chain.blocks) - 3]
     small = {"train": train, "timm": SimpleNamespace(create_model=lambda _: build(name))}
-    block = (
-        block.replace("import copy, timm", "import copy")
-        .replace("(3, 224, 224)", "(3, 32, 32)")
-        .replace("[3, 3, 3, 3]", str(depths))
-    )
-    exec(block, small)
+    changes = {"import copy, timm": "import copy", "(3, 224, 224)": "(3, 32, 32)", "[3, 3, 3, 3]": str(depths)}
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    exec(text, small)
     assert len(trained) == 6 and all(trained)
     assert len(set(itertools.chain(*trained[1:5]))) == sum(map(len, trained[1:5])), "each tensor by one module"
 

@@ -16,6 +16,7 @@ from project import ROOT
 
 from incubate_lib.config.members import PHASES
 from incubate_lib.pipeline.notebook import scrub, without_paths
+from incubate_lib.pipeline.shown import LARGEST, sources
 
 TRACKED = subprocess.run(
     ["git", "-C", str(ROOT), "ls-files", "*.ipynb"], capture_output=True, text=True, check=True
@@ -68,11 +69,17 @@ def test_prose_goes_before_code(nb):
     assert nb.cells[-1].cell_type == "markdown" or "write_report" in nb.cells[-1].source
 
 
-def test_committed_without_outputs(nb):
+def test_committed_with_the_outputs_of_these_sources(nb, path):
+    """`incubate notebooks` writes them; after a change of a source it is to be called again."""
     assert nb.metadata.kernelspec.name == "python3"
-    assert "widgets" not in nb.metadata
-    for cell in code_cells(nb):
-        assert cell.outputs == [] and cell.execution_count is None
+    assert nb.metadata.shown.sources == sources(nb), f"`incubate notebooks {path.stem}` was not called since"
+    assert "widgets" not in nb.metadata and path.stat().st_size <= LARGEST
+    shown = [output for cell in code_cells(nb) for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in shown), "a visitor sees results"
+    assert all(output.output_type in ("stream", "display_data", "execute_result") for output in shown)
+    text = json.dumps([output.get("text") or {k: v for k, v in output.data.items() if k != "image/png"} for output in shown])
+    for private in (r"/(home|root|work|tmp|Users)/", r"\b\d\d:\d\d:\d\d\b", r" at 0x[0-9a-f]{6,}", "widget-view"):
+        assert not re.search(private, text), re.search(f".{{60}}{private}.{{60}}", text)
     nbformat.validate(nb)
 
 

@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 import yaml
-from project import ROOT
+from project import ROOT, block
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CARD = {"torch", "timm", "jupyterlab", "papermill", "matplotlib", "pandas", "ipywidgets", "pytest", "nbmake"}
@@ -78,8 +78,8 @@ def test_rooms_import_in_one_direction():
             assert order.index(first) <= order.index(room), f"{path} imports {imported}"
 
 
-def test_every_name_in_the_readmes_tree_exists():
-    tree = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+def test_every_name_in_the_tree_of_the_layout_exists():
+    tree = block("text", "notebooks/ ")
     names = [line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")]
     assert len(names) >= 10
     assert all((ROOT / name).exists() for name in names if name != "data/runs/"), names

@@ -1,12 +1,17 @@
-"""What the README shows works as it stands there, and its numbers are those of the tracked tables."""
+"""What the pages show works as it stands there, and their numbers are those of the tracked tables."""
 
 import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
-from project import ROOT
+from project import ROOT, blocks, pages
 
+from incubate_lib.cli import main, parser
+from incubate_lib.cli.pages import commands
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import readme
@@ -19,14 +24,10 @@ from incubate_lib.report.tables.comparison import comparison
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.tables.statistics import rounded
 
-README = (ROOT / "README.md").read_text()
-SETTINGS = [block for block in re.findall(r"```yaml\n(.*?)```", README, re.S) if re.search(r"^model:", block, re.M)]
-
-
-@pytest.fixture
-def flowers(tmp_path):
-    (path := tmp_path / "flowers.yaml").write_text(re.search(r"```yaml\n(# flowers\.yaml.*?)```", README, re.S)[1])
-    return str(path)
+PAGES = pages()
+RESULTS = PAGES["figures/README.md"]
+SETTINGS = [text for text in blocks("yaml") if re.search(r"^model:", text, re.M)]
+FLOWERS = [text for text in blocks("yaml") if text.startswith("# flowers.yaml")]
 
 
 @pytest.mark.parametrize("text", [text for text in SETTINGS if "weights" not in text])
@@ -36,15 +37,21 @@ def test_settings_can_be_planned(text, tmp_path, data_folder):
     assert sum(todo.flops.values()) > 0 and not data_folder.exists()
 
 
-def test_a_data_set_a_network_and_a_strategy_of_ones_own(flowers, data_folder):
-    """Two kinds of flowers that differ in colour: both ways of training tell them apart, one at half of the other's cost."""
+def flowers(folder: Path) -> None:
+    """Write images of two kinds of flowers that differ in colour."""
     for split, count in {"train": 16, "val": 6}.items():
         for name, color in {"poppy": (200, 30, 30), "gentian": (30, 30, 200)}.items():
-            folder = data_folder / "datasets" / "flowers" / split / name
-            folder.mkdir(parents=True)
+            place = folder / "datasets" / "flowers" / split / name
+            place.mkdir(parents=True)
             for i in range(count):
-                Image.new("RGB", (40 + i, 36), tuple(c + 3 * i for c in color)).save(folder / f"{i}.png")
-    todo = plan(load_settings(flowers))
+                Image.new("RGB", (40 + i, 36), tuple(c + 3 * i for c in color)).save(place / f"{i}.png")
+
+
+def test_a_data_set_a_network_and_a_strategy_of_ones_own(tmp_path, data_folder):
+    """Both ways of training tell two flowers apart, one at half of the other's cost."""
+    (path := tmp_path / "flowers.yaml").write_text(next(text for text in FLOWERS if "half_price" in text))
+    flowers(data_folder)
+    todo = plan(load_settings(str(path)))
     todo.run()
     results = from_plan(todo)
     table = results.strategies.set_index("strategy")
@@ -53,11 +60,90 @@ def test_a_data_set_a_network_and_a_strategy_of_ones_own(flowers, data_folder):
     assert "half price" in comparison(results).columns
 
 
-def test_its_images_exist_and_have_words_in_their_place():
-    images = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", README)
-    assert len(images) >= 6
-    for words, path in images:
-        assert len(words.split()) >= 4 and (ROOT / path).exists(), path
+def test_ones_own_images_in_five_steps(tmp_path, data_folder, monkeypatch, capsys):
+    """The front page's file and snippet, run as they stand but for size: checked, planned, trained, exported, one image told."""
+    (text,) = blocks("yaml", "README.md")
+    small = {"depth: 12": "depth: 4, embed_dim: 48, num_heads: 3", "img_size: 64": "img_size: 32", "epochs: 30": "epochs: 12",
+             "batch_size: 64": "batch_size: 8"}  # fmt: skip
+    for old, new in small.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "flowers.yaml").write_text(text)
+    flowers(data_folder)
+    monkeypatch.chdir(tmp_path)
+    for command in ("check flowers.yaml", "plan flowers.yaml"):
+        assert main(command.split()) == 0
+    plan(load_settings("flowers.yaml")).run()
+    (export,) = (line for line in lines(PAGES["README.md"]) if line.startswith("incubate export flowers.yaml"))
+    assert main(export.split()[1:]) == 0
+    exec(next(text for text in blocks("python", "README.md") if "create_transform" in text), {})
+    assert capsys.readouterr().out.splitlines()[-1] in ("poppy", "gentian")
+
+
+def test_the_method_runs_as_the_front_page_has_it():
+    text = next(text for text in blocks("python", "README.md") if "Hybrid" in text)
+    small = {"img_size=64": "img_size=64, embed_dim=48, num_heads=3"}
+    for old, new in small.items():
+        text = text.replace(old, new)
+    names = {}
+    exec(text, names)
+    assert torch.isfinite(names["target"](names["images"])).all()
+
+
+# -- links, pictures, commands ------------------------------------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors that a page's headings have, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w -]", "", re.sub(r"[*`]", "", heading).lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("place", PAGES)
+def test_every_link_leads_somewhere(place):
+    text = re.sub(r"^ *```.*?^ *```$", "", PAGES[place], flags=re.S | re.M)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (ROOT / place).parent / path if path else ROOT / place
+        assert there.exists(), f"{place}: {target}"
+        assert not anchor or anchor in anchors(there.read_text()), f"{place}: {target}"
+
+
+def test_pictures_have_words_in_their_place():
+    pictures = [words for text in PAGES.values() for words in re.findall(r"!\[([^\]]*)\]\(", text)]
+    assert len(pictures) >= 6 and all(len(words.split()) >= 4 for words in pictures)
+
+
+def lines(text: str) -> list[str]:
+    """Return the commands that a page prints: lines of shell blocks, and what is set as code within a sentence."""
+    prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.S | re.M)
+    shell = "".join(re.findall(r"```sh\n(.*?)```", text, re.S)).replace("\\\n", " ").splitlines()
+    found = [line.partition(" #")[0] for line in shell] + re.findall("`([^`]+)`", prose)
+    given = (" ".join(line.split()) for line in found if not re.search("…|COMMAND|PRESET|NAME", line))
+    return [line for line in given if re.match(r"(incubate|papermill) \S+ ?", line)]
+
+
+COMMANDS = sorted({line for text in PAGES.values() for line in lines(text)})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_can_be_given(command):
+    program, *words = shlex.split(command.partition(" > ")[0].replace("$SET", "--set machine.workers=2"))
+    if program == "papermill":
+        assert (ROOT / words[0]).exists()
+    elif len(words) == 1:  # named, not called
+        parser().parse_args([*words, *{"logs": ["digits", "meta"], "export": ["digits", "x"], "completion": ["zsh"]}.get(words[0], [])])
+    else:
+        parser().parse_args(words)
+
+
+def test_the_front_page_is_short():
+    lines = PAGES["README.md"].splitlines()
+    assert len(lines) <= 200
+    assert max(len(line) for language in ("sh", "yaml", "python", "bibtex") for text in blocks(language, "README.md")
+               for line in text.splitlines()) <= 100  # fmt: skip
 
 
 # -- its numbers ----------------------------------------------------------------------------------------------------------
@@ -65,31 +151,34 @@ def test_its_images_exist_and_have_words_in_their_place():
 
 def test_its_numbers_are_those_of_the_tracked_tables():
     """`incubate figures` would change nothing."""
-    assert readme.render(README) == README
+    for place, text in PAGES.items():
+        assert readme.render(text, {"commands": commands}) == text, place
+    assert set(readme.pages()) <= {ROOT / place for place in PAGES}
     assert comparisons() == (ROOT / COMPARISONS).read_text()
 
 
 def test_no_number_of_the_results_stands_there_by_hand():
-    results = README[README.index("## Results") : README.index("## The notebooks")]
-    results += README[README.index("| 300 epochs of the meta model") : README.index("**TensorBoard, Weights & Biases.**")]
+    front = PAGES["README.md"]
+    results = RESULTS + front[front.index("## What we found") : front.index("## Start")]
     text = re.sub(r"<!--table.*?<!--end-->|<!--=.*?<!---->|`[^`]*`|\(\S*\)|0\.0339", "", results, flags=re.DOTALL)
     assert re.findall(r"\S*\d\.\d\S*|\S* ± \d\S*|[+−]\d+", text) == []
     assert len(re.findall("<!--=", results)) > 100
 
 
 def test_a_claim_that_something_is_clear_comes_from_the_table_and_names_it():
-    for paragraph in re.split(r"\n\n|\n- ", README[README.index("## Results") : README.index("## The notebooks")]):
+    front = PAGES["README.md"]
+    for paragraph in re.split(r"\n\n|\n- ", RESULTS + front[front.index("## What we found") : front.index("## Start")]):
         by_hand = re.sub(r"<!--=.*?<!---->|<!--table.*?<!--end-->", "", paragraph, flags=re.DOTALL)
         if re.search(r"<!--=(gain|count_clear|ahead) ", paragraph):
-            assert "data/results/README.md#" in paragraph or "second table" in paragraph, paragraph
-        elif "A difference is *clear*" not in by_hand:
+            assert "results/README.md#" in paragraph or "second table" in paragraph, paragraph
+        elif "difference is *clear*" not in by_hand:
             assert not re.search(r"\bclear(ly)?\b", by_hand), paragraph
 
 
 @pytest.mark.parametrize(("old", "new"), [("-->93.4<!----", "-->93.5<!----"), ("| 27.0 ± 4.1 (0.13)", "| 27.1 ± 4.1 (0.13)")])
 def test_a_wrong_number_is_written_right(old, new):
-    assert README.count(old) >= 1
-    assert readme.render(README.replace(old, new)) == README
+    assert RESULTS.count(old) >= 1
+    assert readme.render(RESULTS.replace(old, new)) == RESULTS
 
 
 def test_other_tables_make_other_numbers(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from patience import Hooks, wait_for
+from project import block
 
 from incubate_lib.config.study import COLUMNS, load_study, studies
 from incubate_lib.phases.job import read_job
@@ -320,9 +320,7 @@ def test_studies_of_the_package_are_whole(name):
 
 
 def test_the_study_of_the_readme_is_one(tmp_path):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    text = re.search(r"```yaml\n(description: two depths.*?)```", readme, re.S)[1]
-    (tmp_path / "mine-depth.yaml").write_text(text)
+    (tmp_path / "mine-depth.yaml").write_text(block("yaml", "description: two depths"))
     study = load_study(str(tmp_path / "mine-depth.yaml"))
     assert [cell.place for cell in study.cells()] == [{"depth": "12"}, {"depth": "24"}]
 

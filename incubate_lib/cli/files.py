@@ -1,4 +1,4 @@
-"""`incubate presets`, `check`, `clean`, `migrate`, `import`, `export`, `figures`, `completion`: what reads and writes files."""
+"""Commands that read and write files: `incubate presets`, `check`, `clean`, `import`, `export`, `figures`, `notebooks` …"""
 
 import argparse
 import os
@@ -91,11 +91,20 @@ def export(options: argparse.Namespace) -> None:
 
 
 def figures(options: argparse.Namespace) -> None:
+    from incubate_lib.cli.pages import commands
     from incubate_lib.report import readme
     from incubate_lib.report.publish import redraw
 
-    for path in [*redraw(), *readme.write()]:
+    for path in [*redraw(), *readme.write({"commands": commands})]:
         print(f"wrote {path}")
+
+
+def notebooks(options: argparse.Namespace) -> None:
+    from incubate_lib.pipeline.shown import show
+
+    os.environ["INCUBATE_HEADLESS"] = "1"
+    for name in options.names or sorted(path.stem for path in config.notebooks_folder().glob("*.ipynb")):
+        print(f"wrote {show(name)}", flush=True)
 
 
 def completion(options: argparse.Namespace) -> None:

@@ -1,7 +1,9 @@
 """The parser of the command line, made from `commands.toml`: errors in a line, and `did you mean` for what is misspelt."""
 
 import argparse
+import shutil
 import sys
+import textwrap
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,16 +47,22 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 def parser() -> Parser:
     """Return what knows all commands and their options; a command's `function` is the one in this folder that it is."""
-    parser = Parser(prog="incubate", description="Train a network in pieces, and see what it costs.")
-    parser.add_argument("--version", action="version", version=__version__)
-    parsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     commands = tomllib.loads(Path(__file__).with_name("commands.toml").read_text())
     shared = commands.pop("shared")
+    rare = {name: about["help"] for name, about in commands.items() if "rare" in about}
+    parser = Parser(
+        prog="incubate",
+        description="Train a network in pieces, and see what it costs.",
+        epilog="\n".join(["less often:", *_listed(rare), "", "`incubate COMMAND --help` explains one and gives examples."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parsers = parser.add_subparsers(title="every day", required=True, metavar="COMMAND")
     for name, about in commands.items():
-        examples = [f"incubate {name} {example}" for example in about.get("examples", [""])]
+        examples = [f"incubate {name} {example}".rstrip() for example in about.get("examples", [""])]
         command = parsers.add_parser(
             name,
-            help=about["help"],
+            **({} if name in rare else {"help": about["help"]}),
             description=about["help"],
             epilog="\n  ".join(["for example:", *examples]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -66,6 +74,17 @@ def parser() -> Parser:
             else:
                 _add_argument(command, argument, shared.get(argument, {}) | how)
     return parser
+
+
+def _listed(commands: dict[str, str]) -> list[str]:
+    """Return lines as argparse lists commands in."""
+    width = shutil.get_terminal_size().columns - 2
+    indent = " " * 24
+    return [
+        line
+        for name, about in commands.items()
+        for line in textwrap.wrap(about, width, initial_indent=f"    {name:<20}", subsequent_indent=indent)
+    ]
 
 
 def _add_argument(command: Parser, name: str, how: dict[str, Any]) -> None:

@@ -21,10 +21,11 @@ def publish(results: Results) -> list[Path]:
 
 
 def redraw() -> list[Path]:
-    """Draw every tracked figure again from the tracked tables; return the files."""
+    """Draw every tracked figure again from the tracked tables, and the method; return the files."""
+    from incubate_lib.report.drawing import method
     from incubate_lib.report.tables import studies, study_plots
 
-    written = []
+    written = [write_figure(method().figure(), "method")]
     for path in sorted(records.results_folder().glob("bench_*.csv")):
         table = pd.read_csv(path)
         written += [write_figure(growth(table), path.stem)] if "series" in table else []
