@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int | None:
     if is_new and (unused := todo.experiment.facts.unused_classes):
         from incubate_lib.data.sets import unused_in_words
 
-        print(unused_in_words(unused, todo.experiment.facts.num_classes), flush=True)
+        print(unused_in_words(unused, todo.experiment.facts.outputs), flush=True)
     if options.anew:
         from incubate_lib.pipeline import store
 
