@@ -181,7 +181,7 @@ def test_a_network_that_timm_lacks_is_cut_by_names_and_incubated(write, toys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "digit_vale"}, "unknown task 'digit_vale'; did you mean digit_value?"),
+        ({"task": "digit_vale"}, "unknown task 'digit_vale'; did you mean digit_value"),
         ({"strategies": {"mine": {"kind": "end_to_end", "phase": "two_loses"}}}, "did you mean two_losses"),
         ({"strategies": {"mine": {"kind": "end_to_and"}}}, "did you mean end_to_end"),
         ({"model": NETWORK, "partition": {"cuts": ["blocks.2.conv1"]}}, "cannot be cut behind 'blocks.2.conv1'; cuts with"),
