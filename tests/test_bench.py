@@ -45,13 +45,13 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def made(tiny):
-    return bench.Bench(load_settings(tiny), batch=8, classes=4, device=CPU)
+    return bench.Bench(load_settings(tiny), batch=8, outputs=4, device=CPU)
 
 
 def test_released_freezing_costs_what_method_says_at_vit_b():
     """In GFLOP an image; its suffix has weight gradients, its last module has no suffix."""
     vit_b = ["model={name: vit_base_patch16_224, img_size: 224, patch_size: 16, depth: 12}", "partition={num_modules: 4}"]
-    made = bench.Bench(load_settings("digits", vit_b), batch=1, classes=1000, device=META)
+    made = bench.Bench(load_settings("digits", vit_b), batch=1, outputs=1000, device=META)
     ours, released = [], []
     with META:
         for i in range(4):

@@ -185,11 +185,11 @@ def test_a_name_that_only_an_unused_strategy_has_in_other_letters():
         ),
         (
             {"name": "resnet10t", "img_size": 64, "options": {"features_only": True}},
-            "{'features_only': True} gives a list for two",
+            "{'features_only': True} gives a list for 2 samples",
         ),
-        ({"name": "inception_v3", "options": {"aux_logits": True}}, "{'aux_logits': True} gives a tuple for two images"),
+        ({"name": "inception_v3", "options": {"aux_logits": True}}, "{'aux_logits': True} gives a tuple for 2 samples"),
         ({"name": "vgg11", "img_size": 8}, "model.name 'vgg11' with model.options {} fails with images of (3, 8, 8)"),
-        ({"name": "vit_tiny_patch16_224", "options": {"global_pool": ""}}, "where the task needs (2, 4): one for each image"),
+        ({"name": "vit_tiny_patch16_224", "options": {"global_pool": ""}}, "where the task needs (2, 4): one row for each"),
     ],
 )
 def test_a_network_that_gives_no_row_of_logits_is_refused_while_planning(model, message):

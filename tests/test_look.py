@@ -118,16 +118,14 @@ def check_against_records(found, made, strategy):
     final = made.finals[strategy, 0]
     nodes = {"meta": final.upstream("meta")[0], "assembled": final.upstream("assemble")[0], "finetuned": final}
     for network, node in nodes.items():
-        right = (found.guesses[network] == found.guesses["label"]).mean()
+        right = found.mistakes[network].isna().mean()
         assert right == pytest.approx(node.summary()["score"]), network
     counts = found.counts()
     assert list(counts.columns) == list(CASES) and (counts.sum(axis=1) == final.summary()["eval_images"]).all()
     for (_, row), network in zip(counts.iterrows(), ("assembled", "finetuned"), strict=True):
-        images, by_class = row.sum(), found.per_class(network)
+        images = row.sum()
         assert (row["both right"] + row["only meta model right"]) / images == pytest.approx(nodes["meta"].summary()["score"])
         assert (row["both right"] + row["only deep network right"]) / images == pytest.approx(nodes[network].summary()["score"])
-        assert (by_class[list(CASES)].sum() == row).all() and by_class["images"].sum() == images
-        assert by_class["gain"].is_monotonic_increasing
         assert drawn(found.figure(network, num=4))
 
 
@@ -154,7 +152,8 @@ def test_they_are_found_in_streamed_images_too(home, tmp_path):
     made.run()
     found = disagreements(made, "deep_incubation")
     check_against_records(found, made, "deep_incubation")
-    assert set(found.per_class().index) == {"ant", "bee", "cat"}
+    words = {word for told in found.mistakes["meta"].dropna() for word in told.split(", not ")}
+    assert words and words <= {"ant", "bee", "cat"}
     assert len(similarity(made, "deep_incubation", images=9)) == 2 * 4, "and there is no end to end"
 
 

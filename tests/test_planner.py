@@ -120,7 +120,7 @@ def test_images_that_a_run_sets_apart_are_not_planned(data):
     planned = open_plan("smoke", [data]).experiment.facts
     settings = load_settings("smoke", [data])
     train, _ = load_data(settings.data)
-    assert (planned.num_images, planned.num_classes) == (len(train), train.num_classes)
+    assert (planned.num_images, planned.outputs) == (len(train), train.num_classes)
 
 
 def test_sliders_say_what_is_assumed(tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_sliders_say_what_is_assumed(tmp_path, monkeypatch):
 def test_a_timm_name_needs_no_settings_and_no_images():
     todo = open_plan("vit_small_patch16_224", ["phases.incubate.epochs=30"], images=5000, classes=7)
     facts = todo.experiment.facts
-    assert (facts.num_images, facts.num_classes, facts.target_depths) == (5000, 7, [3, 3, 3, 3])
+    assert (facts.num_images, facts.outputs, facts.target_depths) == (5000, 7, [3, 3, 3, 3])
     modules = [n for n in todo.nodes if n.settings.phase == "incubate"]
     assert {n.settings.training.epochs for n in modules} == {30}
     assert not todo.experiment.path.exists()

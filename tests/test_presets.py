@@ -89,7 +89,7 @@ def facts_of(preset):
     for i in range(len(target_depths)):
         flops[f"incubate-{i}"] = sum(counts.hybrid(*parts, i))
     return Facts(
-        num_images=images, num_classes=classes, target_depths=target_depths, meta_depths=meta_depths, flops_per_image=flops,
+        num_images=images, outputs=classes, target_depths=target_depths, meta_depths=meta_depths, flops_per_image=flops,
         unsupported={}, units=count_units(target),
     )  # fmt: skip
 

@@ -134,7 +134,8 @@ def test_every_command_can_be_given(command):
     if program == "papermill":
         assert (ROOT / words[0]).exists()
     elif len(words) == 1:  # named, not called
-        parser().parse_args([*words, *{"logs": ["digits", "meta"], "export": ["digits", "x"], "completion": ["zsh"]}.get(words[0], [])])
+        needed = {"logs": ["digits", "meta"], "export": ["digits", "x"], "completion": ["zsh"]}
+        parser().parse_args(words + needed.get(words[0], []))
     else:
         parser().parse_args(words)
 

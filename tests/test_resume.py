@@ -288,7 +288,7 @@ def test_other_images_than_planned_with_are_told(data_folder, tmp_path):
     file = todo.experiment.path / "run.json"
     file.write_text(file.read_text().replace('"num_images": 288', '"num_images": 300'))
     with pytest.raises(
-        SettingsError, match=r"there are 288 training images in 4 classes, but 300 in 4 when this run was planned"
+        SettingsError, match=r"there are 288 training images for 4 outputs, but 300 for 4 when this run was planned"
     ):
         open_phase("meta", str(tmp_path / "mine.yaml")).run()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -16,11 +17,21 @@ from incubate_lib.cli import main
 from incubate_lib.config import TrainingSettings, load_settings
 from incubate_lib.config.members import PHASES
 from incubate_lib.data.order import Order
+from incubate_lib.data.sets import ImageSet
 from incubate_lib.networks import register_all
+from incubate_lib.phases import bench
 from incubate_lib.phases.recipes import load_trained
-from incubate_lib.pipeline.strategies import plan
+from incubate_lib.pipeline.strategies import open_phase, plan
+from incubate_lib.report.live.representations import disagreements, similarity
+from incubate_lib.report.planner.bench import bench_table
+from incubate_lib.report.planner.forecast import forecast, open_plan, stated_speed
+from incubate_lib.report.planner.memory import step_memory_of
+from incubate_lib.report.style import style
+from incubate_lib.report.tables.comparison import comparison
+from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.words import phase_name
 from incubate_lib.tasks import Metric, Task, get
+from incubate_lib.training import stopwatch
 from incubate_lib.training.loop import evaluate
 from incubate_lib.training.trainer import Trainer
 
@@ -53,7 +64,7 @@ def write(tmp_path):
 @pytest.fixture
 def toys(monkeypatch, tmp_path):
     """The members of somebody else's package, as in a process on whose path that is."""
-    for package in ("incubate_lib.tasks", "incubate_lib.networks", "incubate_lib.phases.kinds"):
+    for package in ("incubate_lib.tasks", "incubate_lib.networks", "incubate_lib.phases.kinds", "incubate_lib.strategies"):
         module = importlib.import_module(package)
         folder = TOYS.joinpath(*package.split("."))
         monkeypatch.setattr(module, "__path__", [*module.__path__, str(folder)])
@@ -103,6 +114,61 @@ def test_a_phase_with_two_losses_is_run_and_counted(write, toys):
     assert phase_name("two_losses", None) == "two losses"
 
 
+def dicts(monkeypatch):
+    """Have images in memory yield dicts instead of pairs, as data of another package may."""
+    some, batches = ImageSet.some, ImageSet.batches
+    named = lambda pair: dict(zip(("image", "digit"), pair, strict=True))  # noqa: E731
+    monkeypatch.setattr(ImageSet, "some", lambda self, index: named(some(self, index)))
+    monkeypatch.setattr(ImageSet, "batches", lambda self, order: map(named, batches(self, order)))
+
+
+def test_a_task_whose_batch_is_no_pair_and_whose_output_is_a_row_a_token_goes_all_the_way(write, toys, monkeypatch):
+    dicts(monkeypatch)
+    model = SMALL["model"] | {"options": {"global_pool": "", "class_token": False}}
+    strategies = {"mat": {"mat": {"probe": 4, "warmup_epochs": 0.5, "every_epochs": 0.5, "outputs": "all"}, "match": None}}
+    file = write(task="digit_bits", model=model, strategies=strategies, run=["deep_incubation", "end_to_end", "mat"])
+    made = plan(load_settings(file))
+    made.run()
+    final, whole, adaptive = made.finals.values()
+    for node in (*final.upstream("meta"), *final.upstream("incubate"), whole, adaptive):
+        assert node.summary()["loss"] < node.folder.metrics()[0]["loss"], node.title
+    assert final.summary()["score"] > 0.7  # whoever says of each bit what it mostly is has 0.63
+    table = comparison(results := from_plan(made))
+    assert table.shape[1] == 3 and "bits right %" in table.index and " than end to end (" in results.verdict()
+    assert similarity(made, "deep_incubation", images=32)["cka"].between(-0.5, 1 + 1e-6).all()
+    found = disagreements(made, "deep_incubation")
+    assert found.counts().sum(axis=1).eq(300).all() and 0 < found.mistakes["meta"].isna().sum() < 300
+    costs = forecast(open_plan(file), stated_speed())
+    assert (costs.strategies["flops"] == results.strategies["flops"])[:2].all()
+    monkeypatch.setattr(stopwatch, "PIECE_SECONDS", 1e-3)
+    monkeypatch.setattr(stopwatch, "MATMUL_SIZE", {"cpu": 64, "cuda": 64})
+    measured = pd.DataFrame(bench.bench(load_settings(file), batch=4, rounds=1))
+    names = ("end to end", "meta model", "two losses")  # a kind of phase that has a speed of its own has its lines, too
+    lines = [f"{name}{loop}" for name in names for loop in ("", ", bare loop")]
+    assert list(bench_table(measured).columns[0].cells)[:6] == lines
+    flops = measured.set_index("variant")["step_flops"]
+    assert flops["two_losses"] == flops["two_losses-bare"] == 2 * flops["end_to_end"]
+    probed, task = whole.data()[0].some(torch.arange(6)), get("digit_bits")
+    assert task.inputs(probed)[task.side_by_side(probed)].shape == (6, 1, 8, 8)
+
+
+def test_a_task_with_several_outputs_is_trained_end_to_end(write, toys):
+    model = {"name": "two_heads", "img_size": 8, "in_chans": 1}
+    [final] = trained(write(task="two_answers", model=model, partition=None, run=["end_to_end"]), "end_to_end")
+    first, *_, last = final.folder.metrics()
+    assert last["loss"] < first["loss"] and final.summary()["metric"] == "right"
+    assert final.summary()["train_flops"] == final.summary()["train_flops_executed"] > 0
+    assert step_memory_of(final, {}).peak(32) > 0
+
+
+def test_a_kind_of_strategy_has_its_row_its_label_and_its_look(write, toys):
+    file = write(strategies={"tuned": {"kind": "tuned"}}, run=["tuned", "end_to_end"])
+    made = plan(load_settings(file))
+    made.run()
+    assert list(comparison(from_plan(made)).columns) == ["end to end, then tuned", "end to end"]
+    assert style("tuned")["marker"] == "p" and open_phase("finetune", file).strategy == "tuned"
+
+
 def test_a_network_that_timm_lacks_is_cut_by_names_and_incubated(write, toys):
     file = write(model=NETWORK, partition={"cuts": ["blocks.2", "blocks.5"]}, run=["deep_incubation"])
     [final] = trained(file, "deep_incubation")
@@ -115,7 +181,7 @@ def test_a_network_that_timm_lacks_is_cut_by_names_and_incubated(write, toys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "digit_vale"}, "unknown task 'digit_vale'; did you mean digit_value?"),
+        ({"task": "digit_vale"}, "unknown task 'digit_vale'; did you mean digit_value"),
         ({"strategies": {"mine": {"kind": "end_to_end", "phase": "two_loses"}}}, "did you mean two_losses"),
         ({"strategies": {"mine": {"kind": "end_to_and"}}}, "did you mean end_to_end"),
         ({"model": NETWORK, "partition": {"cuts": ["blocks.2.conv1"]}}, "cannot be cut behind 'blocks.2.conv1'; cuts with"),

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int | None:
     if is_new and (unused := todo.experiment.facts.unused_classes):
         from incubate_lib.data.sets import unused_in_words
 
-        print(unused_in_words(unused, todo.experiment.facts.num_classes), flush=True)
+        print(unused_in_words(unused, todo.experiment.facts.outputs), flush=True)
     if is_new:
         print(*matched_lengths(todo), sep="\n", flush=True)
     if options.anew:

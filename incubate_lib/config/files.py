@@ -17,7 +17,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from incubate_lib.config.errors import SettingsError, nearest, refuse, shortened, validated
 from incubate_lib.config.models import Settings
-from incubate_lib.config.strategies import KNOWN, UNCUT
+from incubate_lib.config.strategies import KNOWN, uncut
 
 # bytes; Linux opens paths of 4,095, and runs' names, strategies' and files' stand below the data folder
 LONGEST_FOLDER = 3000
@@ -59,7 +59,7 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
         for override in overrides:
             if override.startswith("partition"):
                 _override(cut, override)
-        known = UNCUT if cut["partition"] is None else KNOWN
+        known = uncut() if cut["partition"] is None else KNOWN
         raw["strategies"] = {name: copy.deepcopy(known.get(name, {})) | (given.get(name) or {}) for name in known | given}
     for override in overrides:
         _override(raw, override)

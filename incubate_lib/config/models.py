@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field, SerializeAsAny, model_validator
 
 from incubate_lib.config.errors import SettingsError, nearest, refuse, validated
+from incubate_lib.config.members import STRATEGIES
 from incubate_lib.config.phase import FORMAT, TASK, as_ever, digest
 from incubate_lib.config.sections import (
     ARRAYS,
@@ -23,7 +24,7 @@ from incubate_lib.config.sections import (
     PartitionSettings,
     TrainingSettings,
 )
-from incubate_lib.config.strategies import KNOWN, PhaseChanges, StrategyName, StrategySettings, as_set
+from incubate_lib.config.strategies import KNOWN, PhaseChanges, StrategyName, StrategySettings, as_set, is_cut
 
 DEFAULT_MACHINE = MachineSettings()
 
@@ -51,7 +52,7 @@ class Settings(Frozen):
     @model_validator(mode="after")
     def _whole(self) -> "Settings":
         if self.partition is None:
-            cut = [name for name in self.run if KNOWN.get(name, {}).get("kind") == "deep_incubation"]
+            cut = [name for name in self.run if is_cut(name)]
             cut += [name for name, strategy in self.strategies.items() if strategy.is_cut]
             needs = f"which {cut[0]} needs: give num_modules or target_depths" if cut else ""
             refuse(cut, f"partition is missing, {needs}")
@@ -85,7 +86,8 @@ class Settings(Frozen):
         other, said = self.strategies.get(match), f"strategies.{name}.match is {match!r}"
         refuse(other is None, f"{said}; {nearest(match, self.strategies)}")
         strange = not other.can_be_matched or other.mat is not None or match == name
-        refuse(strange, f"{said}; name a deep_incubation or end_to_end strategy without MAT")
+        kinds = " or ".join(kind for kind in STRATEGIES if STRATEGIES[kind].settings.can_be_matched)
+        refuse(strange, f"{said}; name a {kinds} strategy without MAT")
         strategy.check_match(said, other, self.strategies)
         seen = [name]
         while self.is_matched(seen[-1]):
@@ -143,8 +145,7 @@ class Settings(Frozen):
     def mat_of(self, strategy: str, phase: str) -> MATSettings | None:
         """Return the settings of Modular Adaptive Training in a phase of a strategy; none where everything trains."""
         way = self.strategy(strategy)
-        in_phases = way.mat_phases or [p for p in way.trains if p != "meta"]
-        if way.mat is None or phase not in in_phases:
+        if way.mat is None or phase not in way.adapts:
             return None
         merged = self.mat.model_dump() | way.mat.model_dump(exclude_unset=True)
         return validated(MATSettings, merged, f"mat of strategy {strategy}")

@@ -1,7 +1,7 @@
 """Strategies: the fields that all kinds have, what differs by phase, and those that are known by name (`strategies.yaml`)."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, create_model, model_validator
@@ -54,6 +54,8 @@ class StrategySettings(Frozen):
     phases: PhaseChanges = {}
 
     is_cut: ClassVar[bool] = False  # needs a network that is divided into modules
+    # trains the whole network at once, from random weights: what others are compared with, and have the epochs of
+    is_whole: ClassVar[bool] = False
     can_be_matched: ClassVar[bool] = True  # whether another strategy may be as long as this one costs
 
     def get(self, field: str) -> Any:
@@ -64,6 +66,16 @@ class StrategySettings(Frozen):
     def trains(self) -> list[str]:
         """The phases that it trains, in order, by the names that settings have for them."""
         raise NotImplementedError
+
+    @property
+    def all_phases(self) -> list[str]:
+        """All of its phases: those that it trains, and those that only put something together."""
+        return self.trains
+
+    @property
+    def adapts(self) -> list[str]:
+        """The phases that have Modular Adaptive Training, if it has that."""
+        return self.mat_phases or self.trains
 
     @property
     def matched(self) -> list[str]:
@@ -109,7 +121,7 @@ class StrategySettings(Frozen):
 
     def is_as_named(self, name: str) -> bool:
         """Whether nothing of a known strategy was changed."""
-        known = (table[name] for table in (KNOWN, UNCUT) if name in table)
+        known = (table[name] for table in (KNOWN, uncut()) if name in table)
         return any(as_set(self) == as_set(StrategySettings.model_validate(one)) for one in known)
 
 
@@ -124,8 +136,19 @@ def as_set(changes: Frozen) -> dict[str, Any]:
 
 
 KNOWN = packaged("strategies.yaml")
-UNCUT = {  # of networks that are not taken apart
-    name: {field: value for field, value in strategy.items() if value != "deep_incubation"}
-    for name, strategy in KNOWN.items()
-    if strategy["kind"] == "end_to_end" and "match_on" not in strategy
-}
+
+
+def is_cut(name: str) -> bool:
+    """Whether a strategy is known by that name, and its network is taken apart."""
+    return name in KNOWN and STRATEGIES[KNOWN[name]["kind"]].settings.is_cut
+
+
+@cache
+def uncut() -> dict[str, dict[str, Any]]:
+    """Return the known strategies of networks that are not taken apart, without what they would be matched to."""
+    of_modules = {name for name, strategy in KNOWN.items() if is_cut(name) or "match_on" in strategy}
+    return {
+        name: {field: value for field, value in strategy.items() if field != "match" or value not in of_modules}
+        for name, strategy in KNOWN.items()
+        if name not in of_modules
+    }

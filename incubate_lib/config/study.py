@@ -17,7 +17,13 @@ from incubate_lib.config.sections import Frozen, Label, Name, Seed, Word
 BASELINE = "end_to_end"
 MOST_CELLS = 1_000
 COLUMNS, DERIVED = (packaged("columns.yaml")[of] for of in ("study", "derived"))
+RATE = "lr_"  # begins the name of a column for the rate of a kind of phase
 Value = TypeVar("Value")
+
+
+def is_column(name: str) -> bool:
+    """Whether a column of studies' tables, which is no axis, is called so."""
+    return name in (*COLUMNS, *DERIVED) or name.startswith(RATE)
 
 
 def _once(values: list[Any]) -> list[Any]:
@@ -80,7 +86,7 @@ class Study(Frozen):
         for axis, values in self.axes.items():
             column = f"axes.{axis}: that is a column of the tables already; name the axis otherwise"
             refuse(not values, f"axes.{axis} has no values")
-            refuse(axis in (*COLUMNS, *DERIVED), column)
+            refuse(is_column(axis), column)
         for axis, value in (self.rates.at if self.rates else {}).items():
             others = nearest(axis, self.axes) if self.axes else "there are no axes"
             refuse(axis not in self.axes, f"rates.at names {axis!r}; {others}")

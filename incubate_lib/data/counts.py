@@ -23,7 +23,7 @@ class Images:
     """Number of images to train on, before `data.train_share`, and of their classes."""
 
     count: int
-    classes: int
+    num_classes: int
     sentence: str  # a sentence: the numbers, and how they are known
     assumed: bool = False  # because there is no folder to count
 

@@ -73,9 +73,8 @@ def modular_kernels(
 
     with eval_mode(model):
         if outputs == "all":
-            with torch.no_grad():
-                classes = model(images[:1]).shape[1]
-            images = images.repeat_interleave(classes, 0)
+            number = outputs_of(model, images)
+            images = images.repeat_interleave(number, 0)
         kernels = torch.zeros(len(units), len(images), len(images), dtype=precision, device=images.device)
         with contextlib.ExitStack() as stack, torch.enable_grad():
             for name in owners:  # before other hooks, which may change the output
@@ -85,8 +84,8 @@ def modular_kernels(
                 stack.callback(parameter.requires_grad_, True)
             logits = model(images)
             if outputs == "all":
-                one = torch.eye(classes, device=logits.device, dtype=logits.dtype)
-                logits = logits * one.repeat(len(logits) // classes, 1)
+                one = torch.eye(number, device=logits.device, dtype=logits.dtype)
+                logits = logits.flatten(1) * one.repeat(len(logits) // number, 1)
             torch.autograd.grad(logits.sum(), roots, allow_unused=True)
     return kernels
 
@@ -139,6 +138,8 @@ def _check_pass(model: nn.Module, owners: Mapping[str, Mapping[str, "Owner"]], p
             hooks.enter_context(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True, prepend=True))
         uses = hooks.enter_context(watched_parameters(model))
         logits = model(probe)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the network gives a {type(logits).__name__}, not one tensor; {UNKNOWN}")
     for name, shorts in owners.items():
         for short in shorts:
             if (use := uses.get(f"{name}.{short}")) and use.outside:
@@ -162,6 +163,13 @@ def kernel_by_definition(model: nn.Module, names: Sequence[str], images: Tensor,
                 rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     jacobian = torch.stack(rows)
     return jacobian @ jacobian.T
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, images: Tensor) -> int:
+    """Return how many numbers a network gives for an image."""
+    with eval_mode(model):
+        return model(images[:1]).numel()
 
 
 def probe_bytes(model: nn.Module, units: Sequence[Unit], image_shape: tuple[int, ...]) -> int:

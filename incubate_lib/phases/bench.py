@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from incubate_lib.config import (
@@ -25,12 +24,15 @@ from incubate_lib.config import (
     SettingsError,
     TrainingSettings,
 )
-from incubate_lib.data.counts import IMAGENET, check_numbers, count_images
+from incubate_lib.config.members import PHASES, TASKS
+from incubate_lib.data.counts import IMAGENET, Images, check_numbers, count_images
 from incubate_lib.data.schedule import micro_batches
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.method.incubation import Hybrid
+from incubate_lib.phases.facts import outputs_for
 from incubate_lib.phases.networks import depths_of, model_shape
-from incubate_lib.phases.recipes import prepare
+from incubate_lib.phases.recipes import networks_of, prepare
+from incubate_lib.tasks import Losses
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.stopwatch import Variant, measure, peak_flops, yardstick
 from incubate_lib.training.team import pick_device, provenance, repeat_exactly
@@ -41,7 +43,6 @@ CPU_STEP = 5e11  # FLOPs of a step end to end on a CPU: some ten seconds
 LR = 1e-5  # so small that random labels do no harm
 NARROW = ModelSettings(name="vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=96, depth=8, num_heads=3)
 DEPTHS = (12, 24, 48, 96, 128)  # blocks
-HYBRID = {"start": "random", "inherit_stem": False, "inherit_head": False}
 SIZES = (32, 64, 96, 128, 160, 224)  # pixels: 17 to 785 tokens, where attention has 3 to 58 % of the FLOPs
 Log = Callable[[str], None]
 
@@ -49,38 +50,52 @@ Log = Callable[[str], None]
 class Bench:
     """Builds the variants of one network on one device at one batch size; SettingsError if there is no such network."""
 
-    def __init__(self, settings: Settings, *, batch: int, classes: int, device: torch.device) -> None:
+    def __init__(self, settings: Settings, *, batch: int, outputs: int, device: torch.device) -> None:
         if settings.partition is None:
             raise SettingsError("partition is missing: without modules there are no hybrids to measure beside end to end")
-        self.settings, self.batch, self.classes, self.device = settings, batch, classes, device
+        self.settings, self.batch, self.outputs, self.device = settings, batch, outputs, device
+        self.task = TASKS[settings.task]
         self.shape = model_shape(settings.model)
         self.target_depths, self.meta_depths = depths_of(settings)
         self.recipe = TrainingSettings(epochs=1e6, batch_size=batch, lr=LR, warmup_epochs=0.0, label_smoothing=0.0)
         images = torch.randint(256, (batch, *self.shape), dtype=torch.uint8, device=device)
-        labels = torch.randint(classes, (batch,), device=device)
+        labels = self.task.invented(images, outputs)
         half = torch.full((self.shape[0], 1, 1), 0.5, device=device)
-        self.data = ImageSet(images, labels, half, half, classes)
+        self.data = ImageSet(images, labels, half, half, outputs)
+        self.counted = networks_of(settings, (self.target_depths, self.meta_depths), outputs)
+
+    def options(self, phase: str, index: int | None = None) -> dict[str, Any]:
+        """Return the options of a phase that learns from random weights."""
+        fields = PHASES[phase].options.model_fields
+        given = {name: value for name, value in {"module_index": index, "start": "random"}.items() if name in fields}
+        return PHASES[phase].options.model_validate(given).model_dump(mode="json")
+
+    def flops(self, phase: str, index: int | None = None) -> int:
+        """Return the FLOPs of a training image of a phase."""
+        kind = PHASES[phase]
+        return kind.count(self.counted)[kind.cost(self.settings.model, self.options(phase, index))]
 
     def build(self, phase: str, index: int | None = None) -> nn.Module:
         """Return the model that a phase trains, freshly initialised, on the device that is default here."""
         s = PhaseSettings(
             phase=phase,
             seed=0,
+            task=self.settings.task,
             data=self.settings.data,
             model=self.settings.model,
             target_depths=self.target_depths,
             meta_depths=self.meta_depths,
             cuts=self.settings.partition.cuts or [],
-            options={} if index is None else HYBRID | {"module_index": index},
+            options=self.options(phase, index),
             training=self.recipe,
         )
-        return prepare(s, {}, self.classes)
+        return prepare(s, {}, self.outputs)
 
     def ours(self, phase: str, index: int | None = None) -> Variant:
         """Return a phase in our loop."""
         with self.device:
             model = self.build(phase, index)
-        return self._in_our_loop(phase if index is None else f"{phase}-{index}", model)
+        return self._in_our_loop(phase if index is None else f"{phase}-{index}", model, self.flops(phase, index))
 
     def bare(self, ours: Variant) -> Variant:
         """Return a copy of a network in a loop as short as a loop can be; ours is compared with it.
@@ -90,14 +105,17 @@ class Bench:
         model = copy.deepcopy(ours.model).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
         runner = compiled(model, self.settings.machine.compile)
-        x, y = self.data.normalise(self.data.images), self.data.labels
+        batch = self.data.some(torch.arange(self.batch))
+        x, losses = self.task.inputs(batch), losses_of(ours.name)
+
+        def run(x: Tensor) -> Any:
+            with autocast(self.device, self.settings.precision):
+                return runner(x)
 
         def step() -> Tensor:
             optimizer.zero_grad(set_to_none=True)
-            with autocast(self.device, self.settings.precision):
-                logits = runner(x)
-            loss = F.cross_entropy(logits.float(), y)
-            loss.backward()
+            for loss in losses(run, x, lambda output: self.task.loss(output, batch)):
+                loss.backward()
             optimizer.step()
             return loss.detach()
 
@@ -108,20 +126,28 @@ class Bench:
         """Return a copy of our hybrid with the released code's freezing, in our loop; it is compared with ours."""
         model = copy.deepcopy(ours.model)
         optimizer = make_optimizer(model, self.recipe)  # holds what trains now
-        twin = self._in_our_loop(f"{ours.name}-released", released_freezing(model), optimizer)
+        network = released_freezing(model)
+        twin = self._in_our_loop(f"{ours.name}-released", network, train_flops_per_image(network, self.shape), optimizer)
         twin.against = ours
         return twin
 
-    def _in_our_loop(self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Variant:
-        """Return a model in our loop, with an optimiser of all that trains if none is given."""
-        flops = self.batch * train_flops_per_image(model, self.shape)
+    def _in_our_loop(self, name: str, model: nn.Module, flops: int, optimizer: torch.optim.Optimizer | None = None) -> Variant:
+        """Return a model in our loop, with an optimiser of all that trains if none is given; `flops` are of an image."""
         machine = self.settings.machine
-        trainer = Trainer(model, self.data, self.recipe, seed=0, precision=self.settings.precision, machine=machine)
+        trainer = Trainer(
+            model, self.data, self.recipe, seed=0, precision=self.settings.precision, machine=machine, task=self.task,
+            losses=losses_of(name),
+        )  # fmt: skip
         trainer.optimizer = optimizer or trainer.optimizer
         trainer.begin(0)
         number = itertools.count()
-        return Variant(name, lambda: trainer.step(next(number)), flops, model, trainer.optimizer,
+        return Variant(name, lambda: trainer.step(next(number)), self.batch * flops, model, trainer.optimizer,
                        compiled=machine.compile != "off", exact=True)  # fmt: skip
+
+
+def losses_of(variant: str) -> Losses:
+    """Return the losses of the kind of phase that a variant is an update of."""
+    return PHASES[variant.partition("-")[0]].losses
 
 
 def released_freezing(hybrid: Hybrid) -> nn.Module:
@@ -144,7 +170,7 @@ def bench(
     classes: int | None = None,
     log: Log = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Measure end to end and the meta model beside bare loops, and each hybrid beside the released code's freezing.
+    """Measure each kind of phase that has a speed of its own beside a bare loop, and hybrids beside the released code's freezing.
 
     Returns one row a variant. Two variants live at a time; `log` is given a line before each two. Raises SettingsError
     for numbers that make no sense and for a batch that the device cannot hold.
@@ -152,41 +178,40 @@ def bench(
     check_numbers({"--batch": batch, "--rounds": rounds, "--classes": classes})
     device = pick_device()
     repeat_exactly(device)
+    known = Images(1, classes or IMAGENET[2], "")
     if classes is None:
         try:
             known = count_images(settings.data, settings.machine)
-            classes, assumed = known.classes, known.sentence if known.assumed else ""
+            assumed = known.sentence if known.assumed else ""
         except SettingsError as error:  # images that cannot be trained on are no reason not to measure
-            classes = IMAGENET[2]
-            assumed = f"ASSUMED: {classes:,} classes, those of ImageNet-1K, because {error}; --classes says another number."
+            assumed = f"ASSUMED: {IMAGENET[2]:,} classes, those of ImageNet-1K, because {error}; --classes says another number."
         if assumed:
             log(assumed)
+    outputs = outputs_for(settings, known)
     if batch is None:
-        fits = GPU_BATCH if device.type == "cuda" else max(4, int(CPU_STEP / _flops_per_image(settings, classes)))
+        fits = GPU_BATCH
+        if device.type != "cuda":  # counted before anything is built for real
+            one = Bench(settings, batch=1, outputs=outputs, device=torch.device("meta"))
+            fits = max(4, int(CPU_STEP / one.flops("end_to_end")))
         recipe, devices = settings.training, settings.machine.devices
         batch = min(micro_batches(recipe.batch_size, recipe.micro_batch, devices)[1], fits)
-    made = Bench(settings, batch=batch, classes=classes, device=device)
+    made = Bench(settings, batch=batch, outputs=outputs, device=device)
 
     def pair(phase: str, index: int | None) -> Iterator[Variant]:
         yield (ours := made.ours(phase, index))
-        yield made.bare(ours) if index is None else made.released(ours)
+        yield made.released(ours) if isinstance(ours.model, Hybrid) else made.bare(ours)
 
-    pairs = [("end_to_end", None), ("meta", None), *(("incubate", i) for i in range(len(made.target_depths)))]
+    kinds = sorted((kind for kind in PHASES if PHASES[kind].pace == kind), key=lambda kind: PHASES[kind].has_modules)
+    modules = range(len(made.target_depths))
+    pairs = [(kind, index) for kind in kinds for index in (modules if PHASES[kind].has_modules else [None])]
     rows = []
     with _explain_out_of_memory(batch):
         matmul = yardstick(device, settings.precision)
         for n, (phase, index) in enumerate(pairs):
-            what = phase.replace("_", " ") if index is None else f"module {index + 1}"
+            what = PHASES[phase].label + ("" if index is None else f" {index + 1}")
             log(f"{n + 1} of {len(pairs)}: {what}, batch {batch}, rounds {rounds}")
             rows += measure(pair(phase, index), rounds=rounds, device=device, matmul=matmul)
     return [about(settings, device) | {"batch": batch} | row for row in rows]
-
-
-def _flops_per_image(settings: Settings, classes: int) -> int:
-    """Return the FLOPs of training on one image end to end, before anything is built for real."""
-    with torch.device("meta"):
-        one = Bench(settings, batch=1, classes=classes, device=torch.device("meta"))
-        return train_flops_per_image(one.build("end_to_end"), one.shape)
 
 
 def growth(
@@ -214,7 +239,7 @@ def growth(
     def points(field: str, values: Sequence[int]) -> Iterator[Variant]:
         for value in values:
             model = NARROW.model_copy(update={field: value})
-            made = Bench(base.model_copy(update={"model": model}), batch=batch, classes=10, device=device)
+            made = Bench(base.model_copy(update={"model": model}), batch=batch, outputs=10, device=device)
             yield made.ours("end_to_end")
             yield made.ours("incubate", 1)  # which has a prefix and a suffix
 

@@ -7,7 +7,9 @@ sees in a moment that everything is done. This module itself does not import tor
 from collections.abc import Iterable
 from typing import Any
 
-from incubate_lib.config import Frozen, ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line
+from pydantic import AliasChoices, Field
+
+from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError, in_a_line
 from incubate_lib.config.members import PHASES, TASKS
 
 
@@ -15,7 +17,7 @@ class Facts(Frozen):
     """Facts about one experiment's data and networks."""
 
     num_images: int  # to train on
-    num_classes: int
+    outputs: int = Field(validation_alias=AliasChoices("outputs", "num_classes"))  # of the head; the latter in old records
     target_depths: list[int]
     meta_depths: list[int]
     takes_depth: bool = True  # whether the meta model is built with less depth; else it is the target with blocks left out
@@ -26,7 +28,7 @@ class Facts(Frozen):
     units: dict[str, int] = {}  # kinds of units of Modular Adaptive Training in the target network → their number
     unsupported_units: dict[str, str] = {}  # kinds among them that cannot be used, and why
     weights: dict[str, str] = {}  # files that strategies start from → SHA-256
-    unused_classes: list[int] = []  # without an image to train on: labels that do not begin at 0 or have gaps
+    unused_classes: list[int] = []  # outputs with nothing to learn from: of labels that do not begin at 0 or have gaps
 
     def flops_of(self, phase: PhaseSettings) -> int:
         """Return the training FLOPs of one image in this phase; 0 where nothing is trained."""
@@ -35,11 +37,11 @@ class Facts(Frozen):
 
 def measure(settings: Settings) -> Facts:
     """Read the images, build the networks on the meta device and count; SettingsError if they do not fit together."""
-    from incubate_lib.data.sets import load_data, unused_classes
+    from incubate_lib.data.sets import load_data
     from incubate_lib.phases.networks import model_shape
 
     shape = model_shape(settings.model)
-    TASKS[settings.task]  # an unknown name is told before images are read
+    task = TASKS[settings.task]  # an unknown name is told before images are read
     train, _ = load_data(settings.data, shape=shape, machine=settings.machine)
     if train.shape != shape:
         raise SettingsError(
@@ -49,29 +51,28 @@ def measure(settings: Settings) -> Facts:
     for name, strategy in settings.strategies.items():
         for phase in strategy.trains:
             train.preview(1, settings.training_of(name, phase))  # an augmentation that cannot work fails now
-    facts = count(settings, len(train), train.num_classes)
-    _check_task(settings, train)
+    facts = count(settings, len(train), outputs_for(settings, train))
+    _check_task(settings, train, facts.outputs)
     _check_classes(settings)
-    return facts.model_copy(update={"unused_classes": unused_classes(train.labels, train.num_classes)})
+    return facts.model_copy(update={"unused_classes": task.unlearned(train)})
 
 
-def _outputs(settings: Settings, num_classes: int) -> int:
-    """Return how many outputs the network's head needs."""
-    task = TASKS[settings.task]
+def outputs_for(settings: Settings, data: Any) -> int:
+    """Return how many outputs the network's head needs for some data, or for data of which the counts are known."""
     try:
-        return task.outputs(num_classes)
+        return TASKS[settings.task].outputs(data)
     except ValueError as error:
         raise SettingsError(f"task {settings.task!r} cannot learn data.source {settings.data.source!r}: {error}") from None
 
 
-def _check_task(settings: Settings, train: Any) -> None:
+def _check_task(settings: Settings, train: Any, outputs: int) -> None:
     """Raise SettingsError unless the task knows the loss of some images and adds them up."""
     import torch
+    from torch.utils._pytree import tree_map
 
-    task = TASKS[settings.task]
+    task, output = TASKS[settings.task], tree_map(lambda tensor: torch.zeros(tensor.shape), _tried(settings, outputs)[1])
     try:
         batch = train.some(torch.arange(2))
-        output = torch.zeros(2, *task.output_shape(_outputs(settings, train.num_classes)))
         task.loss(output, batch)
         sums = task.sums(output, batch)
         task.evaluated(sums.tolist())
@@ -91,29 +92,24 @@ def _check_classes(settings: Settings) -> None:
     for name, strategy in settings.strategies.items():
         weights = strategy.get("weights")
         if weights and (known := label_names(weights)):
-            names = open_source(settings.data, settings.machine)[0].classes
+            names = TASKS[settings.task].output_names(open_source(settings.data, settings.machine)[0].classes)
             check_order(names, known, f"strategies.{name}.weights")
 
 
-def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
+def count(settings: Settings, num_images: int, outputs: int) -> Facts:
     """Build the networks on the meta device and count, for so many images to train on; none is needed for it."""
-    import torch
-
     from incubate_lib.method.units import count_units
-    from incubate_lib.phases.networks import build_model, depths_of, model_shape, takes_depth
+    from incubate_lib.phases.networks import depths_of, model_shape, takes_depth
     from incubate_lib.phases.recipes import networks_of
 
-    shape, outputs = model_shape(settings.model), _outputs(settings, num_classes)
-    with torch.device("meta"):
-        model = build_model(settings.model, settings.model.depth, outputs)
-    _check_output(settings.model, model, shape, TASKS[settings.task].output_shape(outputs))
+    shape, (model, _) = model_shape(settings.model), _tried(settings, outputs)
     units, depths, unsupported_units = count_units(model), ([], []), {}
     if settings.partition is None:
         unsupported_units = _unsupported_units(model, units, shape)
     else:
         depths = depths_of(settings)
     sizes, small, unsupported = _small_images(settings, model, shape, outputs)
-    networks = networks_of(settings, depths, num_classes)
+    networks = networks_of(settings, depths, outputs)
     flops: dict[str, int] = {}
     for kind in PHASES:
         flops |= PHASES[kind].count(networks)
@@ -121,7 +117,7 @@ def count(settings: Settings, num_images: int, num_classes: int) -> Facts:
         unsupported |= _unsupported_starts(networks)
     return Facts(
         num_images=num_images,
-        num_classes=num_classes,
+        outputs=outputs,
         target_depths=depths[0],
         meta_depths=depths[1],
         takes_depth=not depths[0] or takes_depth(settings.model),
@@ -151,22 +147,28 @@ def _unsupported_starts(networks: Any) -> dict[str, str]:
     return unsupported
 
 
-def _check_output(settings: ModelSettings, model: Any, shape: tuple[int, int, int], wanted: tuple[int, ...]) -> None:
-    """Raise SettingsError unless a network on the meta device gives an output of this shape for each image."""
+def _tried(settings: Settings, outputs: int) -> tuple[Any, Any]:
+    """Return the network on the meta device, and what it gives for two images; SettingsError if the task cannot learn it."""
     import torch
 
-    network = f"model.name {settings.name!r} with model.options {settings.options}"
+    from incubate_lib.phases.networks import build_model, model_shape
+
+    network = f"model.name {settings.model.name!r} with model.options {settings.model.options}"
+    with torch.device("meta"):
+        shape, model = model_shape(settings.model), build_model(settings.model, settings.model.depth, outputs)
     try:
         with torch.no_grad():
-            logits = model.train()(torch.empty(2, *shape, device="meta"))  # batch norm cannot train on one image
+            output = model.train()(torch.empty(2, *shape, device="meta"))  # batch norm cannot train on one image
     except Exception as error:  # networks check their images by asserts and by failing somewhere inside
         raise SettingsError(
             f"{network} fails with images of {shape} (channels, height, width: model.in_chans, model.img_size): "
             f"{in_a_line(error)}"
         ) from None
-    found = tuple(getattr(logits, "shape", ())) or f"a {type(logits).__name__}"
-    if found != (2, *wanted):
-        raise SettingsError(f"{network} gives {found} for two images, where the task needs {(2, *wanted)}: one for each image")
+    try:
+        TASKS[settings.task].check_output(output, 2, outputs)
+    except ValueError as error:
+        raise SettingsError(f"{network} {error}") from None
+    return model, output
 
 
 def _small_images(

@@ -11,7 +11,6 @@ from timm.layers import DropPath
 from torch import nn
 
 from incubate_lib.config import ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line, nearest
-from incubate_lib.config.members import TASKS
 from incubate_lib.data.schedule import derive_seed
 from incubate_lib.method.chain import Chain, NotAChain, find_chain
 from incubate_lib.method.network import Partition, divide, divide_at, in_names_of, without
@@ -25,7 +24,7 @@ def check_name(settings: ModelSettings) -> None:
         raise SettingsError(f"model.name: timm has no {settings.name!r}; {nearest(settings.name, timm.list_models())}")
 
 
-def build_model(settings: ModelSettings, depth: int | None, num_classes: int, drop_path: float = 0.0) -> nn.Module:
+def build_model(settings: ModelSettings, depth: int | None, outputs: int, drop_path: float = 0.0) -> nn.Module:
     """Return a randomly initialised timm model, of `depth` blocks if its constructor takes that (None: timm's own).
 
     SettingsError names what does not fit, and weights that nothing initialised.
@@ -33,7 +32,7 @@ def build_model(settings: ModelSettings, depth: int | None, num_classes: int, dr
     check_name(settings)
     arguments = timm_arguments(settings) | ({} if depth is None else {"depth": depth})
     try:
-        model = _create(settings.name, num_classes=num_classes, drop_path_rate=drop_path or None, **arguments)
+        model = _create(settings.name, num_classes=outputs, drop_path_rate=drop_path or None, **arguments)
     except Exception as error:  # timm checks its arguments by asserts and by failing somewhere inside
         raise SettingsError(f"timm cannot build model.name {settings.name!r} with {arguments}: {in_a_line(error)}") from None
     if unset := [name for name, tensor in model.state_dict().items() if not tensor.is_meta and tensor.isnan().any()]:
@@ -75,7 +74,7 @@ def timm_arguments(settings: ModelSettings) -> dict[str, Any]:
     return arguments
 
 
-def build_target(s: PhaseSettings, num_classes: int) -> nn.Module:
+def build_target(s: PhaseSettings, outputs: int) -> nn.Module:
     """Return the whole target network, freshly initialised from the run's seed.
 
     So a module's start does not depend on which modules are trained, in what order or in what process, and all of them
@@ -84,18 +83,18 @@ def build_target(s: PhaseSettings, num_classes: int) -> nn.Module:
     depth = s.model.depth
     if s.target_depths and takes_depth(s.model):
         depth = sum(s.target_depths)
-    return _from_seed(s, "target", depth, num_classes)
+    return _from_seed(s, "target", depth, outputs)
 
 
-def build_meta(s: PhaseSettings, num_classes: int) -> nn.Module:
+def build_meta(s: PhaseSettings, outputs: int) -> nn.Module:
     """Return the meta model, freshly initialised from the run's seed: the same constructor with less depth where it takes a
     depth, else the target network with blocks left out and drop-path growing over those that stay.
     """
     if takes_depth(s.model):
-        return _from_seed(s, "meta", sum(s.meta_depths), num_classes)
+        return _from_seed(s, "meta", sum(s.meta_depths), outputs)
     partition = partition_of(s)
     kept = {block for i, depth in enumerate(s.meta_depths) for block in partition.blocks(i)[:depth]}
-    model = without(_from_seed(s, "meta", s.model.depth, num_classes), [b for b in partition.chain.blocks if b not in kept])
+    model = without(_from_seed(s, "meta", s.model.depth, outputs), [b for b in partition.chain.blocks if b not in kept])
     rates = torch.linspace(0, s.training.drop_path if s.training else 0.0, len(kept), device="cpu").tolist()
     for block, rate in zip([b for b in partition.chain.blocks if b in kept], rates, strict=True):
         for layer in model.get_submodule(block).modules():
@@ -178,11 +177,11 @@ def _chain_of(settings: str, depth: int | None) -> Chain:
         ) from None
 
 
-def _from_seed(s: PhaseSettings, which: str, depth: int | None, num_classes: int) -> nn.Module:
+def _from_seed(s: PhaseSettings, which: str, depth: int | None, outputs: int) -> nn.Module:
     drop_path = s.training.drop_path if s.training else 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(s.seed, "init", which))
-        return build_model(s.model, depth, TASKS[s.task].outputs(num_classes), drop_path)
+        return build_model(s.model, depth, outputs, drop_path)
 
 
 def model_shape(settings: ModelSettings) -> tuple[int, int, int]:

@@ -21,15 +21,15 @@ from incubate_lib.training.costs import Counted, FlopCounts
 from incubate_lib.training.runs import PhaseFolder
 
 
-def prepare(s: PhaseSettings, inputs: Inputs, num_classes: int) -> nn.Module:
+def prepare(s: PhaseSettings, inputs: Inputs, outputs: int) -> nn.Module:
     """Return the model that the phase trains (ready: frozen parts are frozen).
 
     Without inputs, where only costs are counted, it starts from what was freshly initialised.
     """
-    return PHASES[s.phase].build(s, inputs, num_classes)
+    return PHASES[s.phase].build(s, inputs, outputs)
 
 
-def networks_of(settings: Settings, depths: tuple[Sequence[int], Sequence[int]], num_classes: int) -> Counted:
+def networks_of(settings: Settings, depths: tuple[Sequence[int], Sequence[int]], outputs: int) -> Counted:
     """Return the networks of which kinds of phases count what they cost, on the meta device and without drop-path.
 
     `depths` are the blocks of the target and the meta modules; none: the network is not cut.
@@ -40,17 +40,17 @@ def networks_of(settings: Settings, depths: tuple[Sequence[int], Sequence[int]],
     )  # fmt: skip
     counts = FlopCounts(model_shape(settings.model))
     with torch.device("meta"):
-        target = build_target(phase, num_classes)
+        target = build_target(phase, outputs)
         if not depths[0]:
             return Counted(counts, target)
-        meta = build_meta(phase, num_classes)
+        meta = build_meta(phase, outputs)
         partitions = partition_of(phase), meta_partition_of(phase)
         return Counted(counts, target, *partitions, meta, in_target_names(phase, meta, target))
 
 
-def meta_and_target(s: PhaseSettings, inputs: Inputs, num_classes: int) -> tuple[nn.Module, nn.Module]:
+def meta_and_target(s: PhaseSettings, inputs: Inputs, outputs: int) -> tuple[nn.Module, nn.Module]:
     """Return the meta model under the target's names, trained if it is among the inputs, and the target network."""
-    meta, target = build_meta(s, num_classes), build_target(s, num_classes)
+    meta, target = build_meta(s, outputs), build_target(s, outputs)
     if inputs:
         meta.load_state_dict(PhaseFolder(inputs["meta"]).load_weights())
     return in_target_names(s, meta, target), target
@@ -62,8 +62,8 @@ def start(s: PhaseSettings, meta: nn.Module, target: nn.Module, index: int) -> N
     start_module(target, meta, partition_of(s), index, s.options["start"], **how)
 
 
-def load_trained(s: PhaseSettings, folder: PhaseFolder, num_classes: int) -> nn.Module:
+def load_trained(s: PhaseSettings, folder: PhaseFolder, outputs: int) -> nn.Module:
     """Return the finished network of a phase that trains a whole one, or assembles it, as an ordinary timm model."""
-    model = (build_meta if s.phase == "meta" else build_target)(s, num_classes)
+    model = prepare(s, {}, outputs)
     model.load_state_dict(folder.load_weights())
     return model.eval()

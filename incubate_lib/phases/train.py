@@ -35,23 +35,22 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
     repeat_exactly(team.device, job.machine.deterministic, strictly=bool(s.target_depths or s.meta_depths))
     machine = stage(s.data, job.machine)
     train, eval_set = load_data(s.data, team.device, model_shape(s.model), machine)
-    expected = job.facts.num_images, job.facts.num_classes
-    if (len(train), train.num_classes) != expected:
+    task, kind = TASKS[s.task], PHASES[s.phase]
+    found, expected = (len(train), task.outputs(train)), (job.facts.num_images, job.facts.outputs)
+    if found != expected:
         raise SettingsError(
-            f"there are {len(train)} training images in {train.num_classes} classes, but {expected[0]} in "
-            f"{expected[1]} when this run was planned; look at data.folder (machine.data_folder): other images need a "
-            "folder of another name"
+            f"there are {found[0]} training images for {found[1]} outputs, but {expected[0]} for {expected[1]} when this run was "
+            "planned; look at data.folder (machine.data_folder): other images need a folder of another name"
         )
     if s.data.is_streamed:
         check_shared_memory(eval_set, train, s.training, team.devices)
-    task, kind = TASKS[s.task], PHASES[s.phase]
-    model = kind.build(s, job.inputs, train.num_classes).to(team.device)
+    model = kind.build(s, job.inputs, job.facts.outputs).to(team.device)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = model
     if s.training is None:
         numbers = UNTRAINED | evaluate(model, eval_set, s.precision, team, task)
         numbers |= {"start_score": numbers["score"]}
-        if s.phase == "meta" and team.is_first:  # read from a file: a single point, where others have a curve
+        if "weights" in s.inputs and team.is_first:  # read from a file: a single point, where others have a curve
             home.start_metrics(-1)
             row = {"step": 0, "epoch": 0.0, "images": 0, "train_flops": 0, "train_seconds": 0.0, "train_loss": None, "lr": None}
             home.add_metrics(row | {name: numbers[name] for name in ("loss", "score")})

@@ -24,10 +24,11 @@ from incubate_lib.config import (
     refuse,
 )
 from incubate_lib.config.members import PHASES, STRATEGIES
-from incubate_lib.config.strategies import StrategySettings
+from incubate_lib.config.strategies import KNOWN, StrategySettings
 from incubate_lib.data.schedule import steps_per_epoch
 from incubate_lib.phases.facts import Facts
 from incubate_lib.phases.job import FILE, Job, read_job
+from incubate_lib.phases.kinds import Phase
 from incubate_lib.pipeline.experiment import Experiment, check_asked
 from incubate_lib.pipeline.graph import Node, Plan, closure, cost, longest
 from incubate_lib.pipeline.recorded import recorded, recorded_plans
@@ -69,20 +70,21 @@ def open_phase(
     Or a resolved one by the `path` of its file, relative to the data folder; nothing else may be given with it.
     """
     if path:
-        own = "end_to_end" if phase == "end_to_end" else "deep_incubation"  # a notebook's default
+        ways = {name: StrategySettings.model_validate(known) for name, known in KNOWN.items()}
+        own = next((name for name, way in ways.items() if phase in way.all_phases), None)  # a notebook's default
         others = preset != "digits" or overrides or seed or module_index or strategy not in (None, own)
         refuse(others, f"phase is {path!r}, which says all; leave preset, overrides, seed, strategy and module_index as they are")
         return _resolved(phase, path)
     settings = load_settings(preset, overrides)
     if strategy is None:
-        kind = "end_to_end" if phase == "end_to_end" else "deep_incubation"
-        strategy = next((n for n in settings.run if settings.strategies[n].kind == kind), kind)
+        names = (name for name in (*settings.run, *settings.strategies) if phase in settings.strategies[name].all_phases)
+        strategy = next(names, settings.run[0])
     whole = plan(settings, [strategy], [seed])
     nodes = [n for n in whole.nodes if phase in (n.settings.phase, n.settings.seeded_as)]
     found = [n for n in nodes if n.settings.module_index == module_index]
     if not found:
         modules = [n.settings.module_index for n in nodes]
-        if phase == "incubate" and modules:
+        if any(index is not None for index in modules):
             raise SettingsError(f"module_index is {module_index}; it must be one of {modules}")
         raise SettingsError(f"strategy {strategy!r} has no phase {phase!r}")
     return replace(found[0], whole=whole)
@@ -220,7 +222,7 @@ class Builder:
             options=phase.options.model_validate(options).model_dump(mode="json"),
             precision=self.settings.precision,
             training=training,
-            mat=mat and self._with_units(mat, phase.group, training),
+            mat=mat and self._with_units(mat, phase, training),
             inputs={name: node.digest for name, node in inputs.items()}
             | ({"weights": facts.weights[weights]} if weights else {}),
         )
@@ -230,7 +232,7 @@ class Builder:
         node = Node(key, Job(settings=settings, facts=facts, **run, **file), self.experiment, inputs)
         return self.nodes.setdefault(key, node)
 
-    def _with_units(self, mat: MATSettings, phase: str, training: TrainingSettings) -> MATSettings:
+    def _with_units(self, mat: MATSettings, phase: Phase, training: TrainingSettings) -> MATSettings:
         """Return the settings with the kind of units resolved; SettingsError if the network has none of that kind."""
         found, machine = self.facts.units, self.settings.machine
         units = mat.units or ("sublayers" if "sublayers" in found else "conv_layers")
@@ -238,12 +240,12 @@ class Builder:
         has, reason = kinds or "no units that are known here", self.facts.unsupported_units.get(units)
         strategy, images = f"strategy {self.name}", self.facts.num_images
         kind = f"mat.units is {units!r} in {strategy}"
-        lasts = f"phase {phase} of {strategy} lasts {training.epochs:g} epochs: nothing would ever rest"
+        lasts = f"phase {phase.group} of {strategy} lasts {training.epochs:g} epochs: nothing would ever rest"
         is_short = mat.warmup_epochs >= training.epochs
         control = f"mat.slow_every of {strategy} is a control for one device without compilation"
         compiled = f"machine.nodes is {machine.team_size} and machine.compile {machine.compile!r}"
         # where there are sublayers of attention, convolutions are of the stem
-        in_module_1 = phase == "incubate" and units in ("conv_layers", "filters") and "sublayers" in found
+        in_module_1 = phase.has_modules and units in ("conv_layers", "filters") and "sublayers" in found
         wrapped = machine.team_size > 1 or machine.compile != "off"  # and compiled at every update
         problems = {
             f"{kind}, but model.name {self.settings.model.name!r} has none; it has: {has}": units not in found,

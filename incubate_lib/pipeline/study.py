@@ -24,7 +24,7 @@ from incubate_lib.phases.facts import Facts
 from incubate_lib.phases.job import checked
 from incubate_lib.pipeline.execution import is_at_work, only_run
 from incubate_lib.pipeline.experiment import STOP_FILE, VERSION, Experiment
-from incubate_lib.pipeline.graph import Node, Plan, to_do
+from incubate_lib.pipeline.graph import Node, Plan, closure, to_do
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.files import read_json, write_json
 from incubate_lib.training.runs import PhaseFolder
@@ -106,15 +106,16 @@ class Walk:
     def _choosing(self) -> Iterator[Stage]:
         rates = self.study.rates
         cells = [cell for cell in self.study.cells() if cell.place | rates.at == cell.place]
-        for depth in range(3):  # no strategy trains more phases
+        for depth in itertools.count(1):
             trials = []
             for cell, name in itertools.product(cells, self.study.strategies):
-                phases = self.study.settings(cell).strategies[name].trains[: depth + 1]
-                if depth < len(phases):
+                phases = self.study.settings(cell).strategies[name].trains[:depth]
+                if len(phases) == depth:
                     trials += [self._trial(cell, name, phases, rate) for rate in rates.values]
-            if trials:
-                yield f"rates, {' and '.join(dict.fromkeys(t.phase for t in trials))}", trials
-                self._choose(trials)
+            if not trials:
+                return
+            yield f"rates, {' and '.join(dict.fromkeys(t.phase for t in trials))}", trials
+            self._choose(trials)
 
     def _choose(self, trials: list[Trial]) -> None:
         """Note the best rate of each strategy's phase in each cell; the first one while some are not trained."""
@@ -147,8 +148,7 @@ class Walk:
         """Return the run that tries a rate in the last of these phases."""
         rates = {name: self.rates_of(cell, name) | {phases[-1]: rate}}
         whole = self._plan(cell, rates, self.study.rates.seeds, "data.eval_split=val")
-        wanted = {*phases} | ({"assemble"} if phases[-1] == "finetune" else set())
-        nodes = [node for node in whole.nodes if node.settings.seeded_as in wanted]
+        nodes = closure(node for node in whole.nodes if node.settings.seeded_as == phases[-1])
         return Trial(cell, dataclasses.replace(whole, nodes=nodes), name, phases[-1], rate)
 
     def _plan(self, cell: Cell, rates: dict[str, RunRates], seeds: list[int], *more: str) -> Plan:

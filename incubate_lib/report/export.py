@@ -66,12 +66,12 @@ def export(
         log(f"  {one}")
     log(f"taken: {taken}, {why}")
     facts, data = taken.node.facts, settings.data
-    network = load_trained(taken.node.settings, taken.node.folder, facts.num_classes)
+    network = load_trained(taken.node.settings, taken.node.folder, facts.outputs)
     train, _ = load_data(data, shape=model_shape(settings.model), machine=settings.machine)
     mean, std = (values.flatten().tolist() for values in (train.mean, train.std))
     task = tasks.get(settings.task)
     names = task.output_names(open_source(data, settings.machine)[0].classes)
-    arguments = timm_arguments(settings.model) | {"num_classes": task.outputs(facts.num_classes)}
+    arguments = timm_arguments(settings.model) | {"num_classes": facts.outputs}
     if facts.target_depths and takes_depth(settings.model):
         arguments["depth"] = sum(facts.target_depths)
     crop_pct = data.crop_pct if data.is_streamed else 1.0
@@ -99,7 +99,7 @@ def choose(settings: Settings, ready: list[Finished], strategy: str | None, seed
     if strategy is not None:
         settings.strategy(strategy)
     here = [one for one in ready if one.seed == seed]
-    incubated = [one for one in here if settings.strategies[one.strategy].kind == "deep_incubation"]
+    incubated = [one for one in here if settings.strategies[one.strategy].is_cut]
     named = [one for one in here if one.strategy == strategy]
     if not (named if strategy else here):
         there = "finished: " + ", ".join(one.strategy for one in here) if here else "`incubate status` shows how far it is"

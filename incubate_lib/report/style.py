@@ -5,9 +5,8 @@ import io
 from matplotlib import figure as mpl_figure
 from matplotlib.patches import Patch
 
-from incubate_lib.report.words import LOOKS, STRATEGIES
+from incubate_lib.report.words import LOOKS, about
 
-STYLE = {strategy: about["look"] for strategy, about in STRATEGIES.items()}
 SPARE = {"v": "#CC79A7", "P": "#E69F00", "X": "#56B4E9"}  # marker → colour
 ONE_BY_ONE = LOOKS["one_by_one"]  # whose looks curves have that are of no strategy
 FROZEN, TRAINED = "#D9D9D9", "#F5B041"
@@ -37,7 +36,7 @@ class Figure(mpl_figure.Figure):
 def style(strategy: str) -> dict[str, str]:
     """Return colour, marker and line style of a strategy, the same in every figure."""
     marker, color = list(SPARE.items())[sum(map(ord, strategy)) % len(SPARE)]
-    return STYLE.get(strategy) or {"color": color, "marker": marker, "linestyle": "-"}
+    return about(strategy).get("look") or {"color": color, "marker": marker, "linestyle": "-"}
 
 
 def filling(trained: bool) -> dict[str, str]:

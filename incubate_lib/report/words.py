@@ -9,6 +9,7 @@ import yaml
 from incubate_lib import tasks
 from incubate_lib.config import SettingsError
 from incubate_lib.config.members import PHASES
+from incubate_lib.config.members import STRATEGIES as KINDS
 
 BASELINE = "end_to_end"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -18,9 +19,15 @@ STRATEGIES = LOOKS["strategies"]
 ISOLATES = {strategy: about["isolates"] for strategy, about in STRATEGIES.items() if "isolates" in about}
 
 
+def about(strategy: str) -> dict[str, Any]:
+    """Return label and look of a strategy, as far as there are any: of a known one, or of one that is called as its kind."""
+    kind = vars(KINDS[strategy]) if strategy in KINDS else {}
+    return {name: kind[name] for name in ("label", "look") if kind.get(name)} | STRATEGIES.get(strategy, {})
+
+
 def label(strategy: str) -> str:
     """Return a strategy's name for people."""
-    return STRATEGIES.get(strategy, {}).get("label", strategy.replace("_", " "))
+    return about(strategy).get("label", strategy.replace("_", " "))
 
 
 def metric_of(*tables: Any) -> tasks.Metric:

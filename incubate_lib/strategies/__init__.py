@@ -1,8 +1,8 @@
 """Kinds of strategies: each a file with a `KIND`, its settings and how its phases follow from one another."""
 
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from incubate_lib.config.strategies import StrategySettings
@@ -17,3 +17,6 @@ class Kind:
     settings: type[StrategySettings]
     # given what builds one strategy of one seed (pipeline.strategies.Builder), adds its phases and returns the last
     build: Callable[[Any], Any]
+    # name for people and look in figures of a strategy that is called as its kind; of others settings and looks.yaml have them
+    label: str = ""
+    look: Mapping[str, str] = field(default_factory=dict)

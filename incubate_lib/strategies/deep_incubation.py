@@ -44,9 +44,18 @@ class DeepIncubation(StrategySettings):
         return self.incubate != "none" or self.start != "random" or self.inherit_stem or self.inherit_head
 
     @property
+    def all_phases(self) -> list[str]:
+        modules = ["incubate"] if self.incubate != "none" else []
+        return [*(["meta"] if self.needs_meta else []), *modules, "assemble", "finetune"]
+
+    @property
     def trains(self) -> list[str]:
-        meta = ["meta"] if self.needs_meta and not self.weights else []
-        return [*meta, *(["incubate"] if self.incubate != "none" else []), "finetune"]
+        read = {"assemble", "meta"} if self.weights else {"assemble"}
+        return [phase for phase in self.all_phases if phase not in read]
+
+    @property
+    def adapts(self) -> list[str]:
+        return self.mat_phases or [phase for phase in self.trains if phase != "meta"]
 
     def check(self) -> None:
         unmatched = not self.match and {"shares", "budget"} & self.model_fields_set

@@ -1,7 +1,7 @@
 """end_to_end: the whole network at once; with low_resolution on small images first, then on its own."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,8 @@ class LowResolution(Frozen):
 
 class EndToEnd(StrategySettings):
     """Matched to another end_to_end: as many epochs; to any other: as many training FLOPs."""
+
+    is_whole: ClassVar[bool] = True
 
     kind: Literal["end_to_end"]
     match: str | None = None  # as long as costs the training FLOPs of that one
@@ -49,10 +51,11 @@ class EndToEnd(StrategySettings):
             self.match_on == "critical_path" and not other.is_cut,
             f"{said}; with match_on: critical_path name a deep_incubation strategy",
         )
-        if isinstance(other, EndToEnd):
-            refuse(other.low_resolution, f"{said}, which has images of two sizes; name another one")
-            chained = isinstance(others.get(other.match, other), EndToEnd)
-            refuse(other.match and chained, f"{said}, which is matched to {other.match!r} itself; name that one")
+        if other.is_whole:
+            refuse(other.get("low_resolution"), f"{said}, which has images of two sizes; name another one")
+            match = other.get("match")
+            chained = match and others.get(match, other).is_whole
+            refuse(chained, f"{said}, which is matched to {match!r} itself; name that one")
 
     def check(self) -> None:
         unmatched = not self.match and {"budget", "match_on"} & self.model_fields_set
@@ -64,7 +67,7 @@ class EndToEnd(StrategySettings):
 def build(made: Any) -> Any:
     own, training = made.own, made.training(made.own.phase)
     if made.is_matched:
-        as_many = made.other.kind == "end_to_end" and not own.low_resolution
+        as_many = made.other.is_whole and not own.low_resolution
         per_image = made.facts.flops_per_image[PHASES[own.phase].cost(made.settings.model, {})]
         training = made.as_many_epochs(own.phase) if as_many else made.lasting(own.phase, made.budget(), per_image)
     return _small_images_first(made, training) if own.low_resolution else made.node(own.phase, training, key=made.name)

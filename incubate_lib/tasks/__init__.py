@@ -94,10 +94,10 @@ class Metric:
 
 
 # given what runs the model, what goes into it, and the loss of an output
-Losses = Callable[[Callable[["Tensor"], Any], "Tensor", Callable[["Tensor"], "Tensor"]], Iterator["Tensor"]]
+Losses = Callable[[Callable[["Tensor"], Any], "Tensor", Callable[[Any], "Tensor"]], Iterator["Tensor"]]
 
 
-def of_the_output(run: Callable[["Tensor"], Any], x: "Tensor", loss: Callable[["Tensor"], "Tensor"]) -> Iterator["Tensor"]:
+def of_the_output(run: Callable[["Tensor"], Any], x: "Tensor", loss: Callable[[Any], "Tensor"]) -> Iterator["Tensor"]:
     """Yield the losses of an update, each of which is gone through backward before the next is computed: here one."""
     yield loss(run(x))
 
@@ -106,7 +106,8 @@ class Task:
     """What a batch is, how it is made ready, the loss of an output, and how evaluation adds up.
 
     The loop sees batches that it cannot open, a loss, and sums. A batch is what the data yields: of images a pair of images
-    and labels. Methods draw from the global generators only, which the trainer seeds for every micro-batch.
+    and labels. An output is what the network returns, a row of outputs for each sample unless `check_output` says otherwise.
+    Methods draw from the global generators only, which the trainer seeds for every micro-batch.
     """
 
     name = ""
@@ -119,19 +120,35 @@ class Task:
     def score(self) -> Metric:
         return self.metrics[0]
 
-    def outputs(self, num_classes: int) -> int:
-        """Return how many outputs the head needs for data of so many classes; ValueError if the task cannot learn them."""
+    def outputs(self, data: Any) -> int:
+        """Return how many outputs the head needs for some data, of images by their `num_classes`; ValueError if it cannot learn
+        them. Asked of a set to train on, or of no more than its counts."""
         raise NotImplementedError
 
-    def output_shape(self, outputs: int) -> tuple[int, ...]:
-        """Return the shape of what the network gives for a sample: a row of outputs, unless a task says otherwise."""
-        return (outputs,)
+    def check_output(self, output: Any, samples: int, outputs: int) -> None:
+        """Raise ValueError unless a network with so many outputs gives for some samples what this task learns from.
+
+        That is a row of outputs for each; a task may want any other tensor, or several, in a dict or a list.
+        """
+        found, wanted = tuple(getattr(output, "shape", ())) or f"a {type(output).__name__}", (samples, outputs)
+        if found != wanted:
+            raise ValueError(f"gives {found} for {samples} samples, where the task needs {wanted}: one row for each")
 
     def output_names(self, classes: Sequence[str]) -> list[str]:
         """Return what the outputs are called, for data with these classes; nothing where they have no names."""
         return []
 
-    def chance(self, num_classes: int) -> float | None:
+    def unlearned(self, data: Any) -> list[int]:
+        """Return which outputs have nothing to learn from in a set to train on."""
+        return []
+
+    def invented(self, inputs: "Tensor", outputs: int) -> "Tensor":
+        """Return what could belong to invented inputs [N, …], to measure how long an update takes: by default classes [N]."""
+        import torch
+
+        return torch.randint(outputs, (len(inputs),), device=inputs.device)
+
+    def chance(self, outputs: int) -> float | None:
         """Return the score of guessing; None where nobody knows."""
         return None
 
@@ -146,11 +163,17 @@ class Task:
         """Return what goes into the network: [B, …]."""
         return batch[0]
 
-    def loss(self, output: "Tensor", batch: Any, recipe: Any = None) -> "Tensor":
+    def side_by_side(self, batch: Any) -> "Tensor":
+        """Return the order [B] in which to show the samples of an evaluated batch: those that are alike side by side."""
+        import torch
+
+        return torch.arange(len(self.inputs(batch)))
+
+    def loss(self, output: Any, batch: Any, recipe: Any = None) -> "Tensor":
         """Return the mean loss of a batch, in float32; of an evaluated one where there is no recipe."""
         raise NotImplementedError
 
-    def sums(self, output: "Tensor", batch: Any) -> "Tensor":
+    def sums(self, output: Any, batch: Any) -> "Tensor":
         """Return sums over the samples of an evaluated batch, float64 [S]: first their number, then their losses, then what
         `divided` needs. Over batches and devices they are added up."""
         raise NotImplementedError
@@ -159,9 +182,12 @@ class Task:
         """Return all metrics by name, and the mean loss, named loss, of the sums [S] over all samples."""
         raise NotImplementedError
 
-    def mistakes(self, output: "Tensor", batch: Any) -> list[str | None]:
-        """Return for each sample of an evaluated batch what to write under it where the network is wrong; None where not."""
-        return [None] * len(output)
+    def mistakes(self, output: Any, batch: Any, names: Sequence[str] = ()) -> list[str | None]:
+        """Return for each sample of an evaluated batch what to write under it where the network is wrong; None where not.
+
+        `names` are those of classes, where they are known.
+        """
+        return [None] * len(self.inputs(batch))
 
     def evaluated(self, sums: list[float]) -> dict[str, float]:
         """Return the mean loss, the score under that name, and the other metrics under theirs, of all sums [S]."""

@@ -13,16 +13,21 @@ class Classification(Task):
     network = "An image classifier"
     tags = ("image-classification",)
 
-    def outputs(self, num_classes: int) -> int:
-        if num_classes < 2:
-            raise ValueError(f"there is {num_classes} class; telling images apart takes at least 2")
-        return num_classes
+    def outputs(self, data: Any) -> int:
+        if data.num_classes < 2:
+            raise ValueError(f"there is {data.num_classes} class; telling images apart takes at least 2")
+        return data.num_classes
 
     def output_names(self, classes: Sequence[str]) -> list[str]:
         return list(classes)
 
-    def chance(self, num_classes: int) -> float:
-        return 1 / num_classes
+    def unlearned(self, data: Any) -> list[int]:
+        from incubate_lib.data.sets import unused_classes
+
+        return unused_classes(data.labels, data.num_classes)
+
+    def chance(self, outputs: int) -> float:
+        return 1 / outputs
 
     def start(self, data: Any, recipe: Any) -> Any:
         if not (recipe.mixup or recipe.cutmix):
@@ -35,6 +40,9 @@ class Classification(Task):
         x, y = batch
         x = data.finish(x, recipe)
         return (x, y) if extra is None else extra(x, y)
+
+    def side_by_side(self, batch: Any) -> Any:
+        return batch[1].argsort()
 
     def loss(self, output: Any, batch: Any, recipe: Any = None) -> Any:
         from torch.nn.functional import cross_entropy
@@ -54,9 +62,10 @@ class Classification(Task):
         number, loss, correct = sums
         return {"loss": loss / number, "accuracy": correct / number}
 
-    def mistakes(self, output: Any, batch: Any) -> list[str | None]:
+    def mistakes(self, output: Any, batch: Any, names: Sequence[str] = ()) -> list[str | None]:
         pairs = zip(batch[1].tolist(), output.argmax(1).tolist(), strict=True)
-        return [None if label == guess else f"{label}, not {guess}" for label, guess in pairs]
+        called = dict(enumerate(names))
+        return [None if y == guess else f"{called.get(y, y)}, not {called.get(guess, guess)}" for y, guess in pairs]
 
 
 TASK = Classification()

@@ -14,7 +14,7 @@ from incubate_lib.data.schedule import derive_seed
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.data.stream import StreamedSet
 from incubate_lib.method.mat import PartialUpdates, choose, gradient_norms, same_number
-from incubate_lib.method.mntk import check_kernels, modular_kernels, probe_bytes
+from incubate_lib.method.mntk import check_kernels, modular_kernels, outputs_of, probe_bytes
 from incubate_lib.method.spectra import EXACT, effective_rank, normalised, principal_eigenvalues, spectrum
 from incubate_lib.method.units import Unit, find_units
 from incubate_lib.tasks import Task
@@ -57,7 +57,7 @@ class Adaptive:
             self.updates = PartialUpdates(model, self.units, self.images[:1], cut=settings.cut, stop_error=settings.stop_error)
         except ValueError as error:
             raise SettingsError(f"mat.units {settings.units!r}: {error}") from None
-        check_probe(model, self.units, self.images, settings, task.outputs(train.num_classes))
+        check_probe(model, self.units, self.images, settings)
         self.active = torch.ones(len(self.units), dtype=torch.bool)
         self.history: list[list[float]] = []  # principal eigenvalues [E][U]
         self.flops_of: dict[tuple[bool, ...], int] = {tuple(self.active.tolist()): flops_per_image}
@@ -160,10 +160,10 @@ class Adaptive:
         self.history, self.active = state["history"], torch.tensor(state["active"], dtype=torch.bool)
 
 
-def check_probe(model: nn.Module, units: Sequence[Unit], images: Tensor, settings: MATSettings, outputs: int) -> None:
+def check_probe(model: nn.Module, units: Sequence[Unit], images: Tensor, settings: MATSettings) -> None:
     """Raise SettingsError when a probe needs more memory than is free, and say how many images would do."""
     free = free_memory(images.device)
-    rows = outputs if settings.outputs == "all" else 1  # of the kernels, an image
+    rows = outputs_of(model, images) if settings.outputs == "all" else 1  # of the kernels, an image
     per_image = rows * probe_bytes(model, units, tuple(images.shape[1:]))
     most = len(images)
     while most and most * per_image + len(units) * (most * rows) ** 2 * 4 > MEMORY_SHARE * free:

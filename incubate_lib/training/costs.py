@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from incubate_lib.method.network import Partition, has_layer, without
@@ -49,9 +50,14 @@ def executed_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # batch norm writes to them
     with all_products() as counter, torch.enable_grad():
-        for loss in losses(lambda x: functional_call(model, buffers, (x,)), x, lambda out: out.float().sum()):
+        for loss in losses(lambda x: functional_call(model, buffers, (x,)), x, total):
             torch.autograd.grad(loss, learns, allow_unused=True)
     return counter.get_total_flops() // 2
+
+
+def total(output: Any) -> Tensor:
+    """Return the sum of all that a network gives, whatever that is made of: a loss for whoever counts a backward pass."""
+    return sum(tensor.float().sum() for tensor in tree_leaves(output))
 
 
 def all_products() -> FlopCounterMode:
@@ -94,24 +100,25 @@ class FlopCounts:
 
     def per_image(self, network: nn.Module, partition: Partition | None = None) -> int:
         """Return the FLOPs of forward and backward for one image with today's requires_grad, on the meta device."""
-        return sum(self._counted(network, partition))
+        return sum(self.by_module(network, partition))
 
     def hybrid(self, meta: nn.Module, target: nn.Module, partition: Partition, index: int, imitates: bool = False) -> list[int]:
         """Return what each module of the hybrid of module `index` costs for one image; of an imitation what is used of them.
 
         `meta` has the target's names. Both are left all trainable.
         """
-        target_alone = self._counted(target.requires_grad_(True), partition, apart=True)
-        before = self._counted(meta.requires_grad_(False), partition)
-        behind = self._counted(meta, partition, image_grad=True)
+        target_alone = self.by_module(target.requires_grad_(True), partition, apart=True)
+        before = self.by_module(meta.requires_grad_(False), partition)
+        behind = self.by_module(meta, partition, image_grad=True)
         meta.requires_grad_(True)
         if imitates:
             return [*before[:index], before[index] + target_alone[index], *[0] * (partition.num_modules - index - 1)]
         return [*before[:index], target_alone[index], *behind[index + 1 :]]
 
-    def _counted(
+    def by_module(
         self, network: nn.Module, partition: Partition | None, *, image_grad: bool = False, apart: bool = False
     ) -> list[int]:
+        """Return the same for each module: with `image_grad` as if something before it learned, `apart` as if nothing did."""
         key = (description(network), partition and partition.ends, image_grad, apart)
         if key not in self.known:
             network.train()
@@ -204,9 +211,9 @@ def by_stretch(
                 hook = partial(reached, stretch=stretch)
                 hooks.enter_context(network.get_submodule(part.name).register_forward_hook(hook))
         out = (run or network)(x)
-    note(last, out)
-    for stretch, output in reversed([*outputs, (last, out)]):
-        if backward and output.requires_grad:
+    note(last, tree_leaves(out)[0])
+    for stretch, output in reversed([*outputs, (last, total(out))] if backward else []):
+        if output.requires_grad:
             state["stretch"] = stretch
             output.sum().backward()
             note(state["stretch"], output)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from incubate_lib.data.schedule import steps_per_epoch
 from incubate_lib.data.stream import StreamedSet
@@ -77,10 +78,11 @@ def mistakes(model: nn.Module, data: DataSet, task: Task = CLASSIFICATION, num: 
     device = next(model.parameters()).device
     images, captions = [torch.zeros(0, *data.shape, dtype=torch.uint8)], []
     for batch in data.eval_batches(keep=False):
+        batch = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
         x = task.inputs(batch)
-        told = task.mistakes(model(x.to(device)).to(x.device), batch)
+        told = task.mistakes(model(x), batch)
         wrong = [place for place, caption in enumerate(told) if caption is not None]
-        images.append((255 * (x[wrong] * data.std + data.mean)).round().clamp(0, 255).to(torch.uint8).cpu())
+        images.append((255 * (x[wrong].to(data.std.device) * data.std + data.mean)).round().clamp(0, 255).to(torch.uint8).cpu())
         captions += [told[place] for place in wrong]
         if len(captions) >= num:
             break

@@ -38,7 +38,6 @@ from incubate_lib.training.adaptive import Adaptive
 from incubate_lib.training.costs import executed_flops_per_image
 from incubate_lib.training.team import ALONE, Team
 
-NO_DECAY = {"pos_embed", "cls_token", "reg_token", "dist_token"}  # besides biases and norms, in every phase
 DataSet = ImageSet | StreamedSet
 
 
@@ -75,13 +74,12 @@ def seed_everything(seed: int, device: torch.device) -> None:
 
 
 def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequence[Piece] = ()) -> torch.optim.AdamW:
-    """Return AdamW over exactly the trainable parameters, without decay on biases, norms, embeddings and tokens.
+    """Return AdamW over exactly the trainable parameters, without decay on biases, norms, and what the network says.
 
     Parameters of which rows can rest alone are given to it in `pieces`.
     """
-    own = getattr(model, "no_weight_decay", set)()
-    exempt = [name for name, _ in model.named_parameters() if name in own or name.split(".")[-1] in NO_DECAY]
-    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=exempt)
+    own = getattr(model, "no_weight_decay", set)()  # timm's networks have embeddings and tokens there
+    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=own)
     leaves: dict[int, list[nn.Parameter]] = {}
     for piece in pieces:
         leaves.setdefault(id(piece.parameter), []).append(piece.leaf)

@@ -31,15 +31,35 @@ class Phase:
 
     name = ""
     label = ""  # for people
+    counted_as = ""  # what trains, for people, in tables of costs, if not as the label
     look = ("#999999", "oo")  # colour and pattern in charts: of Okabe and Ito's, and for those who do not see them
+    line = "-."  # of its curve, beside those of the other phases of a network that is cut into modules
     notebook = ""
     # What it is seeded, set (`phases.<group>`) and tabled as, if not as its own name: whatever learns in a hybrid is `incubate`.
     group = ""
     is_set_by_name = True  # whether settings may have `phases.<name>`
+    # the kind whose speed it has; one that has its own is measured by `incubate bench`
+    pace = "end_to_end"
+    # what an update does of the modules before the one that learns, of that, and of those behind
+    work = ("forward, all gradients",) * 3
     options: ClassVar[type[Frozen]] = Options
 
     def __init__(self) -> None:
         self.group = self.group or self.name
+        self.counted_as = self.counted_as or self.label
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether there is a phase of this kind for each module, which learns alone."""
+        return "module_index" in self.options.model_fields
+
+    def measured_as(self, module_index: int | None) -> str:
+        """Return the name under which its speed is measured."""
+        return self.pace if module_index is None else f"{self.pace}-{module_index}"
+
+    def begins(self, steps: int, others: set[str]) -> bool:
+        """Whether so many updates of this phase began with random weights, in a strategy that has these phases, too."""
+        return steps > 0
 
     def title(self, s: PhaseSettings) -> str:
         """Return a phase's name for people, modules counted from one."""
@@ -57,18 +77,22 @@ class Phase:
         """Return the FLOPs of a training image of all phases of this kind, by name; those that others name, too, once."""
         return {}
 
+    def count_modules(self, networks: "Counted", module_index: int) -> list[int]:
+        """Return the FLOPs of a training image in each module of the network that an update goes through."""
+        return networks.counts.by_module(*self.trains(networks, module_index))
+
     def trains(self, networks: "Counted", module_index: int | None) -> tuple["nn.Module", "Partition | None"]:
         """Return the network that an update goes through, frozen where the phase freezes it, and how it is cut."""
         return networks.target.requires_grad_(True), networks.partition
 
-    def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> "nn.Module":
+    def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> "nn.Module":
         """Return the model that the phase trains (ready: frozen parts are frozen).
 
         Without inputs, where only costs are counted, it starts from what was freshly initialised.
         """
         raise NotImplementedError
 
-    def losses(self, run: Callable[["Tensor"], Any], x: "Tensor", loss: Callable[["Tensor"], "Tensor"]) -> Iterator["Tensor"]:
+    def losses(self, run: Callable[["Tensor"], Any], x: "Tensor", loss: Callable[[Any], "Tensor"]) -> Iterator["Tensor"]:
         """Yield the losses of an update, each of which is gone through backward before the next is computed.
 
         `run` is the model, compiled or not, in the phase's precision; `loss` is the task's, of an output.

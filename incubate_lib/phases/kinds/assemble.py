@@ -14,7 +14,10 @@ class Assemble(Phase):
     is_set_by_name = False
     options = Start
 
-    def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> Any:
+    def begins(self, steps: int, others: set[str]) -> bool:
+        return "meta" not in others  # of random modules
+
+    def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> Any:
         from incubate_lib.method.incubation import assemble
         from incubate_lib.method.network import counted_through
         from incubate_lib.phases.networks import build_target, partition_of
@@ -22,11 +25,11 @@ class Assemble(Phase):
         from incubate_lib.training.runs import PhaseFolder
 
         if "meta" in inputs:
-            meta, target = meta_and_target(s, inputs, num_classes)
+            meta, target = meta_and_target(s, inputs, outputs)
             for index in range(len(s.target_depths)):
                 start(s, meta, target, index)
             return target
-        target = build_target(s, num_classes)
+        target = build_target(s, outputs)
         if not inputs:
             return target
         partition = partition_of(s)

@@ -27,10 +27,10 @@ class EndToEnd(Phase):
     def count(self, networks: Any) -> dict[str, int]:
         return {"target": networks.counts.per_image(networks.target, networks.partition)}
 
-    def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> Any:
+    def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> Any:
         from incubate_lib.phases.networks import build_target
 
-        return build_target(s, num_classes)
+        return build_target(s, outputs)
 
 
 PHASE = EndToEnd()

@@ -14,6 +14,7 @@ class Imitate(incubate.Incubate):
     name = "imitate"
     group = "incubate"
     label = "imitating module"
+    counted_as = "imitation"
     is_set_by_name = False
     options = Options
     imitates = True

@@ -23,12 +23,17 @@ class Options(Start):
 class Incubate(Phase):
     name = "incubate"
     label = "module"
+    counted_as = "hybrid"
     look = ("#56B4E9", "")
+    line = "--"
     notebook = "02_incubate_module"
     options = Options
+    pace = "incubate"
     imitates = False
-    # what an update does of the modules before, of the one that learns, and of those behind
     work = ("forward only", "forward, all gradients", "forward, gradient of its input")
+
+    def begins(self, steps: int, others: set[str]) -> bool:
+        return False
 
     def title(self, s: PhaseSettings) -> str:
         return f"module {s.module_index + 1} of {len(s.target_depths)}"
@@ -41,7 +46,6 @@ class Incubate(Phase):
         return {f"{self.name}-{i}": sum(self.count_modules(networks, i)) for i in range(modules)}
 
     def count_modules(self, networks: Any, module_index: int) -> list[int]:
-        """Return the FLOPs of a training image in each module of the hybrid."""
         made_of = networks.hybrids_of, networks.target, networks.partition
         return networks.counts.hybrid(*made_of, module_index, self.imitates)
 
@@ -51,12 +55,12 @@ class Incubate(Phase):
         hybrid = Hybrid(networks.hybrids_of, networks.target, networks.partition, module_index)
         return hybrid.network, hybrid.partition
 
-    def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> Any:
+    def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> Any:
         from incubate_lib.method.incubation import Hybrid, Imitation
         from incubate_lib.phases.networks import partition_of
         from incubate_lib.phases.recipes import meta_and_target, start
 
-        meta, target = meta_and_target(s, inputs, num_classes)
+        meta, target = meta_and_target(s, inputs, outputs)
         start(s, meta, target, s.module_index)
         return (Imitation if self.imitates else Hybrid)(meta, target, partition_of(s), s.module_index)
 

@@ -10,7 +10,9 @@ class Meta(Phase):
     name = "meta"
     label = "meta model"
     look = ("#E69F00", "..")
+    line = ":"
     notebook = "01_meta_model"
+    pace = "meta"
 
     def network(self, model: ModelSettings, partition: dict[str, list[Any]], takes_depth: bool) -> dict[str, Any]:
         if takes_depth:  # else it is what is left of the target network
@@ -26,11 +28,11 @@ class Meta(Phase):
     def trains(self, networks: Any, module_index: int | None) -> tuple[Any, Any]:
         return networks.meta.requires_grad_(True), networks.meta_partition
 
-    def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> Any:
+    def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> Any:
         from incubate_lib.phases.networks import build_meta
         from incubate_lib.phases.weights import load_into
 
-        model = build_meta(s, num_classes)
+        model = build_meta(s, outputs)
         if "weights" in inputs:
             load_into(model, inputs["weights"], s.inputs["weights"])
         return model

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from incubate_lib.config import SettingsError, data_folder
+from incubate_lib.config.members import PHASES
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.recorded import recorded_plan, told_damage
 from incubate_lib.report.live.runs import PUBLISHED, runs_table
@@ -108,7 +109,7 @@ def _draw(axis: Axes, phase: str, x: pd.Series, line: pd.DataFrame, metric: Metr
         star = {"marker": "*", "markersize": 14, "markeredgecolor": "black", "zorder": 5}
         axis.plot(x, metric.scale * line["score"], color=look["color"], **star)
         return
-    way = {"linestyle": "--", "linewidth": 1} if phase == "incubate" else {"linestyle": "-", "linewidth": 1.6}
+    way = {"linestyle": "--", "linewidth": 1} if PHASES[phase].has_modules else {"linestyle": "-", "linewidth": 1.6}
     every = max(1, len(line) // 10)  # of long curves the markers would hide the lines
     draw_curve(axis, x, line, metric, look | way | {"markersize": 4, "markevery": every}, alpha=0.12)
 

@@ -18,7 +18,7 @@ from incubate_lib.config.members import PHASES
 from incubate_lib.data.schedule import micro_batches
 from incubate_lib.method.network import has_layer
 from incubate_lib.phases.recipes import networks_of
-from incubate_lib.pipeline.graph import Node, Plan
+from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.style import PAPER, Figure, filling, trained_and_frozen
 from incubate_lib.report.widgets import or_sentence, with_picture, with_twin
@@ -73,18 +73,18 @@ class Hybrids:
         if not finals:
             there = ", ".join(dict.fromkeys(name for name, _ in made.finals)) or "none"
             raise SettingsError(f"strategy {strategy} is not part of what was asked for, which is: {there}")
-        nodes = finals[0].upstream("incubate")
+        nodes = [node for node in closure(finals[:1]) if node.kind.has_modules]
         if not nodes:
             raise SettingsError(f"strategy {strategy} incubates no modules, so it has no hybrids")
         self.strategy, self.nodes = strategy, sorted(nodes, key=lambda node: node.settings.module_index)
         first = nodes[0]
         depths = first.facts.target_depths, first.facts.meta_depths
-        self._networks, self._memory = networks_of(first.experiment.settings, depths, first.facts.num_classes), {}
+        self._networks, self._memory = networks_of(first.experiment.settings, depths, first.facts.outputs), {}
 
     def costs(self, index: int) -> Costs:
         """Return what the parts of the hybrid of module `index` (0-based) cost while it is incubated.
 
-        The FLOPs add up to the facts' `incubate-<index>`. SettingsError if there is no such module.
+        The FLOPs add up to those that the facts have of the phase. SettingsError if there is no such module.
         """
         if not 0 <= index < len(self.nodes):
             raise SettingsError(f"index is {index}; this strategy has the modules 0 … {len(self.nodes) - 1}")
@@ -144,7 +144,7 @@ def hybrid_viewer(given: Settings | Plan, strategy: str) -> Any:
     options = [(f"module {i + 1} of {len(hybrids.nodes)}", i) for i in range(len(hybrids.nodes))]
 
     def slider() -> ipywidgets.Widget:
-        menu = ipywidgets.SelectionSlider(options=options, description="incubate", layout={"width": "32rem"})
+        menu = ipywidgets.SelectionSlider(options=options, description="module", layout={"width": "32rem"})
         return with_picture(menu, hybrids.figure)
 
     return with_twin(slider, hybrids.figure)

@@ -11,6 +11,7 @@ Summaries mislead: in small networks that pool by averaging the class token, whi
 Letters: n images, p and q features, B images of a batch, C channels, H and W pixels.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from incubate_lib.config import TASK, SettingsError
+from incubate_lib import tasks
+from incubate_lib.config import SettingsError
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.data.sources import open_source
 from incubate_lib.data.stream import StreamedSet
@@ -29,6 +32,7 @@ from incubate_lib.phases.recipes import load_trained, prepare
 from incubate_lib.pipeline.graph import Node, Plan
 from incubate_lib.report.style import Figure
 from incubate_lib.report.words import BASELINE, LOOKS, label
+from incubate_lib.tasks import Task
 from incubate_lib.training.team import pick_device
 from incubate_lib.training.trainer import autocast
 
@@ -91,14 +95,14 @@ def similarity(plan: Plan, strategy: str, seed: int = 0, images: int = 256) -> p
         raise SettingsError(f"images is {images}; it takes at least {SMALLEST}")
     count = min(images, len(eval_set))
     evenly = torch.linspace(0, len(eval_set) - 1, count).long()
-    batches = [eval_set.some(some)[0] for some in evenly.split(BATCH)]
-    classes, s = eval_set.num_classes, final.settings
+    s, number = final.settings, final.facts.outputs
+    batches = [tasks.get(s.task).inputs(eval_set.some(some)) for some in evenly.split(BATCH)]
     partition, found = partition_of(s), {}  # (module, network) → CKA
-    trained = load_trained(meta.settings, meta.folder, classes)
-    wanted = [_gram(module) for module in _outputs(in_target_names(s, trained, build_target(s, classes)), partition, batches)]
+    trained = load_trained(meta.settings, meta.folder, number)
+    wanted = [_gram(module) for module in _outputs(in_target_names(s, trained, build_target(s, number)), partition, batches)]
     for node in final.upstream("incubate"):
         index, inputs = node.settings.module_index, {name: n.folder.path for name, n in node.inputs.items()}
-        hybrid = prepare(node.settings, inputs, classes)
+        hybrid = prepare(node.settings, inputs, number)
         for network in ("start", "hybrid"):
             if network == "hybrid":
                 hybrid.network.load_state_dict(counted_through(partition, index, node.folder.load_weights()), strict=False)
@@ -106,7 +110,7 @@ def similarity(plan: Plan, strategy: str, seed: int = 0, images: int = 256) -> p
     networks = {"assembled": joined, "finetuned": final, "end_to_end": _baseline(plan, final)}
     for network, node in networks.items():
         if node is not None:
-            modules = _outputs(load_trained(node.settings, node.folder, classes), partition, batches)
+            modules = _outputs(load_trained(node.settings, node.folder, number), partition, batches)
             for index, module in enumerate(modules):
                 found[index, network] = _alike(wanted[index], _gram(module))
     order = [(index, network) for index in range(len(wanted)) for network in NETWORKS]
@@ -189,32 +193,23 @@ class Disagreements:
 
     strategy: str
     seed: int
-    classes: list[str]  # for people
-    guesses: pd.DataFrame  # a row an image: label, meta, assembled, finetuned (classes, 0-based)
+    task: Task
+    # a row an image, a column each of meta, assembled, finetuned: what is wrong, in words, and nothing where it is right
+    mistakes: pd.DataFrame
     eval_set: ImageSet | StreamedSet
 
     def cases(self, network: str = "finetuned") -> pd.Series:
         """Return for every image which of CASES it is, for the `assembled` or the `finetuned` network."""
         if network not in DEEP:
             raise SettingsError(f"network is {network!r}; it must be one of {', '.join(DEEP)}")
-        meta, deep = (self.guesses[column] == self.guesses["label"] for column in ("meta", network))
+        meta, deep = (self.mistakes[column].isna() for column in ("meta", network))
         which = np.select([meta & deep, meta & ~deep, ~meta & deep], CASES[:3], default=CASES[3])
-        return pd.Series(pd.Categorical(which, CASES), index=self.guesses.index, name="case")
+        return pd.Series(pd.Categorical(which, CASES), index=self.mistakes.index, name="case")
 
     def counts(self) -> pd.DataFrame:
         """Return the number of images of each case: a row a network, a column a case."""
         rows = {NETWORKS[network]["label"]: self.cases(network).value_counts(sort=False) for network in DEEP}
         return pd.DataFrame(rows).T[list(CASES)].rename_axis(index="network", columns=None)
-
-    def per_class(self, network: str = "finetuned") -> pd.DataFrame:
-        """Return the same numbers by class, and how many images it gains over the meta model; most lost first."""
-        table = pd.crosstab(self.guesses["label"], self.cases(network), dropna=False)
-        table = table.reindex(columns=list(CASES), fill_value=0)
-        table = table[table.sum(axis=1) > 0]
-        table.insert(0, "images", table.sum(axis=1))
-        table["gain"] = table[CASES[2]] - table[CASES[1]]
-        table.index = [self.classes[i] for i in table.index]
-        return table.sort_values("gain", kind="stable").rename_axis(index="class", columns=None)
 
     def figure(self, network: str = "finetuned", num: int = 8) -> Figure:
         """Draw the first `num` images that only the meta model, and that only the deep network gets right."""
@@ -231,22 +226,17 @@ class Disagreements:
             for axis in axes:
                 axis.axis("off")
             for axis, place, pixels in zip(axes, places, self.pixels(places[:num]), strict=False):
-                right, said = (self._named(place, column) for column in ("label", wrong))
                 axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-                axis.set_title(right, fontsize=9, pad=3)
                 below = {"ha": "center", "va": "top", "fontsize": 9, "color": "#A33D00"}
+                said = textwrap.fill(self.mistakes.loc[place, wrong], 16, max_lines=3, placeholder="…")
                 axis.text(0.5, -0.04, f"{WHO[wrong]}:\n{said}", transform=axis.transAxes, **below)
         return figure
-
-    def _named(self, image: int, column: str) -> str:
-        name = self.classes[self.guesses.loc[image, column]]
-        return name if len(name) <= 14 else f"{name[:13]}…"
 
     def pixels(self, places: Sequence[int]) -> list[np.ndarray]:
         """Return images [H, W, C] uint8 as they are judged; read again, which spares keeping those of a large set."""
         if not len(places):
             return []
-        images, _ = self.eval_set.some(torch.as_tensor(np.asarray(places)))
+        images = self.task.inputs(self.eval_set.some(torch.as_tensor(np.asarray(places))))
         images = 255 * (images * self.eval_set.std + self.eval_set.mean)
         return list(images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
@@ -256,24 +246,22 @@ def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
     """Ask the meta model, the assembled and the fine-tuned network of a strategy about every judge image.
 
     In the precision of the run, so that the numbers are those of its records. SettingsError as `similarity`, and for a task
-    that has no classes.
+    that does not tell mistakes.
     """
     final, meta, joined = _phases(plan, strategy, seed)
-    if final.settings.task != TASK:
-        raise SettingsError(
-            f"which images a network gets right is told of {TASK} only, and this run learns {final.settings.task}"
-        )
+    about, task = final.settings, tasks.get(final.settings.task)
+    if type(task).mistakes is Task.mistakes:
+        raise SettingsError(f"this run learns {about.task}, and that task does not tell which images a network gets wrong")
     eval_set, device = final.data()[1], pick_device()
     nodes = {"meta": meta, "assembled": joined, "finetuned": final}
-    classes, about, networks = eval_set.num_classes, final.settings, {}
-    for name, node in nodes.items():
-        networks[name] = load_trained(node.settings, node.folder, classes).to(device)
-    found = []
-    for x, y in eval_set.eval_batches(keep=False):
-        x = x.to(device)
-        with autocast(device, about.precision):
-            guesses = {name: network(x).float().argmax(1).cpu().numpy() for name, network in networks.items()}
-        found.append(pd.DataFrame({"label": y.cpu().numpy()} | guesses))
-    names = open_source(about.data, final.machine)[0].classes
-    guesses = pd.concat(found, ignore_index=True).rename_axis(index="image")
-    return Disagreements(strategy, seed, names, guesses, eval_set)
+    networks = {name: load_trained(node.settings, node.folder, node.facts.outputs).to(device) for name, node in nodes.items()}
+    names = task.output_names(open_source(about.data, final.machine)[0].classes)
+    found: dict[str, list[str | None]] = {name: [] for name in networks}
+    for batch in eval_set.eval_batches(keep=False):
+        batch = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+        for name, network in networks.items():
+            with autocast(device, about.precision):
+                output = network(task.inputs(batch))
+            found[name] += task.mistakes(output, batch, names)
+    mistakes = pd.DataFrame(found, dtype=object).rename_axis(index="image")
+    return Disagreements(strategy, seed, task, mistakes, eval_set)

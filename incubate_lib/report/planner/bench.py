@@ -1,11 +1,13 @@
 """What `incubate bench` says: its tables for the terminal, its ratios in words, a figure. Reads rows, measures nothing."""
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
 from rich.table import Table
 
+from incubate_lib.config.members import PHASES
 from incubate_lib.report.style import Figure, style
 from incubate_lib.report.words import flop_unit
 
@@ -13,16 +15,14 @@ LOOP_LIMIT = 1.03  # what our loop may cost end to end, against a bare one
 BUSY = 1.3  # slowest round against fastest
 STEEP = 1.1  # an exponent of time against FLOPs from here on is clearly above 1
 OURS, TWIN = r"incubate-\d+", r"incubate-\d+-released"
-NAMES = {"end_to_end": "end to end", "meta": "meta model"}
-ENDS = {"": "", "bare": ", bare loop", "released": ", released freezing"}
+ENDS = {None: "", "bare": ", bare loop", "released": ", released freezing"}
 SERIES = {"depth": "blocks", "image_size": "px"}
 
 
 def label(variant: str) -> str:
     """Return a variant's name for people, modules counted from one."""
-    what, _, number = variant.partition("-")
-    number, _, end = number.partition("-") if what == "incubate" else ("", "", number)
-    return (NAMES.get(what) or f"hybrid, module {int(number) + 1}") + ENDS[end]
+    name, number, end = re.fullmatch(r"(\w+)(?:-(\d+))?(?:-([a-z]+))?", variant).groups()
+    return PHASES[name].counted_as + (f", module {int(number) + 1}" if number else "") + ENDS[end]
 
 
 def machine_line(table: pd.DataFrame) -> str:

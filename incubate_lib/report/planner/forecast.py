@@ -15,12 +15,13 @@ import pandas as pd
 
 from incubate_lib.config import Settings, SettingsError, load_settings, nearest, presets, refuse
 from incubate_lib.config.errors import shortened
+from incubate_lib.config.members import PHASES
 from incubate_lib.data.counts import Images, check_numbers, count_images
 from incubate_lib.data.schedule import micro_batches, total_steps
-from incubate_lib.phases.facts import Facts, count
+from incubate_lib.phases.facts import Facts, count, outputs_for
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest, remaining
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.planner.memory import kind_of, step_memory_of
+from incubate_lib.report.planner.memory import step_memory_of
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import places
 from incubate_lib.report.tables.records import Results
@@ -43,7 +44,11 @@ class Speed:
 
     def seconds(self, phase: str, module_index: int | None, flops: float) -> float:
         """Return how long one device takes for so many FLOPs of a phase."""
-        return flops / self.measured.get(kind_of(phase, module_index), self.flops_per_second)
+        return flops / self.measured.get(_measured_as(phase, module_index), self.flops_per_second)
+
+
+def _measured_as(phase: str, module_index: int | None) -> str:
+    return PHASES[phase].measured_as(None if pd.isna(module_index) else module_index)
 
 
 def stated_speed(device: str = DEVICE, share: float = SHARE, precision: str = "bfloat16") -> Speed:
@@ -74,7 +79,7 @@ def measured_speed(name: str) -> Speed:
 def speed_of(results: Results) -> Speed:
     """Return the speed at which a run trained, for each kind of phase."""
     trained = results.phases[results.phases["flops"] > 0]
-    kinds = [kind_of(phase.phase, phase.module_index) for phase in trained.itertuples()]
+    kinds = [_measured_as(phase.phase, phase.module_index) for phase in trained.itertuples()]
     sums = trained.groupby(kinds)[["flops", "seconds"]].sum()
     whole = trained["flops"].sum() / trained["seconds"].sum()
     where = places(results.strategies)
@@ -112,7 +117,7 @@ def open_plan(
 def plan_of(settings: Settings, counted: Images, strategies: Sequence[str] | None = None) -> Plan:
     """Return the plan of one seed for so many images, of which `data.train_share` is trained on."""
     shared = round(counted.count * settings.data.train_share)
-    facts = _facts(settings, counted.classes).model_copy(update={"num_images": shared})
+    facts = _facts(settings, outputs_for(settings, counted)).model_copy(update={"num_images": shared})
     return replace(plan(settings, strategies, facts=facts), images=counted.sentence)
 
 
@@ -130,13 +135,13 @@ def open_settings(preset: str, overrides: Sequence[str] = ()) -> Settings:
     return load_settings("imagenet-vit-b", [*own, *overrides])
 
 
-def _facts(settings: Settings, classes: int) -> Facts:
+def _facts(settings: Settings, outputs: int) -> Facts:
     """Count, once for all settings whose networks are the same."""
-    whole = settings.model_dump(mode="json", include={"model", "partition", "strategies"})
+    whole = settings.model_dump(mode="json", include={"task", "model", "partition", "strategies"})
     parts = {name: (s.get("low_resolution"), s.get("weights")) for name, s in whole.pop("strategies").items()}
-    key = json.dumps([whole, parts, classes])
+    key = json.dumps([whole, parts, outputs])
     if key not in _COUNTED:
-        _COUNTED[key] = count(settings, 1, classes)
+        _COUNTED[key] = count(settings, 1, outputs)
     return _COUNTED[key]
 
 
@@ -220,7 +225,7 @@ def forecast(
         )
         if any(node.settings.mat and node.key not in spent for node in nodes):
             adaptive.append(name)
-    whole = [name for name, _ in todo.finals if settings.strategies[name].kind == "end_to_end"]
+    whole = [name for name, _ in todo.finals if settings.strategies[name].is_whole]
     free = [name for name in whole if not settings.is_matched(name)]
     return Forecast(
         network=str(settings.model),

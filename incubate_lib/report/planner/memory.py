@@ -8,13 +8,6 @@ from incubate_lib.training.memory import StepMemory, memory_by_part
 _PARTS: dict = {}  # memory of parts that were gone through; sliders ask often
 
 
-def kind_of(phase: str, module_index: int | None) -> str:
-    """Return the name under which a phase's speed is measured; only those that incubate need an index."""
-    if phase == "incubate":
-        return f"incubate-{module_index}"
-    return "meta" if phase == "meta" else "end_to_end"
-
-
 def step_memory_of(node: Node, known: dict) -> StepMemory:
     """Return the memory of a phase's step; `known` keeps networks and what they take, which several phases share."""
     phase, size = node.settings, node.settings.model.img_size
@@ -23,7 +16,7 @@ def step_memory_of(node: Node, known: dict) -> StepMemory:
         if size not in known:
             settings = node.experiment.settings
             settings = settings.model_copy(update={"model": settings.model.model_copy(update={"img_size": size})})
-            known[size] = networks_of(settings, (node.facts.target_depths, node.facts.meta_depths), node.facts.num_classes)
+            known[size] = networks_of(settings, (node.facts.target_depths, node.facts.meta_depths), node.facts.outputs)
         network, partition = node.kind.trains(known[size], phase.module_index)
         parts = memory_by_part(network, model_shape(phase.model), partition, precision=phase.precision, known=_PARTS)
         memory = sum(parts, StepMemory())

@@ -145,7 +145,7 @@ def gantt(costs: Forecast) -> Figure:
             look = {"color": color, "hatch": hatch, "edgecolor": "white", "height": 0.82}
             axis.barh(row.machine, width, left=begin, **look)
             words = _phase_name(row)
-            if width / end <= 0.012 * len(words) and row.phase == "incubate":
+            if width / end <= 0.012 * len(words) and not pd.isna(row.module):
                 words = str(row.module)
             if width / end > 0.012 * len(words):
                 axis.text(begin + width / 2, row.machine, words, **NAME)
@@ -196,7 +196,7 @@ def _sliders(todo: Plan, machines: int, costs_of: Callable[..., Forecast]) -> An
     import ipywidgets
 
     settings, facts = todo.experiment.settings, todo.experiment.facts
-    pieces = next((name for name, _ in todo.finals if name != "end_to_end"), settings.run[-1])
+    pieces = next((name for name, _ in todo.finals if settings.strategies[name].is_cut), settings.run[-1])
     depth, now = sum(facts.target_depths), len(facts.target_depths)
     wide = {"style": {"description_width": "11rem"}, "layout": {"width": "32rem"}, "continuous_update": False}
 
@@ -204,8 +204,8 @@ def _sliders(todo: Plan, machines: int, costs_of: Callable[..., Forecast]) -> An
         made = ipywidgets.IntSlider if step == 1 else ipywidgets.FloatSlider
         return made(value=min(max(value, low), high), min=low, max=high, step=step, description=name, **wide)
 
-    def epochs(phase: str, name: str, high: int) -> Any:
-        return slider(f"epochs: {name}", round(settings.training_of(pieces, phase).epochs), 1, high)
+    def epochs(phase: str) -> Any:
+        return slider(f"epochs: {PHASES[phase].label}", round(settings.training_of(pieces, phase).epochs), 1, 600)
 
     counts = [k for k in range(2, min(depth, 12) + 1) if depth % k == 0]
     modules = {"options": counts, "value": now if now in counts else counts[0], "description": "modules"}
@@ -213,9 +213,7 @@ def _sliders(todo: Plan, machines: int, costs_of: Callable[..., Forecast]) -> An
     controls = {
         "modules": ipywidgets.SelectionSlider(**modules, **wide),
         "meta_depth": slider("blocks of a meta module", facts.meta_depths[0], 1, max(1, depth // 2)),
-        "meta": epochs("meta", "meta model", 600),
-        "incubate": epochs("incubate", "each module", 300),
-        "finetune": epochs("finetune", "fine-tuning", 300),
+        **{phase: epochs(phase) for phase in settings.strategies[pieces].trains},
         "share": slider("share of the images", settings.data.train_share, 0.05, 1.0, 0.05),
         "device": ipywidgets.Dropdown(**devices, description="device", style=wide["style"]),
         "peak": slider("share of its peak", SHARE, 0.05, 1.0, 0.05),
@@ -232,7 +230,7 @@ def _sliders(todo: Plan, machines: int, costs_of: Callable[..., Forecast]) -> An
             f"data.train_share={chosen['share']:g}",
             f"machine.devices={chosen['devices']}",
         ]
-        for phase in ("meta", "incubate", "finetune"):  # short warm-ups, or a few epochs would be refused
+        for phase in settings.strategies[pieces].trains:  # short warm-ups, or a few epochs would be refused
             more += [f"phases.{phase}.epochs={chosen[phase]}", f"phases.{phase}.warmup_epochs=0"]
         try:
             costs = costs_of(more, chosen["device"], chosen["peak"], chosen["machines"])

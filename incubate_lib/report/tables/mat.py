@@ -24,7 +24,7 @@ def units_table(node: Node) -> pd.DataFrame:
     from incubate_lib.phases.networks import build_target
 
     with torch.device("meta"):
-        model = build_target(node.settings, node.facts.num_classes)
+        model = build_target(node.settings, node.facts.outputs)
     whole = sum(parameter.numel() for parameter in model.parameters())
     rows = []
     for kind, count in count_units(model).items():

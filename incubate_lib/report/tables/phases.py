@@ -35,12 +35,13 @@ def costs_table(node: Node) -> pd.DataFrame:
     }  # fmt: skip
     flops = pd.Series(counted) / 1e6
     table = pd.DataFrame({"MFLOP an image": flops.round(2), "of end to end": (flops / flops["target"]).round(3)})
-    names = {kind: PHASES[kind].label for kind in PHASES} | {"target": "end to end, fine-tuning"}
-    kinds = {"incubate": "hybrid, module {}", "imitate": "imitation, module {}", "target": "end to end, {} pixels"}
+    names = {kind: PHASES[kind].counted_as for kind in PHASES}
 
     def named(key: str) -> str:
         kind, _, number = key.partition("-")
-        return names.get(key) or kinds.get(kind, kind + " {}").format(int(number) + (kind != "target"))
+        if kind == "target":  # what all kinds cost that train the whole network
+            return f"{names['end_to_end']}, {f'{number} pixels' if number else 'fine-tuning'}"
+        return names.get(kind, kind) + (f", module {int(number) + 1}" if number else "")
 
     table.index = [named(key) for key in table.index]
     return table

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.patches import FancyBboxPatch
 
-from incubate_lib.report.style import FROZEN, ONE_BY_ONE, PAPER, STYLE, TRAINED, Figure, filling, style, trained_and_frozen
+from incubate_lib.config.members import PHASES
+from incubate_lib.report.style import FROZEN, ONE_BY_ONE, PAPER, TRAINED, Figure, filling, style, trained_and_frozen
 from incubate_lib.report.tables.records import Results
 from incubate_lib.report.words import BASELINE, flop_unit, label, metric_of
 from incubate_lib.tasks import Metric
@@ -68,7 +69,7 @@ def learning_curves(curves: dict[str, pd.DataFrame], reference: dict[str, float 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (name, table) in enumerate(curves.items()):
-        appearance = STYLE[ONE_BY_ONE[i % len(ONE_BY_ONE)]]
+        appearance = style(ONE_BY_ONE[i % len(ONE_BY_ONE)])
         dots = {**appearance, "markersize": 3}
         left.plot(table["epoch"], table["train_loss"], **dots | {"linestyle": ":"}, label=f"{name}, training (regularised)")
         left.plot(table["epoch"], table["loss"], **dots | {"linestyle": "-"}, label=f"{name}, judged")
@@ -87,7 +88,7 @@ def learning_curves(curves: dict[str, pd.DataFrame], reference: dict[str, float 
 
 def module_bars(phases: pd.DataFrame) -> Figure:
     """Draw, per module, the hybrid's score before and after incubation, the meta model's as a line, and the cost."""
-    metric, modules = metric_of(phases), phases[phases["phase"] == "incubate"].groupby("module_index")
+    metric, modules = metric_of(phases), phases[phases["module_index"].notna()].groupby("module_index")
     mean, sd = modules[["start_score", "score", "flops"]].mean(), modules["score"].std().fillna(0)
     unit, factor = flop_unit(mean["flops"].max())
     names = [f"module {int(i) + 1}" for i in mean.index]
@@ -173,13 +174,6 @@ def convergence(results: Results) -> Figure:
     return figure
 
 
-PIECES = {  # line style and legend of the phases of a network that is cut into modules
-    "meta": (":", "meta model"),
-    "incubate": ("--", "hybrids: one module incubated at a time"),
-    "finetune": ("-", "fine-tuning"),
-}
-
-
 STAR = {"marker": "*", "markersize": 15, "markeredgecolor": "black", "linestyle": "none", "zorder": 5}
 
 
@@ -200,11 +194,12 @@ def _phases(axis, results: Results, name: str, factor: float) -> None:
         elif (phase, module) in lines:
             linestyle, legend = look["linestyle"], None if spent else label(name)
             if is_cut:
-                linestyle, legend = PIECES.get(phase, ("-.", phase.replace("_", " ")))
+                kind = PHASES[phase]
+                linestyle, legend = kind.line, f"{kind.counted_as}s: one module at a time" if module >= 0 else kind.label
             curve = mean_curve(lines[phase, module], "flops")
             line = look | {"linestyle": linestyle, "markersize": 3, "label": None if module > 0 else legend}
             draw_curve(axis, (spent + curve["cost"]) / factor, curve, metric, line, alpha=0.15)
-        if is_cut and phase in ("incubate", "assemble"):
+        if is_cut and (module >= 0 or phase == "assemble"):
             axis.axvline(spent / factor, color="#BBBBBB", linewidth=0.7)
         spent += group["flops"].mean()
 

@@ -1,5 +1,6 @@
 """A study's tables, and what they say in numbers and sentences."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from incubate_lib.config import SettingsError, data_folder, nearest
-from incubate_lib.config.study import BASELINE, COLUMNS, DERIVED, load_study, studies
+from incubate_lib.config.study import BASELINE, COLUMNS, RATE, is_column, load_study, studies
 from incubate_lib.pipeline.study import Cost, Walk
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import hardware_of, mixes
@@ -33,7 +34,7 @@ class StudyTable:
 
     @property
     def axes(self) -> list[str]:
-        return [column for column in self.results.columns if column not in COLUMNS]
+        return [column for column in self.results.columns if not is_column(column)]
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------------
@@ -46,10 +47,10 @@ def collect(walk: Walk) -> StudyTable:
         images = trial.plan.experiment.facts.num_images
         for row in from_plan(trial.plan).strategies.to_dict("records"):
             settings, name = trial.plan.experiment.settings, row["strategy"]
-            rates = {f"lr_{phase}": settings.training_of(name, phase).lr for phase in settings.strategies[name].trains}
-            row |= {"train_images": images} | rates | trial.cell.place
-            rows.append({column: row.get(column) for column in (*trial.cell.place, *COLUMNS)})
-    columns = [*walk.study.axes, *COLUMNS]
+            rates = {f"{RATE}{phase}": settings.training_of(name, phase).lr for phase in settings.strategies[name].trains}
+            row |= {"train_images": images} | trial.cell.place
+            rows.append({column: row.get(column) for column in (*trial.cell.place, *COLUMNS)} | rates)
+    columns = list(dict.fromkeys([*walk.study.axes, *COLUMNS, *itertools.chain(*rows)]))
     tried = pd.DataFrame(walk.tried, columns=[*walk.study.axes, "strategy", "phase", "lr", "seed", "metric", "score", "chosen"])
     return StudyTable(walk.study.name, pd.DataFrame(rows, columns=columns), tried)
 
@@ -80,7 +81,7 @@ def read_tables(folder: Path, stem: str, name: str) -> StudyTable:
     read = []
     for part in ("", "_rates"):
         path = folder / f"{stem}{part}.csv"
-        axes = [column for column in read_table(path, nrows=0).columns if column not in (*COLUMNS, *DERIVED)]
+        axes = [column for column in read_table(path, nrows=0).columns if not is_column(column)]
         read.append(read_table(path, dtype=dict.fromkeys(axes, str), keep_default_na=False, na_values=[""]))
     return StudyTable(name, *read)
 

@@ -9,14 +9,14 @@ from matplotlib import colormaps
 from matplotlib.ticker import LogLocator
 
 from incubate_lib import tasks
-from incubate_lib.report.style import STYLE, Figure, style
+from incubate_lib.report.style import Figure, style
 from incubate_lib.report.tables.hardware import MIXED, mixes
 from incubate_lib.report.tables.plots import legend_below, mean_curve
 from incubate_lib.report.tables.records import write_figure
 from incubate_lib.report.tables.statistics import rounded
 from incubate_lib.report.tables.studies import StudyTable, at_equal_cost, seeds_count, seeds_text
 from incubate_lib.report.tables.verdict import cells
-from incubate_lib.report.words import flop_unit, label
+from incubate_lib.report.words import about, flop_unit, label
 
 COSTS = {
     "flops": "all phases, one machine",
@@ -71,7 +71,7 @@ def ranking(table: StudyTable) -> Figure | None:
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     unit, factor = flop_unit(table.results["flops"].max())
     for y, (name, mean) in enumerate(means.iterrows()):
-        color = style(name)["color"] if name in STYLE else "#555555"
+        color = style(name)["color"] if about(name) else "#555555"
         marks = {"color": color, "markersize": 6}
         left.errorbar(metric.scale * mean["score"], y, xerr=deviation[name], fmt="o", capsize=3, **marks)
         left.plot(metric.scale * mean["assembled_score"], y, "o", markerfacecolor="none", **marks)

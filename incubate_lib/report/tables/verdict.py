@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 import pandas as pd
 
 from incubate_lib import tasks
+from incubate_lib.config.members import PHASES
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.report.tables.hardware import mixes
 from incubate_lib.report.tables.statistics import compare, family_text, paired, points_text, verdict_text
@@ -108,10 +109,8 @@ def against_baseline(table: pd.DataFrame) -> list[str]:
 def not_from_nothing(phases: pd.DataFrame) -> list[str]:
     """Return the strategies that start from weights of a file: no meta model and no network was trained from random ones."""
     table = phases.reindex(columns=["strategy", "phase", "steps"]).dropna(subset="strategy")
-    goes_on = table["phase"].isin(["incubate", "assemble", "finetune"])
-    begun = set(table.loc[~goes_on & (table["steps"] > 0), "strategy"])
-    phases = table.groupby("strategy")["phase"].agg(set)
-    begun |= {name for name, those in phases.items() if "assemble" in those and "meta" not in those}  # of random modules
+    others = table.groupby("strategy")["phase"].agg(set)
+    begun = {row.strategy for row in table.itertuples() if PHASES[row.phase].begins(row.steps, others[row.strategy])}
     return [name for name in table["strategy"].unique() if name not in begun]
 
 

@@ -1,6 +1,6 @@
 """A task of another kind: how large a digit is, as a number. A batch is images [B, C, H, W] and labels [B]."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from incubate_lib.tasks import Metric, Task
@@ -14,7 +14,7 @@ class DigitValue(Task):
     )
     num_sums = 3
 
-    def outputs(self, num_classes: int) -> int:
+    def outputs(self, data: Any) -> int:
         return 1
 
     def ready(self, batch: Any, data: Any, recipe: Any, extra: Any) -> Any:
@@ -33,7 +33,7 @@ class DigitValue(Task):
         number, squares, distances = sums
         return {"loss": squares / number, "mean_error": distances / number, "root": (squares / number) ** 0.5}
 
-    def mistakes(self, output: Any, batch: Any) -> list[str | None]:
+    def mistakes(self, output: Any, batch: Any, names: Sequence[str] = ()) -> list[str | None]:
         pairs = zip(batch[1].tolist(), output.squeeze(1).tolist(), strict=True)
         return [f"{label}, not {guess:.1f}" if abs(label - guess) > 0.5 else None for label, guess in pairs]
 

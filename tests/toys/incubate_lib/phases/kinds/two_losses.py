@@ -13,6 +13,7 @@ from incubate_lib.phases.kinds import Inputs, Phase
 class TwoLosses(Phase):
     name = "two_losses"
     label = "two losses"
+    pace = "two_losses"
 
     def cost(self, model: ModelSettings, options: dict[str, Any]) -> str:
         return "two_losses"
@@ -20,10 +21,10 @@ class TwoLosses(Phase):
     def count(self, networks: Any) -> dict[str, int]:
         return {"two_losses": 2 * networks.counts.per_image(networks.target, networks.partition)}
 
-    def build(self, s: PhaseSettings, inputs: Inputs, num_classes: int) -> Any:
+    def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> Any:
         from incubate_lib.phases.networks import build_target
 
-        return build_target(s, num_classes)
+        return build_target(s, outputs)
 
     def losses(self, run: Callable[[Any], Any], x: Any, loss: Callable[[Any], Any]) -> Iterator[Any]:
         yield loss(run(x))
