@@ -144,7 +144,7 @@ def test_parameters_cell_is_what_papermill_sees(nb, path):
 
 def test_the_parameters_are_set_before_they_are_used(nb):
     names = [index for index, cell in enumerate(code_cells(nb)) if "parameters" in cell.metadata.get("tags", [])]
-    assert names == [1], "imports first, then the parameters"
+    assert names == [0], "parameters first, then the imports, folded"
 
 
 def test_jupyter_client_takes_the_provisioner_that_a_manager_has_already():

@@ -16,7 +16,7 @@ from incubate_lib.pipeline.graph import Plan
 from incubate_lib.report.planner.forecast import DEVICE, SHARE, Forecast, forecast, open_settings, plan_of, stated_speed
 from incubate_lib.report.style import Figure
 from incubate_lib.report.tables.hardware import MIXED
-from incubate_lib.report.widgets import or_sentence, with_twin
+from incubate_lib.report.widgets import image, or_sentence, with_twin
 from incubate_lib.report.words import flop_unit, label, phase_name
 from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
@@ -198,10 +198,11 @@ def _sliders(todo: Plan, machines: int, costs_of: Callable[..., Forecast]) -> An
     settings, facts = todo.experiment.settings, todo.experiment.facts
     pieces = next((name for name, _ in todo.finals if settings.strategies[name].is_cut), settings.run[-1])
     depth, now = sum(facts.target_depths), len(facts.target_depths)
-    wide = {"style": {"description_width": "11rem"}, "layout": {"width": "32rem"}, "continuous_update": False}
+    wide = {"style": {"description_width": "14rem"}, "layout": {"width": "27rem"}, "continuous_update": False}
 
     def slider(name: str, value: float, low: float, high: float, step: float = 1) -> Any:
         made = ipywidgets.IntSlider if step == 1 else ipywidgets.FloatSlider
+        name = f"{name} ({low:g} to {high:g})"
         return made(value=min(max(value, low), high), min=low, max=high, step=step, description=name, **wide)
 
     def epochs(phase: str) -> Any:
@@ -220,7 +221,7 @@ def _sliders(todo: Plan, machines: int, costs_of: Callable[..., Forecast]) -> An
         "devices": slider("devices of a machine", settings.machine.devices, 1, 16),
         "machines": slider("machines", machines, 1, 16),
     }
-    table, picture = ipywidgets.HTML(), ipywidgets.Image(format="png")
+    table, picture = ipywidgets.HTML(), image()
 
     def show(_: object = None) -> None:
         chosen = {name: control.value for name, control in controls.items()}
@@ -244,4 +245,5 @@ def _sliders(todo: Plan, machines: int, costs_of: Callable[..., Forecast]) -> An
     for control in controls.values():
         control.observe(show, names="value")
     show()
-    return ipywidgets.VBox([*controls.values(), table, picture])
+    beside = ipywidgets.HBox([ipywidgets.VBox([*controls.values()]), picture], layout={"flex_flow": "row wrap"})
+    return ipywidgets.VBox([beside, table])
