@@ -18,17 +18,17 @@ def plan(options: argparse.Namespace) -> None:
     from incubate_lib.report.tables.records import published
 
     both = "--bench is a measured speed, --device and --share an assumed one; give one of them"
-    refuse(options.bench and (options.device or options.share), both)
+    refuse(options.bench is not None and (options.device, options.share) != (None, None), both)
     check_figure(options.figure)
     asked = {name: getattr(options, name) for name in ("strategies", "images", "classes")}
     todo = forecast.open_plan(options.preset, options.set, **asked)
-    if options.bench:
+    if options.bench is not None:
         speed = forecast.measured_speed(options.bench)
     else:
         precision = todo.experiment.settings.precision
         share = forecast.SHARE if options.share is None else options.share
-        speed = forecast.stated_speed(options.device or forecast.DEVICE, share, precision)
-    measured = published(options.against) if options.against else None
+        speed = forecast.stated_speed(forecast.DEVICE if options.device is None else options.device, share, precision)
+    measured = published(options.against) if options.against is not None else None
     costs = forecast.forecast(todo, speed, machines=options.machines)
     print(costs.images + "\n")
     with pd.option_context("display.width", 200, "display.max_columns", None):

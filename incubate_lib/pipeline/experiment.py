@@ -8,6 +8,7 @@ a new run.json, and the former is kept as run.<n>.json.
 import contextlib
 import itertools
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,8 +68,9 @@ class Experiment:
         return next((record for _, record in self._records() if record["hash"] == self.hash), None)
 
     def check_sound(self) -> None:
-        """Raise SettingsError if there is a run.json that is none."""
+        """Raise SettingsError if there is a run.json that is none, or a file in place of the folder."""
         file = self.path / INDEX
+        refuse(self.path.exists() and not self.path.is_dir(), f"{self.path} is no folder, where that of a run should be")
         damaged = file.exists() and not is_record(read_json(file))
         refuse(damaged, f"{file} is damaged; `incubate run` with the same arguments makes it again")
 
@@ -157,7 +159,9 @@ def is_record(record: Any) -> bool:
     kinds = {"hash": str, "settings": dict, "facts": dict, "phases": dict, "finals": list}
     if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
         return False
-    return all(isinstance(phase, dict) and isinstance(phase.get("digest"), str) for phase in record["phases"].values())
+    named = [phase.get("digest") for phase in record["phases"].values() if isinstance(phase, dict)]
+    is_digest = re.compile("[0-9a-f]+").fullmatch  # it becomes a path
+    return len(named) == len(record["phases"]) and all(isinstance(digest, str) and is_digest(digest) for digest in named)
 
 
 def check_asked(settings: Settings, strategies: Sequence[str], seeds: Sequence[int]) -> None:

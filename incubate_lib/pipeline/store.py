@@ -53,6 +53,9 @@ def unused() -> list[Unused]:
 
 
 def _indices() -> Iterator[dict[str, Any]]:
+    for place in (*data_folder().glob("runs/[!.]*"), *data_folder().glob("studies/[!.]*")):
+        if not place.is_dir():
+            raise SettingsError(f"{place} is no folder, where that of a run should be; move it away first")
     for file in (*data_folder().glob("runs/*/run*.json"), *data_folder().glob("studies/*/run.json")):
         record = read_json(file)
         if not is_record(record):
