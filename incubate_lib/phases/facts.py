@@ -5,7 +5,9 @@ sees in a moment that everything is done. This module itself does not import tor
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from incubate_lib.config import Frozen, ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line
 from incubate_lib.config.members import PHASES, TASKS
@@ -14,7 +16,7 @@ from incubate_lib.config.members import PHASES, TASKS
 class Facts(Frozen):
     """Facts about one experiment's data and networks."""
 
-    num_images: int  # to train on
+    num_images: Annotated[int, Field(ge=1)]  # to train on
     num_classes: int
     target_depths: list[int]
     meta_depths: list[int]

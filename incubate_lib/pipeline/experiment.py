@@ -71,8 +71,9 @@ class Experiment:
         """Raise SettingsError if there is a run.json that is none, or a file in place of the folder."""
         file = self.path / INDEX
         refuse(self.path.exists() and not self.path.is_dir(), f"{self.path} is no folder, where that of a run should be")
-        damaged = file.exists() and not is_record(read_json(file))
-        refuse(damaged, f"{file} is damaged; `incubate run` with the same arguments makes it again")
+        damaged = os.path.lexists(file) and not is_record(read_json(file))
+        again = "delete it, and `incubate run` with the same arguments makes it again from the phases that are there"
+        refuse(damaged, f"{file} is damaged; {again}")
 
     def is_known(self) -> bool:
         """Whether a run with these settings was begun."""
@@ -138,7 +139,7 @@ class Experiment:
                     link.symlink_to(target)
 
     def check_writable(self) -> None:
-        """Raise SettingsError unless the data folder can be read and written; leaves nothing behind."""
+        """Raise SettingsError unless the data folder can be read and written, and the record is sound; leaves nothing behind."""
         place = self.path
         try:
             dangling = [part for part in (place, *place.parents) if part.is_symlink() and not part.exists()]
@@ -152,15 +153,18 @@ class Experiment:
         except OSError as error:
             why = f"cannot read and write {place} ({error.strerror}); set INCUBATE_DATA to a folder of yours"
             raise SettingsError(f"data folder {data_folder()}: {why}") from None
+        self.check_sound()
 
 
 def is_record(record: Any) -> bool:
     """Whether a run.json is one of ours."""
-    kinds = {"hash": str, "settings": dict, "facts": dict, "phases": dict, "finals": list}
+    kinds = {"hash": str, "version": str, "settings": dict, "facts": dict, "phases": dict, "finals": list}
     if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
         return False
     named = [phase.get("digest") for phase in record["phases"].values() if isinstance(phase, dict)]
-    is_digest = re.compile("[0-9a-f]+").fullmatch  # it becomes a path
+    is_digest = re.compile("[0-9a-f]+").fullmatch  # it becomes a path, as does the key
+    if any(os.path.isabs(key) or os.pardir in key.split("/") for key in record["phases"]):
+        return False
     return len(named) == len(record["phases"]) and all(isinstance(digest, str) and is_digest(digest) for digest in named)
 
 
