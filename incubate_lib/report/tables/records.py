@@ -69,7 +69,7 @@ def from_plan(plan: Plan) -> Results:
         for node, summary in needed:
             if summary is None:
                 continue
-            _check_metrics(node.folder)
+            check_metrics(node.folder)
             rows["phases"].append(_phase_row(node, summary) | of)
             shared = of | {key: summary[key] for key in ("phase", "module_index", "metric")}
             per_step = summary["train_flops"] / summary["steps"] if summary["steps"] else 0
@@ -81,7 +81,7 @@ def from_plan(plan: Plan) -> Results:
     return Results(plan.experiment.path.name, **{part: _table(part, rows[part]) for part in COLUMNS})
 
 
-def _check_metrics(folder: PhaseFolder) -> None:
+def check_metrics(folder: PhaseFolder) -> None:
     """Raise SettingsError where lines of a phase's metrics are no evaluations, but for a last one that a kill cut short."""
     for path in (folder.path / METRICS, folder.path / MNTK):
         strange = os.path.lexists(path) and not path.is_file()
