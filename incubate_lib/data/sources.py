@@ -123,7 +123,7 @@ def _idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     """Read a gzipped idx file of unsigned bytes (its header: 0, 0, type 8, dimensions, then each size, big-endian)."""
     path = folder / f"{name}-ubyte.gz"
     try:
-        with gzip.open(open_regular(path)) as file:
+        with open_regular(path) as packed, gzip.open(packed) as file:
             head = file.read(4 + 4 * dimensions)
             shape = np.frombuffer(head, ">i4", dimensions, offset=4)
             size = math.prod(map(int, shape))

@@ -8,6 +8,7 @@ as no architecture of timm but vit_huge_patch14_clip_224, once its first norm is
 """
 
 import argparse
+import errno
 import math
 import os
 import re
@@ -122,7 +123,8 @@ def _load(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             raw = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:
-        raise SettingsError(f"cannot read {path}: {error.strerror or error}") from None
+        why = "it is cut short" if error.errno == errno.EINVAL else error.strerror or error  # torch seeks before its beginning
+        raise SettingsError(f"cannot read {path}: {why}") from None
     except Exception as error:  # unpickling a damaged file raises anything
         if culprit := re.search(r"GLOBAL (\S+)", str(error)):
             raise SettingsError(

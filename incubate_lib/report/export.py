@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from incubate_lib import tasks
-from incubate_lib.config import Settings, SettingsError, refuse
+from incubate_lib.config import Settings, SettingsError
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.pipeline.recorded import run_of
 from incubate_lib.report.tables.hardware import mixed_text, mixes
@@ -60,7 +60,8 @@ def export(
     from incubate_lib.phases.weights import check_free, save_timm
 
     folder = check_free(folder)
-    check_weights(settings, strategy, seed)
+    if strategy:
+        check_weights(settings, strategy, seed)
     ready = finished(settings, seed)
     taken, why = choose(settings, ready, strategy, seed)
     log(f"finished, with {taken.metric.label} on the {settings.data.eval_split} split:")
@@ -84,12 +85,11 @@ def export(
     return taken.strategy
 
 
-def check_weights(settings: Settings, strategy: str | None, seed: int) -> None:
-    """Raise SettingsError where a network that may be meant was trained to its end, and its weights are lost since."""
-    for (name, of_seed), final in run_of(settings, seeds=[seed]).finals.items():
-        lost = strategy in (None, name) and final.summary() and not final.finished()
-        what = f"{final.folder.weights} of {name}, seed {of_seed}, is missing or damaged"
-        refuse(lost, f"{what}; `incubate run` makes it again, --strategy names another")
+def check_weights(settings: Settings, strategy: str, seed: int) -> None:
+    """Raise SettingsError where the network that is meant was trained to its end, and its weights are lost since."""
+    final = run_of(settings, seeds=[seed]).finals.get((strategy, seed))
+    if final and final.summary() and not final.finished():
+        raise SettingsError(f"{final.folder.weights} is missing or damaged; the same `incubate run` makes it again")
 
 
 def finished(settings: Settings, seed: int) -> list[Finished]:
