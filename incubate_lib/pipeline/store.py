@@ -54,7 +54,7 @@ def unused() -> list[Unused]:
 
 
 def _indices() -> Iterator[dict[str, Any]]:
-    for place in (*data_folder().glob("runs/[!.]*"), *data_folder().glob("studies/[!.]*")):
+    for place in data_folder().glob("runs/[!.]*"):  # beside studies lie their tables
         if not place.is_dir():
             raise SettingsError(f"{place} is no folder, where that of a run should be; move it away first")
     for file in (*data_folder().glob("runs/*/run*.json"), *data_folder().glob("studies/*/run.json")):
