@@ -114,7 +114,7 @@ def test_a_data_folder_that_cannot_be_used(place, tmp_path, monkeypatch, capsys)
     (tmp_path / "a_file").write_text("")
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / place))
     assert main(["run", "smoke"]) == 2
-    assert "cannot read and write" in capsys.readouterr().err
+    assert {"a_file": "is no folder", "/proc/nothing": "cannot read and write"}[place] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", [0o500, 0o000], ids=["read-only", "unreadable"])

@@ -13,6 +13,7 @@ from incubate_lib.config import SettingsError
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.strategies import open_phase
 from incubate_lib.pipeline.view import node_line
+from incubate_lib.report.tables.records import check_metrics
 from incubate_lib.training.runs import PhaseFolder
 
 pytestmark = pytest.mark.xdist_group("damage")  # one process, so that what is compared with is trained once
@@ -118,6 +119,15 @@ def test_a_result_without_whole_weights_is_not_finished_and_is_made_again(data_f
     meta.folder.weights.unlink()
     (meta.folder.path / "summary.json").write_text("{")
     assert node.run()["inputs_sha256"] == {"meta": first["weights_sha256"]}
+
+
+def test_a_line_that_is_no_evaluation_is_told_but_for_one_that_a_kill_cut_short(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0}\n{"step": 1}\n{"ste')
+    check_metrics(PhaseFolder(tmp_path))
+    file.write_text('{"step": 0}\n[3]\n{"step": NaN}\n')
+    with pytest.raises(SettingsError, match=r"metrics\.jsonl has 2 line\(s\) that are no evaluations"):
+        check_metrics(PhaseFolder(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["phase.json", "status.json"])

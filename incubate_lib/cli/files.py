@@ -23,10 +23,13 @@ def presets(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> int:
     settings = load_settings(options.preset, options.set)  # first: what is misspelt is told before torch is imported
-    from incubate_lib.data.sets import load_data, unused_classes, unused_in_words
+    from incubate_lib.data.folders import links_out, place_of
+    from incubate_lib.data.sets import SHOWN, load_data, unused_classes, unused_in_words
     from incubate_lib.data.stream import StreamedSet
     from incubate_lib.phases.networks import model_shape
 
+    place = place_of(settings.data, settings.machine)
+    links = links_out(place) if settings.data.source not in config.MADE and place.is_dir() else []
     how = {"shape": model_shape(settings.model), "machine": settings.machine}
     one_by_one = settings.data.model_copy(update={"in_memory": False, "skip_broken": True})  # so that all are looked at
     parts, bad = load_data(one_by_one, **how), 0
@@ -41,6 +44,9 @@ def check(options: argparse.Namespace) -> int:
         for name, reason in broken.items():
             print(f"  {name}: {reason}")
         bad += len(broken)
+    if links:
+        some = ", ".join(links[:SHOWN]) + (", …" if len(links) > SHOWN else "")
+        print(f"{len(links)} link(s) lead out of {place}, and what they lead to counts as if it lay there: {some}")
     if settings.data.in_memory and not bad:
         load_data(settings.data, **how)  # they must be of one size, too
     return 1 if bad else 0

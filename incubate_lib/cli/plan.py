@@ -23,7 +23,7 @@ ALIKE = 0.8  # of a preset's name; no network of timm has one so like it
 
 def plan(options: argparse.Namespace) -> None:
     both = "--bench is a measured speed, --device and --share an assumed one; give one of them"
-    refuse(options.bench and (options.device or options.share), both)
+    refuse(options.bench is not None and (options.device, options.share) != (None, None), both)
     check_figure(options.figure)
     _check_early(options.preset, options.set)
     from incubate_lib.report.planner import forecast, planner
@@ -31,13 +31,13 @@ def plan(options: argparse.Namespace) -> None:
 
     asked = {name: getattr(options, name) for name in ("strategies", "images", "classes")}
     todo = forecast.open_plan(options.preset, options.set, **asked)
-    if options.bench:
+    if options.bench is not None:
         speed = forecast.measured_speed(options.bench)
     else:
         precision = todo.experiment.settings.precision
         share = forecast.SHARE if options.share is None else options.share
-        speed = forecast.stated_speed(options.device or forecast.DEVICE, share, precision)
-    measured = published(options.against) if options.against else None
+        speed = forecast.stated_speed(forecast.DEVICE if options.device is None else options.device, share, precision)
+    measured = published(options.against) if options.against is not None else None
     costs = forecast.forecast(todo, speed, machines=options.machines)
     print(costs.images + "\n")
     console = Console(highlight=False)

@@ -21,7 +21,9 @@ from incubate_lib.config.strategies import KNOWN, uncut
 
 # bytes; Linux opens paths of 4,095, and runs' names, strategies' and files' stand below the data folder
 LONGEST_FOLDER = 3000
+PARTS = ("runs", "studies", "phases")  # of the data folder, which a command makes or reads
 LONGEST_TEXT, MOST_VALUES, DEEPEST = 100_000, 10_000, 30  # characters, values and levels of a settings file
+MOST_DIGITS = 1_000
 
 
 def presets() -> dict[str, Path]:
@@ -138,6 +140,8 @@ def _parsed_once(text: str) -> Any:
 def _count(node: Node | None, counter: Iterator[int]) -> None:
     """Count values where they are used, as an alias can stand for very many; ValueError if they are too many."""
     refuse(next(counter) > MOST_VALUES, f"it has more than {MOST_VALUES} values")
+    is_long = node is not None and node.tag.endswith((":int", ":float")) and len(node.value) > MOST_DIGITS
+    refuse(is_long, f"a number has more than {MOST_DIGITS} digits")  # which Python would not write into a message
     values = node.value if isinstance(node, SequenceNode) else ()
     if isinstance(node, MappingNode):
         values = itertools.chain.from_iterable(node.value)
@@ -192,7 +196,7 @@ def data_folder() -> Path:
     """Return the folder of datasets, runs and results: $INCUBATE_DATA, or `data/` of the project.
 
     Of a plain install ~/incubate-data: nothing is written where packages lie.
-    Raises SettingsError where no path below it could be opened, because it or a part of it is too long already.
+    Raises SettingsError where no path below it could be opened: it or a part of it is too long already, or no folder.
     """
     project = checkout()
     own = project / "data" if project else Path.home() / "incubate-data"
@@ -200,4 +204,9 @@ def data_folder() -> Path:
     most = f"{LONGEST_FOLDER} bytes are possible, and 255 for each folder's name"
     too_long = len(os.fsencode(folder)) > LONGEST_FOLDER or any(len(os.fsencode(part)) > 255 for part in folder.parts)
     refuse(too_long, f"INCUBATE_DATA {str(folder)[:60]}… is too long: {most}")
+    for place in (folder, *(folder / part for part in PARTS)):
+        above = next(part for part in (place, *place.parents) if os.path.lexists(part))
+        what = "a link to nothing, or to itself" if above.is_symlink() else "no folder"
+        hint = "move it away, or set INCUBATE_DATA to a folder of yours"
+        refuse(not above.is_dir(), f"data folder {folder}: {above} is {what}; {hint}")
     return folder

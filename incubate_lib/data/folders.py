@@ -111,7 +111,11 @@ def _class_folders(settings: DataSettings, split: str) -> tuple[Path, dict[str, 
     folders: dict[str, Path] = {}
     for path in sorted(place.iterdir()):
         name = normal(path.name)
-        if is_left_behind(name) or not path.is_dir():
+        if is_left_behind(name):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise SettingsError(f"{path} is a link to nothing, or to itself; remove it, or mend what it leads to")
+        if not path.is_dir():
             continue
         if name in folders:
             twins = " and ".join(ascii(p.name) for p in (folders[name], path))
@@ -122,6 +126,15 @@ def _class_folders(settings: DataSettings, split: str) -> tuple[Path, dict[str, 
     if not folders:
         raise SettingsError(f"{place} has no subfolders; it must have one for each class")
     return place, folders
+
+
+def links_out(folder: Path) -> list[str]:
+    """Return the links below a folder that lead out of it, not followed further: what they lead to counts as if it lay there."""
+    real, links = folder.resolve(), []
+    for root, folders, files in os.walk(folder):
+        paths = (Path(root, name) for name in sorted([*folders, *files]) if not is_left_behind(name))
+        links += [str(path) for path in paths if path.is_symlink() and not path.resolve().is_relative_to(real)]
+    return links
 
 
 def _images_below(folder: Path) -> Iterator[str]:

@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from incubate_lib.config import MADE, DataSettings, MachineSettings, SettingsError
+from incubate_lib.config import MADE, DataSettings, MachineSettings, refuse
 from incubate_lib.data.folders import folder_of
 
 COPIERS = 16  # files at once: what bounds many small files on a network disk is latency
@@ -27,10 +27,7 @@ def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
     """
     if machine.scratch is None or data.source in MADE:
         return machine
-    place = Path(os.path.expanduser(os.path.expandvars(machine.scratch)))
-    if "$" in str(place):
-        raise SettingsError(f"machine.scratch is {machine.scratch!r}, and that variable is not set on {socket.gethostname()}")
-    original = folder_of(data, machine)
+    place, original = _place_of(machine.scratch), folder_of(data, machine)
     try:
         place.mkdir(parents=True, exist_ok=True)
         copy = own_folder(place, "machine.scratch") / f"{original.name}-{_stamp(original)}"
@@ -41,6 +38,20 @@ def stage(data: DataSettings, machine: MachineSettings) -> MachineSettings:
     except OSError as error:  # no bad input: another machine, or another time, may do
         raise OSError(f"machine.scratch {place} on {socket.gethostname()}: {error.strerror or error}") from None
     return machine.model_copy(update={"data_folder": str(copy), "scratch": None})
+
+
+def check_scratch(scratch: str) -> None:
+    """Raise SettingsError unless there can be such a folder on this machine; nothing is made."""
+    place = _place_of(scratch)
+    above = next(part for part in (place, *place.parents) if os.path.lexists(part))
+    able = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+    refuse(not able, f"machine.scratch is {scratch!r}, but {above} is no folder that can be written; name one on a local disk")
+
+
+def _place_of(scratch: str) -> Path:
+    place = Path(os.path.expanduser(os.path.expandvars(scratch))).absolute()
+    refuse("$" in str(place), f"machine.scratch is {scratch!r}, and that variable is not set on {socket.gethostname()}")
+    return place
 
 
 def own_folder(place: Path, setting: str) -> Path:

@@ -39,6 +39,8 @@ def wds(settings: DataSettings, split: str, download: bool) -> Source:
             if not text.isdigit() or len(text) > 18:  # digits of an int64
                 raise SettingsError(f"{tar}: {members['cls'].name} holds {text[:20]!r}, not the number of a class")
             labels.append(int(text))
+    if not places:
+        raise SettingsError(f"data.folder {folder}: the shards {pattern!r} hold no images")
     labels, classes = numbered(labels, f"{settings.source} {split}")
     return Source(labels, classes, opener=Shards(tars, np.array(places), Names(names)))
 

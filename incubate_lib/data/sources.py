@@ -6,7 +6,9 @@ classes, a class to judge by that training lacks, files that cannot be read.
 
 import gzip
 import importlib.util
+import math
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ import torch.nn.functional as F
 from timm.data import create_dataset
 from torchvision.datasets import FashionMNIST
 
-from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, refuse
-from incubate_lib.data.decode import Files, Names, Rows
+from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, data_folder, refuse
+from incubate_lib.data.decode import Files, Names, Rows, open_regular
 from incubate_lib.data.folders import Source, folder_of, image_folder, numbered
 from incubate_lib.data.shards import wds
+
+LARGEST_FILE = 2**30  # bytes of an idx file, unpacked; Fashion-MNIST's largest has 47 million
 
 
 def open_source(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE) -> tuple[Source, Source | None]:
@@ -119,22 +123,31 @@ def _idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     """Read a gzipped idx file of unsigned bytes (its header: 0, 0, type 8, dimensions, then each size, big-endian)."""
     path = folder / f"{name}-ubyte.gz"
     try:
-        blob = gzip.decompress(path.read_bytes())
-        shape = np.frombuffer(blob, ">i4", dimensions, offset=4)
-        return np.frombuffer(blob, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (OSError, EOFError, ValueError) as error:  # the last from sizes that do not fit
+        with open_regular(path) as packed, gzip.open(packed) as file:
+            head = file.read(4 + 4 * dimensions)
+            shape = np.frombuffer(head, ">i4", dimensions, offset=4)
+            size = math.prod(map(int, shape))
+            if head[:4] != bytes([0, 0, 8, dimensions]) or shape.min() < 0 or size > LARGEST_FILE:
+                raise ValueError(f"it does not begin like a file of unsigned bytes in {dimensions} dimension(s)")
+            pixels = file.read(size + 1)  # and no more, however much is packed into the file
+        return np.frombuffer(pixels, np.uint8).reshape(shape)
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError from sizes that do not fit, too
         raise SettingsError(f"data.folder: {path} cannot be read: {error}") from None
 
 
 def _hugging_face(settings: DataSettings, split: str, download: bool) -> Source:
     """timm's `hfds/<name or folder>`: Hugging Face datasets, from its cache or a local folder; `folder` is the cache."""
     cache, what = settings.folder and str(folder_of(settings)), f"{settings.source} {split}"
+    name = settings.source.removeprefix("hfds/")
+    place = Path(name).resolve()
+    around = any(inner.is_relative_to(place) for inner in (Path.cwd().parent, data_folder()))
+    refuse(not name or around, f"data.source {settings.source!r}: name a set of the Hub or its folder, not one around everything")
     try:
         import datasets
         import huggingface_hub
 
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = not download
-        table = datasets.load_dataset(settings.source.removeprefix("hfds/"), split=split, cache_dir=cache)
+        table = datasets.load_dataset(name, split=split, cache_dir=cache)
         given = {field: getattr(settings, field) for field in ("image_column", "label_column")}
         missing = [f"data.{field} is {column!r}" for field, column in given.items() if column not in table.column_names]
         refuse(missing, f"{what}: {' and '.join(missing)}, but its columns are {', '.join(table.column_names)}")

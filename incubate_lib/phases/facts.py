@@ -5,7 +5,7 @@ sees in a moment that everything is done. This module itself does not import tor
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field
 
@@ -16,7 +16,7 @@ from incubate_lib.config.members import PHASES, TASKS
 class Facts(Frozen):
     """Facts about one experiment's data and networks."""
 
-    num_images: int  # to train on
+    num_images: Annotated[int, Field(ge=1)]  # to train on
     outputs: int = Field(validation_alias=AliasChoices("outputs", "num_classes"))  # of the head; the latter in old records
     target_depths: list[int]
     meta_depths: list[int]

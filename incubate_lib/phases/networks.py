@@ -10,11 +10,13 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from incubate_lib.config import ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line, nearest
+from incubate_lib.config import ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line, nearest, refuse
 from incubate_lib.data.schedule import derive_seed
 from incubate_lib.method.chain import Chain, NotAChain, find_chain
 from incubate_lib.method.network import Partition, divide, divide_at, in_names_of, without
 from incubate_lib.networks import register_all
+
+MOST_WEIGHTS = 10**12  # a slip in model.options, which have no bounds of their own, would take all memory
 
 
 def check_name(settings: ModelSettings) -> None:
@@ -35,6 +37,9 @@ def build_model(settings: ModelSettings, depth: int | None, outputs: int, drop_p
         model = _create(settings.name, num_classes=outputs, drop_path_rate=drop_path or None, **arguments)
     except Exception as error:  # timm checks its arguments by asserts and by failing somewhere inside
         raise SettingsError(f"timm cannot build model.name {settings.name!r} with {arguments}: {in_a_line(error)}") from None
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    many = f"model.name {settings.name!r} with {arguments} has {weights:,} weights; {MOST_WEIGHTS:,} are the most"
+    refuse(weights > MOST_WEIGHTS, many)
     if unset := [name for name, tensor in model.state_dict().items() if not tensor.is_meta and tensor.isnan().any()]:
         raise SettingsError(
             f"timm leaves {len(unset)} tensor(s) of model.name {settings.name!r} with {arguments} without a start, first "

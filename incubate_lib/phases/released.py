@@ -8,9 +8,11 @@ as no architecture of timm but vit_huge_patch14_clip_224, once its first norm is
 """
 
 import argparse
+import errno
 import math
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,10 +119,12 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         if is_zip := zipfile.is_zipfile(path):
             check_records(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the released code's options; a class without code
+        # the released code's options are a class without code; what torch thinks of sparse tensors is no help to anybody
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             raw = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:
-        raise SettingsError(f"cannot read {path}: {error.strerror or error}") from None
+        why = "it is cut short" if error.errno == errno.EINVAL else error.strerror or error  # torch seeks before its beginning
+        raise SettingsError(f"cannot read {path}: {why}") from None
     except Exception as error:  # unpickling a damaged file raises anything
         if culprit := re.search(r"GLOBAL (\S+)", str(error)):
             raise SettingsError(
@@ -212,7 +216,8 @@ def settings_of(whole: State, path: str, name: str | None, num_heads: int | None
         )
     width, hidden = positions[2], len(whole["blocks.0.mlp.fc1.weight"])
     qkv_bias, pre_norm = "blocks.0.attn.qkv.bias" in whole, "norm_pre.weight" in whole
-    name = name or (NAMES.get(width, NAMES[768]) if qkv_bias else WITHOUT_QKV_BIAS)
+    if name is None:
+        name = NAMES.get(width, NAMES[768]) if qkv_bias else WITHOUT_QKV_BIAS
     name = name.partition(".")[0]  # what follows names timm's weights; here they are the file's
     with torch.device("meta"):
         usual = build_model(_model_settings("--model", name=name), 1, 2)

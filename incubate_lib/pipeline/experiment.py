@@ -8,6 +8,7 @@ a new run.json, and the former is kept as run.<n>.json.
 import contextlib
 import itertools
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,10 +68,12 @@ class Experiment:
         return next((record for _, record in self._records() if record["hash"] == self.hash), None)
 
     def check_sound(self) -> None:
-        """Raise SettingsError if there is a run.json that is none."""
+        """Raise SettingsError if there is a run.json that is none, or a file in place of the folder."""
         file = self.path / INDEX
-        damaged = file.exists() and not is_record(read_json(file))
-        refuse(damaged, f"{file} is damaged; `incubate run` with the same arguments makes it again")
+        refuse(self.path.exists() and not self.path.is_dir(), f"{self.path} is no folder, where that of a run should be")
+        damaged = os.path.lexists(file) and not is_record(read_json(file))
+        again = "delete it, and `incubate run` with the same arguments makes it again from the phases that are there"
+        refuse(damaged, f"{file} is damaged; {again}")
 
     def is_known(self) -> bool:
         """Whether a run with these settings was begun."""
@@ -136,7 +139,7 @@ class Experiment:
                     link.symlink_to(target)
 
     def check_writable(self) -> None:
-        """Raise SettingsError unless the data folder can be read and written; leaves nothing behind."""
+        """Raise SettingsError unless the data folder can be read and written, and the record is sound; leaves nothing behind."""
         place = self.path
         try:
             dangling = [part for part in (place, *place.parents) if part.is_symlink() and not part.exists()]
@@ -150,14 +153,19 @@ class Experiment:
         except OSError as error:
             why = f"cannot read and write {place} ({error.strerror}); set INCUBATE_DATA to a folder of yours"
             raise SettingsError(f"data folder {data_folder()}: {why}") from None
+        self.check_sound()
 
 
 def is_record(record: Any) -> bool:
     """Whether a run.json is one of ours."""
-    kinds = {"hash": str, "settings": dict, "facts": dict, "phases": dict, "finals": list}
+    kinds = {"hash": str, "version": str, "settings": dict, "facts": dict, "phases": dict, "finals": list}
     if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
         return False
-    return all(isinstance(phase, dict) and isinstance(phase.get("digest"), str) for phase in record["phases"].values())
+    named = [phase.get("digest") for phase in record["phases"].values() if isinstance(phase, dict)]
+    is_digest = re.compile("[0-9a-f]+").fullmatch  # it becomes a path, as does the key
+    if any(os.path.isabs(key) or os.pardir in key.split("/") for key in record["phases"]):
+        return False
+    return len(named) == len(record["phases"]) and all(isinstance(digest, str) and is_digest(digest) for digest in named)
 
 
 def check_asked(settings: Settings, strategies: Sequence[str], seeds: Sequence[int]) -> None:

@@ -6,7 +6,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from incubate_lib.config import SettingsError, nearest
+from incubate_lib.config import SettingsError, load_settings, nearest, refuse
+from incubate_lib.pipeline.experiment import check_asked
+
+LEAST_PROBE = 2  # images: kernels compare them
 
 
 def check_injected(cells: Sequence[str]) -> None:
@@ -21,9 +24,25 @@ def check_injected(cells: Sequence[str]) -> None:
         nodes = ast.parse(cell).body
         if nodes and all(isinstance(node, ast.AnnAssign) for node in nodes):  # what it was put behind
             known = {node.target.id: ast.unparse(node.annotation) for node in nodes}
+            values = {node.target.id: ast.literal_eval(node.value) for node in nodes}
             for node in ast.parse(cells[places[-1]]).body:
-                check_value("this notebook", node.targets[0].id, ast.literal_eval(node.value), known)
+                name, value = node.targets[0].id, ast.literal_eval(node.value)
+                check_value("this notebook", name, value, known)
+                values[name] = value
+            _check_together(values)
             return
+
+
+def _check_together(values: dict[str, Any]) -> None:
+    """Raise SettingsError for parameters with which a later cell could do nothing; a resolved phase says all itself."""
+    probe, seeds = values.get("probe", LEAST_PROBE), values.get("seeds", [values.get("seed")])
+    refuse(probe < LEAST_PROBE, f"parameter probe is {probe}; it must be at least {LEAST_PROBE} images")
+    refuse(not seeds, "parameter seeds is empty; name at least one")
+    if values.get("phase") or seeds == [None]:  # none: nothing of this notebook is trained
+        return
+    settings = load_settings(values["preset"], values.get("overrides", ()))
+    for names in (values.get("strategies", ()), [values["strategy"]] if "strategy" in values else ()):
+        check_asked(settings, names, seeds)
 
 
 def check_value(notebook: str, name: str, value: Any, known: dict[str, str]) -> None:

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.config import SettingsError, data_folder, notebooks_folder, refuse
+from incubate_lib.config import SettingsError, data_folder, nearest, notebooks_folder, refuse
+from incubate_lib.config.errors import shortened
 from incubate_lib.config.members import PHASES
 from incubate_lib.pipeline.injected import check_value
 from incubate_lib.pipeline.strategies import open_phase
@@ -40,9 +41,11 @@ KEPT = [  # of a notebook's JSON: what is no text, in which a path as short as /
 
 def notebook_path(name: str) -> Path:
     """Return the file of a notebook of the series; SettingsError if it is not there."""
-    path = notebooks_folder() / f"{name}.ipynb"
-    refuse(not path.is_file(), f"no notebook {path}; install the project anew: `pip install -e .` in its folder")
-    return path
+    folder = notebooks_folder()
+    known = sorted(path.stem for path in folder.glob("*.ipynb"))
+    hint = nearest(name, known) if known else "install the project anew: `pip install -e .` in its folder"
+    refuse(name not in known, f"no notebook {shortened(repr(name))} in {folder}; {hint}")
+    return folder / f"{name}.ipynb"
 
 
 def check_parameters(name: str, parameters: dict[str, Any]) -> None:

@@ -52,6 +52,8 @@ def run_of(settings: Settings, strategies: Collection[str] | None = None, seeds:
 
 def of_ends(whole: Plan, strategies: Collection[str] | None = None, seeds: Collection[int] | None = None) -> Plan:
     """Return some strategies and seeds of a run; SettingsError if that was not run."""
+    none = f"{whole.experiment.path / INDEX} names no strategy; `incubate run` with the same arguments adds them"
+    refuse(not whole.finals, none)
     for what, wanted, place in (("strategy", strategies, 0), ("seed", seeds, 1)):
         ran = list(dict.fromkeys(end[place] for end in whole.finals))
         for one in wanted or ():
@@ -97,6 +99,10 @@ def _plan(experiment: Experiment, record: dict[str, Any]) -> Plan:
             settings = checked(PhaseSettings, about["settings"], where)
             inputs = {name: nodes[other] for name, other in about["inputs"].items()}
             nodes[key] = Node(key, Job(settings=settings, **run, **own), experiment, inputs)
+        known = experiment.settings.strategies
+        for name, seed, _ in record["finals"]:
+            strange = f"{where} has no strategy and seed that there can be: {name!r}, {seed!r}"
+            refuse(name not in known or not isinstance(seed, int), strange)
         return Plan(experiment, [*nodes.values()], {(name, seed): nodes[key] for name, seed, key in record["finals"]})
 
 

@@ -15,7 +15,7 @@ from incubate_lib.phases.facts import Facts
 from incubate_lib.phases.job import FILE, checked
 from incubate_lib.pipeline.experiment import Experiment, is_record
 from incubate_lib.pipeline.graph import Node, Plan
-from incubate_lib.pipeline.recorded import BEFORE, settings_of
+from incubate_lib.pipeline.recorded import BEFORE, settings_of, told_damage
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.files import read_json, write_atomic, write_json
 from incubate_lib.training.runs import PhaseFolder
@@ -45,7 +45,8 @@ def unused() -> list[Unused]:
     for path in sorted((data_folder() / "phases").glob("*")):
         folder = PhaseFolder(path)
         if path.name not in named and folder.trainer() is None:
-            about = read_json(path / FILE) or {}
+            about = read_json(path / FILE)
+            about = about if isinstance(about, dict) else {}
             title = ", ".join(str(about[name]) for name in ("run", "strategy") if name in about)
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
             found.append(Unused(folder, title, size))
@@ -53,6 +54,9 @@ def unused() -> list[Unused]:
 
 
 def _indices() -> Iterator[dict[str, Any]]:
+    for place in data_folder().glob("runs/[!.]*"):  # beside studies lie their tables
+        if not place.is_dir():
+            raise SettingsError(f"{place} is no folder, where that of a run should be; move it away first")
     for file in (*data_folder().glob("runs/*/run*.json"), *data_folder().glob("studies/*/run.json")):
         record = read_json(file)
         if not is_record(record):
@@ -108,10 +112,11 @@ def _take_over(folder: Path) -> str:
     record = read_json(folder / BEFORE)
     if not isinstance(record, dict) or not {"hash", "settings", "facts"} <= record.keys():
         raise SettingsError(f"its {BEFORE} is damaged")
-    settings = settings_of(record["settings"])
     facts = checked(Facts, record["facts"], f"{folder.name}/{BEFORE}")
-    parts = [part for part in folder.glob("seed-*/*") if part.name in settings.strategies]
-    seeds = sorted({int(part.parent.name.removeprefix("seed-")) for part in parts})
+    with told_damage(f"its {BEFORE}, or the name of a seed's folder, is damaged"):
+        settings = settings_of(record["settings"])
+        parts = [part for part in folder.glob("seed-*/*") if part.name in settings.strategies]
+        seeds = sorted({int(part.parent.name.removeprefix("seed-")) for part in parts})
     names = [name for name in settings.strategies if any(part.name == name for part in parts)]
     if not names:
         raise SettingsError("no strategy of it was begun")

@@ -89,6 +89,13 @@ class Walk:
         """Where the facts are kept: measuring them takes seconds."""
         return Experiment.of_study(self.study.name).path / "facts.json"
 
+    def keep_facts(self) -> None:
+        """Write what planning measured; not before all could be planned, as a study that is refused leaves nothing behind."""
+        facts = {key: facts.model_dump(mode="json") for key, facts in self.facts.items()}
+        if facts != read_json(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.file, facts)
+
     def stages(self) -> Iterator[Stage]:
         """Yield title and runs of each stage; after one that the caller left unfinished, only the costs of the rest are right."""
         if self.study.rates:
@@ -160,10 +167,7 @@ class Walk:
             whole = plan(settings, list(rates), seeds, facts=self.facts.get(key))
         except SettingsError as error:
             raise SettingsError(f"study {self.study.name}, {cell.label}: {error}") from None
-        if key not in self.facts:
-            self.facts[key] = whole.experiment.facts
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.file, {key: facts.model_dump(mode="json") for key, facts in self.facts.items()})
+        self.facts.setdefault(key, whole.experiment.facts)
         return whole
 
 
@@ -192,14 +196,15 @@ def costs(study: Study) -> list[Cost]:
 
     Costs do not depend on learning rates, so they are known before these are chosen.
     """
-    seen, costs = set(), []
-    for title, trials in Walk(study).stages():
+    seen, costs, steps = set(), [], Walk(study)
+    for title, trials in steps.stages():
         flops = {node.digest: node.flops for node in _each_once(trials)}
         done = {node.digest for trial in trials for node in trial.plan.nodes if is_over(node)}
         missing = flops.keys() - seen - done
         total = float(sum(flops[each] for each in missing))
         costs.append(Cost(title, len(trials), len(flops.keys() - seen), len(missing), total, frozenset(flops)))
         seen |= flops.keys()
+    steps.keep_facts()
     return costs
 
 
@@ -232,6 +237,7 @@ def run(study: Study, backend: Backend, settings: Any, console: Console) -> tupl
     home.path.mkdir(parents=True, exist_ok=True)
     with only_run(home.path):
         for title, trials in steps.stages():
+            steps.keep_facts()
             # only while rates are chosen a diverged phase is an answer
             over = is_over if trials[0].phase else Node.finished
             nodes = _each_once(trials)

@@ -1,5 +1,6 @@
 """How the state of phases is shown in a terminal. Reads status files only."""
 
+import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from rich.table import Table
 
 from incubate_lib import tasks
 from incubate_lib.pipeline.graph import Node, Plan, closure
-from incubate_lib.training.runs import GONE
+from incubate_lib.training.files import read_json
+from incubate_lib.training.runs import GONE, PhaseFolder
 
 STYLE = {"done": "green", "running": "cyan", "failed": "red", "lost": "red", "interrupted": "yellow", "stopped": "yellow"}
 
@@ -43,9 +45,17 @@ def line_of(node: Node, state: str, **more: str) -> Line:
     return Line(node.key, node.title, state, metric=tasks.get(node.settings.task).score.label, **more)
 
 
+def _damage(folder: PhaseFolder) -> str:
+    """Say which record of a phase is there and cannot be read, and what becomes of it; SettingsError where it is no file."""
+    for name, then in {"summary.json": "the phase is trained again", "status.json": "it is written again"}.items():
+        if os.path.lexists(folder.path / name) and read_json(folder.path / name) is None:
+            return f"{name} is damaged; {then}"
+    return ""
+
+
 def node_line(node: Node) -> Line:
     """Read what a phase's folder says."""
-    score = tasks.get(node.settings.task).score
+    score, damaged = tasks.get(node.settings.task).score, _damage(node.folder)
     if summary := node.summary():
         epochs = f"{summary['epochs']:.1f}" if summary["steps"] else ""
         done = {"epoch": epochs, "loss": f"{summary['loss']:.3f}", "score": score.written(summary["score"])}
@@ -53,7 +63,7 @@ def node_line(node: Node) -> Line:
     status = node.folder.status()
     if status["state"] == "done":  # finished with other settings: not this plan's
         return line_of(node, "waiting")
-    line = line_of(node, status["state"], note=status.get("error") or "")
+    line = line_of(node, status["state"], note=status.get("error") or damaged)
     progress = status.get("progress") or {}
     if progress:
         total = node.settings.training.epochs if node.settings.training else 0

@@ -59,6 +59,8 @@ def export(
     from incubate_lib.phases.weights import save_timm
 
     folder = check_free(folder)
+    if strategy:
+        check_weights(settings, strategy, seed)
     ready = finished(settings, seed)
     taken, why = choose(settings, ready, strategy, seed)
     log(f"finished, with {taken.metric.label} on the {settings.data.eval_split} split:")
@@ -80,6 +82,13 @@ def export(
     card = _card(settings, taken, ready=ready, **shown)
     save_timm(network, folder, arguments, train.shape, mean, std, crop_pct, card, names)
     return taken.strategy
+
+
+def check_weights(settings: Settings, strategy: str, seed: int) -> None:
+    """Raise SettingsError where the network that is meant was trained to its end, and its weights are lost since."""
+    final = run_of(settings, seeds=[seed]).finals.get((strategy, seed))
+    if final and final.summary() and not final.finished():
+        raise SettingsError(f"{final.folder.weights} is missing or damaged; the same `incubate run` makes it again")
 
 
 def finished(settings: Settings, seed: int) -> list[Finished]:

@@ -1,6 +1,7 @@
 """Files that a kill or a full disk leaves whole, and whether those that are there are whole."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -98,6 +99,8 @@ def read_json(path: Path) -> Any:
             return json.loads(path.read_text())
     except PermissionError:
         raise SettingsError(f"cannot read {path}: permission denied") from None
-    except (OSError, ValueError, RecursionError):
-        return None
+    except (OSError, ValueError, RecursionError) as error:
+        if getattr(error, "errno", None) != errno.ELOOP:  # what passes, on a network disk, is no damage
+            return None
+        raise SettingsError(f"{path} is a link to itself, where a file of records should be") from None
     raise SettingsError(f"{path} is a folder, pipe, socket or device, where a file of records should be")

@@ -18,7 +18,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from incubate_lib.config import SettingsError, data_folder, error_message
+from incubate_lib.config import SettingsError, data_folder, error_message, refuse
+from incubate_lib.config.sections import Name
 from incubate_lib.training.files import check_records, is_whole, read_json, replaced, write_atomic, write_json
 from incubate_lib.training.lease import Lease, Lost, holder, in_words
 
@@ -55,6 +56,7 @@ class _Summary(BaseModel):
     train_seconds: float
     provenance: _Where
     inputs_sha256: dict[str, str] = {}
+    results_sha256: dict[Name, str] = {}  # names of files
 
 
 class PhaseFolder:
@@ -72,7 +74,8 @@ class PhaseFolder:
     # -- what is there ------------------------------------------------------------------------------------------------
 
     def summary(self, digest: str | None = None, used: dict[str, str] | None = None) -> dict[str, Any] | None:
-        """Return what is recorded of a phase that was trained to its end; None if it was not, or with another hash.
+        """Return what is recorded of a phase that was trained to its end; None if it was not. SettingsError for a record that
+        is none, or of another phase than this `digest`.
 
         `used` are the SHA-256 of the weights it must have started from; those that are not given may be any. The numbers
         are true even if somebody has deleted the weights since: `finished` tells whether those are there.
@@ -86,8 +89,8 @@ class PhaseFolder:
             what = f"{self.path / 'summary.json'} is no record of a finished phase ({error_message(error)})"
             raise SettingsError(f"{what}; delete it, and the phase is trained again") from None
         summary = {"metric": METRIC_BEFORE} | renamed(summary)
-        if digest not in (None, summary["hash"]):
-            return None
+        of_another = f"{self.path / 'summary.json'} is of another phase; delete it, and the phase is trained again"
+        refuse(digest not in (None, summary["hash"]), of_another)
         return summary if all(made_from.get(name) == sha for name, sha in (used or {}).items()) else None
 
     def finished(self, digest: str | None = None, used: dict[str, str] | None = None) -> dict[str, Any] | None:

@@ -8,11 +8,20 @@ from pathlib import Path
 
 from PIL import Image
 
+# What the command line checks, and then the cells up to the one that checks itself, as plain papermill runs them.
 NOTEBOOK = """
 import json, sys
-from incubate_lib.pipeline.notebook import check_parameters, reported
+from incubate_lib.pipeline.notebook import check_parameters, notebook_path, reported
+name, given = sys.argv[1], json.loads(sys.argv[2])
 with reported():
-    check_parameters(sys.argv[1], json.loads(sys.argv[2]))
+    check_parameters(name, given)
+    cells = json.loads(notebook_path(name).read_text())["cells"]
+    cells = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    first = next(i for i, cell in enumerate(cells) if cell.startswith("check_injected(In)"))
+    injected = "\\n".join(["# Parameters", *(f"{key} = {value!r}" for key, value in given.items())])
+    space = {"In": [*cells[:first], injected, cells[first]]}
+    for cell in space["In"]:
+        exec(cell, space)
 """
 
 

@@ -25,7 +25,6 @@ SITES = {  # what is wrong → the site's file, and what its message must name
     "no nodes": ("nodes: 0", "nodes"),
     "10^9 nodes": ("nodes: 1000000000", "nodes"),
     "nodes of a range": ("nodes: 1-4", "nodes"),
-    "several nodes without GPUs": ("nodes: 2\ngpus_per_node: 0", ""),
     "GPUs that do not divide the batch": ("gpus_per_node: 5", "gpus"),
     "nodes that do not divide the batch": ("nodes: 3", "batch_size"),
     "no cores": ("cpus_per_task: 0", "cpus_per_task"),
@@ -94,7 +93,6 @@ OPTIONS = {  # what is wrong → options, and what its message must name
     "our option": (("--sbatch", "output=a"), "output"),
     "an option of capitals": (("--sbatch", "Account=me"), "Account"),
     "several devices by the other option": (("--devices", "2"), "gpus"),
-    "no GPU, several devices": (("--gpus-per-node", "0", "--devices", "2"), ""),
     "jobs side by side": (("--jobs", "2"), "jobs"),
     "nodes in the settings, too": (("--set", "machine.nodes=4", "--nodes", "2"), "nodes"),
 }

@@ -93,7 +93,6 @@ WORDS = {  # a command and what is wrong with it; what its message must name
     "a study that is a preset": ("study smoke", ""),
     "plan of no such model": ("plan vit_tinny_patch16_224", "vit_tiny_patch16_224"),
     "plan of a model that is no chain": ("plan efficientnet_b0", ""),
-    "plan of trained weights": ("plan vit_tiny_patch16_224.augreg_in21k", "weights"),
     "plan of a place to load from": ("plan hf-hub:timm/resnet18", ""),
     "plan with no such device": ("plan smoke --device H1000", "H100"),
     "plan with an empty device": ("plan smoke --device=", ""),

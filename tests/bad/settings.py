@@ -160,7 +160,7 @@ TOGETHER = {  # overrides that do not go together, or of which one is none
         "strategies.deep_incubation={kind: deep_incubation, match: end_to_end, shares: {meta: 0.7, incubate: 0.7}}"
     ],
     "a share of no phase": ["strategies.deep_incubation={kind: deep_incubation, match: end_to_end, shares: {fish: 0.1}}"],
-    "a budget without match": ["strategies.end_to_end.budget=0.5"],
+    "a budget without match": ["strategies.mine={kind: end_to_end, budget: 0.5}", "run=[mine]"],
     "start of no such kind": ["strategies.deep_incubation.start=zeros"],
     "finetune without weights": ["strategies.t={kind: finetune}"],
     "MAT in no phase": ["strategies.m={kind: end_to_end, mat: {}, mat_phases: []}"],

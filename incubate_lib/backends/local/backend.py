@@ -38,6 +38,10 @@ class Local(Backend):
         return settings or max(1, (len(gpus()) or cores) // devices)
 
     def submit(self, plan: Plan, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> int:
+        for place in {node.machine.scratch for node in plan.nodes} - {None}:
+            from incubate_lib.data.scratch import check_scratch  # only now: it takes torch
+
+            check_scratch(place)
         jobs = self.places(max((node.machine.devices for node in plan.nodes), default=1), settings)
         pool = Pool(plan, jobs, console, notebooks=analysis is not None)
         with contextlib.nullcontext() if analysis is None else only_run(plan.experiment.path):

@@ -74,9 +74,11 @@ def job_of(folder: PhaseFolder) -> Queued | None:
 
 def _read(file: Path, made: Callable[[Any], Any]) -> Any:
     """Return what a record of jobs says; None where there is none, SettingsError for one of another shape."""
+    if not file.exists():
+        return None
     about = read_json(file)
     try:
-        return None if about is None else made(about)
+        return made(about)
     except (AttributeError, TypeError):
         hint = "delete it, if none of these jobs is in Slurm's queue any more"
         raise SettingsError(f"{file} is no record of jobs; {hint}") from None

@@ -6,6 +6,7 @@ CSV files in data/results, so that a tracked figure can be drawn again from a tr
 """
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from incubate_lib.config import SettingsError, checkout, data_folder, load_settings, nearest, presets
+from incubate_lib.config import SettingsError, checkout, data_folder, load_settings, nearest, presets, refuse
 from incubate_lib.config.files import read_yaml
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest
 from incubate_lib.pipeline.strategies import plan
@@ -21,7 +22,7 @@ from incubate_lib.report.tables.hardware import hardware_row, mixed_text
 from incubate_lib.report.tables.verdict import against_baseline, meta_alone, not_from_nothing
 from incubate_lib.report.words import TEMPLATES, label, metric_of
 from incubate_lib.tasks import Metric
-from incubate_lib.training.runs import METRIC_BEFORE, MNTK, renamed
+from incubate_lib.training.runs import METRIC_BEFORE, METRICS, MNTK, PhaseFolder, renamed
 
 COLUMNS: dict[str, list[str]] = read_yaml(TEMPLATES / "columns.yaml")
 
@@ -68,6 +69,7 @@ def from_plan(plan: Plan) -> Results:
         for node, summary in needed:
             if summary is None:
                 continue
+            check_metrics(node.folder)
             rows["phases"].append(_phase_row(node, summary) | of)
             shared = of | {key: summary[key] for key in ("phase", "module_index", "metric")}
             per_step = summary["train_flops"] / summary["steps"] if summary["steps"] else 0
@@ -77,6 +79,16 @@ def from_plan(plan: Plan) -> Results:
         if all(summary for _, summary in needed):
             rows["strategies"].append(of | _strategy_row(name, final, {node.key: summary for node, summary in needed}))
     return Results(plan.experiment.path.name, **{part: _table(part, rows[part]) for part in COLUMNS})
+
+
+def check_metrics(folder: PhaseFolder) -> None:
+    """Raise SettingsError where lines of a phase's metrics are no evaluations, but for a last one that a kill cut short."""
+    for path in (folder.path / METRICS, folder.path / MNTK):
+        strange = os.path.lexists(path) and not path.is_file()
+        refuse(strange, f"{path} is no file, where evaluations should be; move it away, and only its curve is lost")
+        whole = path.read_bytes().count(b"\n") if path.is_file() else 0
+        wrong = whole - len(folder.metrics(path.name))
+        refuse(wrong > 0, f"{path} has {wrong} line(s) that are no evaluations; delete these, and the curve has a gap there")
 
 
 def _phase_row(node: Node, summary: dict) -> dict:
