@@ -12,6 +12,7 @@ import sys
 import tempfile
 import traceback
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from incubate_lib.cli.parser import in_short
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.set.append(f"machine.devices={options.devices}")
     group, _, function = options.function.partition(".")
     try:
-        return getattr(importlib.import_module(f"incubate_lib.cli.{group}"), function)(options) or 0
+        with _busy(options.busy):
+            return getattr(importlib.import_module(f"incubate_lib.cli.{group}"), function)(options) or 0
     except SettingsError as error:
         print(f"incubate: {in_short(str(error))}", file=sys.stderr)
         return 2
@@ -61,6 +63,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if error.errno in FULL else 2
     except Exception as error:
         return _our_fault(error)
+
+
+@contextlib.contextmanager
+def _busy(words: str) -> Iterator[None]:
+    """Show on a terminal that something is under way, of what takes more than a moment."""
+    if not words or not (sys.stdout.isatty() and sys.stderr.isatty()):
+        yield
+        return
+    from rich.console import Console
+
+    with Console().status(f"{words} …"):
+        yield
 
 
 def _our_fault(error: Exception) -> int:

@@ -67,7 +67,7 @@ def parser() -> Parser:
             epilog="\n  ".join(["for example:", *examples]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(function=about["function"])
+        command.set_defaults(function=about["function"], busy=about.get("busy", ""))
         for argument, how in about.get("arguments", {}).items():
             if argument == "--backend":
                 _add_backends(command, how["what"])

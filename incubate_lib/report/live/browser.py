@@ -130,12 +130,15 @@ def some_of(results: Results, strategies: Sequence[str], seeds: Sequence[int]) -
 # -- the widget ---------------------------------------------------------------------------------------------------------------
 
 
-def browse_runs() -> Any:
-    """Return menus of runs, strategies, seeds and axes over curves, comparison and differing settings; twin: `runs_table`."""
-    return with_twin(_browser, runs_table)
+def browse_runs(name: str = "") -> Any:
+    """Return menus of runs, strategies, seeds and axes over curves, comparison and differing settings; twin: `runs_table`.
+
+    The run of this name is open at first, if there is one.
+    """
+    return with_twin(lambda: _browser(name), runs_table)
 
 
-def _browser() -> ipywidgets.Widget:
+def _browser(name: str) -> ipywidgets.Widget:
     run = ipywidgets.Dropdown(description="run", layout={"width": "36rem"})
     strategies = ipywidgets.SelectMultiple(description="strategies", rows=6, layout={"width": "30rem"})
     seeds = ipywidgets.SelectMultiple(description="seeds", rows=6, layout={"width": "12rem"})
@@ -149,7 +152,7 @@ def _browser() -> ipywidgets.Widget:
         picture.value, picture.layout.display = drawn, None if drawn else "none"
 
     def list_runs() -> None:
-        table, before = runs_table(), run.value
+        table, before = runs_table(), run.value or name
         runs.value = _html(table, "the runs")
         run.options = list(table["name"])
         # a menu that had none chooses none
