@@ -26,7 +26,7 @@ from incubate_lib.report.planner.published import published_costs
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.records import Results, published
 from incubate_lib.report.widgets import Sentence
-from incubate_lib.training.memory import memory_by_part, step_memory
+from incubate_lib.training.memory import memory_by_part
 from incubate_lib.training.stopwatch import LiveBytes
 
 README = Path(__file__).parents[1] / "README.md"
@@ -167,7 +167,7 @@ def test_memory_is_that_of_a_real_step(images, freeze):
     states = [v for s in optimizer.state.values() for v in s.values()]
     with LiveBytes([*model.parameters(), *states]) as counted:
         step()
-    memory = step_memory(model, shape)
+    (memory,) = memory_by_part(model, shape)
     assert memory.gradients == sum(p.numel() * 4 for p in trained) and memory.optimizer == 2 * memory.gradients
     assert 0.85 < memory.peak(images) / counted.peak < 1.05
 
@@ -196,7 +196,7 @@ def test_memory_of_a_network_whose_last_map_has_one_place():
     """Batch norm cannot train on a single number a channel."""
     with torch.device("meta"):
         model = timm.create_model("resnet10t")
-    assert step_memory(model, (3, 32, 32)).activations > 0
+    assert memory_by_part(model, (3, 32, 32))[0].activations > 0
 
 
 def test_alike_blocks_are_counted_once_and_the_sum_is_exact():
@@ -204,7 +204,7 @@ def test_alike_blocks_are_counted_once_and_the_sum_is_exact():
         deep, mixed = vit(depth=7), vit(depth=7)
         mixed.blocks[3].requires_grad_(False)  # not alike: gone through block by block
     shape = (deep.patch_embed.proj.in_channels, *deep.patch_embed.img_size)
-    by_two, whole = memory_by_part(deep, shape, cut(deep, [7])), step_memory(deep, shape)
+    by_two, (whole,) = memory_by_part(deep, shape, cut(deep, [7])), memory_by_part(deep, shape)
     with torch.device("meta"):
         mixed.blocks[3].requires_grad_(True)
         mixed.blocks[3].extra = torch.nn.Identity()  # another description, the same computation

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -162,8 +163,6 @@ class Adaptive:
 def check_probe(model: nn.Module, units: Sequence[Unit], images: Tensor, settings: MATSettings, outputs: int) -> None:
     """Raise SettingsError when a probe needs more memory than is free, and say how many images would do."""
     free = free_memory(images.device)
-    if free is None:
-        return
     rows = outputs if settings.outputs == "all" else 1  # of the kernels, an image
     per_image = rows * probe_bytes(model, units, tuple(images.shape[1:]))
     most = len(images)
@@ -177,13 +176,9 @@ def check_probe(model: nn.Module, units: Sequence[Unit], images: Tensor, setting
         raise SettingsError(f"{message}; it may be {most} at most" if most > 1 else f"{message}, and so do those of two images")
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that are free on a device; None where nobody knows."""
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        with open("/proc/meminfo") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
+    return psutil.virtual_memory().available

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from incubate_lib import backends
 
 BEAT_SECONDS = 10.0  # between signs of life
@@ -160,15 +162,8 @@ def _born(pid: int) -> str | None:
     try:
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
-    except OSError:
-        pass
-    try:  # no /proc here: the number must do
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return "alive"
+    except OSError:  # no /proc here: the number must do
+        return "alive" if psutil.pid_exists(pid) else None
 
 
 def _now(folder: Path) -> float:

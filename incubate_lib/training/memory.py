@@ -38,11 +38,6 @@ class StepMemory:
         return self.weights + self.optimizer + max(self.casts + images * self.activations, self.gradients)
 
 
-def step_memory(network: nn.Module, image_shape: tuple[int, int, int], *, precision: str = "float32") -> StepMemory:
-    """Return the memory of a step of a network on the meta device, for images [C, H, W]."""
-    return sum(memory_by_part(network, image_shape, precision=precision), StepMemory())
-
-
 def memory_by_part(
     network: nn.Module,
     image_shape: tuple[int, int, int],
@@ -51,7 +46,8 @@ def memory_by_part(
     precision: str = "float32",
     known: dict | None = None,
 ) -> list[StepMemory]:
-    """Return the memory of each module of a network, in order, with today's requires_grad; a network that is not cut is one.
+    """Return the memory of each module of a network on the meta device, in order, with today's requires_grad, for images
+    [C, H, W]; a network that is not cut is one.
 
     `known` is filled with what was found, for those who ask for many.
     """
