@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from incubate_lib.method.rows import with_rows
-from incubate_lib.method.units import Unit
+from incubate_lib.method.units import Unit, owners_of
 from incubate_lib.method.watch import check_held_alone, eval_mode, watched_parameters
 
 Threshold = Literal["ratio", "quantile", "mass"]
@@ -127,21 +127,11 @@ class PartialUpdates:
     ) -> None:
         self.model, self.units, self.cut, self.stop_error = model, list(units), cut, stop_error
         self.learns = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.owner: dict[str, int] = {}  # whole parameters → their unit
-        self.row_owner: dict[str, Tensor] = {}  # divided ones → the unit of each row, -1: none
-        check_held_alone(model, sorted({name for unit in units for name in unit.rows}))
-        for index, unit in enumerate(units):
-            for name, ranges in unit.rows.items():
-                if name in self.owner or (ranges is None and name in self.row_owner):
-                    raise ValueError(f"parameter {name} belongs to two units; one of them is {unit.name}")
-                if ranges is None:
-                    self.owner[name] = index
-                    continue
-                rows = self.row_owner.setdefault(name, torch.full((len(model.get_parameter(name)),), -1))
-                for first, end in ranges:
-                    if rows[first:end].ge(0).any():
-                        raise ValueError(f"rows {first} to {end} of {name} belong to two units; one of them is {unit.name}")
-                    rows[first:end] = index
+        owners = owners_of(units, model)
+        check_held_alone(model, sorted(owners))
+        self.owner = {name: unit for name, unit in owners.items() if isinstance(unit, int)}  # whole parameters → their unit
+        # divided ones → the unit of each row, -1: none
+        self.row_owner = {name: rows for name, rows in owners.items() if isinstance(rows, Tensor)}
         if stop_error and not self.row_owner and not all(unit.entrances for unit in units):
             raise ValueError(
                 "stop_error: the error has no way around these units, so nothing below them would learn; it is for residual "

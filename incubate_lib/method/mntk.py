@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from incubate_lib.method.rows import RowConv2d, RowLinear
-from incubate_lib.method.units import Ranges, Unit
+from incubate_lib.method.rows import is_matrix
+from incubate_lib.method.units import Unit, owners_of
 from incubate_lib.method.watch import check_held_alone, eval_mode, watched_parameters
 
 Outputs = Literal["sum", "all"]  # one number a sample, the sum of its logits (the paper's side code), or every logit
@@ -47,8 +47,7 @@ def modular_kernels(
     """
     if not checked:
         check_kernels(model, units, images)
-    layers = dict(model.named_modules())
-    owners = _owners(layers, units)
+    owners = _owners(model, units)
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     roots: list[Tensor] = []
     precision = torch.promote_types(next(model.parameters()).dtype, torch.float32)
@@ -80,7 +79,7 @@ def modular_kernels(
         kernels = torch.zeros(len(units), len(images), len(images), dtype=precision, device=images.device)
         with contextlib.ExitStack() as stack, torch.enable_grad():
             for name in owners:  # before other hooks, which may change the output
-                stack.enter_context(layers[name].register_forward_hook(watch(name), prepend=True))
+                stack.enter_context(model.get_submodule(name).register_forward_hook(watch(name), prepend=True))
             for parameter in learns:
                 parameter.requires_grad_(False)  # their gradients are what must not be computed
                 stack.callback(parameter.requires_grad_, True)
@@ -102,11 +101,10 @@ def check_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor) -> No
     NaN, which whatever it reaches becomes too. On the meta device there are no values, so there only batch norms are
     asked whether samples are independent.
     """
-    layers = dict(model.named_modules())
-    owners = _owners(layers, units)
+    owners = _owners(model, units)
     check_held_alone(model, (f"{name}.{short}" for name, shorts in owners.items() for short in shorts))
     with eval_mode(model):
-        for name, layer in layers.items():
+        for name, layer in model.named_modules():
             if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
                 why = "stays in train mode" if layer.training else "has no running statistics"
                 raise ValueError(f"batch norm {name} {why}, so samples depend on each other; {UNKNOWN}")
@@ -173,7 +171,7 @@ def probe_bytes(model: nn.Module, units: Sequence[Unit], image_shape: tuple[int,
     Counted on the meta device. The kernels themselves, U·M², and a piece of one layer's gradients come on top.
     """
     model = copy.deepcopy(model).to("meta")
-    owners, kept, unfolded = _owners(dict(model.named_modules()), units), {}, [0]
+    owners, kept, unfolded = _owners(model, units), {}, [0]
     fixed = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -184,7 +182,7 @@ def probe_bytes(model: nn.Module, units: Sequence[Unit], image_shape: tuple[int,
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         keep(inputs[0])
-        if _is_matrix(layer) and isinstance(layer, nn.Conv2d):
+        if is_matrix(layer) and isinstance(layer, nn.Conv2d):
             unfolded.append(output[0, 0].numel() * layer.weight[0].numel() * output.element_size())
         return output if output.requires_grad else output.detach().requires_grad_().clone()
 
@@ -207,33 +205,24 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager:
 Owner = int | tuple[Tensor, Tensor]  # the unit that has the whole parameter, or rows [R] and the unit of each
 
 
-def _owners(layers: Mapping[str, nn.Module], units: Sequence[Unit]) -> dict[str, dict[str, Owner]]:
-    """Return for each layer, of all of a model by name: its parameters' short names → the units that they belong to."""
-    parts: dict[str, list[tuple[int, Ranges | None]]] = {}
-    for index, unit in enumerate(units):
-        for name, ranges in unit.rows.items():
-            parts.setdefault(name, []).append((index, ranges))
+def _owners(model: nn.Module, units: Sequence[Unit]) -> dict[str, dict[str, Owner]]:
+    """Return for each layer that units have parameters of: these parameters' short names → the units that they belong to."""
     owners: dict[str, dict[str, Owner]] = {}
-    for name, mine in parts.items():
+    for name, owner in owners_of(units, model).items():
         layer, _, short = name.rpartition(".")
-        if next(layers[layer].children(), None) is not None:
+        if next(model.get_submodule(layer).children(), None) is not None:
             raise ValueError(f"parameter {name} belongs to no layer of its own; use kernel_by_definition for it")
-        if any(ranges is None for _, ranges in mine):
-            if len(mine) > 1:
-                raise ValueError(f"parameter {name} belongs to two units: {' and '.join(units[i].name for i, _ in mine)}")
-            owner: Owner = mine[0][0]
-        else:
-            rows = [row for _, ranges in mine for first, end in ranges for row in range(first, end)]
-            unit = [index for index, ranges in mine for first, end in ranges for _ in range(first, end)]
-            device = layers[layer].get_parameter(short).device
-            owner = torch.tensor(rows, device=device), torch.tensor(unit, device=device)
+        if isinstance(owner, Tensor):
+            rows = owner.argsort(stable=True)[owner.lt(0).sum() :]  # unit by unit
+            device = model.get_parameter(name).device
+            owner = rows.to(device), owner[rows].to(device)
         owners.setdefault(layer, {})[short] = owner
     return owners
 
 
 def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor, delta: Tensor) -> None:
     """Add what one layer's parameters give to the kernels, from inputs x [M, …, I] and gradients of its outputs."""
-    if _is_matrix(layer) and owners.keys() <= {"weight", "bias"}:
+    if is_matrix(layer) and owners.keys() <= {"weight", "bias"}:
         x, delta = places(layer, x, delta)
         if isinstance(owners.get("weight"), int) and owners.get("weight") == owners.get("bias"):
             x, owners = F.pad(x, (0, 1), value=1.0), {"weight": owners["weight"]}  # the bias is the weight of a constant input
@@ -261,15 +250,6 @@ def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor,
     gradients = vmap(one, (None, 0, 0))(parameters, x, delta)
     for short, owner in owners.items():
         _add_gradients(kernels, owner, gradients[short])
-
-
-def _is_matrix(layer: nn.Module) -> bool:
-    """Whether a layer is the product of its weight with something at each place; subclasses may do anything to their weights."""
-    if "forward" in vars(layer):  # somebody put another one in its place
-        return False
-    if type(layer) in (nn.Conv2d, RowConv2d):
-        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return type(layer) in (nn.Linear, RowLinear)
 
 
 def _is_layer_norm(layer: nn.Module) -> bool:

@@ -46,18 +46,21 @@ def with_rows(name: str, layer: nn.Module) -> nn.Module:
     """Return a layer of the same parameters of which rows can rest."""
     if isinstance(layer, _ByRows):
         return layer
-    cls = {nn.Linear: RowLinear, nn.Conv2d: RowConv2d}.get(type(layer))
     own = {name for name, _ in layer.named_parameters()}  # weight_norm and spectral_norm put others in their place
-    if (
-        cls is None
-        or "forward" in vars(layer)
-        or not own <= {"weight", "bias"}
-        or (cls is RowConv2d and (layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)))
-    ):
+    if not is_matrix(layer) or not own <= {"weight", "bias"}:
         raise ValueError(f"rows of {name} ({layer}) cannot rest alone; only those of a plain Linear or Conv2d without groups can")
-    divided = cls.__new__(cls)
+    divided = object.__new__(RowLinear if isinstance(layer, nn.Linear) else RowConv2d)
     divided.__dict__ = layer.__dict__
     return divided
+
+
+def is_matrix(layer: nn.Module) -> bool:
+    """Whether a layer is the product of its weight with something at each place; subclasses may do anything to their weights."""
+    if "forward" in vars(layer):  # somebody put another one in its place
+        return False
+    if type(layer) in (nn.Conv2d, RowConv2d):
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return type(layer) in (nn.Linear, RowLinear)
 
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -6,7 +6,7 @@ are those of its target module. Made by `find_units`.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +51,27 @@ def find_units(model: nn.Module, kind: str) -> list[Unit]:
         has = ", ".join(f"{name} ({count})" for name, count in count_units(model).items()) or "none that are known here"
         raise ValueError(f"{type(model).__name__} has no {kind.replace('_', ' ')}; it has: {has}")
     return units
+
+
+def owners_of(units: Sequence[Unit], model: nn.Module) -> dict[str, int | Tensor]:
+    """Return for each parameter that units have the index of its unit, or of the unit of each of its rows: int64, -1 for none.
+
+    Raises ValueError for what belongs to two units.
+    """
+    owners: dict[str, int | Tensor] = {}
+    for index, unit in enumerate(units):
+        for name, ranges in unit.rows.items():
+            if ranges is None or isinstance(owners.get(name), int):
+                if name in owners:
+                    raise ValueError(f"parameter {name} belongs to two units; one of them is {unit.name}")
+                owners[name] = index
+                continue
+            rows = owners.setdefault(name, torch.full((len(model.get_parameter(name)),), -1))
+            for first, end in ranges:
+                if rows[first:end].ge(0).any():
+                    raise ValueError(f"rows {first} to {end} of {name} belong to two units; one of them is {unit.name}")
+                rows[first:end] = index
+    return owners
 
 
 def count_units(model: nn.Module) -> dict[str, int]:
