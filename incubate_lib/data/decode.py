@@ -72,13 +72,6 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return open(path, "rb")
 
 
-def part_of(path: str, offset: int, size: int) -> bytes:
-    """Return so many bytes of a file, from an offset on."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
 # -- ways to open image i -------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +128,9 @@ class Shards:
 
     def __call__(self, i: int) -> Image.Image:
         which, offset, size = self.places[i]
-        return decoded(io.BytesIO(part_of(self.tars[which], offset, size)))
+        with open(self.tars[which], "rb") as tar:
+            tar.seek(offset)
+            return decoded(io.BytesIO(tar.read(size)))
 
     def name(self, i: int) -> str:
         return f"{self.names[i]} in {self.tars[self.places[i][0]]}"
