@@ -25,7 +25,7 @@ from incubate_lib import backends
 from incubate_lib.backends.local import pool
 from incubate_lib.config import load_settings
 from incubate_lib.phases.job import Job
-from incubate_lib.pipeline import execution, notebook
+from incubate_lib.pipeline import execution, notebook, warm
 from incubate_lib.pipeline.experiment import Experiment
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.files import read_json
@@ -316,7 +316,7 @@ def test_mat_and_its_controls_go_through_the_notebooks_to_a_report(tmp_path, mon
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
     parameters = {"preset": "smoke", "overrides": how, "strategies": strategies}
     name = "07_modular_adaptive_training"
-    job = execution.start_notebook(tmp_path, name, parameters, "07.ipynb", threads=1)
+    job = warm.start(name, parameters, tmp_path, "07.ipynb", threads=1)
     assert join(job, name) == 0, (tmp_path / "log.txt").read_text()
     text = (tmp_path / "07.ipynb").read_text()
     assert "Runs of this machine" in text and text.count("image/png") == 4 and "MAT ends at" in text

@@ -56,7 +56,7 @@ def test_options_override_the_file_and_phases_override_both(tmp_path):
         ("nodes: 0", "nodes is 0"),
         ("gpus_per_node: -1", "gpus_per_node is -1"),
         ("phases: {metta: {}}", "metta"),
-        ("phases: {meta: {nodez: 2}}", "meta: unknown field 'nodez'"),
+        ("phases: {meta: {nodez: 2}}", "unknown field 'phases.meta.nodez'; did you mean nodes"),
         ("sbatch: {output: log.txt}", "'output' is set by the workbook"),
         ("sbatch: {J: x}", "'J' is set by the workbook, or is no long option"),
         ("sbatch: {gpus-per-node: 2}", "gpus-per-node is a field of its own: set gpus_per_node"),

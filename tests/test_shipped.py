@@ -11,7 +11,7 @@ from shrunk import BATCH, EPOCHS, MICRO, shrunk, write_images
 from incubate_lib.config import load_settings, presets
 from incubate_lib.data.sets import load_data
 from incubate_lib.phases.networks import model_shape
-from incubate_lib.pipeline import execution
+from incubate_lib.pipeline import warm
 from incubate_lib.training.files import read_json
 
 MAY_SHRINK = (
@@ -67,7 +67,7 @@ def ways(name: str) -> list[tuple[str, str]]:
 
 def executed(notebook: str, parameters: dict[str, str], folder: Path) -> None:
     """Execute a notebook as `incubate run` does."""
-    job = execution.start_notebook(folder, notebook, parameters, f"{parameters['strategy']}.ipynb", threads=1)
+    job = warm.start(notebook, parameters, folder, f"{parameters['strategy']}.ipynb", threads=1)
     assert join(job, notebook) == 0, (folder / "log.txt").read_text()[-3000:]
 
 

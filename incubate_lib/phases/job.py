@@ -87,10 +87,10 @@ class Job(Frozen):
             raise SettingsError(f"{self.title} ({self.folder.path}) {what}; give data.folder another name, or delete that folder")
         return done
 
-    def is_complete(self) -> bool:
-        """Whether it is finished and its executed notebook, if its kind has one, is there."""
+    def is_complete(self, with_notebook: bool = True) -> bool:
+        """Whether it is finished and its executed notebook, if its kind has one and that is wanted, is there."""
         _, copy = self.work
-        return self.finished() is not None and (copy is None or (self.folder.path / copy).exists())
+        return self.finished() is not None and (not with_notebook or copy is None or (self.folder.path / copy).exists())
 
     @property
     def flops_per_image(self) -> int:

@@ -12,7 +12,7 @@ from subprocess import DEVNULL, STDOUT, Popen
 
 from incubate_lib import backends
 from incubate_lib.config import SettingsError, load_settings, refuse
-from incubate_lib.pipeline.execution import wanted_by, who_runs
+from incubate_lib.pipeline.execution import stop_phases, who_runs
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment, source_of
 from incubate_lib.pipeline.recorded import recorded_plan
 from incubate_lib.pipeline.strategies import plan
@@ -129,14 +129,9 @@ def stop_run(experiment: Experiment) -> str:
     other = f"the run {experiment.path.name} has other settings by now; give those to stop it"
     refuse(not experiment.is_present(), other)
     (experiment.path / STOP_FILE).touch()
-    kept = []
-    for node in recorded_plan(experiment.path).nodes:
-        if node.folder.trainer() is None:
-            continue
-        if other := wanted_by(node.digest, but=experiment.path):
-            kept.append(f"; {node.title} goes on, because run {other} needs it, too")
-        else:
-            node.folder.stop_file.touch()
+    trained = {node.digest: node.title for node in recorded_plan(experiment.path).nodes if node.folder.trainer()}
+    needed = stop_phases(trained, but=experiment.path)
+    kept = [f"; {trained[digest]} goes on, because run {other} needs it, too" for digest, other in needed.items()]
     for backend in (backends.of(experiment), backends.get()):
         if words := backend.stop(experiment):
             return words + "".join(kept)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import Process
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from incubate_lib.pipeline.experiment import INDEX, STOP_FILE, Experiment, is_re
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.training.files import read_json, write_json
 from incubate_lib.training.lease import Lease, holder, in_words
+from incubate_lib.training.runs import PhaseFolder
 
 ANALYSIS = "06_analysis"
 Parameters = dict[str, Any]  # of a notebook
@@ -23,24 +24,10 @@ Parameters = dict[str, Any]  # of a notebook
 
 def start(job: Job, threads: int, gpus: Sequence[str] = (), *, notebook: bool = True) -> Process:
     """Start a phase in a process of its own with its cores and GPUs: its notebook, if it has one and that is wanted."""
-    what, output = job.work if notebook else (job.settings.phase, None)
-    return start_notebook(job.folder.path, what, {"phase": job.path}, output, threads, gpus)
-
-
-def start_notebook(
-    folder: Path, what: str, parameters: Parameters, output: str | None, threads: int, gpus: Sequence[str] = ()
-) -> Process:
-    """Start a notebook, to be kept as `output`, or a phase alone, in a process of its own, with its cores and GPUs.
-
-    What it prints is appended to log.txt.
-    """
     from incubate_lib.pipeline import warm
 
-    folder.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"INCUBATE_THREADS": str(threads), "INCUBATE_HEADLESS": "1"}
-    if gpus:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    return warm.start(what, parameters, output and str(folder / output), str(folder / "log.txt"), env)
+    what, output = job.work if notebook else (job.settings.phase, None)
+    return warm.start(what, {"phase": job.path}, job.folder.path, output, threads, gpus)
 
 
 def clear_log(folder: Path) -> None:
@@ -89,9 +76,11 @@ def analysed(plan: Plan) -> bool:
 
 def analyse(plan: Plan, parameters: Parameters, console: Console, threads: int) -> int:
     """Run the analysis notebook and return an exit status."""
+    from incubate_lib.pipeline import warm
+
     path, seen = plan.experiment.path, _seen(plan)
     console.print("Analysis …")
-    process = start_notebook(path, ANALYSIS, parameters, f"{ANALYSIS}.ipynb", threads)
+    process = warm.start(ANALYSIS, parameters, path, f"{ANALYSIS}.ipynb", threads)
     try:
         process.join()
     except KeyboardInterrupt:
@@ -105,14 +94,21 @@ def analyse(plan: Plan, parameters: Parameters, console: Console, threads: int) 
     return 0
 
 
-def wanted_by(digest: str, but: Path) -> str | None:
-    """Return the name of a run or study at work, here or elsewhere, that needs this phase, other than one; None if none does."""
+def stop_phases(digests: Iterable[str], but: Path) -> dict[str, str]:
+    """Have whoever trains these phases save and stop; return those that go on, and the name of the run that needs each.
+
+    That is any run or study at work, here or elsewhere, other than the one in the folder `but`.
+    """
+    digests, needed = set(digests), {}
     for file in (*data_folder().glob(f"runs/*/{INDEX}"), *data_folder().glob(f"studies/*/{INDEX}")):
         path, record = file.parent, read_json(file)
-        named = {phase["digest"] for phase in record["phases"].values()} if is_record(record) else ()
-        if path != but and digest in named and not (path / STOP_FILE).exists() and is_at_work(path):
-            return path.name
-    return None
+        named = {phase["digest"] for phase in record["phases"].values()} if is_record(record) else set()
+        shared = digests & named
+        if shared and path != but and not (path / STOP_FILE).exists() and is_at_work(path):
+            needed |= dict.fromkeys(shared, path.name)
+    for digest in digests - needed.keys():
+        PhaseFolder.of(digest).stop_file.touch()
+    return needed
 
 
 def is_at_work(path: Path) -> bool:

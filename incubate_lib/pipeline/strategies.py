@@ -48,10 +48,10 @@ def plan(
     wanted = [(name, seed) for seed in seeds for name in strategies]
     if facts is None and (known := recorded(experiment, wanted)):
         return known
-    built = _Strategies(settings, experiment)
-    finals = {(name, seed): built.strategy(name, seed) for name, seed in wanted}
+    nodes: dict[str, Node] = {}
+    finals = {(name, seed): Builder(experiment, nodes, name, seed).build() for name, seed in wanted}
     used = {node.key for node in closure(finals.values())}
-    return Plan(experiment, [node for key, node in built.nodes.items() if key in used], finals)
+    return Plan(experiment, [node for key, node in nodes.items() if key in used], finals)
 
 
 def open_phase(
@@ -118,27 +118,24 @@ def with_matched(node: Node) -> Plan:
     return recorded(node.experiment, wanted) or plan(settings, names, [end[1]], facts=node.facts)
 
 
-class _Strategies:
-    """Builds the nodes of strategies, each once."""
-
-    def __init__(self, settings: Settings, experiment: Experiment) -> None:
-        self.settings, self.experiment, self.facts = settings, experiment, experiment.facts
-        self.nodes: dict[str, Node] = {}
-
-    def strategy(self, name: str, seed: int) -> Node:
-        """Add the nodes of a strategy and return the last of them."""
-        return STRATEGIES[self.settings.strategy(name).kind].build(Builder(self, name, seed))
-
-
 class Builder:
-    """What a kind of strategy makes its phases with: one strategy with one seed."""
+    """What a kind of strategy makes its phases with: one strategy with one seed. `nodes` are those of all strategies by key,
+    each once."""
 
-    def __init__(self, built: _Strategies, name: str, seed: int) -> None:
-        self.built, self.name, self.seed = built, name, seed
-        self.settings, self.facts, self.own = built.settings, built.facts, built.settings.strategy(name)
-        self.is_matched = self.settings.is_matched(name)
+    def __init__(self, experiment: Experiment, nodes: dict[str, Node], name: str, seed: int) -> None:
+        self.experiment, self.nodes, self.name, self.seed = experiment, nodes, name, seed
+        self.settings, self.facts = experiment.settings, experiment.facts
+        self.own, self.is_matched = self.settings.strategy(name), self.settings.is_matched(name)
+
+    def build(self) -> Node:
+        """Add the nodes of the strategy and return the last of them."""
+        return STRATEGIES[self.own.kind].build(self)
 
     # -- how long a phase lasts
+
+    def matched(self) -> Node:
+        """Return the last node of the strategy that this one is matched to."""
+        return Builder(self.experiment, self.nodes, self.own.match, self.seed).build()
 
     @property
     def other(self) -> StrategySettings:
@@ -151,13 +148,13 @@ class Builder:
 
     def as_many_epochs(self, phase: str) -> TrainingSettings:
         """Return the settings of a phase that lasts its share of the epochs of the last phase of the one it is matched to."""
-        epochs = self.built.strategy(self.own.match, self.seed).settings.training.epochs
+        epochs = self.matched().settings.training.epochs
         return self.training(phase).model_copy(update={"epochs": self.own.budget * epochs})
 
     def budget(self) -> float:
         """Return the training FLOPs that the strategy has: its share of those of the one it is matched to, or of what K
         workers do in that one's time."""
-        final = self.built.strategy(self.own.match, self.seed)
+        final = self.matched()
         if self.own.get("match_on") == "critical_path":
             nodes = closure([final])
             flops = {node.key: node.flops for node in nodes}
@@ -228,10 +225,10 @@ class Builder:
             | ({"weights": facts.weights[weights]} if weights else {}),
         )
         key = f"seed-{self.seed}/" + (key or f"{self.name}/{kind}")
-        run = {"machine": self.settings.machine, "strategy": self.name, "run": self.built.experiment.path.name}
+        run = {"machine": self.settings.machine, "strategy": self.name, "run": self.experiment.path.name}
         file = {"weights": weights} if weights else {}
-        node = Node(key, Job(settings=settings, facts=facts, **run, **file), self.built.experiment, inputs)
-        return self.built.nodes.setdefault(key, node)
+        node = Node(key, Job(settings=settings, facts=facts, **run, **file), self.experiment, inputs)
+        return self.nodes.setdefault(key, node)
 
     def _with_units(self, mat: MATSettings, phase: str, training: TrainingSettings) -> MATSettings:
         """Return the settings with the kind of units resolved; SettingsError if the network has none of that kind."""

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -44,23 +45,28 @@ def prepare() -> None:
             signal.signal(number, handler)
 
 
-def start(what: str, parameters: dict[str, Any], output: str | None, log: str, env: dict[str, str]) -> Any:
-    """Execute a notebook, or without an `output` train a phase, in a process forked from the warm one; it ends with this one.
+def start(what: str, parameters: dict[str, Any], folder: Path, output: str | None, threads: int, gpus: Sequence[str] = ()) -> Any:
+    """Execute a notebook, to be kept in `folder` as `output`, or without one train a phase, with these cores and GPUs.
 
-    What it prints is appended to `log`. The parameter of a phase is the path of its file.
+    It runs in a process forked from the warm one, and ends with this one. What it prints is appended to the folder's log.txt.
+    The parameter of a phase is the path of its file.
     """
     prepare()
-    process = context.Process(target=_work, args=(what, parameters, output, log, env))
+    folder.mkdir(parents=True, exist_ok=True)
+    env = os.environ | {"INCUBATE_THREADS": str(threads), "INCUBATE_HEADLESS": "1"}
+    if gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    process = context.Process(target=_work, args=(what, parameters, folder, output, env))
     process.start()
     return process
 
 
-def _work(what: str, parameters: dict[str, Any], output: str | None, log: str, env: dict[str, str]) -> None:
+def _work(what: str, parameters: dict[str, Any], folder: Path, output: str | None, env: dict[str, str]) -> None:
     from incubate_lib.phases.job import read_job
     from incubate_lib.phases.run import run_phase
     from incubate_lib.pipeline.notebook import execute, reported
 
-    _settle(log, env)
+    _settle(folder / "log.txt", env)
     if output is None:
         _end_with_parent()
         with reported():
@@ -72,12 +78,12 @@ def _work(what: str, parameters: dict[str, Any], output: str | None, log: str, e
     manager = type("Manager", (_Manager,), {"forked": kernel})
     try:
         with reported():
-            execute(what, Path(output), parameters, kernel_manager_class=manager)
+            execute(what, folder / output, parameters, kernel_manager_class=manager)
     finally:
         kernel.kill()  # it may never have been asked for, and waits
 
 
-def _settle(log: str, env: dict[str, str]) -> None:
+def _settle(log: Path, env: dict[str, str]) -> None:
     """Be a process of its own group, environment and log."""
     os.setsid()  # out of the terminal's group
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -42,11 +42,7 @@ class Team:
 
     def decide(self, decision: bool) -> bool:
         """Return what the first process decided: clocks and files may look different to each."""
-        if self.devices == 1:
-            return decision
-        decided = torch.tensor([decision], dtype=torch.int32, device=self.device)
-        dist.broadcast(decided, 0)
-        return bool(decided.item())
+        return bool(self.share(torch.tensor([decision], dtype=torch.int32)).item())
 
     def share(self, values: Tensor) -> Tensor:
         """Return the first process's values: those of others may differ in the last bits."""

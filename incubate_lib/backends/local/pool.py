@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 
 from incubate_lib.config import data_folder
-from incubate_lib.pipeline.execution import clear_log, fair_threads, kill, last_error, start, wanted_by
+from incubate_lib.pipeline.execution import clear_log, fair_threads, kill, last_error, start, stop_phases
 from incubate_lib.pipeline.experiment import STOP_FILE
 from incubate_lib.pipeline.graph import Node, Plan, remaining, to_do
 from incubate_lib.pipeline.view import Line, line_of, node_line, render
@@ -60,7 +60,7 @@ class Pool:
         return [task for task in self.tasks.values() if task.state == state]
 
     def is_done(self, node: Node) -> bool:
-        return node.job.is_complete() if self.notebooks else node.finished() is not None
+        return node.job.is_complete(self.notebooks)
 
     def rounds(self) -> Iterator[None]:
         """Run everything that is missing and say what failed; yield between two looks at it, and have `status` in the end."""
@@ -111,14 +111,10 @@ class Pool:
 
     def _stop_phases(self) -> None:
         """Have phases save and stop: again and again, for those that begin only now. What another run needs goes on."""
-        for task in self.running:
-            if task.node.digest in self.kept:
-                continue
-            if other := wanted_by(task.node.digest, but=self.plan.experiment.path):
-                self.kept.add(task.node.digest)
-                self._print(f"{task.node.title} goes on: run {other} needs it, too")
-            else:
-                task.node.folder.stop_file.touch()
+        running = {task.node.digest: task.node.title for task in self.running if task.node.digest not in self.kept}
+        for digest, other in stop_phases(running, but=self.plan.experiment.path).items():
+            self.kept.add(digest)
+            self._print(f"{running[digest]} goes on: run {other} needs it, too")
 
     def consider(self, task: Task) -> None:
         """Start a waiting phase if its inputs are there and a place is free; skip it if one of them failed."""

@@ -23,9 +23,9 @@ from incubate_lib.backends.slurm.limits import call, check
 from incubate_lib.backends.slurm.queue import Job, active_jobs, cancel, job_of, jobs_of, known_jobs, note, note_phase, submitted
 from incubate_lib.backends.slurm.sbatch import requests, scripts
 from incubate_lib.backends.slurm.settings import SlurmSettings, load_slurm
-from incubate_lib.config import SettingsError, data_folder, presets
+from incubate_lib.config import SettingsError, presets
 from incubate_lib.config.files import read_yaml
-from incubate_lib.pipeline.execution import ANALYSIS, analysed, only_run
+from incubate_lib.pipeline.execution import ANALYSIS, analysed, only_run, stop_phases
 from incubate_lib.pipeline.experiment import STOP_FILE, Experiment
 from incubate_lib.pipeline.graph import Node, Plan, to_do
 from incubate_lib.pipeline.view import Line
@@ -89,12 +89,10 @@ class Slurm(Backend):
         return read_yaml(Path(__file__).with_name("reasons.yaml")).get(reason)
 
     def stop(self, experiment: Experiment) -> str | None:
-        jobs, mine = active_jobs(experiment), submitted(experiment)
-        others = _needed_elsewhere(experiment) if jobs else set()
-        kept = {key for key, job in jobs.items() if job.id in others}
-        for key in jobs.keys() - kept:
-            if mine[key].digest:
-                PhaseFolder.of(mine[key].digest).stop_file.touch()
+        jobs = active_jobs(experiment)
+        phases = {key: job.digest for key, job in submitted(experiment).items() if key in jobs and job.digest}
+        needed = stop_phases(phases.values(), but=experiment.path)
+        kept = {key for key, digest in phases.items() if digest in needed}
         running = [job.id for key, job in jobs.items() if job.is_running and key not in kept]
         cancel("--batch", "--signal=USR2", ids=running)  # the stop file is seen without it, too, but later
         cancel(ids=[job.id for key, job in jobs.items() if not job.is_running and key not in kept])
@@ -134,7 +132,7 @@ def _annotate(line: Line, number: str, job: Job | None, folder: PhaseFolder, is_
 
 def _missing(plan: Plan, analysis: dict[str, Any] | None) -> list[Node]:
     """Return the phases that are to be trained; for an analysis their notebooks are wanted, too."""
-    return to_do(plan.nodes, lambda node: node.job.is_complete() if analysis else node.finished())
+    return to_do(plan.nodes, lambda node: node.job.is_complete(analysis is not None))
 
 
 def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, console: Console) -> list[str]:
@@ -192,16 +190,6 @@ def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, c
     message = f"{done} of {len(plan.nodes)} phases are done already, {waiting} are in Slurm's queue"
     console.print(f"{experiment.path.name}: {message}, {len(new)} job(s) submitted", highlight=False)
     return new
-
-
-def _needed_elsewhere(experiment: Experiment) -> set[str]:
-    """Return the ids of jobs that other runs name, too, which nobody stopped."""
-    mine = {job.id for job in submitted(experiment).values()}
-    needed: set[str] = set()
-    for file in (*data_folder().glob("runs/*/slurm.json"), *data_folder().glob("studies/*/slurm.json")):
-        if file.parent != experiment.path and not (file.parent / STOP_FILE).exists():
-            needed |= {job.id for job in submitted(Experiment(None, file.parent)).values()} & mine
-    return needed
 
 
 def _not_in_queue(plan: Plan, missing: list[Node], active: dict[str, Job]) -> list[Node]:

@@ -20,7 +20,7 @@ from rich.console import Console
 from incubate_lib.backends import slurm
 from incubate_lib.backends.slurm.attempts import AGAIN, NO_WORD, WARNED, attempts, begin, close, stuck
 from incubate_lib.config import SettingsError, data_folder, load_settings
-from incubate_lib.phases.job import Job, read_job
+from incubate_lib.phases.job import read_job
 from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.runs import PhaseFolder
@@ -43,7 +43,7 @@ def attempt(about: dict[str, Any]) -> int:
         signal.signal(number, lambda *_: stop.touch())
     if job.folder.stop_file.exists():
         return STOPPED
-    if _is_done(job, about):
+    if job.is_complete(about["notebook"]):
         return 0
     close(job.folder, NO_WORD)  # an earlier attempt that could not say so itself
     if stuck(attempts(job.folder), here.job, about["attempts"]):
@@ -53,7 +53,7 @@ def attempt(about: dict[str, Any]) -> int:
         job.model_copy(update={"machine": job.machine.model_copy(update=about["team"])}).write()
     process = execution.start(job, here.cores, notebook=about["notebook"])
     process.join()
-    if _is_done(job, about):
+    if job.is_complete(about["notebook"]):
         close(job.folder, "done")
         stop.unlink(missing_ok=True)
         return 0
@@ -66,7 +66,7 @@ def verdict(about: dict[str, Any], code: int) -> int:
         return code
     here, job, own = slurm.attempt(), read_job(about["phase"]), Path(os.environ["INCUBATE_STOP"])
     folder = job.folder
-    if _is_done(job, about):
+    if job.is_complete(about["notebook"]):
         return 0
     newest = [(int(row["job"]), row["restart"]) for row in attempts(folder)[-1:]] or [(0, 0)]
     if newest[0] > (int(here.job), here.restart):
@@ -111,10 +111,6 @@ def _analysis(parameters: dict[str, Any], cores: int) -> int:
     settings = load_settings(parameters["preset"], parameters["overrides"])
     todo = plan(settings, parameters["strategies"], parameters["seeds"])
     return 0 if execution.analysed(todo) else execution.analyse(todo, parameters, Console(width=150), cores)
-
-
-def _is_done(job: Job, about: dict[str, Any]) -> bool:
-    return job.is_complete() if about["notebook"] else job.finished() is not None
 
 
 def main(arguments: list[str]) -> int:

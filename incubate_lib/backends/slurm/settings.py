@@ -139,9 +139,7 @@ def load_slurm(site: str | None, options: dict[str, Any], sbatch: Sequence[str] 
     try:
         return SlurmSettings.model_validate(raw)
     except ValidationError as error:
-        if unknown := [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]:
-            *where, name = map(str, unknown[0])
-            place = f"{site}: {'.'.join(where)}: " if where else f"{site}: "
-            message = f"unknown field {name!r}; {nearest(name, SlurmSettings.model_fields)}. "
-            raise SettingsError(f"{place}{message}Other options of sbatch go under sbatch: {{{name}: …}}") from None
-        raise SettingsError(f"{site or 'options of --backend slurm'}: {error_message(error)}") from None
+        unknown = [str(item["loc"][-1]) for item in error.errors() if item["type"] == "extra_forbidden"]
+        hint = f". Other options of sbatch go under sbatch: {{{unknown[0]}: …}}" if unknown else ""
+        where = site or "options of --backend slurm"
+        raise SettingsError(f"{where}: {error_message(error, SlurmSettings)}{hint}") from None
