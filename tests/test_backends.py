@@ -12,7 +12,7 @@ from project import ROOT
 from rich.console import Console
 
 from incubate_lib import backends
-from incubate_lib.backends import Attempt, Backend, Submitted
+from incubate_lib.backends import Attempt, Backend
 from incubate_lib.backends.local.pool import Pool
 from incubate_lib.cli import main
 from incubate_lib.config import Frozen, MachineSettings, SettingsError, load_settings
@@ -55,7 +55,6 @@ class Paper(Backend):
         write_json(todo.experiment.path / "list.json", listed)
         for node in missing:
             node.job.write()
-        return Submitted([f"{number} {row['key']}" for number, row in enumerate(listed)])
 
     def knows(self, experiment):
         return (experiment.path / "list.json").exists()

@@ -42,7 +42,7 @@ def test_what_starts_from_a_phase_trained_again_is_made_again_only_if_the_bits_d
     lose_meta(todo, as_elsewhere)
     old = {node: node.folder.summary()["weights_sha256"] for node in todo.nodes}
     output = io.StringIO()
-    assert backends.get().submit(todo, 2, Console(file=output)).status == 0
+    assert backends.get().submit(todo, 2, Console(file=output)) == 0
     assert all(node.finished() for node in todo.nodes)
     rest = 2 if as_elsewhere else 1
     assert attempts(todo) == {("meta", 2), ("incubate", rest), ("assemble", rest), ("finetune", rest)}

@@ -7,7 +7,6 @@ from typing import Any
 
 from incubate_lib.backends.interface import Attempt as Attempt
 from incubate_lib.backends.interface import Backend as Backend
-from incubate_lib.backends.interface import Submitted as Submitted
 
 DEFAULT = "local"
 _members: dict[str, Any] = {}  # packages here, and backends that were registered: both have `options` and `attempt`

@@ -13,15 +13,6 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Submitted:
-    """What became of a run that was handed over."""
-
-    ids: list[str] = field(default_factory=list)  # of the jobs that are new
-    # exit status, where all has ended: 0 done, 1 something failed, 130 stopped; none: jobs go on
-    status: int | None = None
-
-
-@dataclass(frozen=True)
 class Attempt:
     """What a process inside a job is: which start of which job, where, and how it reaches the job's other nodes.
 
@@ -65,8 +56,10 @@ class Backend:
 
     # -- a run: a plan (pipeline.graph.Plan)
 
-    def submit(self, plan: Any, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> Submitted:
+    def submit(self, plan: Any, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> int | None:
         """Hand over what is missing of a run: its phases, each as the path of its file.
+
+        Return an exit status where all has ended: 0 done, 1 something failed, 130 stopped; none where jobs go on.
 
         `analysis` are the parameters of the notebook that is to follow; without it phases alone will do, without their
         notebooks. SettingsError before anything begins if it cannot be done.

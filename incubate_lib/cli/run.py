@@ -46,13 +46,14 @@ def run(options: argparse.Namespace) -> int | None:
     if options.dry_run:
         backend.preview(todo, asked, analysis=analysis)
         return None
-    submitted = backend.submit(todo, asked, Console(), analysis=analysis)
-    if submitted.status == 0:
+    status = backend.submit(todo, asked, Console(), analysis=analysis)
+    if status == 0:
         print(f"Finished in {time.monotonic() - began:.0f} s.")
-    if submitted.ids:
+    elif status is None and not execution.is_finished(todo):
         print("`incubate status` shows how far it is, from any folder.")
-    if submitted.status or (submitted.status is None and not execution.is_finished(todo)):
-        return submitted.status
+        return None
+    elif status:
+        return status
     print_table(todo)
     return None
 

@@ -241,7 +241,7 @@ def run(study: Study, backend: Backend, settings: Any, console: Console) -> tupl
                 continue
             console.print(f"{title}: {len(missing)} phases are not finished", highlight=False)
             backends.check_free(home, "--stop ends them", but=backend)
-            status = backend.submit(Plan(home, missing, {}), settings, console).status
+            status = backend.submit(Plan(home, missing, {}), settings, console)
             if status is None:
                 console.print("The next stage begins when these have ended: the same command again goes on.")
                 return steps, UNDER_WAY

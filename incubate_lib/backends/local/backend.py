@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from incubate_lib.backends.interface import Backend, Submitted
+from incubate_lib.backends.interface import Backend
 from incubate_lib.backends.local.pool import POLL_SECONDS, Pool, gpus
 from incubate_lib.config import refuse
 from incubate_lib.pipeline.execution import analyse, analysed, clear_log, fair_threads, is_running, only_run
@@ -37,7 +37,7 @@ class Local(Backend):
         cores = min(4, len(os.sched_getaffinity(0)))
         return settings or max(1, (len(gpus()) or cores) // devices)
 
-    def submit(self, plan: Plan, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> Submitted:
+    def submit(self, plan: Plan, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> int:
         jobs = self.places(max((node.machine.devices for node in plan.nodes), default=1), settings)
         pool = Pool(plan, jobs, console, notebooks=analysis is not None)
         with contextlib.nullcontext() if analysis is None else only_run(plan.experiment.path):
@@ -46,9 +46,9 @@ class Local(Backend):
             for _ in pool.rounds():
                 time.sleep(POLL_SECONDS)
             if pool.status or analysis is None or analysed(plan):
-                return Submitted(status=pool.status)
+                return pool.status
             clear_log(plan.experiment.path)
-            return Submitted(status=analyse(plan, analysis, console, fair_threads(1)))
+            return analyse(plan, analysis, console, fair_threads(1))
 
     def stop(self, experiment: Any) -> str | None:
         if not is_running(experiment.path):

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from incubate_lib.backends.interface import Backend, Submitted
+from incubate_lib.backends.interface import Backend
 from incubate_lib.backends.slurm import options as OPTIONS
 from incubate_lib.backends.slurm import queue
 from incubate_lib.backends.slurm.attempts import has_ended
@@ -44,8 +44,8 @@ class Slurm(Backend):
         asked = {name: getattr(options, name) for name in OPTIONS.keys() - {"site", "sbatch"}}
         return load_slurm(options.site, asked, options.sbatch or ())
 
-    def submit(self, plan: Plan, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> Submitted:
-        return Submitted(_submit(plan, analysis, settings, console))
+    def submit(self, plan: Plan, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> None:
+        _submit(plan, analysis, settings, console)
 
     def preview(self, plan: Plan, settings: SlurmSettings, *, analysis: dict[str, Any]) -> None:
         missing = _missing(plan, analysis)
@@ -135,8 +135,8 @@ def _missing(plan: Plan, analysis: dict[str, Any] | None) -> list[Node]:
     return to_do(plan.nodes, lambda node: node.job.is_complete(analysis is not None))
 
 
-def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, console: Console) -> list[str]:
-    """Submit what is missing and not in the queue yet; return the ids of the jobs submitted.
+def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, console: Console) -> None:
+    """Submit what is missing and not in the queue yet.
 
     SettingsError before anything is submitted when the cluster cannot do it, as far as that can be known.
     """
@@ -163,7 +163,7 @@ def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, c
                 ids[node.key], active[node.key] = other, job
         wanted = _not_in_queue(plan, missing, active)
         running = {key: job.id for key, job in active.items()}  # and what is submitted now: all that may be waited for
-        new: list[str] = []
+        new = 0
         for script in scripts(plan, wanted, analysis, slurm, jobs):
             if not script.phase and (ANALYSIS in active or (not missing and analysed(plan))):
                 continue
@@ -177,19 +177,18 @@ def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, c
                 output = call("sbatch", "--parsable", *arguments, stdin=text)
                 number = re.search(r"^(\d+)(;.*)?$", output, re.M)[1]  # a site's wrapper may say more
             except SettingsError as error:
-                message = f"{error}. {len(new)} jobs were submitted; `incubate run` again submits the rest"
+                message = f"{error}. {new} jobs were submitted; `incubate run` again submits the rest"
                 raise SettingsError(message if new else str(error)) from None
             running[script.key] = number
             ids[script.key] = queue.Queued(number, script.name, script.phase and script.phase.digest)
             note(experiment, ids)
             if script.phase:
                 note_phase(script.phase.folder, ids[script.key])
-            new.append(number)
+            new += 1
         note(experiment, ids)
     done, waiting = len(plan.nodes) - len(missing), len(missing) - len(wanted)
     message = f"{done} of {len(plan.nodes)} phases are done already, {waiting} are in Slurm's queue"
-    console.print(f"{experiment.path.name}: {message}, {len(new)} job(s) submitted", highlight=False)
-    return new
+    console.print(f"{experiment.path.name}: {message}, {new} job(s) submitted", highlight=False)
 
 
 def _not_in_queue(plan: Plan, missing: list[Node], active: dict[str, Job]) -> list[Node]:
