@@ -5,7 +5,7 @@ from typing import Any
 
 from incubate_lib.config import Settings, load_settings, presets
 from incubate_lib.config.phase import as_given
-from incubate_lib.config.strategies import KNOWN, UNCUT, StrategySettings, as_set
+from incubate_lib.config.strategies import KNOWN, StrategySettings, as_set, uncut
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.report.tables.records import Results
 from incubate_lib.report.words import in_yaml
@@ -16,12 +16,12 @@ def about(run: Plan, results: Results) -> dict[str, str]:
     settings, facts = run.experiment.settings, run.experiment.facts
     judged = next(summary["eval_images"] for node in run.finals.values() if (summary := node.summary()))
     parts = " + ".join(map(str, facts.target_depths)), " + ".join(map(str, facts.meta_depths))
-    network = str(settings.model)
+    network = f"{settings.model}, {facts.outputs:,} outputs"
     if settings.partition:
         network += f"; K = {len(facts.target_depths)} modules of {parts[0]} blocks; the meta model has {parts[1]}"
     return {
-        "data": f"{settings.data.source}: {facts.num_images:,} images to train on, in {facts.num_classes:,} classes; "
-        f"{judged:,} images of the {settings.data.eval_split} split judge",
+        "data": f"{settings.data.source}: {facts.num_images:,} images to train on, {judged:,} of the {settings.data.eval_split} "
+        f"split to {'test' if settings.data.eval_split == 'test' else 'choose settings'}",
         "network": network,
         "command": command(run),
         "commit": ", ".join(dict.fromkeys(filter(None, results.strategies["commit"]))) or "not known",
@@ -49,7 +49,7 @@ def settings_file(settings: Settings) -> str:
     values["data"] = {"source": settings.data.source} | values.get("data", {})
     values["model"] = {"name": settings.model.name} | values.get("model", {})
     values["phases"] = {name: as_set(changes) for name, changes in settings.phases.items() if as_set(changes)}
-    known = UNCUT if settings.partition is None else KNOWN
+    known = uncut() if settings.partition is None else KNOWN
     own = {name: _changed(strategy, known.get(name)) for name, strategy in settings.strategies.items()}
     values["strategies"] = {name: changes for name, changes in own.items() if changes}
     order = [name for name in Settings.model_fields if values.get(name) not in (None, {})]
