@@ -27,7 +27,7 @@ def show(name: str) -> Path:
     path = notebook_path(name)
     with tempfile.TemporaryDirectory(prefix="incubate-") as private:
         copy = Path(private) / path.name
-        execute(name, copy, {})
+        execute(name, copy, {}, cwd=str(path.parent))  # so that links lead from the notebook
         executed = nbformat.read(copy, as_version=4)
     nb = nbformat.read(path, as_version=4)
     for cell, done in zip(nb.cells, executed.cells, strict=True):
