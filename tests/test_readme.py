@@ -158,6 +158,14 @@ def test_its_numbers_are_those_of_the_tracked_tables():
     assert comparisons() == (ROOT / COMPARISONS).read_text()
 
 
+def test_every_field_and_every_option_has_words():
+    for place in ("incubate_lib/presets/README.md", "incubate_lib/cli/README.md"):
+        rows = re.findall(r"^\| (`.*) \| *(.*?) *\|$", "".join(re.findall(r"<!--table.*?<!--end-->", PAGES[place], re.S)), re.M)
+        assert len(rows) > 60 and all(len(words.split()) > 1 for _, words in rows), [
+            row for row in rows if len(row[1].split()) < 2
+        ]
+
+
 def test_no_number_of_the_results_stands_there_by_hand():
     front = PAGES["README.md"]
     results = RESULTS + front[front.index("## What we found") : front.index("## Start")]

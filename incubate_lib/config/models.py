@@ -32,22 +32,22 @@ DEFAULT_MACHINE = MachineSettings()
 class Settings(Frozen):
     """Everything one experiment needs. Presets and users' files have exactly these fields."""
 
-    name: Name
-    description: str = ""
+    name: Name  # of the run; of a file its own name, if left out
+    description: str = ""  # a line for people
     task: str = TASK  # what is learned
-    data: DataSettings = DataSettings()
-    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()  # which images, see below
+    model: ModelSettings = ModelSettings()  # the network, see below
     partition: PartitionSettings | None = None  # none: the network is not cut, and any timm model will do
     # bfloat16: autocast; weights and optimiser stay float32
     precision: Literal["float32", "bfloat16"] = "float32"
-    training: TrainingSettings = TrainingSettings()
-    phases: PhaseChanges = {}
+    training: TrainingSettings = TrainingSettings()  # the recipe of every phase, see below
+    phases: PhaseChanges = {}  # what differs in a phase: meta, incubate, finetune, end_to_end
     mat: MATSettings = MATSettings()  # of the strategies that have Modular Adaptive Training
-    strategies: dict[StrategyName, SerializeAsAny[StrategySettings]] = {}
+    strategies: dict[StrategyName, SerializeAsAny[StrategySettings]] = {}  # by name: what differs, or all of a new one
     # strategies run by default
     run: list[str] = Field(min_length=1, default=["end_to_end", "deep_incubation", "recommended"])
-    machine: MachineSettings = DEFAULT_MACHINE
-    overrides: list[str] = []  # the `--set` values already applied, for the record
+    machine: MachineSettings = DEFAULT_MACHINE  # how phases are computed, see below
+    overrides: list[str] = []  # written by the workbook, for the record: the values of --set
 
     @model_validator(mode="after")
     def _whole(self) -> "Settings":

@@ -85,19 +85,18 @@ class DataSettings(Frozen):
     split_seed: Annotated[int, Field(ge=0)] = 0  # which images fall into a split or a share
     # folder and timm's sources:
     train_split: str = "train"  # name of the split; of the subfolder or, with wildcards, of the shards
-    test_split: str = "val"
+    test_split: str = "val"  # the same, of the images to test on
     in_memory: bool = False  # hold all images on the device as uint8; they must have the model's size
-    # of a judged image's shorter side that the centre crop keeps
+    # share of a test image's shorter side that the centre crop keeps
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
     skip_broken: bool = False  # take the next image in place of one that cannot be read, and count it
-    # of Hugging Face's tables; some sets have img and fine_label, for example
-    image_column: str = "image"
-    label_column: str = "label"
+    image_column: str = "image"  # of Hugging Face's tables; some sets have img, for example
+    label_column: str = "label"  # likewise; some have fine_label
     # generated images:
-    num_images: Positive = 384  # training and test together
-    num_classes: Annotated[int, Field(ge=2, le=1_000_000)] = 4
-    image_size: Pixels = 8
-    channels: Annotated[int, Field(ge=1, le=1_000)] = 1
+    num_images: Positive = 384  # generated, to train and to test on together
+    num_classes: Annotated[int, Field(ge=2, le=1_000_000)] = 4  # of generated images
+    image_size: Pixels = 8  # pixels of a side, of generated images
+    channels: Annotated[int, Field(ge=1, le=1_000)] = 1  # of generated images
 
     @model_validator(mode="after")
     def _known(self) -> "DataSettings":
@@ -145,13 +144,13 @@ class ModelSettings(Frozen):
     Weights are always random: what would have timm load some is refused here, before timm sees it.
     """
 
-    name: str = "vit_tiny_patch16_224"
-    img_size: Pixels | None = None
-    patch_size: Pixels | None = None
-    embed_dim: Positive | None = None
-    depth: Blocks | None = None
-    num_heads: Positive | None = None
-    in_chans: Positive | None = None
+    name: str = "vit_tiny_patch16_224"  # timm's, without a tag
+    img_size: Pixels | None = None  # pixels of a side, to which images are brought
+    patch_size: Pixels | None = None  # pixels of a side
+    embed_dim: Positive | None = None  # width of a transformer
+    depth: Blocks | None = None  # blocks of a transformer
+    num_heads: Positive | None = None  # attention heads of a block
+    in_chans: Positive | None = None  # channels of an image: 1 for grey
     options: dict[str, Any] = {}  # any further argument of the timm model, e.g. {qkv_bias: false}
 
     @model_validator(mode="after")
@@ -199,10 +198,10 @@ def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
 class PartitionSettings(Frozen):
     """How the network is cut: `num_modules` equal parts, the blocks of every part, or the layers behind which it is cut."""
 
-    num_modules: Blocks | None = None
-    target_depths: list[Blocks] | None = Field(None, min_length=1)  # of each target module
-    meta_depths: list[Blocks] | None = Field(None, min_length=1)  # of each meta module; one each if left out
-    cuts: list[str] | None = Field(None, min_length=1)  # names of layers, in the network's order
+    num_modules: Blocks | None = None  # cuts the blocks into so many modules of equal size
+    target_depths: list[Blocks] | None = Field(None, min_length=1)  # blocks of each module of the target network
+    meta_depths: list[Blocks] | None = Field(None, min_length=1)  # blocks of each module of the meta model; one each if left out
+    cuts: list[str] | None = Field(None, min_length=1)  # layers behind which the network is cut, by name, in its order
 
     @model_validator(mode="after")
     def _check_together(self) -> "PartitionSettings":
@@ -231,26 +230,27 @@ class PartitionSettings(Frozen):
 class TrainingSettings(Frozen):
     """The recipe of one phase: AdamW, cosine with linear warm-up per step, timm's mixup and cutmix."""
 
-    # passes over the training images; fractions are fine; 0: judge only
+    # passes over the training images; fractions are fine; 0: only evaluate
     epochs: Epochs = 10.0
     # images of an update, on all devices together; an epoch's incomplete last one is left out
     batch_size: Positive = 32
     # images that one device takes at once, gradients add up; none: its whole share
     micro_batch: Positive | None = None
-    lr: Annotated[float, Field(gt=0, le=3e38)] = 1e-3  # a float32 holds no more
+    # learning rate after warm-up; a float32 holds no more than 3e38
+    lr: Annotated[float, Field(gt=0, le=3e38)] = 1e-3
     lr_for_batch: Positive | None = None  # lr is meant for this batch size and scaled linearly to batch_size
     min_lr: Annotated[float, Field(ge=0)] = 1e-5  # where the cosine ends; never scaled
-    warmup_epochs: Epochs = 1.0  # linear, from zero
+    warmup_epochs: Epochs = 1.0  # in which the rate rises linearly from zero
     # not on biases, norms, position embedding, class token
     weight_decay: Number = 0.05
-    betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False)
+    betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False)  # of AdamW
     clip_grad: Annotated[float, Field(gt=0)] | None = None  # largest norm of the gradient; none: no clipping
-    # decay of the moving average of weights, which is judged and kept; none: the last weights
+    # decay of the moving average of weights, which is evaluated and kept; none: the last weights
     ema: Share | None = None
-    label_smoothing: Share = 0.1
-    drop_path: Share = 0.0
-    mixup: Number = 0.0  # alpha of the beta distribution; 0: off
-    cutmix: Number = 0.0
+    label_smoothing: Share = 0.1  # share of the target that all classes have together
+    drop_path: Share = 0.0  # rate of stochastic depth at the last block; it rises linearly from 0 at the first
+    mixup: Number = 0.0  # alpha of its beta distribution; 0: off
+    cutmix: Number = 0.0  # alpha of its beta distribution; 0: off
     hflip: bool = False  # random mirroring of each image
     shift: Annotated[int, Field(ge=0, le=20_000)] = 0  # pixels; random translation; images held in memory only
     # timm's notation, e.g. rand-m9-mstd0.5-inc1; streamed images only, as the next two
@@ -300,7 +300,7 @@ class MATSettings(Frozen):
     beta: Annotated[float, Field(ge=0)] = 0.0
     # others: controls, for the same number of units
     rank: Literal["mntk", "random", "gradient_norm", "inverted"] = "mntk"
-    # control Multirate: resting units train at every so manyth update
+    # control Multirate: a resting unit trains once in so many updates
     slow_every: Annotated[int, Field(ge=2)] | None = None
     # what is used before the lowest active unit rests as well, so that the backward pass ends there
     cut: bool = True

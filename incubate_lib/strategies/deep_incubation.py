@@ -21,8 +21,8 @@ class DeepIncubation(StrategySettings):
 
     is_cut: ClassVar[bool] = True
 
-    kind: Literal["deep_incubation"]
-    start: StartName = "random"  # of each target module
+    kind: Literal["deep_incubation"]  # needed where the strategy's name is a new one
+    start: StartName = "random"  # how each target module begins: random, stack, identity
     inherit_stem: bool = False  # module 1 starts with the meta model's embedding
     inherit_head: bool = False  # module K starts with the meta model's norm and head
     weights: str | None = None  # a trained meta model, relative to data/
@@ -32,10 +32,9 @@ class DeepIncubation(StrategySettings):
     match: str | None = None  # as long as costs the training FLOPs of that one
     budget: Annotated[float, Field(gt=0)] = 1.0  # share of what is matched that it may cost
     shares: dict[Literal["meta", "incubate"], Inner] | None = None  # of that budget; fine-tuning has the rest
-    # what its phases have instead of training.lr and training.warmup_epochs, where nothing is set for a phase itself
-    # (phases.<phase>, here or for all strategies): times training.lr, and of the phase's own epochs. Phases that it does not
-    # train are passed over.
+    # multiplies training.lr in these phases, unless phases.<phase> has a rate of its own
     lr_scale: dict[Part, Annotated[float, Field(gt=0)]] | None = None
+    # warm-up of these phases as a share of their epochs, unless phases.<phase> has warmup_epochs
     warmup_share: dict[Part, Annotated[float, Field(ge=0, le=1)]] | None = None
 
     @property

@@ -25,12 +25,12 @@ class EndToEnd(StrategySettings):
 
     is_whole: ClassVar[bool] = True
 
-    kind: Literal["end_to_end"]
+    kind: Literal["end_to_end"]  # needed where the strategy's name is a new one
     match: str | None = None  # as long as costs the training FLOPs of that one
-    # critical_path: what K workers can do together in that one's time
+    # flops: as many; critical_path: what K machines can do together in that one's time
     match_on: Literal["flops", "critical_path"] = "flops"
     budget: Annotated[float, Field(gt=0)] = 1.0  # share of what is matched that it may cost
-    low_resolution: LowResolution | None = None
+    low_resolution: LowResolution | None = None  # small images first; {}: of half the size, for half of the FLOPs
     phase: PhaseName = "end_to_end"  # what kind of phase trains it, if it is another one
 
     @property

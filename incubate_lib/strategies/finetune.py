@@ -10,7 +10,7 @@ from incubate_lib.strategies import Kind
 class Finetune(StrategySettings):
     can_be_matched: ClassVar[bool] = False
 
-    kind: Literal["finetune"]
+    kind: Literal["finetune"]  # needed: no strategy of this kind is known by name
     weights: str | None = None  # the network, relative to data/
 
     @property

@@ -5,13 +5,13 @@ import os
 from incubate_lib.backends.interface import Attempt
 
 options = {
-    "site": {"metavar": "FILE", "help": "YAML file with these and more, which the options override"},
-    "partition": {"metavar": "NAME", "help": "default: the cluster's"},
-    "gpus_per_node": {"type": int, "metavar": "N", "help": "that train the phase together (default: 1)"},
-    "nodes": {"type": int, "metavar": "N", "help": "that train the phase together (default: 1)"},
-    "time": {"metavar": "TIME", "help": "limit of one attempt; a phase may take several"},
-    "cpus_per_task": {"type": int, "metavar": "N", "help": "cores a node (default: its GPUs' share)"},
-    "sbatch": {"action": "append", "metavar": "NAME=VALUE", "help": "any further option of sbatch"},
+    "site": {"metavar": "FILE", "help": "Slurm: a YAML file with the options below and more; options override it"},
+    "partition": {"metavar": "NAME", "help": "Slurm: where jobs run (default: the cluster's)"},
+    "gpus_per_node": {"type": int, "metavar": "N", "help": "Slurm: GPUs of a node, which train a phase together (default: 1)"},
+    "nodes": {"type": int, "metavar": "N", "help": "Slurm: nodes that train a phase together (default: 1)"},
+    "time": {"metavar": "TIME", "help": "Slurm: limit of one attempt; a phase may take several"},
+    "cpus_per_task": {"type": int, "metavar": "N", "help": "Slurm: cores of a node (default: its GPUs' share)"},
+    "sbatch": {"action": "append", "metavar": "NAME=VALUE", "help": "Slurm: any further option of sbatch; may be repeated"},
 }
 
 

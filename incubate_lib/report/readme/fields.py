@@ -32,14 +32,14 @@ def comments(model: type) -> dict[str, str]:
         text = token.string.removeprefix("#").strip()
         if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
             above.append(text)
-        elif token.type == tokenize.COMMENT:
+        elif token.type == tokenize.COMMENT and token.line.startswith(f"    {name}: "):
             said[name] = text
         elif token.type == tokenize.NAME and (field := re.match(r" {4}(\w+): ", token.line)) and token.start[1] == 4:
             name = field[1]
             if above:
                 said[name] = " ".join(above)
             above = []
-        elif token.type == tokenize.NL and not token.line.strip():
+        elif token.type == tokenize.NAME or (token.type == tokenize.NL and not token.line.strip()):
             above = []
     return said
 
