@@ -206,11 +206,14 @@ def test_the_report_says_what_the_run_was_and_how_to_have_it_again(data_folder, 
     measured = from_plan(todo)
     page = html.unescape(write_report(measured, tmp_path / "report.html", todo).read_text())
     for words in (
-        "synthetic: 192 images to train on, in 4 classes; 96 images of the test split judge", "vit_tiny_patch16_224 img_size=8",
+        "synthetic: 192 images to train on, 96 to test on", "vit_tiny_patch16_224 img_size=8", "4 outputs",
         "K = 3 modules of 2 + 2 + 2 blocks; the meta model has 1 + 1 + 1", hardware(measured), measured.strategies["commit"][0],
         "a modelled schedule", "<dt>critical path</dt>",
     ):  # fmt: skip
         assert words in page
+    assert page.count("some of the images to train on") == 1
+    headings, links = re.findall('<h2 id="(.*?)">(.*?)</h2>', page), re.findall('<a href="#(.*?)">(.*?)</a>', page)
+    assert headings == links and len(set(links)) == page.count("<h2") > 8, "contents lead to every part"
     command = re.search("<code>(incubate .*?)</code>", page)[1]
     options = parser().parse_args(shlex.split(command)[1:])
     assert load_settings(options.preset, options.set).digest() == todo.experiment.hash

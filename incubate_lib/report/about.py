@@ -20,8 +20,8 @@ def about(run: Plan, results: Results) -> dict[str, str]:
     if settings.partition:
         network += f"; K = {len(facts.target_depths)} modules of {parts[0]} blocks; the meta model has {parts[1]}"
     return {
-        "data": f"{settings.data.source}: {facts.num_images:,} images to train on, {judged:,} of the {settings.data.eval_split} "
-        f"split to {'test' if settings.data.eval_split == 'test' else 'choose settings'}",
+        "data": f"{settings.data.source}: {facts.num_images:,} images to train on, {judged:,} to "
+        f"{'test on' if settings.data.eval_split == 'test' else 'choose settings by'}",
         "network": network,
         "command": command(run),
         "commit": ", ".join(dict.fromkeys(filter(None, results.strategies["commit"]))) or "not known",

@@ -1,11 +1,13 @@
 """The report: one HTML file that needs no other, to be mailed, archived, opened anywhere."""
 
 import base64
+import re
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from incubate_lib.config import SettingsError
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.recorded import of_ends
 from incubate_lib.report.about import about, settings_file
@@ -13,6 +15,7 @@ from incubate_lib.report.live.curves import all_curves
 from incubate_lib.report.live.phase_graph import draw
 from incubate_lib.report.live.progress import Reader
 from incubate_lib.report.pages import page
+from incubate_lib.report.style import Figure
 from incubate_lib.report.tables import mat, plots
 from incubate_lib.report.tables.comparison import comparison, hardware
 from incubate_lib.report.tables.hardware import mixed_text, places
@@ -21,6 +24,9 @@ from incubate_lib.report.tables.records import COLUMNS, Results, as_csv, table_f
 from incubate_lib.report.tables.verdict import lowered
 from incubate_lib.report.words import flop_unit, label, phase_name
 from incubate_lib.training.files import write_atomic
+
+MOST_LISTED = 200_000  # images of a folder that a report looks through, to show some
+SHOWN = 12  # of them
 
 
 def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:
@@ -36,8 +42,17 @@ def write_report(results: Results, path: Path, run: Plan | None = None) -> Path:
         tables={table_file(results.name, part).name: as_csv(table) for part, table in tables.items() if len(table)},
         **{function.__name__: function for function in functions},
     )
-    write_atomic(path, f"{text}\n".encode())
+    write_atomic(path, f"{with_contents(text)}\n".encode())
     return path
+
+
+def with_contents(text: str) -> str:
+    """Return a page whose headings have anchors, with links to them in place of its comment `contents`."""
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    for number, heading in enumerate(headings):
+        text = text.replace(f"<h2>{heading}</h2>", f'<h2 id="part-{number}">{heading}</h2>', 1)
+    links = (f'<a href="#part-{number}">{heading}</a>' for number, heading in enumerate(headings))
+    return text.replace("<!--contents-->", f"<nav>{' · '.join(links)}</nav>")
 
 
 def encoded(data: bytes) -> str:
@@ -68,6 +83,7 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
         "seed": seed,
         "machines": len(facts.target_depths),
         "lowered": lowered(run.finals.values()),
+        "samples": _samples(run),
         "graph": draw(one, Reader(one).phases())[0].figure(),
         "curves": all_curves(results) if len(results.curves) else None,
         "hybrids": {name: Hybrids(one, name).figure() for name in kinds.values()},
@@ -80,3 +96,18 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
         costs = forecast(one, speed_of(results), machines=shown["machines"], spent=spent, took=took)
         shown |= {"gantt": gantt(costs), "costs": strategies_table(costs)}
     return shown
+
+
+def _samples(run: Plan) -> Figure | None:
+    """Return some images to train on as a figure; None where they are too many to be listed, or elsewhere by now."""
+    if run.experiment.facts.num_images > MOST_LISTED:
+        return None
+    import torch
+
+    try:
+        train, _ = next(iter(run.finals.values())).data()
+        x, _ = train.some(torch.linspace(0, len(train) - 1, SHOWN).long())  # of all classes, where they follow one another
+    except SettingsError:
+        return None
+    images = (255 * (x * train.std + train.mean)).round().clamp(0, 255).to(torch.uint8)
+    return plots.image_rows({"": images.cpu().numpy()}, SHOWN)
