@@ -224,7 +224,7 @@ def test_the_report_says_what_the_run_was_and_how_to_have_it_again(data_folder, 
     assert list(tables) == ["smoke.csv", "smoke_phases.csv", "smoke_curves.csv"]
     assert base64.b64decode(tables["smoke.csv"]).decode() == records.as_csv(measured.strategies)
     first = measured.strategies[(measured.strategies["seed"] == 0) & (measured.strategies["strategy"] == "deep_incubation")]
-    schedule = page.partition("a modelled schedule")[2].partition("</table>")[0]
+    schedule = page.partition("a modelled schedule</h2>")[2].partition("</table>")[0]
     for column in ("seconds", "critical_seconds"):
         assert f">{first[column].item():,.4g} (" in schedule, "the seconds that were measured, not those of a mean speed"
 

@@ -117,7 +117,7 @@ def test_other_settings_of_a_name_keep_the_former_record_and_come_back(data_fold
 def test_an_unchanged_call_plans_nothing_and_imports_no_torch(data_folder):
     plan(load_settings("smoke"), ["end_to_end"]).write()
     code = "import sys; from incubate_lib.config import load_settings; from incubate_lib.pipeline import strategies; "
-    code += "strategies._Strategies = None; todo = strategies.plan(load_settings('smoke'), ['end_to_end']); "
+    code += "strategies.Builder = None; todo = strategies.plan(load_settings('smoke'), ['end_to_end']); "
     code += "print(len(todo.nodes), 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1 False\n"
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from incubate_lib.cli.parser import in_short
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.set.append(f"machine.devices={options.devices}")
     group, _, function = options.function.partition(".")
     try:
-        with _busy(options.busy):
+        with _busy(options.busy) as options.done:  # called before anything is printed that is no plain line
             return getattr(importlib.import_module(f"incubate_lib.cli.{group}"), function)(options) or 0
     except SettingsError as error:
         print(f"incubate: {in_short(str(error))}", file=sys.stderr)
@@ -66,15 +66,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _busy(words: str) -> Iterator[None]:
-    """Show on a terminal that something is under way, of what takes more than a moment."""
+def _busy(words: str) -> Iterator[Callable[[], None]]:
+    """Show on a terminal that something is under way, of what takes more than a moment; yield what ends that."""
     if not words or not (sys.stdout.isatty() and sys.stderr.isatty()):
-        yield
+        yield lambda: None
         return
     from rich.console import Console
 
-    with Console().status(f"{words} …"):
-        yield
+    with Console().status(f"{words} …") as status:
+        yield status.stop
 
 
 def _our_fault(error: Exception) -> int:

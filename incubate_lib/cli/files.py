@@ -97,6 +97,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def figures(options: argparse.Namespace) -> None:
+    _needs_checkout("figures")
     from incubate_lib.cli.pages import commands
     from incubate_lib.report import readme
     from incubate_lib.report.publish import redraw
@@ -106,11 +107,17 @@ def figures(options: argparse.Namespace) -> None:
 
 
 def notebooks(options: argparse.Namespace) -> None:
+    _needs_checkout("notebooks")
     from incubate_lib.pipeline.shown import show
 
     os.environ["INCUBATE_HEADLESS"] = "1"
     for name in options.names or sorted(path.stem for path in config.notebooks_folder().glob("*.ipynb")):
         print(f"wrote {show(name)}", flush=True)
+
+
+def _needs_checkout(command: str) -> None:
+    """Raise SettingsError where there are no pages and tracked notebooks to write: in a plain installation."""
+    config.refuse(config.checkout() is None, f"`incubate {command}` writes files of the project; call it in a clone of that")
 
 
 def completion(options: argparse.Namespace) -> None:

@@ -78,7 +78,7 @@ def parser() -> Parser:
 
 def _listed(commands: dict[str, str]) -> list[str]:
     """Return lines as argparse lists commands in."""
-    width = shutil.get_terminal_size().columns - 2
+    width = max(60, shutil.get_terminal_size().columns - 2)
     indent = " " * 24
     return [
         line

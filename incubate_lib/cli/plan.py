@@ -39,6 +39,7 @@ def plan(options: argparse.Namespace) -> None:
         speed = forecast.stated_speed(forecast.DEVICE if options.device is None else options.device, share, precision)
     measured = published(options.against) if options.against is not None else None
     costs = forecast.forecast(todo, speed, machines=options.machines)
+    options.done()
     print(costs.images + "\n")
     console = Console(highlight=False)
     console.print(_shown(planner.strategies_table(costs).reset_index(names="strategy"), console), "")

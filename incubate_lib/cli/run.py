@@ -40,7 +40,8 @@ def run(options: argparse.Namespace) -> int | None:
 
         print(unused_in_words(unused, todo.experiment.facts.outputs), flush=True)
     if is_new:
-        print(*matched_lengths(todo), sep="\n", flush=True)
+        for line in matched_lengths(todo):
+            print(line, flush=True)
     if options.anew:
         from incubate_lib.pipeline import store
 

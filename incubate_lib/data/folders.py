@@ -130,10 +130,10 @@ def _class_folders(settings: DataSettings, split: str) -> tuple[Path, dict[str, 
 
 def links_out(folder: Path) -> list[str]:
     """Return the links below a folder that lead out of it, not followed further: what they lead to counts as if it lay there."""
-    real, links = folder.resolve(), []
+    real, links = os.path.realpath(folder), []
     for root, folders, files in os.walk(folder):
         paths = (Path(root, name) for name in sorted([*folders, *files]) if not is_left_behind(name))
-        links += [str(path) for path in paths if path.is_symlink() and not path.resolve().is_relative_to(real)]
+        links += [str(path) for path in paths if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(real)]
     return links
 
 

@@ -57,7 +57,7 @@ def measure(settings: Settings) -> Facts:
     return facts.model_copy(update={"unused_classes": task.unlearned(train)})
 
 
-def outputs_for(settings: Settings, data: Any) -> int:
+def outputs_for(settings: Settings | PhaseSettings, data: Any) -> int:
     """Return how many outputs the network's head needs for some data, or for data of which the counts are known."""
     try:
         return TASKS[settings.task].outputs(data)
@@ -68,9 +68,10 @@ def outputs_for(settings: Settings, data: Any) -> int:
 def _check_task(settings: Settings, train: Any, outputs: int) -> None:
     """Raise SettingsError unless the task knows the loss of some images and adds them up."""
     import torch
-    from torch.utils._pytree import tree_map
+    from torch.utils._pytree import tree_map_only
 
-    task, output = TASKS[settings.task], tree_map(lambda tensor: torch.zeros(tensor.shape), _tried(settings, outputs)[1])
+    task, output = TASKS[settings.task], _tried(settings, outputs)[1]
+    output = tree_map_only(torch.Tensor, lambda tensor: torch.zeros(tensor.shape), output)
     try:
         batch = train.some(torch.arange(2))
         task.loss(output, batch)

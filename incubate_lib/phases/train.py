@@ -11,6 +11,7 @@ from incubate_lib.data.schedule import derive_seed
 from incubate_lib.data.scratch import stage
 from incubate_lib.data.sets import load_data
 from incubate_lib.data.stream import check_shared_memory
+from incubate_lib.phases.facts import outputs_for
 from incubate_lib.phases.job import Job
 from incubate_lib.phases.networks import model_shape
 from incubate_lib.training.lease import Lease
@@ -36,7 +37,7 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
     machine = stage(s.data, job.machine)
     train, eval_set = load_data(s.data, team.device, model_shape(s.model), machine)
     task, kind = TASKS[s.task], PHASES[s.phase]
-    found, expected = (len(train), task.outputs(train)), (job.facts.num_images, job.facts.outputs)
+    found, expected = (len(train), outputs_for(s, train)), (job.facts.num_images, job.facts.outputs)
     if found != expected:
         raise SettingsError(
             f"there are {found[0]} training images for {found[1]} outputs, but {expected[0]} for {expected[1]} when this run was "

@@ -25,23 +25,25 @@ def check_injected(cells: Sequence[str]) -> None:
         if nodes and all(isinstance(node, ast.AnnAssign) for node in nodes):  # what it was put behind
             known = {node.target.id: ast.unparse(node.annotation) for node in nodes}
             values = {node.target.id: ast.literal_eval(node.value) for node in nodes}
-            for node in ast.parse(cells[places[-1]]).body:
-                name, value = node.targets[0].id, ast.literal_eval(node.value)
+            given = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cells[places[-1]]).body}
+            for name, value in given.items():
                 check_value("this notebook", name, value, known)
-                values[name] = value
-            _check_together(values)
+            _check_together(values | given, [given["strategy"]] if "strategy" in given else [])
             return
 
 
-def _check_together(values: dict[str, Any]) -> None:
-    """Raise SettingsError for parameters with which a later cell could do nothing; a resolved phase says all itself."""
+def _check_together(values: dict[str, Any], strategy: Sequence[str]) -> None:
+    """Raise SettingsError for parameters with which a later cell could do nothing; a resolved phase says all itself.
+
+    `strategy` is the one that was asked for: not every network has the one that is the default.
+    """
     probe, seeds = values.get("probe", LEAST_PROBE), values.get("seeds", [values.get("seed")])
     refuse(probe < LEAST_PROBE, f"parameter probe is {probe}; it must be at least {LEAST_PROBE} images")
     refuse(not seeds, "parameter seeds is empty; name at least one")
     if values.get("phase") or seeds == [None]:  # none: nothing of this notebook is trained
         return
     settings = load_settings(values["preset"], values.get("overrides", ()))
-    for names in (values.get("strategies", ()), [values["strategy"]] if "strategy" in values else ()):
+    for names in (values.get("strategies", ()), strategy):
         check_asked(settings, names, seeds)
 
 

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.config import refuse
+from incubate_lib.config import SettingsError, refuse
 from incubate_lib.pipeline.notebook import execute, notebook_path
 from incubate_lib.training.files import write_atomic
 
@@ -19,15 +19,19 @@ SHOWN = ("image/png", "text/html", "text/markdown")  # the first of these that t
 def show(name: str) -> Path:
     """Execute a notebook of the series with its defaults, keep the outputs in it, and return its path.
 
-    Headless, so that pictures stand where widgets would. Raises papermill's error if a cell fails, SettingsError if the outputs
+    Headless, so that pictures stand where widgets would. SettingsError if a cell fails, or if the outputs
     are too large.
     """
     import nbformat
+    from papermill.exceptions import PapermillExecutionError
 
     path = notebook_path(name)
     with tempfile.TemporaryDirectory(prefix="incubate-") as private:
         copy = Path(private) / path.name
-        execute(name, copy, {}, cwd=str(path.parent))  # so that links lead from the notebook
+        try:
+            execute(name, copy, {}, cwd=str(path.parent))  # so that links lead from the notebook
+        except PapermillExecutionError as error:
+            raise SettingsError(f"{path}, cell {error.exec_count}: {error.ename}: {error.evalue}") from None
         executed = nbformat.read(copy, as_version=4)
     nb = nbformat.read(path, as_version=4)
     for cell, done in zip(nb.cells, executed.cells, strict=True):

@@ -86,6 +86,8 @@ def matched_lengths(plan: Plan) -> list[str]:
         lasts = [
             f"{phase} {epochs:.4g} epochs instead of {given:g}" for phase, (epochs, given) in both.items() if epochs != given
         ]
+        if not lasts:
+            continue
         share = "" if way.get("budget") == 1 else f"{way.get('budget'):g} times "
         what = "what K workers do in the time" if way.get("match_on") == "critical_path" else "the cost"
         lines[name] = f"{name} is matched to {share}{what} of {way.get('match')}: {', '.join(lasts)}."

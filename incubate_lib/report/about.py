@@ -1,9 +1,10 @@
 """What a run was: its images, its network, where and by which command it was trained, and the settings file that gives it."""
 
+import contextlib
 import shlex
 from typing import Any
 
-from incubate_lib.config import Settings, load_settings, presets
+from incubate_lib.config import Settings, SettingsError, load_settings, presets
 from incubate_lib.config.phase import as_given
 from incubate_lib.config.strategies import KNOWN, StrategySettings, as_set, uncut
 from incubate_lib.pipeline.graph import Plan
@@ -32,9 +33,11 @@ def command(run: Plan) -> str:
     """Return the command that gives a run: of a preset, or of the file that `settings_file` returns."""
     settings, asked = run.experiment.settings, run.arguments
     words = ["incubate", "run", f"{settings.name}.yaml"]
-    if settings.name in presets() and load_settings(settings.name, settings.overrides).digest() == settings.digest():
-        words = ["incubate", "run", settings.name]
-        words += [word for override in settings.overrides for word in ("--set", override)]
+    if settings.name in presets():
+        with contextlib.suppress(SettingsError):  # of a file that is called as a preset, but has more
+            if load_settings(settings.name, settings.overrides).model_dump() == settings.model_dump():
+                words = ["incubate", "run", settings.name]
+                words += [word for override in settings.overrides for word in ("--set", override)]
     if asked["strategies"] != settings.run:
         words += ["--strategies", *asked["strategies"]]
     if asked["seeds"] != [0]:
@@ -60,9 +63,5 @@ def _changed(strategy: StrategySettings, known: dict[str, Any] | None) -> dict[s
     """Return the fields in which a strategy differs from the one that is known by its name; all that were set if none is."""
     if known is None or known["kind"] != strategy.kind:
         return as_set(strategy)
-    before = _dumped(StrategySettings.model_validate(known))
-    return {field: value for field, value in _dumped(strategy).items() if value != before[field]}
-
-
-def _dumped(strategy: StrategySettings) -> dict[str, Any]:
-    return strategy.model_dump(mode="json") | {"phases": {name: as_set(changes) for name, changes in strategy.phases.items()}}
+    before = as_set(StrategySettings.model_validate(known))
+    return {field: value for field, value in as_set(strategy).items() if field not in before or value != before[field]}

@@ -78,7 +78,8 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequenc
 
     Parameters of which rows can rest alone are given to it in `pieces`.
     """
-    own = getattr(model, "no_weight_decay", set)()  # timm's networks have embeddings and tokens there
+    own = set(getattr(model, "no_weight_decay", set)())  # timm's networks have embeddings and tokens there
+    own |= {name for name, _ in model.named_parameters() if name.endswith("reg_token")}  # which timm before 1.0.22 forgets
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=own)
     leaves: dict[int, list[nn.Parameter]] = {}
     for piece in pieces:

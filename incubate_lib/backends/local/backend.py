@@ -8,7 +8,7 @@ from typing import Any
 
 from incubate_lib.backends.interface import Backend
 from incubate_lib.backends.local.pool import POLL_SECONDS, Pool, gpus
-from incubate_lib.config import refuse
+from incubate_lib.config import MADE, refuse
 from incubate_lib.pipeline.execution import analyse, analysed, clear_log, fair_threads, is_running, only_run
 from incubate_lib.pipeline.graph import Plan
 
@@ -38,7 +38,8 @@ class Local(Backend):
         return settings or max(1, (len(gpus()) or cores) // devices)
 
     def submit(self, plan: Plan, settings: Any, console: Any, *, analysis: dict[str, Any] | None = None) -> int:
-        for place in {node.machine.scratch for node in plan.nodes} - {None}:
+        copied = (node for node in plan.nodes if node.settings.data.source not in MADE and not node.finished())
+        for place in {node.machine.scratch for node in copied} - {None}:
             from incubate_lib.data.scratch import check_scratch  # only now: it takes torch
 
             check_scratch(place)

@@ -80,8 +80,8 @@ def _read(file: Path, made: Callable[[Any], Any]) -> Any:
     try:
         return made(about)
     except (AttributeError, TypeError):
-        hint = "delete it, if none of these jobs is in Slurm's queue any more"
-        raise SettingsError(f"{file} is no record of jobs; {hint}") from None
+        hint = "if that stays so, delete it once none of these jobs is in Slurm's queue"
+        raise SettingsError(f"{file} cannot be read now, or is no record of jobs; {hint}") from None
 
 
 def note_phase(folder: PhaseFolder, job: Queued) -> None:
