@@ -136,7 +136,7 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--set", "model.name=resnet18.a1_in1k"], "names weights, and every network begins with random ones: write resnet18"),
     ([*RUN, "--set", "model.name=hf-hub:timm/resnet18"], "a plain name of timm is needed, not a place to load from"),
     ([*RUN, "--set", "model.options={global_pool: ''}"], "with model.options {'global_pool': ''} gives (2, 17, 10)"),
-    (["plan", "digits", "--set", "model.options={global_pool: ''}"], "where the task needs (2, 10): one for each image"),
+    (["plan", "digits", "--set", "model.options={global_pool: ''}"], "where the task needs (2, 10): one row for each"),
     ([*RUN, "--set", "strategies={mine: 5}"], "strategies.mine is 5"),
     (["stop", "digits"], "nothing to stop"),
     (["report", "digits"], "there is no run of these settings"),

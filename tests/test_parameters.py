@@ -54,4 +54,4 @@ def test_plain_papermill_refuses_wrong_parameters_in_a_line(parameters, message,
 def test_every_notebook_checks_what_is_put_into_it(name):
     cells = [cell for cell in nbformat.read(notebook.notebook_path(name), 4).cells if cell.cell_type == "code"]
     at = next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
-    assert cells[at + 1].source.startswith("check_injected(In)\n")
+    assert cells[at + 2].source.startswith("check_injected(In)\n"), "the first after the imports"

@@ -29,7 +29,7 @@ from incubate_lib.report.widgets import Sentence
 from incubate_lib.training.memory import memory_by_part
 from incubate_lib.training.stopwatch import LiveBytes
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "incubate_lib" / "report" / "README.md"
 # FLOPs of 100+100, 50+50 and 25+25 epochs with a meta model of 300, over those of 300 epochs end to end, as known
 RELATIVE = {"vit-b": [1.17, 0.75, 0.55], "vit-l": [0.92, 0.54, 0.36], "vit-h": [0.86, 0.49, 0.31]}
 
@@ -123,15 +123,22 @@ def test_images_that_a_run_sets_apart_are_not_planned(data):
     assert (planned.num_images, planned.outputs) == (len(train), train.num_classes)
 
 
+def parts(shown) -> tuple:
+    """Return the controls of the sliders, and the table and the picture that follow them."""
+    beside, table = shown.widget.children
+    controls, picture = beside.children
+    return controls.children, table, picture
+
+
 def test_sliders_say_what_is_assumed(tmp_path, monkeypatch):
     write_folder(tmp_path / "set")
     (file := tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
-    assert "24 images to train on in 3 classes, counted in" in sliders(str(file)).widget.children[-2].value
+    assert "24 images to train on in 3 classes, counted in" in parts(sliders(str(file)))[1].value
     (tmp_path / "set").rename(tmp_path / "moved")
-    shown = sliders(str(file)).widget.children
-    assert "ASSUMED: 1,281,167 images" in shown[-2].value
-    next(c for c in shown if c.description == "machines").value = 2
-    assert "ASSUMED: 1,281,167 images" in shown[-2].value
+    controls, table, _ = parts(sliders(str(file)))
+    assert "ASSUMED: 1,281,167 images" in table.value
+    next(c for c in controls if c.description == "machines (1 to 16)").value = 2
+    assert "ASSUMED: 1,281,167 images" in table.value
 
 
 def test_a_timm_name_needs_no_settings_and_no_images():
@@ -250,12 +257,12 @@ def test_tables_fit_the_terminal_and_use_a_wider_one(columns, lines, capsys, mon
 
 def test_sliders_count_anew_and_headless_there_are_none(monkeypatch):
     shown = sliders("smoke")
-    *controls, table, picture = shown.widget.children
+    controls, table, picture = parts(shown)
     modules = next(c for c in controls if c.description == "modules")
     before, drawn = table.value, picture.value
     modules.value = 6
     assert table.value != before and picture.value != drawn
-    devices = next(c for c in controls if c.description == "devices of a machine")
+    devices = next(c for c in controls if c.description == "devices of a machine (1 to 16)")
     devices.value = 3
     assert "alert" in table.value and "batch_size" in table.value, "16 images cannot be shared by three"
     devices.value = 1
@@ -310,11 +317,11 @@ def test_predicted_times_stand_beside_measured_ones():
 
 
 def test_our_own_runs_are_predicted_within_fifteen_percent():
-    """What the tracked tables say, and README with them."""
+    """What the tracked tables say, and the page with them."""
     table = against_measured(published("digits"), measured_speed("digits-cpu"))
     whole = table[table["phase"] == "all phases"]
     assert len(whole) == 3 and whole["ratio"].between(0.85, 1.15).all(), table
-    assert planner.against_in_words(table).rstrip(".") in " ".join(README.read_text().split())
+    assert planner.against_in_words(table).rstrip(".") in " ".join(PAGE.read_text().split())
 
 
 def test_stated_speeds_are_shares_of_the_peak():
