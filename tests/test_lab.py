@@ -103,7 +103,7 @@ def look_closer_at_06_analysis(page):
 def look_closer_at_08_planner(page):
     """A slider plans anew."""
     first = page.picture()
-    page.enter(1, label="machines")
+    page.enter(1, label="machines (1 to 16)")
     wait_for(lambda: page.picture() != first, "another chart")
 
 
