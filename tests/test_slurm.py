@@ -120,14 +120,7 @@ def hardships(site, others):
     attempts = lambda seed: site.attempts(run, KEYS[seed])  # noqa: E731
 
     def wait_for_attempt(number: int, *seeds: int) -> None:
-        """Wait until these seeds train in their attempt of that number, counted from one."""
-
-        def trains(seed: int) -> bool:
-            status = site.phases(run)[KEYS[seed]].status()
-            begun = len(attempts(seed)) >= number and status["state"] == "running"
-            return begun and status.get("progress", {}).get("step", 0) > attempts(seed)[number - 1]["from_step"]
-
-        cluster.wait_for(lambda: all(trains(seed) for seed in seeds), f"attempt {number} of seeds {seeds} to train")
+        site.wait_for_attempt(number, run, *(KEYS[seed] for seed in seeds))
 
     wait_for_attempt(1, 0, 1, 2)
     cluster.wait_for(lambda: site.phases(run)[KEYS[2]].status().get("saved_step"), "the first checkpoint of seed 2")
