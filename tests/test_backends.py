@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import sentences
 from patience import HANG
 from project import ROOT, pages
 from rich.console import Console
@@ -106,7 +107,7 @@ def test_a_third_backend_takes_a_run_to_its_end(paper, data_folder, capsys):
         return capsys.readouterr().out
 
     output = incubate("run", *WHAT, "--backend", "paper", "--pencil", "2B")
-    assert "`incubate status` shows how far it is" in output
+    assert sentences.HOW_FAR in output
     todo = plan(load_settings("smoke"), ["end_to_end"], [0, 1])
     assert read_json(todo.experiment.path / "list.json")[0]["with"] == "2B" and backends.of(todo.experiment) is paper
     output = incubate("status", *WHAT)
@@ -131,10 +132,10 @@ def test_a_third_backend_takes_a_run_to_its_end(paper, data_folder, capsys):
 
 def test_options_of_another_backend_are_told(paper, data_folder, capsys):
     for arguments, words in [
-        (["--pencil", "H"], "--pencil is for --backend paper"),
-        (["--backend", "paper", "--jobs", "2"], "--jobs is for --backend local"),
-        (["--backend", "paper", "--partition", "gpu"], "--partition is for --backend slurm"),
-        (["--backend", "paper", "--dry-run"], "--dry-run is for --backend slurm"),
+        (["--pencil", "H"], sentences.is_for_backend("--pencil", "paper")),
+        (["--backend", "paper", "--jobs", "2"], sentences.is_for_backend("--jobs", "local")),
+        (["--backend", "paper", "--partition", "gpu"], sentences.is_for_backend("--partition", "slurm")),
+        (["--backend", "paper", "--dry-run"], sentences.is_for_backend("--dry-run", "slurm")),
     ]:
         assert main(["run", "smoke", *arguments]) == 2 and words in capsys.readouterr().err
     with pytest.raises(SettingsError, match="several nodes need --backend slurm, and its --nodes"):

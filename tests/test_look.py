@@ -5,6 +5,7 @@ import ipywidgets
 import numpy as np
 import pandas as pd
 import pytest
+import sentences
 from layouts import write_folder
 
 from incubate_lib.config import SettingsError, data_folder, load_settings
@@ -80,7 +81,7 @@ def test_only_finished_strategies_with_a_meta_model_are_looked_at(done):
             look(done, "end_to_end")
         with pytest.raises(SettingsError, match="is not part of what was asked for"):
             look(done, "growing")
-        with pytest.raises(SettingsError, match="is not finished: seed 0 meta, seed 0 module 1 of 3"):
+        with pytest.raises(SettingsError, match=sentences.not_finished("seed 0 meta, seed 0 module 1 of 3")):
             look(other, "deep_incubation")
     with pytest.raises(SettingsError, match="images is 3"):
         similarity(done, "deep_incubation", images=3)
@@ -98,7 +99,7 @@ def test_what_has_lost_its_weights_is_not_looked_at(done):
 
     final = done.finals["deep_incubation", 0]
     for look in (similarity, disagreements):
-        with pytest.raises(SettingsError, match=r"is not finished: seed 0 module 2 of 3, .* goes on"):
+        with pytest.raises(SettingsError, match=sentences.not_finished("seed 0 module 2 of 3, .* goes on")):
             lost(lambda look=look: look(done, "deep_incubation"), final.upstream("incubate")[1])
     table = lost(lambda: similarity(done, "deep_incubation", images=8), done.finals["end_to_end", 0])
     assert set(table["network"]) == {"start", "hybrid", "assembled", "finetuned"}
@@ -235,8 +236,8 @@ def test_curves_end_where_the_costs_do(recorded, x):
 
 DAMAGED = {  # runs of damaged_runs.py, and what is told of them
     "nothing": "it is empty", "foreign": "it has no run.json", "before": "`incubate migrate` takes over runs of before",
-    "half": "its run.json is damaged", "a-list": "its run.json is damaged", "no-facts": "its run.json is damaged",
-    "no-hash": "its run.json is damaged", "no-inputs": "no 'inputs'", "other-phase": "phase is missing",
+    "half": sentences.DAMAGED, "a-list": sentences.DAMAGED, "no-facts": sentences.DAMAGED,
+    "no-hash": sentences.DAMAGED, "no-inputs": "no 'inputs'", "other-phase": "phase is missing",
     "other-settings": "other settings than today's", "no-accuracy": "score is missing",
     "begun": "is finished yet", "missing": "there is no run missing",
 }  # fmt: skip

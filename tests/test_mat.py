@@ -4,6 +4,7 @@ import copy
 import math
 
 import pytest
+import sentences
 import timm
 import torch
 import torch.nn.functional as F
@@ -227,7 +228,7 @@ def test_a_weight_of_two_layers_or_units_rests_with_neither():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     units = [Unit("a", {"0.weight": None}), Unit("b", {"2.bias": None})]
     PartialUpdates(model, units, torch.randn(1, 4))
-    with pytest.raises(ValueError, match="belongs to two units; one of them is b"):
+    with pytest.raises(ValueError, match=sentences.two_units("b")):
         PartialUpdates(model, [units[0], Unit("b", {"0.weight": None})], torch.randn(1, 4))
     with pytest.raises(ValueError, match=r"rows 1 to 3 of 0\.weight belong to two units"):
         PartialUpdates(model, [Unit("a", {"0.weight": ((0, 2),)}), Unit("b", {"0.weight": ((1, 3),)})], torch.randn(1, 4))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import sentences
 import torch
 import yaml
 from torch import nn
@@ -181,9 +182,9 @@ def test_a_network_that_timm_lacks_is_cut_by_names_and_incubated(write, toys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "digit_vale"}, "unknown task 'digit_vale'; did you mean digit_value"),
-        ({"strategies": {"mine": {"kind": "end_to_end", "phase": "two_loses"}}}, "did you mean two_losses"),
-        ({"strategies": {"mine": {"kind": "end_to_and"}}}, "did you mean end_to_end"),
+        ({"task": "digit_vale"}, sentences.unknown("task", "digit_vale", "digit_value")),
+        ({"strategies": {"mine": {"kind": "end_to_end", "phase": "two_loses"}}}, sentences.did_you_mean("two_losses")),
+        ({"strategies": {"mine": {"kind": "end_to_and"}}}, sentences.did_you_mean("end_to_end")),
         ({"model": NETWORK, "partition": {"cuts": ["blocks.2.conv1"]}}, "cannot be cut behind 'blocks.2.conv1'; cuts with"),
         ({"model": NETWORK, "partition": {"cuts": ["blocks.5", "blocks.2"]}}, "are not in the network's order"),
         ({"model": NETWORK, "partition": {"cuts": ["blocks.2"], "num_modules": 3}}, "they must be equal"),

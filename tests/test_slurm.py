@@ -6,6 +6,7 @@ import re
 import time
 
 import pytest
+import sentences
 import slurm_cluster
 import yaml
 from slurm_site import Site, TrainedHere, weights
@@ -61,8 +62,8 @@ def test_the_chain_ends_with_everything(site, hardships):
 
 def test_every_phase_is_submitted_once(chain):
     output, again = chain
-    assert "0 of 7 phases are done already, 0 are in Slurm's queue, 8 job(s) submitted" in output
-    assert "7 are in Slurm's queue, 0 job(s) submitted" in again
+    assert f"{sentences.done_already(0, 7)}, {sentences.queued(0, 8)}" in output
+    assert sentences.queued(7, 0) in again
 
 
 def test_modules_ran_on_different_nodes_at_once(site, hardships):
@@ -76,7 +77,7 @@ def test_the_log_of_a_phase_is_shown(site, hardships):
     result = site.incubate("logs", "smoke", "incubate-1")
     assert result.returncode == 0 and "-- job " in result.stdout and "seed 0 module 2 of 3" in result.stdout
     assert "is 3 phases" in site.incubate("logs", "smoke", "incubate").stderr
-    assert "did you mean" in site.incubate("logs", "smoke", "seed-0/mta").stderr
+    assert sentences.did_you_mean("") in site.incubate("logs", "smoke", "seed-0/mta").stderr
     assert "Analysis" in site.incubate("logs", "smoke", "analysis").stdout
 
 
@@ -194,7 +195,7 @@ def test_stop_saves_and_run_submits_what_is_missing(site, hardships):
     assert [status["state"] for status in hardships["halfway"]] == ["stopped", "stopped", "done"]
     assert all(0 < status["saved_step"] < 120 for status in hardships["halfway"][:2])
     assert site.attempts(hardships["run"], KEYS[0])[1]["ended"] == "stopped"
-    assert "1 of 3 phases are done already, 0 are in Slurm's queue, 3 job(s) submitted" in hardships["more"]
+    assert f"{sentences.done_already(1, 3)}, {sentences.queued(0, 3)}" in hardships["more"]
 
 
 def test_status_says_where_phases_run(hardships):
@@ -218,7 +219,7 @@ def test_what_fails_three_times_is_given_up_and_the_rest_finishes(site, others):
     assert {key for key, folder in phases.items() if folder.summary()} == {"seed-9/end_to_end"}
     assert [a["ended"] for a in site.attempts(others["failing"], "seed-9/meta")] == ["OSError: the disk is on fire"] * 3
     shown = site.incubate("status", "smoke", *FAILING).stdout
-    assert "given up after 3 attempts or more without a step: OSError: the disk is on fire" in " ".join(shown.split())
+    assert f"{sentences.GIVEN_UP}OSError: the disk is on fire" in " ".join(shown.split())
     assert len(re.findall(r"seed 9 .*, deep_incubation +skipped", shown)) == 5 and re.search(r"analysis +skipped", shown)
     assert (phases["seed-9/meta"].path / "notebook.failed.ipynb").exists()
 
@@ -233,11 +234,8 @@ def test_two_nodes_train_one_phase(site, others, tmp_path, monkeypatch):
     site.wait_until_ended(others["two nodes"])
     folder = site.phases(others["two nodes"])["seed-0/end_to_end"]
     assert folder.summary(), (folder.path / "log.txt").read_text()
-    assert folder.summary()["devices"] == 2 and site.attempts(others["two nodes"], "seed-0/end_to_end")[0]["node"] in (
-        "n[4-5]",
-        "n[4,6]",
-        "n[5-6]",
-    )
+    nodes = site.attempts(others["two nodes"], "seed-0/end_to_end")[0]["node"]
+    assert folder.summary()["devices"] == 2 and nodes in ("n[4-5]", "n[4,6]", "n[5-6]")
     assert folder.summary()["weights_sha256"] == node.summary()["weights_sha256"]
 
 
@@ -272,8 +270,8 @@ def test_a_hundred_phases_wait_in_the_queue_and_are_cancelled(site, chain):
 def test_a_phase_of_two_runs_is_one_job_and_is_cancelled_when_neither_needs_it(site, chain):
     later = ["--strategies", "deep_incubation", "--seeds", "30", "--sbatch", "begin=now+1hour"]
     one, other = ["--set", "name=one"], ["--set", "name=other", "--set", "phases.finetune.lr=1e-3"]
-    assert "0 are in Slurm's queue, 7 job(s) submitted" in site.submit(*later, *one)
-    assert "0 of 6 phases are done already, 5 are in Slurm's queue, 2 job(s) submitted" in site.submit(*later, *other)
+    assert sentences.queued(0, 7) in site.submit(*later, *one)
+    assert f"{sentences.done_already(0, 6)}, {sentences.queued(5, 2)}" in site.submit(*later, *other)
     shared = {key for key, job in site.jobs("one").items() if job in site.jobs("other").values()}
     assert len(shared) == 5 and site.incubate("status", "smoke", *other).stdout.count(" queued ") == 7
     stopped = site.incubate("stop", "smoke", *one).stdout
@@ -307,7 +305,7 @@ def test_a_study_goes_from_stage_to_stage(site, chain):
     assert "1 job(s) submitted" in output and "rates" in output and "done" in output
     assert len(wait()) == 2
     assert "wrote" in call(0) and (site.data / "studies" / "trial.csv").exists()
-    assert "--partition is for --backend slurm" in site.incubate("study", str(file), "--partition", "gpu").stderr
+    assert sentences.is_for_backend("--partition", "slurm") in site.incubate("study", str(file), "--partition", "gpu").stderr
 
 
 def test_a_dry_run_prints_scripts_and_writes_nothing(site, chain):
@@ -321,17 +319,17 @@ def test_a_dry_run_prints_scripts_and_writes_nothing(site, chain):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--partition", "gpus"], "--partition 'gpus': the cluster has no such partition; did you mean gpu?"),
+        (["--partition", "gpus"], f"--partition 'gpus': the cluster has no such partition; {sentences.did_you_mean('gpu?')}"),
         (["--gpus-per-node", "3"], "--gpus-per-node is 3, but a node of partition gpu has 2"),
         (["--nodes", "10"], "--nodes is 10, but partition gpu has 9 with 1 GPU(s)"),
         (["--partition", "brief", "--time", "60"], "--time is 60, but partition brief allows 10 minutes"),
         (["--cpus-per-task", "3"], "Slurm refuses such a job"),
-        (["--nodes", "3"], "is not divisible by machine.devices 3 (3 nodes)"),
-        (["--time", "soon"], "time is 'soon': write it as minutes"),
-        (["--sbatch", "dependency=singleton"], "'dependency' is set by the workbook"),
-        (["--sbatch", "nodes=2"], "nodes is a field of its own"),
+        (["--nodes", "3"], sentences.not_divisible("machine.devices 3 (3 nodes)")),
+        (["--time", "soon"], f"time is 'soon': {sentences.TIME}"),
+        (["--sbatch", "dependency=singleton"], sentences.set_by_the_workbook("dependency")),
+        (["--sbatch", "nodes=2"], sentences.own_field("nodes")),
         (["--devices", "2"], "--devices is for the CPU"),
-        (["--jobs", "2"], "--jobs is for --backend local"),
+        (["--jobs", "2"], sentences.is_for_backend("--jobs", "local")),
         (["--site", "nowhere.yaml"], "cannot read settings file nowhere.yaml"),
     ],
 )
@@ -346,4 +344,4 @@ def test_a_machine_without_slurm_is_told(site, chain):
     result = site.incubate("run", "smoke", "--backend", "slurm", PATH="/nowhere")
     assert result.returncode == 2 and "no sinfo on the path" in result.stderr
     local = site.incubate("run", "smoke", "--partition", "gpu")
-    assert local.returncode == 2 and "--partition is for --backend slurm" in local.stderr
+    assert local.returncode == 2 and sentences.is_for_backend("--partition", "slurm") in local.stderr

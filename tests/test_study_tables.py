@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import sentences
 from project import block
 
 from incubate_lib.config.study import COLUMNS, load_study, studies
@@ -64,9 +65,9 @@ def test_the_cheapest_way_to_end_to_ends_best():
     assert found["flops"].tolist() == [0.25] and found["gain"].iloc[0] == pytest.approx(0.5)
     output = "\n".join(answer(table))
     assert "for 0.25 of its FLOPs" in output and "(paper) does not reach end to end's best at any budget here" in output
-    assert "gain of 4 comparisons at equal FLOPs, in points: meta model, grown, no incubation at budget 1/4" in output
-    assert "loss of 4 comparisons at equal FLOPs, in points: Deep Incubation, random start (paper) at budget 1, -11.0" in output
-    assert "Corrected for 4 comparisons (Holm)." in output and "4 cells were compared" in output
+    assert f"{sentences.largest('gain', 4, 'points')}meta model, grown, no incubation at budget 1/4" in output
+    assert f"{sentences.largest('loss', 4, 'points')}{sentences.DEEP_INCUBATION} at budget 1, -11.0" in output
+    assert sentences.corrected(4) in output and "4 cells were compared" in output
 
 
 def test_a_cell_without_end_to_end_is_not_the_best():
@@ -100,7 +101,7 @@ def test_gains_are_corrected_for_how_many_a_study_compares():
     alone, together = gains(made(rows[:1] + rows[6:7])), gains(made(rows))
     assert alone["clear"].tolist() == [True] and together["clear"].tolist() == [False] * 6
     assert together["low"].iloc[0] < 0 < alone["low"].iloc[0] and together["gain"].iloc[0] == pytest.approx(alone["gain"].iloc[0])
-    assert "inside the noise. Corrected for 6 comparisons (Holm)." in "\n".join(answer(made(rows)))
+    assert f"inside the noise. {sentences.corrected(6)}" in "\n".join(answer(made(rows)))
 
 
 def test_seconds_of_several_devices_are_marked(tmp_path):
@@ -110,7 +111,7 @@ def test_seconds_of_several_devices_are_marked(tmp_path):
     table.results.loc[table.results["strategy"] == "growing", ["device", "threads"]] = "A CPU + A GPU", "1 + 4"
     assert summary(table)["training s"].str.contains("†").tolist() == [False, True]
     assert gains(table)["seconds"].isna().all() and gains(table)["flops"].tolist() == [1.0]
-    assert "Seconds of 2 devices: A CPU, 1 thread(s); A GPU, 4 thread(s)." in "\n".join(answer(table))
+    assert f"Seconds of 2 devices: {sentences.place('A CPU', 1)}; {sentences.place('A GPU', 4)}." in "\n".join(answer(table))
     assert "2 devices (" in report.described(StudyTable("made", table.results.assign(date="2026-01-01", torch="2"), table.rates))
 
 

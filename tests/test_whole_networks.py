@@ -3,6 +3,7 @@
 import contextlib
 
 import pytest
+import sentences
 import timm
 import torch
 from networks import images_for
@@ -57,7 +58,7 @@ WHOLE = [  # network, its fields, kind of units → what is told, or nothing
         "heads",
         "sees 32 inputs for 2 images",
     ),
-    ("efficientformer_l1", "img_size: 224", "heads", r"which rows belong to what is not known"),
+    ("efficientformer_l1", "img_size: 224", "heads", sentences.UNKNOWN_ROWS),
     ("eva02_tiny_patch14_224", "img_size: 64, patch_size: 16", "heads", r"qkv and proj are not called one after the other"),
     (
         "swin_tiny_patch4_window7_224",
