@@ -5,12 +5,15 @@ All are plain text, as it is printed. `match=` takes a pattern: `re.escape` what
 
 # -- settings, arguments and names -----------------------------------------------------------------------------------------
 
+CASE_ONLY = "differ in case only"
+COLUMN = "that is a column of the table"  # the name of an axis
 GIVEN_TWICE = "is given twice"
 LABEL = "printable characters in one line"  # of the axes and values of a study
 MAPPING = "must be a mapping of settings"
 NAME = "a name has at most 100 letters (a to z), digits, "
 NEGATIVE_SEED = "seed -1 is negative"
 NOT_YAML = "is not plain YAML"
+NOT_SET_HERE = "is not set here"
 NO_PRESET = "is no preset, no .yaml file and no timm model"
 NO_PLACE = "a plain name of timm is needed, not a place to load from"
 ONE_LINE = "write it on one line"
@@ -35,6 +38,18 @@ def must_be(what: str, value: object, right: str) -> str:
 
 def no_meaning(fields: str, whom: str) -> str:
     return f"{fields} has no meaning for {whom}"
+
+
+def unreadable_settings(file: str) -> str:
+    return f"cannot read settings file {file}"
+
+
+def larger_rate(least: str, lr: str) -> str:
+    return f"min_lr {least} is larger than lr {lr}"
+
+
+def undivided(blocks: int) -> str:
+    return f"the network's {blocks} blocks cannot be divided"
 
 
 def own_field(name: str) -> str:
@@ -67,8 +82,11 @@ def is_matched(name: str, to: str) -> str:
 
 DATASETS_CANNOT = "Hugging Face datasets cannot read it"
 NOT_A_CLASS = "not the number of a class"
-NO_TRAIN_FOLDER = "no subfolder 'train' but training, val"
 SAMPLE_NEEDS = "it needs an image and a .cls file"
+
+
+def no_train_folder(there: str) -> str:
+    return f"no subfolder 'train' but {there}"
 
 
 def not_there(path: str) -> str:
@@ -110,6 +128,10 @@ def no_image(labels: str, unused: int, outputs: int) -> str:
     return f"No image to train on has label {labels}: {unused} of {outputs} outputs of the network have nothing to learn"
 
 
+def no_number(label: object) -> str:
+    return f"label {label!r} is no whole number"
+
+
 def no_class(label: int) -> str:
     return f"label {label} is no class"
 
@@ -123,8 +145,18 @@ UNCOUNTED = "training is not counted here"
 UNKNOWN_ROWS = "which rows belong to what is not known"
 OTHER_ROWS = "its rows are laid out in another way"
 NO_LAYER = "belongs to no layer of its own"
+NOT_ALONE = "cannot rest alone"
+SAMPLES_DEPEND = "depend on each other"
 USED_ELSEWHERE = "is used outside its own layer's call"
 TWO_LAYERS = "parameter first.weight is second.weight as well"
+
+
+def sees(inputs: int) -> str:
+    return f"sees {inputs} inputs for 2 images"
+
+
+def no_cut(place: str) -> str:
+    return f"cannot be cut behind {place!r}"
 
 
 def fails_with(shape: tuple[int, ...]) -> str:
@@ -161,7 +193,8 @@ def small_images(strategy: str, pixels: int) -> str:
 
 DAMAGED = "its run.json is damaged"
 GIVEN_UP = "given up after 3 attempts or more without a step: "
-HOW_FAR = "`incubate status` shows how far it is"
+SAVE_FIRST = "save a checkpoint first"
+TAKEN_OVER = "another process took over"
 NO_RUN = "there is no run of these settings"
 OLDER = "of an older version whose results are not used any more"
 OTHER_VERSION = "of another version of this package, or damaged"
@@ -176,12 +209,20 @@ def needed_by(run: str) -> str:
     return f"run {run} needs it, too"
 
 
+def phases_done(done: int, phases: int) -> str:
+    return f"{done} of {phases} phases done"
+
+
 def done_already(done: int, phases: int) -> str:
     return f"{done} of {phases} phases are done already"
 
 
-def queued(waiting: int, submitted: int) -> str:
-    return f"{waiting} are in Slurm's queue, {submitted} job(s) submitted"
+def submitted(jobs: int) -> str:
+    return f"{jobs} job(s) submitted"
+
+
+def queued(waiting: int, jobs: int) -> str:
+    return f"{waiting} are in Slurm's queue, {submitted(jobs)}"
 
 
 # -- tables and reports ----------------------------------------------------------------------------------------------------
@@ -190,6 +231,7 @@ DEEP_INCUBATION = "Deep Incubation, random start (paper)"
 MACHINE_EACH = "With a machine for every module"
 META_ALONE = "The meta model alone has "
 NOT_BETTER = "not better on average: "
+THAN_END_TO_END = "than end to end"
 
 
 def seeds_better(better: int, seeds: int) -> str:
@@ -198,7 +240,7 @@ def seeds_better(better: int, seeds: int) -> str:
 
 def clearly_better(gain: str, seeds: int) -> str:
     """A gain over end to end with every seed."""
-    return f"{gain} better than end to end (clear at 95 %, {seeds_better(seeds, seeds)})"
+    return f"{gain} better {THAN_END_TO_END} (clear at 95 %, {seeds_better(seeds, seeds)})"
 
 
 def corrected(comparisons: int) -> str:
@@ -211,6 +253,10 @@ def largest(word: str, comparisons: int, unit: str) -> str:
 
 def place(device: str, threads: int) -> str:
     return f"{device}, {threads} thread(s)"
+
+
+def seconds_of(*places: str) -> str:
+    return f"Seconds of {len(places)} devices: {'; '.join(places)}."
 
 
 def grows(exponent: float, verdict: str) -> str:

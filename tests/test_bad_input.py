@@ -22,7 +22,7 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--set", "training.epochs"], "write it as field=value"),
     ([*RUN, "--set", "training.epochs=-1"], "training.epochs is -1"),
     ([*RUN, "--set", "phases.meta.epochs=-1"], "phases.meta.epochs is -1"),
-    ([*RUN, "--set", "model.depth=25"], "partition.num_modules is 4, by which the network's 25 blocks cannot be divided"),
+    ([*RUN, "--set", "model.depth=25"], f"partition.num_modules is 4, by which {sentences.undivided(25)}"),
     ([*RUN, "--set", "partition.num_modules=48"], "partition.num_modules is 48, but the network has only 24"),
     ([*RUN, "--set", "partition.target_depths=[6,6,6,7]"], "add up to 25, but the network has 24 blocks"),
     ([*RUN, "--set", "partition.meta_depths=[1,1]"], "num_modules is 4, len(meta_depths) is 2"),
@@ -32,7 +32,7 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--set", "model.name=vit_tiny_patch16_244"], f"timm has no 'vit_tiny_patch16_244'; {sentences.did_you_mean('')}"),
     ([*RUN, "--set", "model.options={fish: 1}"], "fish"),
     ([*RUN, "--set", "training.batch_size=5000"], "training.batch_size is 5000"),
-    ([*RUN, "--set", "training.lr=1e-9"], "min_lr 1e-05 is larger than lr 1e-09"),
+    ([*RUN, "--set", "training.lr=1e-9"], sentences.larger_rate("1e-05", "1e-09")),
     ([*RUN, "--set", "strategies.mine.start=stack"], "strategies.mine.kind is missing"),
     ([*RUN, "--strategies", "deep_incubaton"], sentences.unknown("strategy", "deep_incubaton", "deep_incubation")),
     ([*RUN, "--strategies", "end_to_end", "end_to_end"], f"strategy end_to_end {sentences.GIVEN_TWICE}"),
@@ -77,7 +77,7 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--set", "training.mixup=0.5", "--devices", "32"], "gives each device an odd number"),
     (
         [*RUN, "--set", "training.lr_for_batch=64", "--set", "training.min_lr=9e-4", "--set", "training.lr=1e-3"],
-        "min_lr 0.0009 is larger than lr 0.0005",
+        sentences.larger_rate("0.0009", "0.0005"),
     ),
     ([*RUN, "--set", "training.ema=1.0"], "training.ema is 1.0"),
     ([*RUN, "--set", "phases.end_to_end.batch_size=5000"], "training.batch_size is 5000 in phase end_to_end"),
@@ -116,8 +116,11 @@ BAD = [  # command line → what the message must name
     ([*RUN, "--set", "strategies.a/b={kind: end_to_end}"], f"strategies.a/b is 'a/b': {sentences.NAME}"),
     ([*RUN, "--set", f"strategies.{'a' * 101}={{kind: end_to_end}}"], f"{sentences.NAME}dashes"),
     ([*RUN, "--set", 'strategies={"a\\nb": {kind: end_to_end}}'], rf"'strategies.a\nb' is 'a\nb': {sentences.NAME}"),
-    ([*RUN, "--set", "strategies.Recommended={kind: end_to_end}"], "Recommended and recommended differ in case only"),
-    ([*RUN, "--set", "strategies={My: {kind: end_to_end}, my: {kind: end_to_end}}"], "strategies.my and My differ in case only"),
+    ([*RUN, "--set", "strategies.Recommended={kind: end_to_end}"], f"Recommended and recommended {sentences.CASE_ONLY}"),
+    (
+        [*RUN, "--set", "strategies={My: {kind: end_to_end}, my: {kind: end_to_end}}"],
+        f"strategies.my and My {sentences.CASE_ONLY}",
+    ),
     ([*RUN, "--set", "strategies.META={kind: end_to_end}"], "strategies.META and the folder of the shared meta model, meta,"),
     ([*RUN, "--set", "name=.."], f"name is '..': {sentences.NAME}dots, dashes and underscores"),
     ([*RUN, "--set", "name=a/b"], "name is 'a/b'"),
@@ -132,8 +135,14 @@ BAD = [  # command line → what the message must name
     (["bench", "digits", "--save", "../a"], f"--save '../a': {sentences.NAME}"),
     (["study", "a" * 9000], "unknown study 'aaa"),
     ([*RUN, "--set", f"strategies.tune={{kind: finetune, weights: {'a' * 9000}}}"], sentences.GIVE_WEIGHTS),
-    ([*RUN, "--set", "model.options={num_classes: 0}"], "options.num_classes is not set here: it follows from the images"),
-    ([*RUN, "--set", "model.options={drop_path_rate: 0.1}"], "options.drop_path_rate is not set here: set training.drop_path"),
+    (
+        [*RUN, "--set", "model.options={num_classes: 0}"],
+        f"options.num_classes {sentences.NOT_SET_HERE}: it follows from the images",
+    ),
+    (
+        [*RUN, "--set", "model.options={drop_path_rate: 0.1}"],
+        f"options.drop_path_rate {sentences.NOT_SET_HERE}: set training.drop_path",
+    ),
     ([*RUN, "--set", "model.options={weight_init: skip}"], "options.weight_init 'skip' leaves weights as the memory happens"),
     ([*RUN, "--set", "model.name=resnet18.a1_in1k"], "names weights, and every network begins with random ones: write resnet18"),
     ([*RUN, "--set", "model.name=hf-hub:timm/resnet18"], sentences.NO_PLACE),
@@ -143,7 +152,7 @@ BAD = [  # command line → what the message must name
     (["stop", "digits"], "nothing to stop"),
     (["report", "digits"], sentences.NO_RUN),
     (["status", "digits"], sentences.NO_RUN),
-    (["run", "no/such/file.yaml"], "cannot read settings file no/such/file.yaml"),
+    (["run", "no/such/file.yaml"], sentences.unreadable_settings("no/such/file.yaml")),
 ]
 
 

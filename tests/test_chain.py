@@ -76,7 +76,7 @@ def test_the_chain_runs_to_a_verdict(chain):
     assert names == {"seed-0/meta", "seed-0/end_to_end", *(f"seed-0/{s}/{p}" for s in starts for p in phases)}
     assert all((run / name / file).exists() for name in names for file in ("summary.json", "notebook.ipynb"))
     assert len(names) == len(list(folder.glob("phases/*/summary.json")))
-    assert "than end to end" in result.stdout and (run / "report.html").exists()
+    assert sentences.THAN_END_TO_END in result.stdout and (run / "report.html").exists()
     assert f"{sentences.is_matched('end_to_end', 'deep_incubation')}: end_to_end 6.032 epochs instead of 2." in result.stdout
     for start in starts:
         before, after = (read_json(run / f"seed-0/{start}/{phase}/summary.json") for phase in ("assemble", "finetune"))

@@ -173,7 +173,7 @@ def test_names_in_a_study(text, message, tmp_path):
 def test_a_name_that_only_an_unused_strategy_has_in_other_letters():
     settings = load_settings("digits", ["strategies.Growing={kind: end_to_end}", "run=[Growing]"])
     assert settings.run == ["Growing"] and settings.strategies["growing"].kind == "deep_incubation"
-    with pytest.raises(SettingsError, match="growing and Growing differ in case only"):
+    with pytest.raises(SettingsError, match=f"growing and Growing {sentences.CASE_ONLY}"):
         load_settings("digits", ["strategies.Growing={kind: end_to_end}", "run=[Growing, growing]"])
 
 

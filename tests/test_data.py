@@ -139,13 +139,13 @@ def not_an_image(root):
 
 
 WRONG = [
-    (no_train, sentences.NO_TRAIN_FOLDER),
+    (no_train, sentences.no_train_folder("training, val")),
     (no_classes, "/train has no subfolders; it must have one for each class"),
     (strange_class, sentences.classes_lacking("/val", "dog")),
     (empty_class, "/train: no images in bee"),
     (broken_image, sentences.unreadable(1)),
     (not_an_image, sentences.unreadable(1)),
-    (lambda root: (root / "train").rename(root.parent / "elsewhere") and None, "no subfolder 'train' but val"),
+    (lambda root: (root / "train").rename(root.parent / "elsewhere") and None, sentences.no_train_folder("val")),
 ]
 
 
@@ -193,7 +193,7 @@ def test_images_that_do_not_fit_are_told(make, more, size, message, tmp_path, da
         ("wds/", r"has no shards '\*train\*\.tar'"),
         ("torch/nothing", "Unknown torchvision dataset nothing"),
         ("hfds//no/such/folder", sentences.DATASETS_CANNOT),
-        ("folder", "no subfolder 'train' but nothing"),
+        ("folder", sentences.no_train_folder("nothing")),
     ],
 )
 def test_an_empty_folder_is_told(source, message, tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ def test_what_cannot_even_begin_counts_as_an_attempt(phase):
 
 def test_an_attempt_on_a_node_that_was_taken_for_dead_leaves_the_later_one_alone(phase, monkeypatch, capsys):
     node, about = phase
-    say(node, "error: Lost: another process took over\n")
+    say(node, f"error: Lost: {sentences.TAKEN_OVER}\n")
     attempts(node, "OSError: a", None, None)
     before = (node.folder.path / "attempts.json").read_bytes()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

@@ -89,8 +89,8 @@ def _flow(settings):
 @pytest.mark.parametrize(
     ("source", "labels", "output"),
     [
-        ("hfds", ["ant", "bee"], "label 'ant' is no whole number"),
-        ("hfds", [0.0, 1.5], "label 0.0 is no whole number"),
+        ("hfds", ["ant", "bee"], sentences.no_number("ant")),
+        ("hfds", [0.0, 1.5], sentences.no_number(0.0)),
         ("hfds", [0, 10**9], sentences.no_class(10**9)),
         ("wds/", [0, 10**9], sentences.no_class(10**9)),
         ("wds/", [10**30], sentences.NOT_A_CLASS),

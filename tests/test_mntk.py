@@ -219,7 +219,7 @@ def test_what_has_no_known_kernel_is_told():
     with pytest.raises(ValueError, match="layer 0 is used more than once"):
         modular_kernels(shared, [Unit("a", {"0.weight": None})], torch.randn(2, 4))
     folded = nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4), nn.Unflatten(0, (-1, 3)), nn.Flatten())
-    with pytest.raises(ValueError, match="layer 1 sees 6 inputs for 2 images"):
+    with pytest.raises(ValueError, match=f"layer 1 {sentences.sees(6)}"):
         modular_kernels(folded, [Unit("a", {"1.weight": None})], torch.randn(2, 3, 4))
     with pytest.raises(ValueError, match=sentences.two_units("b")):
         modular_kernels(shared, [Unit("a", {"0.weight": None}), Unit("b", {"0.weight": None})], torch.randn(2, 4))

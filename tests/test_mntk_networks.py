@@ -128,8 +128,8 @@ class Odd(nn.Module):
         ("parametrised weight", rf"parameter first\.(bias|parametrizations\..*) {sentences.NO_LAYER}"),
         ("batch norm without statistics", "batch norm norm has no running statistics"),
         ("batch norm left in train mode", "batch norm norm stays in train mode"),
-        ("sequence first", "layer first (sees 5 inputs for 2 images|.*depend on each other)"),
-        ("batch in reverse", "at layer second samples depend on each other"),
+        ("sequence first", f"layer first ({sentences.sees(5)}|.*{sentences.SAMPLES_DEPEND})"),
+        ("batch in reverse", f"at layer second samples {sentences.SAMPLES_DEPEND}"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

@@ -107,7 +107,7 @@ def test_a_folder_that_is_there_and_wrong_is_told(tmp_path, capsys):
     write_folder(tmp_path / "set").joinpath("train").rename(tmp_path / "set" / "training")
     (file := tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
     assert main(["plan", str(file)]) == 2
-    assert sentences.NO_TRAIN_FOLDER in capsys.readouterr().err
+    assert sentences.no_train_folder("training, val") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

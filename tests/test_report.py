@@ -60,7 +60,7 @@ def test_the_verdict_follows_the_numbers():
     noise = results({"end_to_end": [0.5, 0.6, 0.55], "deep_incubation": [0.6, 0.5, 0.56]}, flops).verdict()
     assert "inside the noise" in noise
     equal = results({"end_to_end": [0.5, 0.6], "deep_incubation": [0.5, 0.6]}, flops).verdict()
-    assert "0.0 points better or worse than end to end (inside the noise" in equal
+    assert f"0.0 points better or worse {sentences.THAN_END_TO_END} (inside the noise" in equal
     single = results({"end_to_end": [0.5], "deep_incubation": [0.6]}, flops).verdict()
     assert "one seed only" in single
     assert "Nothing to compare" in results({"end_to_end": [0.5]}, flops).verdict()
@@ -188,7 +188,7 @@ def test_seconds_of_several_devices_are_told_as_such(data_folder, tmp_path):
     seconds = table.index[table.index.str.endswith(" s")]
     assert len(seconds) == 2 and table.loc[seconds].map(lambda cell: "†" in cell).to_numpy().tolist() == [[False, True]] * 2
     ours, other = sentences.place(here, threads), sentences.place("Another GPU", 7)
-    sentence = f"Seconds of 2 devices: {ours}; {other}."
+    sentence = sentences.seconds_of(ours, other)
     assert sentence in mixed.verdict() and "2 devices (" in hardware(mixed)
     page = write_report(mixed, tmp_path / "report.html", todo).read_text()
     assert sentence in page and "<td>Another GPU</td>" in page

@@ -57,7 +57,7 @@ def test_the_chain_ends_with_everything(site, hardships):
     assert all((run / key / "notebook.ipynb").exists() for key in site.phases("smoke")) and len(site.phases("smoke")) == 7
     assert (run / "06_analysis.ipynb").exists() and (run / "report.html").exists()
     result = site.incubate("run", "smoke", *BOTH, "--backend", "slurm")
-    assert "0 job(s) submitted" in result.stdout and "than end to end" in result.stdout
+    assert sentences.submitted(0) in result.stdout and sentences.THAN_END_TO_END in result.stdout
 
 
 def test_every_phase_is_submitted_once(chain):
@@ -191,7 +191,7 @@ def test_a_phase_goes_on_on_another_node_when_its_own_is_lost(site, hardships):
 
 
 def test_stop_saves_and_run_submits_what_is_missing(site, hardships):
-    assert "those that run save a checkpoint first" in hardships["stopped"]
+    assert f"those that run {sentences.SAVE_FIRST}" in hardships["stopped"]
     assert [status["state"] for status in hardships["halfway"]] == ["stopped", "stopped", "done"]
     assert all(0 < status["saved_step"] < 120 for status in hardships["halfway"][:2])
     assert site.attempts(hardships["run"], KEYS[0])[1]["ended"] == "stopped"
@@ -206,8 +206,8 @@ def test_status_says_where_phases_run(hardships):
 def test_the_widget_shows_jobs_of_the_cluster(hardships):
     """Before anything happens to them, and after its button was pressed, whose message is tested above."""
     headline, table, headline_after, table_after = hardships["watched"]
-    assert "0 of 3 phases done, 3 running" in headline and len(re.findall(r"\d+ running on n\d", table)) == 3
-    assert "1 of 3 phases done, 2 stopped" in headline_after and " running on " not in table_after
+    assert f"{sentences.phases_done(0, 3)}, 3 running" in headline and len(re.findall(r"\d+ running on n\d", table)) == 3
+    assert f"{sentences.phases_done(1, 3)}, 2 stopped" in headline_after and " running on " not in table_after
 
 
 # -- failures -------------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_a_node_that_does_not_see_the_run_is_told(site, chain):
 def test_a_hundred_phases_wait_in_the_queue_and_are_cancelled(site, chain):
     more = ["--set", "name=many", "--set", "phases.incubate.epochs=3"]
     output = site.submit(*BOTH, "--seeds", *map(str, range(10, 25)), *more, "--sbatch", "begin=now+1hour")
-    assert "105 phases" in output and "106 job(s) submitted" in output
+    assert "105 phases" in output and sentences.submitted(106) in output
     shown = site.incubate("status", "smoke", *more).stdout
     assert shown.count(" queued ") == 106 and "BeginTime" in shown and "Dependency: waits for the phases it starts from" in shown
     refused = site.incubate("run", "smoke", *BOTH, *more)
@@ -299,10 +299,10 @@ def test_a_study_goes_from_stage_to_stage(site, chain):
         site.wait_until_ended("../studies/trial")
         return site.jobs("../studies/trial")
 
-    assert "1 job(s) submitted" in call(3)
+    assert sentences.submitted(1) in call(3)
     assert len(first := wait()) == 1 and "06_analysis" not in first
     output = call(3)
-    assert "1 job(s) submitted" in output and "rates" in output and "done" in output
+    assert sentences.submitted(1) in output and "rates" in output and "done" in output
     assert len(wait()) == 2
     assert "wrote" in call(0) and (site.data / "studies" / "trial.csv").exists()
     assert sentences.is_for_backend("--partition", "slurm") in site.incubate("study", str(file), "--partition", "gpu").stderr
@@ -330,7 +330,7 @@ def test_a_dry_run_prints_scripts_and_writes_nothing(site, chain):
         (["--sbatch", "nodes=2"], sentences.own_field("nodes")),
         (["--devices", "2"], "--devices is for the CPU"),
         (["--jobs", "2"], sentences.is_for_backend("--jobs", "local")),
-        (["--site", "nowhere.yaml"], "cannot read settings file nowhere.yaml"),
+        (["--site", "nowhere.yaml"], sentences.unreadable_settings("nowhere.yaml")),
     ],
 )
 def test_what_the_cluster_cannot_do_is_told_before_anything_is_submitted(arguments, message, site, chain):

@@ -7,6 +7,7 @@ import shutil
 import command_line
 import pandas as pd
 import pytest
+import sentences
 from patience import Hooks, wait_for
 
 from incubate_lib.config.study import load_study
@@ -150,7 +151,7 @@ def test_a_cell_of_a_study_is_a_run_that_is_trained_already(trained):
     trial.plan.write()
     overrides = [part for value in trial.plan.experiment.settings.overrides for part in ("--set", value)]
     result = incubate("report", "smoke", *overrides, folder=folder)
-    assert result.returncode == 0 and "than end to end" in result.stdout
+    assert result.returncode == 0 and sentences.THAN_END_TO_END in result.stdout
     shutil.rmtree(folder / "runs")
 
 

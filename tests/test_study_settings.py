@@ -17,9 +17,9 @@ from incubate_lib.report.tables.studies import published
     [
         ({"preset": "smok"}, "unknown preset"),
         ({"axes": {"depth": {"6": {"model.dept": 6}}}}, sentences.unknown("field", "model.dept", "")),
-        ({"axes": {"depth": {"7": {"model.depth": 7}}}}, "study bad, depth 7: .*the network's 7 blocks cannot be divided"),
+        ({"axes": {"depth": {"7": {"model.depth": 7}}}}, f"study bad, depth 7: .*{sentences.undivided(7)}"),
         ({"axes": {"depth": {}}}, "axes.depth has no values"),
-        ({"axes": {"seed": {"1": {}}}}, "axes.seed: that is a column of the table"),
+        ({"axes": {"seed": {"1": {}}}}, f"axes.seed: {sentences.COLUMN}"),
         ({"strategies": ["end_to_end", "growin"]}, sentences.did_you_mean("growing")),
         ({"strategies": ["growing", "growing"]}, f"one {sentences.GIVEN_TWICE}"),
         ({"strategies": []}, "strategies"),
@@ -33,7 +33,7 @@ from incubate_lib.report.tables.studies import published
         ({"set": {"data.eval_split": "val"}}, "data.eval_split is what a study sets itself"),
         ({"grid": {}}, "unknown field 'grid'"),
         ({"name": "x_rates"}, "that ends in _rates"),
-        ({"axes": {"lr": {"1": {}}}}, "axes.lr: that is a column"),
+        ({"axes": {"lr": {"1": {}}}}, f"axes.lr: {sentences.COLUMN}"),
         (
             {
                 "axes": {"s": {"1": {}, "2": {"strategies.stacking.incubate": "labels"}}},

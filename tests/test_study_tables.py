@@ -111,7 +111,7 @@ def test_seconds_of_several_devices_are_marked(tmp_path):
     table.results.loc[table.results["strategy"] == "growing", ["device", "threads"]] = "A CPU + A GPU", "1 + 4"
     assert summary(table)["training s"].str.contains("†").tolist() == [False, True]
     assert gains(table)["seconds"].isna().all() and gains(table)["flops"].tolist() == [1.0]
-    assert f"Seconds of 2 devices: {sentences.place('A CPU', 1)}; {sentences.place('A GPU', 4)}." in "\n".join(answer(table))
+    assert sentences.seconds_of(sentences.place("A CPU", 1), sentences.place("A GPU", 4)) in "\n".join(answer(table))
     assert "2 devices (" in report.described(StudyTable("made", table.results.assign(date="2026-01-01", torch="2"), table.rates))
 
 

@@ -118,7 +118,7 @@ def test_a_run_in_the_background_has_a_session_of_its_own_and_is_alone(story):
     session, pid = story["session"]
     assert session == pid != os.getsid(0)
     assert f"process {pid} on" in story["refused"] and "at work" in story["refused"]
-    assert "0 of 1 phases are done already" in story["log"] and "\x1b" not in story["log"]
+    assert sentences.done_already(0, 1) in story["log"] and "\x1b" not in story["log"]
 
 
 def test_the_widget_changes_by_itself(story):
@@ -147,13 +147,13 @@ def test_midway_and_after(story):
 
 def test_the_button_stops_with_a_checkpoint_and_it_goes_on_from_there(story):
     status, saved = story["stopped"]
-    assert "to stop; its phases save a checkpoint first" in story["said"]
+    assert f"to stop; its phases {sentences.SAVE_FIRST}" in story["said"]
     assert story["code"] == 130 and status["state"] == "stopped" and saved
     alive, shown, said, disabled = story["ended"]
     assert not alive and "stopped" in shown and "stands still" in said and disabled
     assert story["finished"][2]["resumed_at"] == status["saved_step"] > 0
     alive, headline, shown = story["over"]
-    assert not alive and "1 of 1 phases done<" in headline and ">done<" in shown
+    assert not alive and f"{sentences.phases_done(1, 1)}<" in headline and ">done<" in shown
 
 
 def test_it_shows_what_this_kernel_trains(story):
@@ -169,7 +169,7 @@ def test_a_widget_waits_for_its_run_and_gives_way_to_a_newer_one(data_folder, fa
     live = watch("smoke", every=0.1).widget
     assert sentences.NO_RUN in live.headline.value and live.stop.disabled
     plan(load_settings("smoke"), facts=facts).write()
-    wait_for(lambda: "0 of 12 phases done" in live.headline.value, "the widget to find its run")
+    wait_for(lambda: sentences.phases_done(0, 12) in live.headline.value, "the widget to find its run")
     newer = watch("smoke").widget
     live.thread.join(HANG)
     assert not live.thread.is_alive() and "newer widget" in live.said.value
