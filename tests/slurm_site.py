@@ -92,6 +92,16 @@ class Site:
     def wait_until_ended(self, run: str) -> None:
         self.cluster.wait_for(lambda: self.all_ended(run), f"the jobs of {run} to end")
 
+    def wait_for_attempt(self, number: int, run: str, *keys: str) -> None:
+        """Wait until these phases train in their attempt of that number, counted from one."""
+
+        def trains(key: str) -> bool:
+            status, attempts = self.phases(run)[key].status(), self.attempts(run, key)
+            begun = len(attempts) >= number and status["state"] == "running"
+            return begun and status.get("progress", {}).get("step", 0) > attempts[number - 1]["from_step"]
+
+        self.cluster.wait_for(lambda: all(map(trains, keys)), f"attempt {number} of {', '.join(keys)} to train")
+
     def skip_analysis(self, run: str) -> None:
         """It has been seen to work, and takes its time."""
         self.cluster.call("scancel", self.jobs(run)["06_analysis"])

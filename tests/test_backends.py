@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import sentences
 from patience import HANG
 from project import ROOT, pages
 from rich.console import Console
@@ -116,7 +117,7 @@ def test_a_third_backend_takes_a_run_to_its_end(paper, data_folder, capsys):
     assert main(["run", *WHAT]) == 2 and "1 job(s) of smoke are in the list's queue" in capsys.readouterr().err
     reader = Reader(todo)
     shown = headline(todo, reader.phases(), reader.backend)
-    assert "1 of 2 phases done" in shown and "1 queued" in shown and "left" in shown and is_at_work(todo)
+    assert sentences.phases_done(1, 2) in shown and "1 queued" in shown and "left" in shown and is_at_work(todo)
     assert "1 line(s) are crossed out" in incubate("stop", "smoke") and (todo.experiment.path / STOP_FILE).exists()
     assert "queued" not in incubate("status", *WHAT) and not is_at_work(todo)
 
@@ -131,10 +132,10 @@ def test_a_third_backend_takes_a_run_to_its_end(paper, data_folder, capsys):
 
 def test_options_of_another_backend_are_told(paper, data_folder, capsys):
     for arguments, words in [
-        (["--pencil", "H"], "--pencil is for --backend paper"),
-        (["--backend", "paper", "--jobs", "2"], "--jobs is for --backend local"),
-        (["--backend", "paper", "--partition", "gpu"], "--partition is for --backend slurm"),
-        (["--backend", "paper", "--dry-run"], "--dry-run is for --backend slurm"),
+        (["--pencil", "H"], sentences.is_for_backend("--pencil", "paper")),
+        (["--backend", "paper", "--jobs", "2"], sentences.is_for_backend("--jobs", "local")),
+        (["--backend", "paper", "--partition", "gpu"], sentences.is_for_backend("--partition", "slurm")),
+        (["--backend", "paper", "--dry-run"], sentences.is_for_backend("--dry-run", "slurm")),
     ]:
         assert main(["run", "smoke", *arguments]) == 2 and words in capsys.readouterr().err
     with pytest.raises(SettingsError, match="several nodes need --backend slurm, and its --nodes"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import sentences
 import torch
 from torch import nn
 
@@ -183,10 +184,10 @@ def test_growth_has_every_size_and_a_finite_exponent(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("seconds", "fastest", "output"),
     [
-        ([1, 2, 4, 8], None, "FLOPs^1.00, over the three largest as FLOPs^1.00: no faster than FLOPs do."),
-        ([3, 4, 6, 10], None, "no faster than FLOPs do"),
-        ([1, 4, 16, 64], None, "FLOPs^2.00, over the three largest as FLOPs^2.00: FASTER than FLOPs do"),
-        ([5, 5.1, 6, 30], None, "FASTER than FLOPs do"),  # small sizes must not hide it
+        ([1, 2, 4, 8], None, sentences.grows(1, "no faster")),
+        ([3, 4, 6, 10], None, "no faster"),
+        ([1, 4, 16, 64], None, sentences.grows(2, "FASTER")),
+        ([5, 5.1, 6, 30], None, "FASTER"),  # small sizes must not hide it
         ([1, 2, 4, 12], [1, 2, 4, 8], "may be noise"),
         ([1], None, "one size says nothing"),
     ],
@@ -201,12 +202,12 @@ def test_growth_faster_than_flops_is_told(seconds, fastest, output):
 @pytest.mark.parametrize(
     ("arguments", "output"),
     [
-        (["--rounds", "0"], "--rounds is 0; it must be at least 1"),
-        (["--batch", "-1"], "--batch is -1; it must be at least 1"),
-        (["--classes", "1"], "--classes is 1; it must be at least 2"),
+        (["--rounds", "0"], sentences.must_be("--rounds", 0, "at least 1")),
+        (["--batch", "-1"], sentences.must_be("--batch", -1, "at least 1")),
+        (["--classes", "1"], sentences.must_be("--classes", 1, "at least 2")),
         (["--save", "a/b"], "--save 'a/b'"),
-        (["digits", "--growth"], "--growth has a network of its own"),
-        (["--growth", "--set", "model.depth=8"], "--growth has a network of its own"),
+        (["digits", "--growth"], sentences.OWN_NETWORK),
+        (["--growth", "--set", "model.depth=8"], sentences.OWN_NETWORK),
         (["nosuch"], "unknown preset 'nosuch'"),
     ],
 )
@@ -239,7 +240,7 @@ def test_a_folder_without_images_to_judge_by_is_measured_too(tmp_path, monkeypat
     monkeypatch.setattr(bench, "measure", lambda *_, **how: measured.append(how) or [])
     monkeypatch.setattr(bench, "yardstick", lambda *_: None)
     bench.bench(load_settings("imagenet-vit-b", [f"data.folder={tmp_path}"]), batch=1, log=said.append)
-    assert len(measured) == 6 and said[0].startswith("ASSUMED: 1,000 classes, those of ImageNet-1K, because ")
+    assert len(measured) == 6 and said[0].startswith(sentences.assumed("1,000 classes"))
     assert said[0].endswith("; --classes says another number.")
 
 

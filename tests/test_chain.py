@@ -17,6 +17,7 @@ import command_line
 import nbformat
 import papermill
 import pytest
+import sentences
 from patience import HANG, Hooks, join, wait_for
 from project import ROOT
 from rich.console import Console
@@ -75,8 +76,8 @@ def test_the_chain_runs_to_a_verdict(chain):
     assert names == {"seed-0/meta", "seed-0/end_to_end", *(f"seed-0/{s}/{p}" for s in starts for p in phases)}
     assert all((run / name / file).exists() for name in names for file in ("summary.json", "notebook.ipynb"))
     assert len(names) == len(list(folder.glob("phases/*/summary.json")))
-    assert "than end to end" in result.stdout and (run / "report.html").exists()
-    assert "end_to_end is matched to the cost of deep_incubation: end_to_end 6.032 epochs instead of 2." in result.stdout
+    assert sentences.THAN_END_TO_END in result.stdout and (run / "report.html").exists()
+    assert f"{sentences.is_matched('end_to_end', 'deep_incubation')}: end_to_end 6.032 epochs instead of 2." in result.stdout
     for start in starts:
         before, after = (read_json(run / f"seed-0/{start}/{phase}/summary.json") for phase in ("assemble", "finetune"))
         assert after["inputs_sha256"] == {"assemble": before["weights_sha256"]}
@@ -133,7 +134,7 @@ def test_status_and_report_of_a_finished_run(chain):
     assert result.returncode == 0 and "Deep Incubation, identity start" in result.stdout
     page = (folder / "runs/smoke/report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == page.count("<img alt=") >= 9
-    for part in ("The phases of seed 0", "Learning curves", "With a machine for every module", "What each worker trains",
+    for part in ("The phases of seed 0", "Learning curves", sentences.MACHINE_EACH, "What each worker trains",
                  "What the strategies differ in"):  # fmt: skip
         assert f"<h2>{part}" in page, "what widgets show stands in the report"
     assert not re.search(r'(src|href)="(?!data:)', page), "the report must not need any other file"
@@ -234,7 +235,7 @@ def test_a_notebook_that_fails_before_its_kernel_starts_ends_and_tells_why(tmp_p
     for _ in phases.rounds():
         time.sleep(0.1)
     assert phases.status == 1
-    assert re.search(r"FAILED seed-0/end_to_end: \S*phases/0123/phase.json is not there", output.getvalue())
+    assert re.search(rf"FAILED seed-0/end_to_end: \S*{sentences.not_there('phases/0123/phase.json')}", output.getvalue())
 
 
 def test_one_run_at_a_time_in_an_experiment(tmp_path, monkeypatch):
@@ -311,7 +312,7 @@ def test_mat_and_its_controls_go_through_the_notebooks_to_a_report(tmp_path, mon
     assert "mat" not in read_json(run / "seed-0" / "meta" / "summary.json")
     page = (run / "report.html").read_text()
     assert "Modular Adaptive Training" in page and "What looking at the kernels cost" in page
-    rows, spent = page.partition("With a machine for every module")[2].split("<tr>"), cost["mat"] / cost["end_to_end"]
+    rows, spent = page.partition(sentences.MACHINE_EACH)[2].split("<tr>"), cost["mat"] / cost["end_to_end"]
     assert any("<th>MAT</th>" in row and f"({spent:.2f}×)" in row for row in rows), "with what it spent, not what it might have"
 
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import sentences
 
 from incubate_lib.cli import main, parser
 from incubate_lib.config import load_settings
@@ -22,10 +23,10 @@ from incubate_lib.pipeline.strategies import plan
     [
         ("run --seeds one", "argument --seeds: invalid int value: 'one'"),
         ("run --set", "argument --set: expected one argument"),
-        ("rnu digits", "argument COMMAND: unknown choice 'rnu'; did you mean run?"),
-        ("run digits --strategeis end_to_end", "unknown option --strategeis; did you mean --strategies"),
-        ("run --sed=1", "unknown option --sed; did you mean --seeds"),
-        ("mirror digits --to tensorbord", "argument --to: unknown choice 'tensorbord'; did you mean tensorboard?"),
+        ("rnu digits", f"argument COMMAND: {sentences.unknown('choice', 'rnu', 'run?')}"),
+        ("run digits --strategeis end_to_end", f"unknown option --strategeis; {sentences.did_you_mean('--strategies')}"),
+        ("run --sed=1", f"unknown option --sed; {sentences.did_you_mean('--seeds')}"),
+        ("mirror digits --to tensorbord", f"argument --to: {sentences.unknown('choice', 'tensorbord', 'tensorboard?')}"),
         ("presets digits", "unrecognized arguments: digits"),
         ("logs digits", "the following arguments are required: phase"),
         ("", "the following arguments are required: COMMAND"),

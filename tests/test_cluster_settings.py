@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import sentences
 from project import block
 
 from incubate_lib.backends.slurm.sbatch import requests, scripts
@@ -52,22 +53,22 @@ def test_options_override_the_file_and_phases_override_both(tmp_path):
     ("text", "message"),
     [
         ("acount: mine", r"unknown field 'acount'; .*Other options of sbatch go under sbatch: \{acount: …\}"),
-        ("time: 90s", "time is '90s': write it as minutes, hours:minutes:seconds"),
+        ("time: 90s", f"time is '90s': {sentences.TIME}"),
         ("nodes: 0", "nodes is 0"),
         ("gpus_per_node: -1", "gpus_per_node is -1"),
         ("phases: {metta: {}}", "metta"),
-        ("phases: {meta: {nodez: 2}}", "unknown field 'phases.meta.nodez'; did you mean nodes"),
-        ("sbatch: {output: log.txt}", "'output' is set by the workbook"),
-        ("sbatch: {J: x}", "'J' is set by the workbook, or is no long option"),
-        ("sbatch: {gpus-per-node: 2}", "gpus-per-node is a field of its own: set gpus_per_node"),
-        ("- a list", "must be a mapping"),
-        ('partition: "gpu\\ntouch evil"', r"partition is 'gpu\\ntouch evil': write it on one line"),
-        ('python: "python\\rtouch evil"', "python is .*: write it on one line"),
-        ('sbatch: {comment: "x\\ntouch evil"}', r"comment is 'x\\ntouch evil': write it on one line"),
-        ('phases: {meta: {partition: "gpu\\u2028x"}}', "phases.meta.partition is .*: write it on one line"),
-        ('prologue: ["module load cuda\\ntouch evil"]', "prologue.0 is .*: write it on one line"),
-        ('prologue: "module load \\0cuda"', "prologue.0 is .*: write it on one line"),
-        ('time: "10\\n"', "time is .*: write it as minutes"),
+        ("phases: {meta: {nodez: 2}}", sentences.unknown("field", "phases.meta.nodez", "nodes")),
+        ("sbatch: {output: log.txt}", sentences.set_by_the_workbook("output")),
+        ("sbatch: {J: x}", sentences.set_by_the_workbook("J")),
+        ("sbatch: {gpus-per-node: 2}", f"{sentences.own_field('gpus-per-node')}: set gpus_per_node"),
+        ("- a list", sentences.MAPPING),
+        ('partition: "gpu\\ntouch evil"', rf"partition is 'gpu\\ntouch evil': {sentences.ONE_LINE}"),
+        ('python: "python\\rtouch evil"', f"python is .*: {sentences.ONE_LINE}"),
+        ('sbatch: {comment: "x\\ntouch evil"}', rf"comment is 'x\\ntouch evil': {sentences.ONE_LINE}"),
+        ('phases: {meta: {partition: "gpu\\u2028x"}}', f"phases.meta.partition is .*: {sentences.ONE_LINE}"),
+        ('prologue: ["module load cuda\\ntouch evil"]', f"prologue.0 is .*: {sentences.ONE_LINE}"),
+        ('prologue: "module load \\0cuda"', f"prologue.0 is .*: {sentences.ONE_LINE}"),
+        ('time: "10\\n"', f"time is .*: {sentences.TIME}"),
     ],
 )
 def test_bad_site_files_are_told(text, message, tmp_path):
@@ -77,7 +78,7 @@ def test_bad_site_files_are_told(text, message, tmp_path):
 
 @pytest.mark.parametrize("options", [{"partition": "gpu\ntouch evil"}, {"sbatch": ["comment=a\ntouch evil"]}])
 def test_options_of_the_command_line_are_one_line_each(options):
-    with pytest.raises(SettingsError, match="write it on one line"):
+    with pytest.raises(SettingsError, match=sentences.ONE_LINE):
         load_slurm(None, {k: v for k, v in options.items() if k != "sbatch"}, options.get("sbatch", ()))
 
 
@@ -111,5 +112,5 @@ def test_names_of_folders_are_quoted_and_what_is_no_line_is_refused(tmp_path, mo
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEN": str(tmp_path / "seen"), "SLURM_JOB_ID": "1"}
     assert subprocess.run(["bash"], input=text, text=True, cwd=tmp_path, env=environment).returncode == 0
     assert (tmp_path / "seen").read_text() == str(strange) and not (tmp_path / "evil").exists()
-    with pytest.raises(SettingsError, match=r"option output of a job would be .*write it on one line"):
+    with pytest.raises(SettingsError, match=f"option output of a job would be .*{sentences.ONE_LINE}"):
         script_of(tmp_path / "a\nb", monkeypatch, known_facts)

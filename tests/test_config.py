@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import sentences
 import timm
 import torch
 import yaml
@@ -146,7 +147,7 @@ def test_values_are_yaml_1_2_on_the_command_line_as_in_a_file(text, value, tmp_p
 def test_a_file_whose_name_is_no_name_for_a_run(file, tmp_path, data_folder, capsys):
     (tmp_path / file).write_text("run: [end_to_end]")
     assert main(["run", str(tmp_path / file)]) == 2
-    assert "name is" in (output := capsys.readouterr().err) and "a name has at most 100" in output and not data_folder.exists()
+    assert "name is" in (output := capsys.readouterr().err) and sentences.NAME in output and not data_folder.exists()
     (tmp_path / file).write_text("name: mine\nrun: [end_to_end]")
     assert load_settings(str(tmp_path / file)).name == "mine"
 
@@ -154,11 +155,11 @@ def test_a_file_whose_name_is_no_name_for_a_run(file, tmp_path, data_folder, cap
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: a/b", "name is 'a/b': a name has"),
-        (f"name: {'a' * 101}", "a name has at most 100"),
-        ('axes: {"depth\\n": {a: {model.depth: 24}}}', "printable characters in one line"),
-        ('axes: {depth: {"a\\tb": {model.depth: 24}}}', "printable characters in one line"),
-        (f"axes: {{depth: {{{'a' * 101}: {{model.depth: 24}}}}}}", "it must be 1 to 100 printable"),
+        ("name: a/b", f"name is 'a/b': {sentences.NAME}"),
+        (f"name: {'a' * 101}", sentences.NAME),
+        ('axes: {"depth\\n": {a: {model.depth: 24}}}', sentences.LABEL),
+        ('axes: {depth: {"a\\tb": {model.depth: 24}}}', sentences.LABEL),
+        (f"axes: {{depth: {{{'a' * 101}: {{model.depth: 24}}}}}}", f"it must be 1 to 100 {sentences.LABEL}"),
         (f"seeds: [{2**63}]", "less than or equal to 9223372036854775807"),
     ],
 )
@@ -172,7 +173,7 @@ def test_names_in_a_study(text, message, tmp_path):
 def test_a_name_that_only_an_unused_strategy_has_in_other_letters():
     settings = load_settings("digits", ["strategies.Growing={kind: end_to_end}", "run=[Growing]"])
     assert settings.run == ["Growing"] and settings.strategies["growing"].kind == "deep_incubation"
-    with pytest.raises(SettingsError, match="growing and Growing differ in case only"):
+    with pytest.raises(SettingsError, match=f"growing and Growing {sentences.CASE_ONLY}"):
         load_settings("digits", ["strategies.Growing={kind: end_to_end}", "run=[Growing, growing]"])
 
 
@@ -181,15 +182,15 @@ def test_a_name_that_only_an_unused_strategy_has_in_other_letters():
     [
         (
             {"name": "resnet10t", "img_size": 64, "options": {"global_pool": ""}},
-            "{'global_pool': ''} fails with images of (3, 64, 64)",
+            f"{{'global_pool': ''}} {sentences.fails_with((3, 64, 64))}",
         ),
         (
             {"name": "resnet10t", "img_size": 64, "options": {"features_only": True}},
             "{'features_only': True} gives a list for 2 samples",
         ),
         ({"name": "inception_v3", "options": {"aux_logits": True}}, "{'aux_logits': True} gives a tuple for 2 samples"),
-        ({"name": "vgg11", "img_size": 8}, "model.name 'vgg11' with model.options {} fails with images of (3, 8, 8)"),
-        ({"name": "vit_tiny_patch16_224", "options": {"global_pool": ""}}, "where the task needs (2, 4): one row for each"),
+        ({"name": "vgg11", "img_size": 8}, f"model.name 'vgg11' with model.options {{}} {sentences.fails_with((3, 8, 8))}"),
+        ({"name": "vit_tiny_patch16_224", "options": {"global_pool": ""}}, sentences.task_needs((2, 4))),
     ],
 )
 def test_a_network_that_gives_no_row_of_logits_is_refused_while_planning(model, message):
@@ -263,8 +264,8 @@ def test_images_beside_a_settings_file_are_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "known", "output"),
     [
-        ("lr_rate", ["lr", "lr_for_batch", "color_jitter", "erase"], "did you mean lr?"),
-        ("epoch", ["epochs", "lr"], "did you mean epochs?"), ("qqq", ["epochs", "lr"], "there are: epochs, lr"),
+        ("lr_rate", ["lr", "lr_for_batch", "color_jitter", "erase"], sentences.did_you_mean("lr?")),
+        ("epoch", ["epochs", "lr"], sentences.did_you_mean("epochs?")), ("qqq", ["epochs", "lr"], "there are: epochs, lr"),
     ],
 )  # fmt: skip
 def test_the_nearest_name_is_named_alone(given, known, output):

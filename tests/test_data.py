@@ -7,6 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import sentences
 import torch
 from layouts import (
     AUGMENTED,
@@ -138,13 +139,13 @@ def not_an_image(root):
 
 
 WRONG = [
-    (no_train, "no subfolder 'train' but training, val"),
+    (no_train, sentences.no_train_folder("training, val")),
     (no_classes, "/train has no subfolders; it must have one for each class"),
-    (strange_class, "/val has classes that training lacks: dog"),
+    (strange_class, sentences.classes_lacking("/val", "dog")),
     (empty_class, "/train: no images in bee"),
-    (broken_image, "1 image(s) cannot be read, the first: "),
-    (not_an_image, "1 image(s) cannot be read, the first: "),
-    (lambda root: (root / "train").rename(root.parent / "elsewhere") and None, "no subfolder 'train' but val"),
+    (broken_image, sentences.unreadable(1)),
+    (not_an_image, sentences.unreadable(1)),
+    (lambda root: (root / "train").rename(root.parent / "elsewhere") and None, sentences.no_train_folder("val")),
 ]
 
 
@@ -191,8 +192,8 @@ def test_images_that_do_not_fit_are_told(make, more, size, message, tmp_path, da
         ("fashion_mnist", "torchvision cannot read 'fashion_mnist'"),
         ("wds/", r"has no shards '\*train\*\.tar'"),
         ("torch/nothing", "Unknown torchvision dataset nothing"),
-        ("hfds//no/such/folder", "Hugging Face datasets cannot read it"),
-        ("folder", "no subfolder 'train' but nothing"),
+        ("hfds//no/such/folder", sentences.DATASETS_CANNOT),
+        ("folder", sentences.no_train_folder("nothing")),
     ],
 )
 def test_an_empty_folder_is_told(source, message, tmp_path, monkeypatch):
@@ -213,9 +214,9 @@ def test_a_damaged_idx_file_is_told(tmp_path):
 
 def test_shards_that_are_not_what_they_should_be_are_told(tmp_path):
     for files, message in [
-        ({"a.jpg": b"x", "a.cls": b"cat"}, "holds b'cat', not the number of a class"),
-        ({"a.jpg": b"x"}, "it needs an image and a .cls file"),
-        ({"a.cls": b"1"}, "it needs an image and a .cls file"),
+        ({"a.jpg": b"x", "a.cls": b"cat"}, f"holds b'cat', {sentences.NOT_A_CLASS}"),
+        ({"a.jpg": b"x"}, sentences.SAMPLE_NEEDS),
+        ({"a.cls": b"1"}, sentences.SAMPLE_NEEDS),
     ]:
         for split in ("train", "val"):
             with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
@@ -236,13 +237,13 @@ def test_broken_images_are_named_counted_and_passed_over_on_request_only(tmp_pat
     bad = tmp_path / "set" / "train" / "bee" / "3.png"
     bad.write_bytes(b"")  # after the sample that planning opens
     batches = lambda data: list(data.batches(Order(len(data), TrainingSettings(batch_size=40), seed=0, steps=3)))  # noqa: E731
-    with pytest.raises(SettingsError, match=r"1 image\(s\) cannot be read, the first: .*bee/3\.png .*data\.skip_broken=true"):
+    with pytest.raises(SettingsError, match=re.escape(sentences.unreadable(1)) + r".*bee/3\.png .*data\.skip_broken=true"):
         batches(train)
     patient, _ = open_folder(tmp_path / "set", skip_broken=True)
     assert [len(y) for _, y in batches(patient)] == [40] * 3
     assert [name.endswith("bee/3.png") for name in patient.broken] == [True]
     every = torch.arange(len(train))
-    with pytest.raises(SettingsError, match=r"1 image\(s\) cannot be read, the first: .*bee/3\.png"):
+    with pytest.raises(SettingsError, match=re.escape(sentences.unreadable(1)) + r".*bee/3\.png"):
         train.some(every)
     images, labels = patient.some(every)  # as the probe of MAT is read
     assert len(images) == len(labels) == len(train)
@@ -254,4 +255,4 @@ def test_broken_images_are_named_counted_and_passed_over_on_request_only(tmp_pat
     assert main(["check", str(tmp_path / "mine.yaml")]) == 1
     output = capsys.readouterr().out
     assert "train: 120 images in 3 classes; 119 can be read, 1 cannot" in output and "bee/3.png: UnidentifiedImageError" in output
-    assert "test: 12 images in 3 classes; 12 can be read, 0 cannot" in output
+    assert sentences.all_readable("test", 12, 3) in output

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import sentences
 import timm
 import yaml
 from layouts import write_fashion, write_folder, write_shards
@@ -45,7 +46,7 @@ def test_export_says_what_is_finished_which_it_takes_and_why_and_names_the_class
     assert head == "finished, with top-1 on the test split:"
     order = [("end_to_end", 0), ("end_to_end", 1), ("random_modules", 0), ("deep_incubation", 0)]
     assert lines[:4] == [f"  {name}, seed {seed}: {100 * accuracies[name, seed]:.2f} %" for name, seed in order]
-    assert lines[4].startswith(f"taken: {lines[2].strip()}, the first one of Deep Incubation in the order of `run`")
+    assert lines[4].startswith(f"taken: {lines[2].strip()}, {sentences.FIRST_OF_RUN}")
     assert lines[5].startswith("wrote strategy random_modules, seed 0")
 
     config = json.loads((out / "config.json").read_text())
@@ -72,7 +73,7 @@ def test_export_says_what_is_finished_which_it_takes_and_why_and_names_the_class
     file.write_text(yaml.safe_dump(raw))
     assert plan(load_settings(str(file))).nodes
     (out / "config.json").write_text(json.dumps(config | {"label_names": ["bee", "ant", "große Katze"]}))
-    with pytest.raises(SettingsError, match=r"strategies.again.weights: .* class 'bee' is number 0, in these images it is 1"):
+    with pytest.raises(SettingsError, match=f"strategies.again.weights: .* class 'bee' {sentences.other_class(0, 1)}"):
         plan(load_settings(str(file), ["name=other"]))
     (out / "config.json").write_text(json.dumps(config | {"label_names": ["0", "1", "2"]}))  # numbers say nothing of words
     assert plan(load_settings(str(file), ["name=other"])).nodes
@@ -81,8 +82,8 @@ def test_export_says_what_is_finished_which_it_takes_and_why_and_names_the_class
 @pytest.mark.parametrize(
     ("taken", "others", "why"),
     [
-        ({}, {"end_to_end": 0.5}, "the first one of Deep Incubation in the order of `run`"),
-        ({}, {"end_to_end": 0.73}, "in the order of `run`; end_to_end is 13.00 points better on these images "
+        ({}, {"end_to_end": 0.5}, sentences.FIRST_OF_RUN),
+        ({}, {"end_to_end": 0.73}, f"{sentences.FIRST_OF_RUN}; end_to_end is 13.00 points better on these images "
                                    "(--strategy end_to_end takes it)"),
         ({"strategy": "growing"}, {"end_to_end": 0.5}, "as --strategy says"),
         ({}, {}, "the only finished one of this seed"),
@@ -112,5 +113,5 @@ def test_a_name_of_two_classes_says_nothing_about_their_order():
     check_order(birds, birds, "weights")
     check_order(birds, ["bird", "swan", "ox", "crane"], "weights")
     for other in (["crane", "ox", "swan", "crane"], ["ox", "swan", "crane", "crane"]):
-        with pytest.raises(SettingsError, match=r"class '\w+' is number \d, in these images it is \d"):
+        with pytest.raises(SettingsError, match=r"class '\w+' " + sentences.other_class(r"\d", r"\d")):
             check_order(birds, other, "weights")

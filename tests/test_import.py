@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import sentences
 import timm
 import torch
 import yaml
@@ -240,17 +241,18 @@ def changed(checkpoint, key, tensor=None, where=("model", "copies", "stages")):
         (lambda c: changed(c, "cls_token", torch.ones(1, 1, 16), ["copies"]), r"stages.\* disagrees .* cls_token \(1, 1, 16\)"),
         (lambda c: changed(c, "head.bias", None, ["stages"]), "model_stages does not fit .* state dict: head.bias is missing"),
         (lambda c: changed(c, "pos_embed", torch.ones(1, 4, 16)), r"pos_embed \(1, 4, 16\) .* not those of a class token"),
-        (lambda c: network(3).state_dict() | {"dist_token": torch.ones(1, 1, 16)}, "dist_token is not in the model"),
+        (lambda c: network(3).state_dict() | {"dist_token": torch.ones(1, 1, 16)}, f"dist_token {sentences.NOT_IN_MODEL}"),
         (lambda c: {"model": 3}, "holds no state dict"),
         (lambda c: {"state_dict": {f"encoder.{k}": v for k, v in network(3).state_dict().items()}},
          "cls_token, .* is missing; it has encoder.cls_token, encoder.pos_embed, .* and [0-9]+ more"),
         (lambda c: {k.replace("mlp.fc2", "mlp.second"): v for k, v in network(3).state_dict().items()},
-         "blocks.0.mlp.fc2.weight is missing; blocks.0.mlp.second.weight is not in the model"),
-        (lambda c: changed(c, "norm.bias", torch.full((16,), torch.nan)), r"norm.bias has 16 of 16 numbers that are NaN"),
+         f"blocks.0.mlp.fc2.weight is missing; blocks.0.mlp.second.weight {sentences.NOT_IN_MODEL}"),
+        (lambda c: changed(c, "norm.bias", torch.full((16,), torch.nan)), sentences.not_finite("norm.bias", 16, 16)),
         (lambda c: changed(c, "norm.bias", torch.arange(16)), "norm.bias is of int64, strided"),
         (lambda c: changed(c, "norm.bias", torch.ones(16, dtype=torch.complex64)), "norm.bias is of complex64"),
         (lambda c: changed(c, "norm.bias", torch.ones(16).to_sparse()), "norm.bias is of float32, sparse_coo"),
-        (lambda c: changed(c, "norm.bias", torch.full((16,), 1e300, dtype=torch.float64)), "norm.bias has 16 of 16"),
+        (lambda c: changed(c, "norm.bias", torch.full((16,), 1e300, dtype=torch.float64)),
+         sentences.not_finite("norm.bias", 16, 16)),
         (lambda c: [1, 2], "holds a list, not a checkpoint"),
     ],
 )  # fmt: skip
@@ -281,7 +283,7 @@ def test_a_bit_that_flipped_is_found_wherever_it_is(tmp_path):
         place = offset + 30 + name + extra + size // 2  # in the middle of the tensor
         blob[place] ^= 1
         Path(file).write_bytes(blob)
-        with pytest.raises(SettingsError, match=r"is not a sound torch checkpoint: .* is not what its checksum says"):
+        with pytest.raises(SettingsError, match=f"{sentences.NOT_SOUND}: .* is not what its checksum says"):
             read_released([file], num_heads=2)
         blob[place] ^= 1
     Path(file).write_bytes(blob)
@@ -296,7 +298,7 @@ def test_what_cannot_be_imported_is_told(tmp_path, capsys, monkeypatch):
     (tmp_path / "taken" / "mine.txt").write_text("precious")
     for arguments, message in [
         ([tmp_path / "none.pth", tmp_path / "ours"], "cannot read"),
-        ([tmp_path / "text.pth", tmp_path / "ours"], "is not a sound torch checkpoint"),
+        ([tmp_path / "text.pth", tmp_path / "ours"], sentences.NOT_SOUND),
         ([tmp_path / "pipe", tmp_path / "ours"], "it is a folder or a device, not a file"),
         ([file, tmp_path / ("a" * 250)], "its name is too long"),
         ([file, tmp_path / "taken"], "taken is there already"),
@@ -305,7 +307,7 @@ def test_what_cannot_be_imported_is_told(tmp_path, capsys, monkeypatch):
         ([file, tmp_path / "ours", "--num-heads", "3"], "--num-heads 3 does not divide the width, 16"),
         ([file, tmp_path / "ours", "--num-heads", "2", "--model", "vit_tiny"], "timm has no 'vit_tiny'"),
         ([file, tmp_path / "ours", "--num-heads", "2", "--model", "resnet18"], "resnet18"),
-        ([file, tmp_path / "ours", "--model", "local-dir:/x"], "--model: name is 'local-dir:/x': a plain name of timm"),
+        ([file, tmp_path / "ours", "--model", "local-dir:/x"], f"--model: name is 'local-dir:/x': {sentences.NO_PLACE}"),
     ]:
         assert main(["import", *map(str, arguments)]) == 2
         assert message in (output := capsys.readouterr().err) and output.count("\n") == 1, output

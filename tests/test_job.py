@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import sentences
 import torch
 
 from incubate_lib.backends.slurm import job
@@ -55,7 +56,7 @@ def test_a_failure_is_tried_again_until_it_repeats_itself(phase, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert job.verdict(about, 1) == job.GIVEN_UP
     assert node.folder.status()["state"] == "failed"
-    assert node.folder.status()["error"] == "given up after 3 attempts or more without a step: OSError: device 4711 is away"
+    assert node.folder.status()["error"] == f"{sentences.GIVEN_UP}OSError: device 4711 is away"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_what_cannot_even_begin_counts_as_an_attempt(phase):
 
 def test_an_attempt_on_a_node_that_was_taken_for_dead_leaves_the_later_one_alone(phase, monkeypatch, capsys):
     node, about = phase
-    say(node, "error: Lost: another process took over\n")
+    say(node, f"error: Lost: {sentences.TAKEN_OVER}\n")
     attempts(node, "OSError: a", None, None)
     before = (node.folder.path / "attempts.json").read_bytes()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -126,7 +127,7 @@ def test_bad_luck_is_given_up_later_than_failures(luck, phase, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "9")
     monkeypatch.setattr(job.execution, "start", lambda *a, **k: pytest.fail("begun again"))
     assert job.attempt(about) == job.GIVEN_UP == job.verdict(about, job.GIVEN_UP)
-    assert f"given up after 3 attempts or more without a step: {luck}" == node.folder.status()["error"]
+    assert f"{sentences.GIVEN_UP}{luck}" == node.folder.status()["error"]
 
 
 def test_failures_that_alternate_do_not_go_on_for_ever(phase):

@@ -9,6 +9,7 @@ import socket
 import time
 
 import pytest
+import sentences
 from patience import wait_for
 
 from incubate_lib.config import load_settings
@@ -135,7 +136,7 @@ def test_another_host_is_judged_by_its_signs_of_life_on_the_file_servers_clock(t
     assert holder(tmp_path) is None
     mine = Lease.take(tmp_path)
     mine.check()
-    with pytest.raises(Lost, match="another process took over"):
+    with pytest.raises(Lost, match=sentences.TAKEN_OVER):
         theirs.check()
 
 

@@ -1,18 +1,14 @@
 """Looking into finished runs: similarity, disagreements, what hybrids cost, the browser of runs; what is damaged is told."""
 
-import json
-import shutil
-from dataclasses import replace
-
+import damaged_runs
 import ipywidgets
 import numpy as np
 import pandas as pd
 import pytest
+import sentences
 from layouts import write_folder
 
 from incubate_lib.config import SettingsError, data_folder, load_settings
-from incubate_lib.phases.job import Job
-from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.recorded import recorded_plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live import browser, representations, runs
@@ -22,11 +18,9 @@ from incubate_lib.report.style import Figure
 from incubate_lib.report.tables.phases import settings_difference
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.widgets import Sentence
-from incubate_lib.training.files import read_json, write_json
 
 pytestmark = pytest.mark.xdist_group("look")  # one process, so that the run of the fixture is made once
 STRATEGIES = ["end_to_end", "deep_incubation", "deep_incubation_identity"]
-OF_PHASES = ["half-summary", "no-accuracy", "begun"]  # runs of which phases are damaged, or gone
 CHANGES = [  # identity modules that take no step, and a rate of their own, for the table of differences
     "strategies.deep_incubation_identity.phases.incubate.epochs=0",
     "strategies.deep_incubation_identity.phases.incubate.warmup_epochs=0",
@@ -87,7 +81,7 @@ def test_only_finished_strategies_with_a_meta_model_are_looked_at(done):
             look(done, "end_to_end")
         with pytest.raises(SettingsError, match="is not part of what was asked for"):
             look(done, "growing")
-        with pytest.raises(SettingsError, match="is not finished: seed 0 meta, seed 0 module 1 of 3"):
+        with pytest.raises(SettingsError, match=sentences.not_finished("seed 0 meta, seed 0 module 1 of 3")):
             look(other, "deep_incubation")
     with pytest.raises(SettingsError, match="images is 3"):
         similarity(done, "deep_incubation", images=3)
@@ -105,7 +99,7 @@ def test_what_has_lost_its_weights_is_not_looked_at(done):
 
     final = done.finals["deep_incubation", 0]
     for look in (similarity, disagreements):
-        with pytest.raises(SettingsError, match=r"is not finished: seed 0 module 2 of 3, .* goes on"):
+        with pytest.raises(SettingsError, match=sentences.not_finished("seed 0 module 2 of 3, .* goes on")):
             lost(lambda look=look: look(done, "deep_incubation"), final.upstream("incubate")[1])
     table = lost(lambda: similarity(done, "deep_incubation", images=8), done.finals["end_to_end", 0])
     assert set(table["network"]) == {"start", "hybrid", "assembled", "finetuned"}
@@ -240,78 +234,21 @@ def test_curves_end_where_the_costs_do(recorded, x):
         browser.curves_figure(browser.some_of(results, STRATEGIES, [7]), x)
 
 
+DAMAGED = {  # runs of damaged_runs.py, and what is told of them
+    "nothing": "it is empty", "foreign": "it has no run.json", "before": "`incubate migrate` takes over runs of before",
+    "half": sentences.DAMAGED, "a-list": sentences.DAMAGED, "no-facts": sentences.DAMAGED,
+    "no-hash": sentences.DAMAGED, "no-inputs": "no 'inputs'", "other-phase": "phase is missing",
+    "other-settings": "other settings than today's", "no-accuracy": "score is missing",
+    "begun": "is finished yet", "missing": "there is no run missing",
+}  # fmt: skip
+
+
 @pytest.fixture
 def damaged(done, tmp_path, monkeypatch):
     """A data folder with a sound run and everything that can be wrong with others: name → what is told."""
-    data, sound = tmp_path / "data", done.experiment.path
-    runs = data / "runs"
-    (runs / "nothing").mkdir(parents=True)
-    (runs / "a file").write_text("not a run")
-    (runs / "foreign").mkdir()
-    (runs / "foreign" / "notes.txt").write_text("not a run either")
-    (runs / "before").mkdir()
-    (runs / "before" / "experiment.json").write_text("{}")
-    shutil.copytree(data_folder() / "phases", data / "phases")
-    records = ["sound", "half", "a-list", "no-facts", "no-hash", "no-inputs", "other-phase", "other-settings"]
-    for name in records:
-        shutil.copytree(sound, runs / name, symlinks=True)
-    monkeypatch.setenv("INCUBATE_DATA", str(data))
-    # their phases are damaged, and therefore those of no other run
-    phases = {name: with_other_seed(done, name, seed) for seed, name in enumerate(OF_PHASES, 1)}
-
-    def rewrite(files, change):
-        for file in files:
-            file.write_text(change(file.read_text()))
-
-    def index(name, change):
-        rewrite([runs / name / "run.json"], change)
-
-    def without(field):
-        return lambda text: json.dumps({key: value for key, value in json.loads(text).items() if key != field})
-
-    def each_phase(name, change):
-        record = json.loads((runs / name / "run.json").read_text())
-        phases = {key: json.loads(change(json.dumps(about))) for key, about in record["phases"].items()}
-        write_json(runs / name / "run.json", record | {"phases": phases})
-
-    index("half", lambda text: text[:200])
-    index("a-list", lambda text: "[1, 2]")
-    index("no-facts", without("facts"))
-    index("no-hash", without("hash"))
-    each_phase("no-inputs", without("inputs"))
-    each_phase("other-phase", lambda text: text.replace('"phase"', '"stage"'))
-    index("other-settings", lambda text: text.replace('"num_modules"', '"modules"'))
-    rewrite([phases["half-summary"]["end_to_end"].path / "summary.json"], lambda text: text[:100])
-    rewrite([folder.path / "summary.json" for folder in phases["no-accuracy"].values()], without("score"))
-    for folder in phases["begun"].values():
-        shutil.rmtree(folder.path)
-    return {
-        "nothing": "it is empty", "foreign": "it has no run.json", "before": "`incubate migrate` takes over runs of before",
-        "half": "its run.json is damaged", "a-list": "its run.json is damaged", "no-facts": "its run.json is damaged",
-        "no-hash": "its run.json is damaged", "no-inputs": "no 'inputs'", "other-phase": "phase is missing",
-        "other-settings": "other settings than today's", "no-accuracy": "score is missing",
-        "begun": "is finished yet", "missing": "there is no run missing",
-    }  # fmt: skip
-
-
-def with_other_seed(made, name, seed):
-    """Write a run whose phases, with a seed of their own, are those of another run; return their folders."""
-    digests, nodes = {}, {}
-    for node in made.nodes:
-        inputs = {which: digests[digest] for which, digest in node.settings.inputs.items()}
-        settings = node.settings.model_copy(update={"seed": seed, "inputs": inputs})
-        job = Job(**{name: getattr(node.job, name) for name in Job.model_fields} | {"settings": settings})
-        digests[node.digest] = job.digest
-        shutil.copytree(data_folder() / "phases" / node.digest, job.folder.path)
-        for file in ("summary.json", "status.json"):
-            write_json(job.folder.path / file, read_json(job.folder.path / file) | {"hash": job.digest})
-        key = node.key.replace("seed-0", f"seed-{seed}")
-        before = {which: nodes[other.key] for which, other in node.inputs.items()}
-        nodes[node.key] = replace(node, key=key, job=job, inputs=before)
-    experiment = replace(made.experiment, path=data_folder() / "runs" / name)
-    finals = {(strategy, seed): nodes[node.key] for (strategy, _), node in made.finals.items()}
-    Plan(experiment, list(nodes.values()), finals).write()
-    return {key.removeprefix("seed-0/"): node.folder for key, node in nodes.items()}
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "data"))
+    damaged_runs.write(done)
+    return DAMAGED
 
 
 def test_what_is_damaged_becomes_a_sentence(damaged):

@@ -1,6 +1,7 @@
 """The modular neural tangent kernel: the definition, the sum rule, what it tells, what it costs."""
 
 import pytest
+import sentences
 import timm
 import torch
 from networks import KERNELS, made_of, with_kernels
@@ -212,13 +213,13 @@ def test_layers_that_do_something_to_their_weights_have_kernels_of_their_own_wei
 
 def test_what_has_no_known_kernel_is_told():
     model, images = with_kernels("vit")
-    with pytest.raises(ValueError, match="parameter cls_token belongs to no layer of its own"):
+    with pytest.raises(ValueError, match=f"parameter cls_token {sentences.NO_LAYER}"):
         modular_kernels(model, [Unit("stem", {"cls_token": None})], images)
     shared = nn.Sequential(layer := nn.Linear(4, 4), nn.ReLU(), layer)
     with pytest.raises(ValueError, match="layer 0 is used more than once"):
         modular_kernels(shared, [Unit("a", {"0.weight": None})], torch.randn(2, 4))
     folded = nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4), nn.Unflatten(0, (-1, 3)), nn.Flatten())
-    with pytest.raises(ValueError, match="layer 1 sees 6 inputs for 2 images"):
+    with pytest.raises(ValueError, match=f"layer 1 {sentences.sees(6)}"):
         modular_kernels(folded, [Unit("a", {"1.weight": None})], torch.randn(2, 3, 4))
-    with pytest.raises(ValueError, match="belongs to two units; one of them is b"):
+    with pytest.raises(ValueError, match=sentences.two_units("b")):
         modular_kernels(shared, [Unit("a", {"0.weight": None}), Unit("b", {"0.weight": None})], torch.randn(2, 4))

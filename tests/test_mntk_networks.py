@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import sentences
 import timm
 import torch
 import torch.nn.functional as F
@@ -117,18 +118,18 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("odd", "output"),
     [
-        ("weight shared by two layers", r"parameter first\.weight is second\.weight as well"),
-        ("memory shared by two layers", r"parameter first\.weight is second\.weight as well"),
-        ("weight used outside its layer", r"parameter first\.weight is used outside its own layer's call"),
-        ("layer that is not called", r"parameter second\.weight is used outside its own layer's call"),
-        ("multi-head attention", r"parameter first\.out_proj\.weight is used outside its own layer's call"),
-        ("old weight_norm", r"parameter first\.weight_[gv] is used outside its own layer's call"),
-        ("old spectral_norm", r"parameter first\.weight_orig is used outside its own layer's call"),
-        ("parametrised weight", r"parameter first\.(bias|parametrizations\..*) belongs to no layer of its own"),
+        ("weight shared by two layers", sentences.TWO_LAYERS),
+        ("memory shared by two layers", sentences.TWO_LAYERS),
+        ("weight used outside its layer", rf"parameter first\.weight {sentences.USED_ELSEWHERE}"),
+        ("layer that is not called", rf"parameter second\.weight {sentences.USED_ELSEWHERE}"),
+        ("multi-head attention", rf"parameter first\.out_proj\.weight {sentences.USED_ELSEWHERE}"),
+        ("old weight_norm", rf"parameter first\.weight_[gv] {sentences.USED_ELSEWHERE}"),
+        ("old spectral_norm", rf"parameter first\.weight_orig {sentences.USED_ELSEWHERE}"),
+        ("parametrised weight", rf"parameter first\.(bias|parametrizations\..*) {sentences.NO_LAYER}"),
         ("batch norm without statistics", "batch norm norm has no running statistics"),
         ("batch norm left in train mode", "batch norm norm stays in train mode"),
-        ("sequence first", "layer first (sees 5 inputs for 2 images|.*depend on each other)"),
-        ("batch in reverse", "at layer second samples depend on each other"),
+        ("sequence first", f"layer first ({sentences.sees(5)}|.*{sentences.SAMPLES_DEPEND})"),
+        ("batch in reverse", f"at layer second samples {sentences.SAMPLES_DEPEND}"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -211,7 +212,7 @@ def test_heads_are_found_where_their_rows_are_theirs(name, known, device):
     if known:
         assert len(find_units(model, "heads")) == 3
     else:
-        with pytest.raises(ValueError, match=r"0 \(Attention\w*\): its rows are laid out in another way"):
+        with pytest.raises(ValueError, match=rf"0 \(Attention\w*\): {sentences.OTHER_ROWS}"):
             find_units(model, "heads")
     assert count_units(model)["heads"] == 3
     assert all(parameter.device.type == device for parameter in model.parameters())
@@ -220,7 +221,7 @@ def test_heads_are_found_where_their_rows_are_theirs(name, known, device):
 def test_heads_that_cannot_be_proven_are_refused():
     with torch.device("meta"):
         model = timm.create_model("coat_tiny")
-    with pytest.raises(ValueError, match=r"factoratt_crpe \(Factor\w+\): which rows belong to what is not known"):
+    with pytest.raises(ValueError, match=rf"factoratt_crpe \(Factor\w+\): {sentences.UNKNOWN_ROWS}"):
         find_units(model, "heads")
 
 
@@ -231,7 +232,7 @@ class Shuffled(nn.Conv2d):
 
 def test_filters_of_unusual_convolutions_are_proven_as_well():
     assert len(find_units(nn.Sequential(StdConv2d(2, 5, 3), nn.Conv2d(5, 4, 1, groups=1)), "filters")) == 9
-    with pytest.raises(ValueError, match=r"0 \(Shuffled\): its rows are laid out in another way"):
+    with pytest.raises(ValueError, match=rf"0 \(Shuffled\): {sentences.OTHER_ROWS}"):
         find_units(nn.Sequential(Shuffled(2, 5, 3)), "filters")
     with pytest.raises(ValueError, match=r"0 \(Conv2d\)"):
         find_units(nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(2, 5, 3))), "filters")

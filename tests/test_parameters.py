@@ -1,8 +1,11 @@
 """Parameters of notebooks: refused in a line, by the command and by plain papermill, before anything is trained."""
 
+import re
+
 import nbformat
 import papermill
 import pytest
+import sentences
 from project import ROOT
 
 from incubate_lib.config import SettingsError
@@ -12,23 +15,23 @@ from incubate_lib.pipeline import notebook
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("02_incubate_module", {"module": 1}, "no parameter 'module'; did you mean module_index"),
-        ("02_incubate_module", {"module_index": "1"}, "module_index is '1'; it must be int"),
-        ("02_incubate_module", {"module_index": True}, "module_index is True; it must be int"),
-        ("02_incubate_module", {"preset": "smoke", "module_index": 3}, r"module_index is 3; it must be one of \[0, 1, 2\]"),
-        ("01_meta_model", {"overrides": [1]}, r"overrides is \[1\]; it must be list\[str\]"),
+        ("02_incubate_module", {"module": 1}, f"no parameter 'module'; {sentences.did_you_mean('module_index')}"),
+        ("02_incubate_module", {"module_index": "1"}, sentences.must_be("module_index", "1", "int")),
+        ("02_incubate_module", {"module_index": True}, sentences.must_be("module_index", True, "int")),
+        ("02_incubate_module", {"preset": "smoke", "module_index": 3}, sentences.must_be("module_index", 3, "one of [0, 1, 2]")),
+        ("01_meta_model", {"overrides": [1]}, sentences.must_be("overrides", [1], "list[str]")),
         ("01_meta_model", {"preset": "smoke", "strategy": "end_to_end"}, "strategy 'end_to_end' has no phase 'meta'"),
-        ("04_finetune", {"preset": "smoke", "seed": -1}, "seed -1 is negative"),
-        ("06_analysis", {"seeds": ["0"]}, r"it must be list\[int\]"),
+        ("04_finetune", {"preset": "smoke", "seed": -1}, sentences.NEGATIVE_SEED),
+        ("06_analysis", {"seeds": ["0"]}, sentences.must_be("seeds", ["0"], "list[int]")),
         ("07_nothing", {}, "no notebook"),
-        ("01_meta_model", {"phase": "phases/0123/phase.json"}, r"phases/0123/phase\.json is not there"),
-        ("01_meta_model", {"phase": "phases/0123/phase.json", "preset": "smoke"}, "which says all; leave preset, overrides"),
-        ("04_finetune", {"phase": "phases/0123/phase.json", "seed": 1}, "which says all; leave preset, overrides"),
-        ("05_end_to_end", {"phase": "phases/0123/phase.json", "strategy": "mat"}, "which says all; leave preset, overrides"),
+        ("01_meta_model", {"phase": "phases/0123/phase.json"}, sentences.not_there("phases/0123/phase.json")),
+        ("01_meta_model", {"phase": "phases/0123/phase.json", "preset": "smoke"}, sentences.PHASE_SAYS_ALL),
+        ("04_finetune", {"phase": "phases/0123/phase.json", "seed": 1}, sentences.PHASE_SAYS_ALL),
+        ("05_end_to_end", {"phase": "phases/0123/phase.json", "strategy": "mat"}, sentences.PHASE_SAYS_ALL),
     ],
 )
 def test_parameters_are_checked_before_a_kernel_starts(name, parameters, message, data_folder):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(SettingsError, match=re.escape(message)):
         notebook.check_parameters(name, parameters)
     assert not data_folder.exists()
 
@@ -36,8 +39,8 @@ def test_parameters_are_checked_before_a_kernel_starts(name, parameters, message
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"modul_index": 1}, "this notebook has no parameter 'modul_index'; did you mean module_index"),
-        ({"seed": "one"}, "this notebook: parameter seed is 'one'; it must be int"),
+        ({"modul_index": 1}, f"this notebook has no parameter 'modul_index'; {sentences.did_you_mean('module_index')}"),
+        ({"seed": "one"}, sentences.must_be("this notebook: parameter seed", "one", "int")),
         ({"strategy": "deep"}, "unknown strategy 'deep'"),
     ],
 )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import sentences
 import timm
 import torch
 from layouts import settings_file, write_folder, write_shards
@@ -30,6 +31,7 @@ from incubate_lib.training.memory import memory_by_part
 from incubate_lib.training.stopwatch import LiveBytes
 
 PAGE = Path(__file__).parents[1] / "incubate_lib" / "report" / "README.md"
+IMAGENET = sentences.assumed(sentences.images_to_train_on(1_281_167, 1000))
 # FLOPs of 100+100, 50+50 and 25+25 epochs with a meta model of 300, over those of 300 epochs end to end, as known
 RELATIVE = {"vit-b": [1.17, 0.75, 0.55], "vit-l": [0.92, 0.54, 0.36], "vit-h": [0.86, 0.49, 0.31]}
 
@@ -82,15 +84,15 @@ def test_a_folder_of_ones_own_is_counted_and_the_first_line_says_so(source, tmp_
         assert main(["plan", str(file), *more]) == 0
         return capsys.readouterr().out.splitlines()[0]
 
-    assert first_line().startswith("24 images to train on in 3 classes, counted in ")
+    assert first_line().startswith(f"{sentences.images_to_train_on(24, 3)}, counted in ")
     assert open_plan(str(file)).experiment.facts.num_images == plan(load_settings(str(file))).experiment.facts.num_images == 24
-    assert first_line("--images", "50").startswith("50 images to train on in 3 classes (images as given), counted in ")
-    assert first_line("--images", "50", "--classes", "7") == "50 images to train on in 7 classes, as given."
+    assert first_line("--images", "50").startswith(f"{sentences.images_to_train_on(50, 3)} (images as given), counted in ")
+    assert first_line("--images", "50", "--classes", "7") == f"{sentences.images_to_train_on(50, 7)}, as given."
     if source != "hfds":
         folder.rename(tmp_path / "moved")
-        output = "ASSUMED: 1,281,167 images to train on in 1,000 classes, those of ImageNet-1K, because data.folder"
-        assert first_line() == f"{output} {folder} is not there; --images and --classes say others."
-        assert first_line("--images", "50", "--classes", "7") == "50 images to train on in 7 classes, as given."
+        why = sentences.not_there(f"data.folder {folder}")
+        assert first_line() == f"{IMAGENET}{why}; --images and --classes say others."
+        assert first_line("--images", "50", "--classes", "7") == f"{sentences.images_to_train_on(50, 7)}, as given."
 
 
 def test_a_data_set_that_is_not_in_the_cache_is_assumed(tmp_path, monkeypatch, capsys):
@@ -98,14 +100,14 @@ def test_a_data_set_that_is_not_in_the_cache_is_assumed(tmp_path, monkeypatch, c
     (file := tmp_path / "mine.yaml").write_text(settings_file("x").replace("folder, folder: 'x'", "hfds//no/such"))
     assert main(["plan", str(file)]) == 0
     output = capsys.readouterr().out.splitlines()[0]
-    assert output.startswith("ASSUMED: 1,281,167 images") and "Hugging Face datasets cannot read it" in output
+    assert output.startswith(IMAGENET) and sentences.DATASETS_CANNOT in output
 
 
 def test_a_folder_that_is_there_and_wrong_is_told(tmp_path, capsys):
     write_folder(tmp_path / "set").joinpath("train").rename(tmp_path / "set" / "training")
     (file := tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
     assert main(["plan", str(file)]) == 2
-    assert "has no subfolder 'train' but training, val" in capsys.readouterr().err
+    assert sentences.no_train_folder("training, val") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def parts(shown) -> tuple:
 def test_sliders_say_what_is_assumed(tmp_path, monkeypatch):
     write_folder(tmp_path / "set")
     (file := tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
-    assert "24 images to train on in 3 classes, counted in" in parts(sliders(str(file)))[1].value
+    assert f"{sentences.images_to_train_on(24, 3)}, counted in " in parts(sliders(str(file)))[1].value
     (tmp_path / "set").rename(tmp_path / "moved")
     controls, table, _ = parts(sliders(str(file)))
     assert "ASSUMED: 1,281,167 images" in table.value
@@ -221,15 +223,15 @@ def test_alike_blocks_are_counted_once_and_the_sum_is_exact():
 @pytest.mark.parametrize(
     "arguments, output",
     [
-        (["nonsense"], "'nonsense' is no preset, no .yaml file and no timm model"),
-        (["smoke", "--machines", "0"], "machines is 0; it must be at least 1"),
+        (["nonsense"], f"'nonsense' {sentences.NO_PRESET}"),
+        (["smoke", "--machines", "0"], sentences.must_be("machines", 0, "at least 1")),
         (["smoke", "--share", "1.5"], "share of the peak is 1.5"),
-        (["smoke", "--device", "H10"], "did you mean H100"),
-        (["smoke", "--against", "digit"], "no published run 'digit'; did you mean digits"),
+        (["smoke", "--device", "H10"], sentences.did_you_mean("H100")),
+        (["smoke", "--against", "digit"], f"no published run 'digit'; {sentences.did_you_mean('digits')}"),
         (["smoke", "--bench", "nothing"], "no measured speed 'nothing'"),
         (["smoke", "--bench", "x", "--share", "0.5"], "give one of them"),
         (["smoke", "--images", "0"], "images is 0"),
-        (["imagenet-vit-b", "--classes", "1"], "classes is 1; it must be at least 2"),
+        (["imagenet-vit-b", "--classes", "1"], sentences.must_be("classes", 1, "at least 2")),
     ],
 )
 def test_bad_input_is_a_sentence(arguments, output, capsys):
@@ -249,7 +251,7 @@ def test_the_command_says_what_the_tables_say(capsys, tmp_path):
 def test_tables_fit_the_terminal_and_use_a_wider_one(columns, lines, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["plan", "digits", "--machines", "3"]) == 0
-    tables, matched, _ = capsys.readouterr().out.partition("end_to_end is matched to the cost of deep_incubation")
+    tables, matched, _ = capsys.readouterr().out.partition(sentences.is_matched("end_to_end", "deep_incubation"))
     assert matched and "…" not in tables and max(map(len, tables.splitlines())) <= columns
     row = tables.partition("\nend to end ")[0].splitlines()[-1] + tables.partition("\nend to end ")[2].partition("\n")[0]
     assert ("2.127 (1.00×)" in row) == (lines == 1) and "(1.00×)" in row, "a ratio goes on in a second line where it is narrow"

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import sentences
 from project import ROOT
 from scipy.stats import t, ttest_1samp
 
@@ -53,13 +54,13 @@ def results(accuracies: dict[str, list[float]], flops: dict[str, float]) -> Resu
 def test_the_verdict_follows_the_numbers():
     flops = {"end_to_end": 1e12, "deep_incubation": 2e12}
     better = results({"end_to_end": [0.5, 0.52, 0.51], "deep_incubation": [0.6, 0.61, 0.62]}, flops).verdict()
-    assert "10.0 points better than end to end (clear at 95 %, 3 of 3 seeds better), for 2.00 times" in better
+    assert f"{sentences.clearly_better('10.0 points', 3)}, for 2.00 times" in better
     worse = results({"end_to_end": [0.6, 0.61, 0.62], "deep_incubation": [0.5, 0.52, 0.51]}, flops).verdict()
-    assert "10.0 points worse" in worse and "0 of 3 seeds better" in worse
+    assert "10.0 points worse" in worse and sentences.seeds_better(0, 3) in worse
     noise = results({"end_to_end": [0.5, 0.6, 0.55], "deep_incubation": [0.6, 0.5, 0.56]}, flops).verdict()
     assert "inside the noise" in noise
     equal = results({"end_to_end": [0.5, 0.6], "deep_incubation": [0.5, 0.6]}, flops).verdict()
-    assert "0.0 points better or worse than end to end (inside the noise" in equal
+    assert f"0.0 points better or worse {sentences.THAN_END_TO_END} (inside the noise" in equal
     single = results({"end_to_end": [0.5], "deep_incubation": [0.6]}, flops).verdict()
     assert "one seed only" in single
     assert "Nothing to compare" in results({"end_to_end": [0.5]}, flops).verdict()
@@ -121,22 +122,22 @@ def test_the_verdict_is_corrected_for_what_it_compares():
     assert "(clear at 95 %" in results(made, dict.fromkeys(made, 1e12)).verdict()
     made |= dict(zip(("growing", "stacking", "imitation"), noise, strict=True))
     output = results(made, dict.fromkeys(made, 1e12)).verdict()
-    assert "(clear" not in output and output.count("inside the noise") == 4 and "Corrected for 4 comparisons (Holm)." in output
+    assert "(clear" not in output and output.count("inside the noise") == 4 and sentences.corrected(4) in output
 
 
 def test_the_verdict_tells_when_the_small_network_is_enough():
     made = results({"end_to_end": [0.5, 0.5], "deep_incubation": [0.7, 0.7]}, {"end_to_end": 1e12, "deep_incubation": 1e12})
-    for accuracy, words in [(0.6, "not better on average: end to end."), (0.4, "every strategy is better on average")]:
+    for accuracy, words in [(0.6, f"{sentences.NOT_BETTER}end to end."), (0.4, "every strategy is better on average")]:
         meta = pd.DataFrame([{"phase": "meta", "seed": s, "score": accuracy, "flops": 2e11} for s in (0, 1)])
         output = Results("t", made.strategies, meta, made.curves).verdict()
-        assert f"meta model alone has {100 * accuracy:.1f} % for 0.20 times" in output and words in output
+        assert f"{sentences.META_ALONE}{100 * accuracy:.1f} % for 0.20 times" in output and words in output
 
 
 def test_comparison_gives_mean_spread_and_ratios():
     table = comparison(
         results({"end_to_end": [0.5, 0.6], "deep_incubation": [0.7, 0.8]}, {"end_to_end": 1e12, "deep_incubation": 3e12})
     )
-    row = table["Deep Incubation, random start (paper)"]
+    row = table[sentences.DEEP_INCUBATION]
     assert row["top-1 %"] == "75.0 ± 7.1" and row["TFLOP"] == "3.00 (3.00×)" and row["critical path TFLOP"] == "1.50 (3.00×)"
     assert table.loc["seeds"].tolist() == [2, 2]
 
@@ -186,16 +187,14 @@ def test_seconds_of_several_devices_are_told_as_such(data_folder, tmp_path):
     table = comparison(mixed)
     seconds = table.index[table.index.str.endswith(" s")]
     assert len(seconds) == 2 and table.loc[seconds].map(lambda cell: "†" in cell).to_numpy().tolist() == [[False, True]] * 2
-    sentence = f"Seconds of 2 devices: {here}, {threads} thread(s); Another GPU, 7 thread(s)."
+    ours, other = sentences.place(here, threads), sentences.place("Another GPU", 7)
+    sentence = sentences.seconds_of(ours, other)
     assert sentence in mixed.verdict() and "2 devices (" in hardware(mixed)
     page = write_report(mixed, tmp_path / "report.html", todo).read_text()
     assert sentence in page and "<td>Another GPU</td>" in page
     speed = speed_of(one)
-    output = against_in_words(against_measured(mixed, replace(speed, device=f"{here}, {threads} thread(s)")))
-    assert (
-        f"† marks seconds of other devices than the speed's: Another GPU, 7 thread(s) / Another GPU, 7 thread(s); {here}"
-        in output
-    )
+    output = against_in_words(against_measured(mixed, replace(speed, device=ours)))
+    assert f"† marks seconds of other devices than the speed's: {other} / {other}; {here}" in output
     assert "2 devices are mixed" in speed_of(mixed).source
 
 

@@ -6,6 +6,7 @@ import math
 import pandas as pd
 import pytest
 import renamed
+import sentences
 from rich.console import Console
 
 from incubate_lib import tasks
@@ -56,11 +57,11 @@ def test_less_is_better_in_words_and_tables():
     made = results({"end_to_end": [3.5, 3.52, 3.51], "growing": [2.5, 2.51, 2.52]})
     told, shown = made.verdict(), comparison(made)
     assert made.metric is PERPLEXITY
-    assert "perplexity 1.00 better than end to end (clear at 95 %, 3 of 3 seeds better)" in told
-    assert "The meta model alone has 3.00 for 0.10 times" in told and "not better on average: end to end." in told
+    assert sentences.clearly_better("perplexity 1.00", 3) in told
+    assert f"{sentences.META_ALONE}3.00 for 0.10 times" in told and f"{sentences.NOT_BETTER}end to end." in told
     assert shown.loc["perplexity"].tolist() == ["3.51 ± 0.01", "2.51 ± 0.01"] and "meta model" in shown.index
     worse = results({"end_to_end": [2.5, 2.52, 2.51], "growing": [3.5, 3.51, 3.52]}).verdict()
-    assert "perplexity 1.00 worse" in worse and "0 of 3 seeds better" in worse
+    assert "perplexity 1.00 worse" in worse and sentences.seeds_better(0, 3) in worse
 
 
 def test_a_study_reaches_what_is_at_most_as_much():
@@ -74,7 +75,7 @@ def test_a_study_reaches_what_is_at_most_as_much():
     assert found[["strategy", "budget", "score", "best"]].values.tolist() == [["growing", "1/4", 2.9, 3.0]]
     assert gains(made)["gain"].tolist() == pytest.approx([1.1, -0.2])
     assert "reaches end to end's best (3.00) on average, with 2.90, for 0.50 of its FLOPs" in told
-    assert "largest gain of 2 comparisons at equal FLOPs, in perplexity" in told and "at budget 1/4, +1.10" in told
+    assert sentences.largest("gain", 2, "perplexity") in told and "at budget 1/4, +1.10" in told
 
 
 def test_the_best_stands_on_top_and_axes_say_what_they_show():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import sentences
 import torch
 import yaml
 from torch import nn
@@ -134,7 +135,7 @@ def test_a_task_whose_batch_is_no_pair_and_whose_output_is_a_row_a_token_goes_al
         assert node.summary()["loss"] < node.folder.metrics()[0]["loss"], node.title
     assert final.summary()["score"] > 0.7  # whoever says of each bit what it mostly is has 0.63
     table = comparison(results := from_plan(made))
-    assert table.shape[1] == 3 and "bits right %" in table.index and " than end to end (" in results.verdict()
+    assert table.shape[1] == 3 and "bits right %" in table.index and f" {sentences.THAN_END_TO_END} (" in results.verdict()
     assert similarity(made, "deep_incubation", images=32)["cka"].between(-0.5, 1 + 1e-6).all()
     found = disagreements(made, "deep_incubation")
     assert found.counts().sum(axis=1).eq(300).all() and 0 < found.mistakes["meta"].isna().sum() < 300
@@ -181,10 +182,10 @@ def test_a_network_that_timm_lacks_is_cut_by_names_and_incubated(write, toys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "digit_vale"}, "unknown task 'digit_vale'; did you mean digit_value"),
-        ({"strategies": {"mine": {"kind": "end_to_end", "phase": "two_loses"}}}, "did you mean two_losses"),
-        ({"strategies": {"mine": {"kind": "end_to_and"}}}, "did you mean end_to_end"),
-        ({"model": NETWORK, "partition": {"cuts": ["blocks.2.conv1"]}}, "cannot be cut behind 'blocks.2.conv1'; cuts with"),
+        ({"task": "digit_vale"}, sentences.unknown("task", "digit_vale", "digit_value")),
+        ({"strategies": {"mine": {"kind": "end_to_end", "phase": "two_loses"}}}, sentences.did_you_mean("two_losses")),
+        ({"strategies": {"mine": {"kind": "end_to_and"}}}, sentences.did_you_mean("end_to_end")),
+        ({"model": NETWORK, "partition": {"cuts": ["blocks.2.conv1"]}}, f"{sentences.no_cut('blocks.2.conv1')}; cuts with"),
         ({"model": NETWORK, "partition": {"cuts": ["blocks.5", "blocks.2"]}}, "are not in the network's order"),
         ({"model": NETWORK, "partition": {"cuts": ["blocks.2"], "num_modules": 3}}, "they must be equal"),
         ({"partition": {"cuts": ["blocks.0", "blocks.0.mlp"]}}, "partition.cuts"),

@@ -6,6 +6,7 @@ import re
 import time
 
 import pytest
+import sentences
 import slurm_cluster
 import yaml
 from slurm_site import Site, TrainedHere, weights
@@ -56,13 +57,13 @@ def test_the_chain_ends_with_everything(site, hardships):
     assert all((run / key / "notebook.ipynb").exists() for key in site.phases("smoke")) and len(site.phases("smoke")) == 7
     assert (run / "06_analysis.ipynb").exists() and (run / "report.html").exists()
     result = site.incubate("run", "smoke", *BOTH, "--backend", "slurm")
-    assert "0 job(s) submitted" in result.stdout and "than end to end" in result.stdout
+    assert sentences.submitted(0) in result.stdout and sentences.THAN_END_TO_END in result.stdout
 
 
 def test_every_phase_is_submitted_once(chain):
     output, again = chain
-    assert "0 of 7 phases are done already, 0 are in Slurm's queue, 8 job(s) submitted" in output
-    assert "7 are in Slurm's queue, 0 job(s) submitted" in again
+    assert f"{sentences.done_already(0, 7)}, {sentences.queued(0, 8)}" in output
+    assert sentences.queued(7, 0) in again
 
 
 def test_modules_ran_on_different_nodes_at_once(site, hardships):
@@ -76,7 +77,7 @@ def test_the_log_of_a_phase_is_shown(site, hardships):
     result = site.incubate("logs", "smoke", "incubate-1")
     assert result.returncode == 0 and "-- job " in result.stdout and "seed 0 module 2 of 3" in result.stdout
     assert "is 3 phases" in site.incubate("logs", "smoke", "incubate").stderr
-    assert "did you mean" in site.incubate("logs", "smoke", "seed-0/mta").stderr
+    assert sentences.did_you_mean("") in site.incubate("logs", "smoke", "seed-0/mta").stderr
     assert "Analysis" in site.incubate("logs", "smoke", "analysis").stdout
 
 
@@ -120,14 +121,7 @@ def hardships(site, others):
     attempts = lambda seed: site.attempts(run, KEYS[seed])  # noqa: E731
 
     def wait_for_attempt(number: int, *seeds: int) -> None:
-        """Wait until these seeds train in their attempt of that number, counted from one."""
-
-        def trains(seed: int) -> bool:
-            status = site.phases(run)[KEYS[seed]].status()
-            begun = len(attempts(seed)) >= number and status["state"] == "running"
-            return begun and status.get("progress", {}).get("step", 0) > attempts(seed)[number - 1]["from_step"]
-
-        cluster.wait_for(lambda: all(trains(seed) for seed in seeds), f"attempt {number} of seeds {seeds} to train")
+        site.wait_for_attempt(number, run, *(KEYS[seed] for seed in seeds))
 
     wait_for_attempt(1, 0, 1, 2)
     cluster.wait_for(lambda: site.phases(run)[KEYS[2]].status().get("saved_step"), "the first checkpoint of seed 2")
@@ -197,11 +191,11 @@ def test_a_phase_goes_on_on_another_node_when_its_own_is_lost(site, hardships):
 
 
 def test_stop_saves_and_run_submits_what_is_missing(site, hardships):
-    assert "those that run save a checkpoint first" in hardships["stopped"]
+    assert f"those that run {sentences.SAVE_FIRST}" in hardships["stopped"]
     assert [status["state"] for status in hardships["halfway"]] == ["stopped", "stopped", "done"]
     assert all(0 < status["saved_step"] < 120 for status in hardships["halfway"][:2])
     assert site.attempts(hardships["run"], KEYS[0])[1]["ended"] == "stopped"
-    assert "1 of 3 phases are done already, 0 are in Slurm's queue, 3 job(s) submitted" in hardships["more"]
+    assert f"{sentences.done_already(1, 3)}, {sentences.queued(0, 3)}" in hardships["more"]
 
 
 def test_status_says_where_phases_run(hardships):
@@ -212,8 +206,8 @@ def test_status_says_where_phases_run(hardships):
 def test_the_widget_shows_jobs_of_the_cluster(hardships):
     """Before anything happens to them, and after its button was pressed, whose message is tested above."""
     headline, table, headline_after, table_after = hardships["watched"]
-    assert "0 of 3 phases done, 3 running" in headline and len(re.findall(r"\d+ running on n\d", table)) == 3
-    assert "1 of 3 phases done, 2 stopped" in headline_after and " running on " not in table_after
+    assert f"{sentences.phases_done(0, 3)}, 3 running" in headline and len(re.findall(r"\d+ running on n\d", table)) == 3
+    assert f"{sentences.phases_done(1, 3)}, 2 stopped" in headline_after and " running on " not in table_after
 
 
 # -- failures -------------------------------------------------------------------------------------------------------------
@@ -225,7 +219,7 @@ def test_what_fails_three_times_is_given_up_and_the_rest_finishes(site, others):
     assert {key for key, folder in phases.items() if folder.summary()} == {"seed-9/end_to_end"}
     assert [a["ended"] for a in site.attempts(others["failing"], "seed-9/meta")] == ["OSError: the disk is on fire"] * 3
     shown = site.incubate("status", "smoke", *FAILING).stdout
-    assert "given up after 3 attempts or more without a step: OSError: the disk is on fire" in " ".join(shown.split())
+    assert f"{sentences.GIVEN_UP}OSError: the disk is on fire" in " ".join(shown.split())
     assert len(re.findall(r"seed 9 .*, deep_incubation +skipped", shown)) == 5 and re.search(r"analysis +skipped", shown)
     assert (phases["seed-9/meta"].path / "notebook.failed.ipynb").exists()
 
@@ -240,11 +234,8 @@ def test_two_nodes_train_one_phase(site, others, tmp_path, monkeypatch):
     site.wait_until_ended(others["two nodes"])
     folder = site.phases(others["two nodes"])["seed-0/end_to_end"]
     assert folder.summary(), (folder.path / "log.txt").read_text()
-    assert folder.summary()["devices"] == 2 and site.attempts(others["two nodes"], "seed-0/end_to_end")[0]["node"] in (
-        "n[4-5]",
-        "n[4,6]",
-        "n[5-6]",
-    )
+    nodes = site.attempts(others["two nodes"], "seed-0/end_to_end")[0]["node"]
+    assert folder.summary()["devices"] == 2 and nodes in ("n[4-5]", "n[4,6]", "n[5-6]")
     assert folder.summary()["weights_sha256"] == node.summary()["weights_sha256"]
 
 
@@ -266,7 +257,7 @@ def test_a_node_that_does_not_see_the_run_is_told(site, chain):
 def test_a_hundred_phases_wait_in_the_queue_and_are_cancelled(site, chain):
     more = ["--set", "name=many", "--set", "phases.incubate.epochs=3"]
     output = site.submit(*BOTH, "--seeds", *map(str, range(10, 25)), *more, "--sbatch", "begin=now+1hour")
-    assert "105 phases" in output and "106 job(s) submitted" in output
+    assert "105 phases" in output and sentences.submitted(106) in output
     shown = site.incubate("status", "smoke", *more).stdout
     assert shown.count(" queued ") == 106 and "BeginTime" in shown and "Dependency: waits for the phases it starts from" in shown
     refused = site.incubate("run", "smoke", *BOTH, *more)
@@ -279,8 +270,8 @@ def test_a_hundred_phases_wait_in_the_queue_and_are_cancelled(site, chain):
 def test_a_phase_of_two_runs_is_one_job_and_is_cancelled_when_neither_needs_it(site, chain):
     later = ["--strategies", "deep_incubation", "--seeds", "30", "--sbatch", "begin=now+1hour"]
     one, other = ["--set", "name=one"], ["--set", "name=other", "--set", "phases.finetune.lr=1e-3"]
-    assert "0 are in Slurm's queue, 7 job(s) submitted" in site.submit(*later, *one)
-    assert "0 of 6 phases are done already, 5 are in Slurm's queue, 2 job(s) submitted" in site.submit(*later, *other)
+    assert sentences.queued(0, 7) in site.submit(*later, *one)
+    assert f"{sentences.done_already(0, 6)}, {sentences.queued(5, 2)}" in site.submit(*later, *other)
     shared = {key for key, job in site.jobs("one").items() if job in site.jobs("other").values()}
     assert len(shared) == 5 and site.incubate("status", "smoke", *other).stdout.count(" queued ") == 7
     stopped = site.incubate("stop", "smoke", *one).stdout
@@ -308,13 +299,13 @@ def test_a_study_goes_from_stage_to_stage(site, chain):
         site.wait_until_ended("../studies/trial")
         return site.jobs("../studies/trial")
 
-    assert "1 job(s) submitted" in call(3)
+    assert sentences.submitted(1) in call(3)
     assert len(first := wait()) == 1 and "06_analysis" not in first
     output = call(3)
-    assert "1 job(s) submitted" in output and "rates" in output and "done" in output
+    assert sentences.submitted(1) in output and "rates" in output and "done" in output
     assert len(wait()) == 2
     assert "wrote" in call(0) and (site.data / "studies" / "trial.csv").exists()
-    assert "--partition is for --backend slurm" in site.incubate("study", str(file), "--partition", "gpu").stderr
+    assert sentences.is_for_backend("--partition", "slurm") in site.incubate("study", str(file), "--partition", "gpu").stderr
 
 
 def test_a_dry_run_prints_scripts_and_writes_nothing(site, chain):
@@ -328,18 +319,18 @@ def test_a_dry_run_prints_scripts_and_writes_nothing(site, chain):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--partition", "gpus"], "--partition 'gpus': the cluster has no such partition; did you mean gpu?"),
+        (["--partition", "gpus"], f"--partition 'gpus': the cluster has no such partition; {sentences.did_you_mean('gpu?')}"),
         (["--gpus-per-node", "3"], "--gpus-per-node is 3, but a node of partition gpu has 2"),
         (["--nodes", "10"], "--nodes is 10, but partition gpu has 9 with 1 GPU(s)"),
         (["--partition", "brief", "--time", "60"], "--time is 60, but partition brief allows 10 minutes"),
         (["--cpus-per-task", "3"], "Slurm refuses such a job"),
-        (["--nodes", "3"], "is not divisible by machine.devices 3 (3 nodes)"),
-        (["--time", "soon"], "time is 'soon': write it as minutes"),
-        (["--sbatch", "dependency=singleton"], "'dependency' is set by the workbook"),
-        (["--sbatch", "nodes=2"], "nodes is a field of its own"),
+        (["--nodes", "3"], sentences.not_divisible("machine.devices 3 (3 nodes)")),
+        (["--time", "soon"], f"time is 'soon': {sentences.TIME}"),
+        (["--sbatch", "dependency=singleton"], sentences.set_by_the_workbook("dependency")),
+        (["--sbatch", "nodes=2"], sentences.own_field("nodes")),
         (["--devices", "2"], "--devices is for the CPU"),
-        (["--jobs", "2"], "--jobs is for --backend local"),
-        (["--site", "nowhere.yaml"], "cannot read settings file nowhere.yaml"),
+        (["--jobs", "2"], sentences.is_for_backend("--jobs", "local")),
+        (["--site", "nowhere.yaml"], sentences.unreadable_settings("nowhere.yaml")),
     ],
 )
 def test_what_the_cluster_cannot_do_is_told_before_anything_is_submitted(arguments, message, site, chain):
@@ -353,4 +344,4 @@ def test_a_machine_without_slurm_is_told(site, chain):
     result = site.incubate("run", "smoke", "--backend", "slurm", PATH="/nowhere")
     assert result.returncode == 2 and "no sinfo on the path" in result.stderr
     local = site.incubate("run", "smoke", "--partition", "gpu")
-    assert local.returncode == 2 and "--partition is for --backend slurm" in local.stderr
+    assert local.returncode == 2 and sentences.is_for_backend("--partition", "slurm") in local.stderr

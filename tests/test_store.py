@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import sentences
 import torch
 from patience import Hooks, wait_for
 from rounding import rounding
@@ -133,12 +134,12 @@ def test_a_record_of_a_phase_says_all_that_training_takes(data_folder):
     result = subprocess.run([sys.executable, "-c", code, node.job.path], capture_output=True, text=True)
     assert result.stdout.split()[-1] == "24", result.stderr
     assert open_phase("incubate", path=node.job.path).finished() == node.finished()
-    with pytest.raises(SettingsError, match="leave preset, overrides, seed, strategy and module_index as they are"):
+    with pytest.raises(SettingsError, match=sentences.PHASE_SAYS_ALL):
         open_phase("incubate", "smoke", path=node.job.path)
     with pytest.raises(SettingsError, match="is a phase 'incubate', and this is for phases 'meta'"):
         open_phase("meta", path=node.job.path)
     (node.folder.path / "phase.json").write_text('{"settings": 3}')
-    with pytest.raises(SettingsError, match=r"phase.json is of another version of this package, or damaged"):
+    with pytest.raises(SettingsError, match=f"phase.json is {sentences.OTHER_VERSION}"):
         open_phase("incubate", path=node.job.path)
 
 
@@ -209,9 +210,9 @@ def test_a_phase_has_one_trainer_and_goes_on_for_the_run_that_waits(data_folder,
     other = data_folder / "runs" / "second"
     wait_for(lambda: execution.is_running(other) and (other / "run.json").exists(), "the second run to be at work")
     message = stop_run(todo.experiment)
-    assert "goes on, because run second needs it, too" in message
+    assert f"goes on, because {sentences.needed_by('second')}" in message
     hooks.let_go("end_to_end")
     said, told = first.communicate()[0], second.communicate()[0]
-    assert first.returncode == 130 and "goes on: run second needs it, too" in said, said
+    assert first.returncode == 130 and f"goes on: {sentences.needed_by('second')}" in said, said
     assert second.returncode == 0 and "(run first), which trains it" in told, told
     assert folder.status()["attempt"] == 1 and recorded_plan(other).nodes[0].finished()

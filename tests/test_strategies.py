@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import sentences
 import torch
 from networks import made_of, vit
 from torch import nn
@@ -149,7 +150,7 @@ def test_a_network_that_cannot_have_smaller_images_is_planned_all_the_same(tmp_p
     change += ["run=[end_to_end]", "phases.finetune.epochs=1"]
     settings = load_settings("smoke", change)
     assert plan(settings, ["end_to_end"]).nodes
-    with pytest.raises(SettingsError, match="end_to_end_low_resolution is not possible: small images of 16 pixels"):
+    with pytest.raises(SettingsError, match=sentences.small_images("end_to_end_low_resolution", 16)):
         plan(settings, ["end_to_end_low_resolution"])
 
 
@@ -289,25 +290,25 @@ def test_an_experiment_is_the_same_whatever_strategies_are_known(monkeypatch):
         ({"deep_incubation.match": "end_to_end"}, "match goes round in a circle: end_to_end → deep_incubation → end_to_end"),
         (
             {"stacking.phases.incubate.lr": 0.1},
-            "phases.incubate has no meaning for kind 'deep_incubation' that trains meta",
+            sentences.no_meaning("phases.incubate", "kind 'deep_incubation' that trains meta"),
         ),
-        ({"random_modules.phases.meta.lr": 0.1}, "phases.meta has no meaning"),
+        ({"random_modules.phases.meta.lr": 0.1}, sentences.no_meaning("phases.meta", "kind 'deep_incubation'")),
         ({"stacking.shares": {"incubate": 0.3}}, "shares names incubate, but this strategy trains meta, finetune"),
         ({"stacking.shares": {"meta": 1.0}}, "less than 1"),
         ({"stacking.shares": {"meta": 0}}, "greater than 0"),
         ({"stacking.shares": {"meta": 0.5}, "stacking.phases.finetune.epochs": 3}, "shares leave the rest to fine-tuning"),
         ({"random_modules.weights": "x"}, "weights are those of a meta model, which this strategy does without"),
         ({"imitation.shares": {"meta": 0.5, "incubate": 0.5}}, "shares add up to 1, which leaves nothing for fine-tuning"),
-        ({"deep_incubation.shares": {"meta": 0.5}}, "shares and budget have no meaning without match"),
-        ({"deep_incubation.budget": 0.5}, "shares and budget have no meaning without match"),
+        ({"deep_incubation.shares": {"meta": 0.5}}, sentences.UNMATCHED),
+        ({"deep_incubation.budget": 0.5}, sentences.UNMATCHED),
         ({"stacking.budget": 0}, "greater than 0"),
         ({"end_to_end_longer.match": "mat"}, "name a deep_incubation or end_to_end strategy without MAT"),
         ({"end_to_end_longer.match": "end_to_end"}, "with match_on: critical_path name a deep_incubation strategy"),
         ({"mat.low_resolution": {}}, "mat and low_resolution do not go together"),
-        ({"stacking.low_resolution": {}}, "low_resolution has no meaning for kind 'deep_incubation'"),
+        ({"stacking.low_resolution": {}}, sentences.no_meaning("low_resolution", "kind 'deep_incubation'")),
         ({"end_to_end_low_resolution.low_resolution": {"share": 1.0}}, "less than 1"),
-        ({"stacking.match": "staking"}, "did you mean stacking"),
-        ({"end_to_end.lr_scale": {"finetune": 0.5}}, "lr_scale has no meaning for kind 'end_to_end'"),
+        ({"stacking.match": "staking"}, sentences.did_you_mean("stacking")),
+        ({"end_to_end.lr_scale": {"finetune": 0.5}}, sentences.no_meaning("lr_scale", "kind 'end_to_end'")),
         ({"recommended.lr_scale": {"finetune": 0}}, "greater than 0"),
         ({"recommended.lr_scale": {"end_to_end": 0.5}}, "Input should be 'meta', 'incubate' or 'finetune'"),
         ({"recommended.warmup_share": {"meta": 1.5}}, "less than or equal to 1"),
@@ -330,7 +331,8 @@ def test_bad_strategies(changes, message, tmp_path, monkeypatch):
          "which leaves its phase finetune"),
         (["data.resize=9"], "end_to_end", "data.resize is 9, but the images have 8 × 8 pixels"),
         (["phases.end_to_end.epochs=9", "strategies.mat.budget=0.5"], "mat", "budget has no meaning: phases say already"),
-        (["model.patch_size=8"], "end_to_end_low_resolution", "is not possible: small images of 8 pixels: it must be smaller"),
+        (["model.patch_size=8"], "end_to_end_low_resolution",
+         f"{sentences.small_images('end_to_end_low_resolution', 8)}: it must be smaller"),
     ],
 )  # fmt: skip
 def test_strategies_that_do_not_fit(changes, strategy, message, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sentences
 import torch
 from layouts import AUGMENTED, open_folder, settings_file, write_folder
 from patience import wait_for
@@ -172,7 +173,7 @@ def test_a_recipe_that_cannot_work_is_told(tmp_path, data_folder):
     (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set"))
     for change, message in [
         ("training.randaugment=random", "training.randaugment 'random'"),
-        ("training.shift=2", "shift in phase .* not for images that are streamed"),
+        ("training.shift=2", sentences.not_for_images("shift", "phase .*", "streamed")),
         ("training.batch_size=100", "training.batch_size is 100"),
     ]:
         with pytest.raises(SettingsError, match=message):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import sentences
 
 from incubate_lib.config import SettingsError
 from incubate_lib.config.study import load_study
@@ -15,24 +16,24 @@ from incubate_lib.report.tables.studies import published
     ("change", "message"),
     [
         ({"preset": "smok"}, "unknown preset"),
-        ({"axes": {"depth": {"6": {"model.dept": 6}}}}, "unknown field 'model.dept'; did you mean"),
-        ({"axes": {"depth": {"7": {"model.depth": 7}}}}, "study bad, depth 7: .*the network's 7 blocks cannot be divided"),
+        ({"axes": {"depth": {"6": {"model.dept": 6}}}}, sentences.unknown("field", "model.dept", "")),
+        ({"axes": {"depth": {"7": {"model.depth": 7}}}}, f"study bad, depth 7: .*{sentences.undivided(7)}"),
         ({"axes": {"depth": {}}}, "axes.depth has no values"),
-        ({"axes": {"seed": {"1": {}}}}, "axes.seed: that is a column of the table"),
-        ({"strategies": ["end_to_end", "growin"]}, "did you mean growing"),
-        ({"strategies": ["growing", "growing"]}, "one is given twice"),
+        ({"axes": {"seed": {"1": {}}}}, f"axes.seed: {sentences.COLUMN}"),
+        ({"strategies": ["end_to_end", "growin"]}, sentences.did_you_mean("growing")),
+        ({"strategies": ["growing", "growing"]}, f"one {sentences.GIVEN_TWICE}"),
         ({"strategies": []}, "strategies"),
-        ({"seeds": [0, 0]}, "one is given twice"),
+        ({"seeds": [0, 0]}, f"one {sentences.GIVEN_TWICE}"),
         ({"seeds": [-1]}, "seeds"),
-        ({"rates": {"values": [1e-3, 1e-3], "seeds": [7]}}, "one is given twice"),
+        ({"rates": {"values": [1e-3, 1e-3], "seeds": [7]}}, f"one {sentences.GIVEN_TWICE}"),
         ({"rates": {"values": [1e-3], "seeds": [0]}}, "what a rate was chosen with must not judge it"),
-        ({"rates": {"values": [1e-3], "seeds": [7], "at": {"depht": "6"}}}, "did you mean depth"),
+        ({"rates": {"values": [1e-3], "seeds": [7], "at": {"depht": "6"}}}, sentences.did_you_mean("depth")),
         ({"rates": {"values": [1e-3], "seeds": [7], "at": {"depth": "8"}}}, "rates.at.depth is '8'"),
         ({"rates": {"values": [], "seeds": [7]}}, "rates.values"),
         ({"set": {"data.eval_split": "val"}}, "data.eval_split is what a study sets itself"),
         ({"grid": {}}, "unknown field 'grid'"),
         ({"name": "x_rates"}, "that ends in _rates"),
-        ({"axes": {"lr": {"1": {}}}}, "axes.lr: that is a column"),
+        ({"axes": {"lr": {"1": {}}}}, f"axes.lr: {sentences.COLUMN}"),
         (
             {
                 "axes": {"s": {"1": {}, "2": {"strategies.stacking.incubate": "labels"}}},
@@ -64,7 +65,7 @@ def test_only_the_machine_is_set_from_outside():
 
 
 def test_an_unknown_study_is_told(tmp_path):
-    with pytest.raises(SettingsError, match="did you mean digits-budget"):
+    with pytest.raises(SettingsError, match=sentences.did_you_mean("digits-budget")):
         load_study("digit-budget")
     with pytest.raises(SettingsError, match="cannot read"):
         load_study(str(tmp_path / "nowhere.yaml"))

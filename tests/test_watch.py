@@ -9,6 +9,7 @@ import re
 import threading
 
 import pytest
+import sentences
 from patience import HANG, Hooks, wait_for
 from PIL import Image
 
@@ -117,7 +118,7 @@ def test_a_run_in_the_background_has_a_session_of_its_own_and_is_alone(story):
     session, pid = story["session"]
     assert session == pid != os.getsid(0)
     assert f"process {pid} on" in story["refused"] and "at work" in story["refused"]
-    assert "0 of 1 phases are done already" in story["log"] and "\x1b" not in story["log"]
+    assert sentences.done_already(0, 1) in story["log"] and "\x1b" not in story["log"]
 
 
 def test_the_widget_changes_by_itself(story):
@@ -146,13 +147,13 @@ def test_midway_and_after(story):
 
 def test_the_button_stops_with_a_checkpoint_and_it_goes_on_from_there(story):
     status, saved = story["stopped"]
-    assert "to stop; its phases save a checkpoint first" in story["said"]
+    assert f"to stop; its phases {sentences.SAVE_FIRST}" in story["said"]
     assert story["code"] == 130 and status["state"] == "stopped" and saved
     alive, shown, said, disabled = story["ended"]
     assert not alive and "stopped" in shown and "stands still" in said and disabled
     assert story["finished"][2]["resumed_at"] == status["saved_step"] > 0
     alive, headline, shown = story["over"]
-    assert not alive and "1 of 1 phases done<" in headline and ">done<" in shown
+    assert not alive and f"{sentences.phases_done(1, 1)}<" in headline and ">done<" in shown
 
 
 def test_it_shows_what_this_kernel_trains(story):
@@ -166,9 +167,9 @@ def test_reading_changes_no_file(story):
 
 def test_a_widget_waits_for_its_run_and_gives_way_to_a_newer_one(data_folder, facts):
     live = watch("smoke", every=0.1).widget
-    assert "there is no run of these settings" in live.headline.value and live.stop.disabled
+    assert sentences.NO_RUN in live.headline.value and live.stop.disabled
     plan(load_settings("smoke"), facts=facts).write()
-    wait_for(lambda: "0 of 12 phases done" in live.headline.value, "the widget to find its run")
+    wait_for(lambda: sentences.phases_done(0, 12) in live.headline.value, "the widget to find its run")
     newer = watch("smoke").widget
     live.thread.join(HANG)
     assert not live.thread.is_alive() and "newer widget" in live.said.value
@@ -180,15 +181,15 @@ def test_a_widget_waits_for_its_run_and_gives_way_to_a_newer_one(data_folder, fa
 # -- bad input ------------------------------------------------------------------------------------------------------------
 
 WRONG = [
-    ({"preset": "smok"}, "did you mean smoke"),
+    ({"preset": "smok"}, sentences.did_you_mean("smoke")),
     ({"overrides": ["training.epoch=3"]}, "training.epoch"),
     ({"overrides": "training.epochs=3"}, r"write a list, \['training.epochs=3'\]"),
-    ({"strategies": ["end_to_ent"]}, "did you mean end_to_end"),
+    ({"strategies": ["end_to_ent"]}, sentences.did_you_mean("end_to_end")),
     ({"strategies": "end_to_end"}, r"write a list, \['end_to_end'\]"),
     ({"seeds": 1}, r"write a list, \[1\]"),
     ({"seeds": ["1"]}, "seeds has '1' in it; they must be whole numbers"),
     ({"seeds": []}, "seeds is empty"),
-    ({"seeds": [-1]}, "seed -1 is negative"),
+    ({"seeds": [-1]}, sentences.NEGATIVE_SEED),
 ]
 
 
@@ -217,9 +218,9 @@ def test_wrong_words_are_told_and_start_nothing(given, words, todo, headless):
 
 
 def test_jobs_and_seconds_that_cannot_be(todo):
-    with pytest.raises(SettingsError, match="it must be at least 1"):
+    with pytest.raises(SettingsError, match=sentences.must_be("--jobs", 0, "at least 1")):
         start_run("smoke", jobs=0)
-    assert "at least 0.1 seconds" in str(watch("smoke", every=0))
+    assert sentences.must_be("every", 0, "at least 0.1 seconds") in str(watch("smoke", every=0))
 
 
 def test_a_run_that_cannot_begin_says_why(todo, monkeypatch):
@@ -235,7 +236,7 @@ def test_a_run_that_cannot_begin_says_why(todo, monkeypatch):
 
 
 def test_nothing_there_yet(data_folder, headless):
-    assert "no run of these settings" in str(watch("smoke")) and not data_folder.exists()
+    assert sentences.NO_RUN in str(watch("smoke")) and not data_folder.exists()
     with pytest.raises(SettingsError, match="nothing to stop"):
         stop_run(Experiment.of(load_settings("smoke")))
 
@@ -243,13 +244,13 @@ def test_nothing_there_yet(data_folder, headless):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda record: {"settings": {}}, "of an older version whose results are not used any more"),
-        (lambda record: record | {"facts": {"images": 3}}, "another version of this package, or damaged"),
-        (lambda record: record | {"phases": {"seed-0/meta": {}}}, "of an older version whose results are not used any more"),
-        (lambda record: {"hash": record["hash"]}, "of an older version whose results are not used any more"),
-        (lambda record: record | {"hash": "of format 2"}, "of an older version whose results are not used any more"),
-        (lambda record: [], "no run of these settings"),
-        (lambda record: 3, "of an older version whose results are not used any more"),
+        (lambda record: {"settings": {}}, sentences.OLDER),
+        (lambda record: record | {"facts": {"images": 3}}, sentences.OTHER_VERSION),
+        (lambda record: record | {"phases": {"seed-0/meta": {}}}, sentences.OLDER),
+        (lambda record: {"hash": record["hash"]}, sentences.OLDER),
+        (lambda record: record | {"hash": "of format 2"}, sentences.OLDER),
+        (lambda record: [], sentences.NO_RUN),
+        (lambda record: 3, sentences.OLDER),
     ],
 )
 def test_older_layouts(change, words, todo, headless):

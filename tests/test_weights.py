@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentences
 import timm
 import torch
 import yaml
@@ -49,9 +50,9 @@ def test_an_imported_meta_model_drives_the_chain_and_the_result_can_be_exported(
     results = from_plan(todo)
     assert results.strategies["meta_score"].dropna().tolist() == [meta["score"]]
     output = results.verdict()
-    assert output.endswith("Weights read from a file, whose training is not counted here: Deep Incubation, random start (paper).")
+    assert output.endswith(f"Weights read from a file, whose {sentences.UNCOUNTED}: {sentences.DEEP_INCUBATION}.")
     alone = output.splitlines()[-2]
-    assert f"The meta model alone has {100 * meta['score']:.1f} %" in alone and "FLOPs" not in alone
+    assert f"{sentences.META_ALONE}{100 * meta['score']:.1f} %" in alone and "FLOPs" not in alone
 
     # export: the right strategy, a folder that plain timm loads, a card that says what the records say
     assert main(["export", "smoke", str(tmp_path / "out"), *itertools.chain(*(("--set", g) for g in given))]) == 0
@@ -84,7 +85,7 @@ def test_an_imported_meta_model_drives_the_chain_and_the_result_can_be_exported(
     row = results.strategies.set_index("strategy").loc["deep_incubation"]
     for words in (
         f"{100 * row['score']:.2f} % on 97 test images (test split)", "| seed | 0 |", "synthetic: 191 images in 4 classes",
-        f"{row['flops'] / 1e9:.4g} GFLOP", "training is not counted here", "One seed", "split_seed", "lr: 0.002",
+        f"{row['flops'] / 1e9:.4g} GFLOP", sentences.UNCOUNTED, "One seed", "split_seed", "lr: 0.002",
         f"torch {torch.__version__}", str(row["date"]), f"mean {float(train.mean):.4f}", "incubate, module 3 of 3",
     ):  # fmt: skip
         assert words in text, words
@@ -105,7 +106,7 @@ def test_an_imported_meta_model_drives_the_chain_and_the_result_can_be_exported(
     ]:
         with pytest.raises(SettingsError, match=message):
             export(settings, **({"folder": tmp_path / arguments.pop("folder", "out")} | arguments))
-    with pytest.raises(SettingsError, match="there is no run of these settings"):
+    with pytest.raises(SettingsError, match=sentences.NO_RUN):
         export(load_settings("digits"), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -117,14 +118,14 @@ def test_weights_that_do_not_fit_are_told_by_the_planner(tmp_path, data_folder):
         return place
 
     settings = load_settings("smoke", [f"strategies.deep_incubation.weights={folder(network(4))}"])
-    with pytest.raises(SettingsError, match=r"^strategies.deep_incubation.weights: .* is not in the model; blocks.3"):
+    with pytest.raises(SettingsError, match=f"^strategies.deep_incubation.weights: .* {sentences.NOT_IN_MODEL}; blocks.3"):
         plan(settings, ["deep_incubation"])
     assert not data_folder.exists()
     meta = build_model(settings.model, 3, 4)
     for place, message in [
         (folder(network(3, num_classes=5)), r"head.weight: the file has \(5, 16\), the model \(4, 16\)"),
         (folder(network(3, kind="H"), name=None), "blocks.0.attn.qkv.bias is missing"),
-        (folder(network(3), num_heads=4), r"by its config.json \(vit_tiny_patch16_224\) it has blocks.0.attn.num_heads 4, the"),
+        (folder(network(3), num_heads=4), re.escape(sentences.built_with("config.json", "blocks.0.attn.num_heads", 4))),
         (folder(network(3), name="vit_huge_patch14_clip_224"), r"it has blocks.0.norm1.eps 1e-05, the model 1e-06"),
     ]:
         with pytest.raises(SettingsError, match=message):
@@ -137,10 +138,10 @@ def test_a_file_that_holds_no_sound_weights_is_told_and_not_the_learning_rate(tm
     model = build_model(settings.model, 3, 4)
     sound = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for tensor, message in [
-        (torch.tensor([1, torch.inf, 0, 0]), "head.bias has 1 of 4 numbers that are NaN or infinite"),
+        (torch.tensor([1, torch.inf, 0, 0]), sentences.not_finite("head.bias", 1, 4)),
         (torch.zeros(4, dtype=torch.int32), "head.bias is of int32"),
         (torch.zeros(4, dtype=torch.complex64), "head.bias is of complex64"),
-        (torch.full((4,), torch.nan), r"a.safetensors holds no sound weights: head.bias has 4 of 4 numbers that are NaN or inf"),
+        (torch.full((4,), torch.nan), f"a.safetensors holds no sound weights: {sentences.not_finite('head.bias', 4, 4)}"),
     ]:
         save_file(sound | {"head.bias": tensor}, file)
         with pytest.raises(SettingsError, match=message):
@@ -194,7 +195,7 @@ def test_the_weights_of_a_phase_with_other_heads_are_told(data_folder):
     """No shape differs: what the phase was stands in its phase.json."""
     todo = plan(load_settings("smoke", ["phases.end_to_end.epochs=1", "model.num_heads=4"]), ["end_to_end"])
     todo.run()
-    with pytest.raises(SettingsError, match=r"by its phase.json \(vit_tiny_patch16_224\) it has blocks.0.attn.num_heads 4, the"):
+    with pytest.raises(SettingsError, match=re.escape(sentences.built_with("phase.json", "blocks.0.attn.num_heads", 4))):
         load_into(build_model(load_settings("smoke").model, 6, 4), todo.finals["end_to_end", 0].folder.path)
 
 
@@ -236,7 +237,7 @@ def test_a_trained_network_is_tuned_or_judged_at_another_resolution(tmp_path, da
     again, eval_batches, tuned = (node.summary() for node in high.finals.values())
     assert tuned["steps"] > 0 and eval_batches["steps"] == 0 and eval_batches["score"] == eval_batches["start_score"]
     assert tuned["start_score"] == eval_batches["score"] == again["score"] > 0.4  # chance is 0.25
-    assert "training is not counted here: from phase, judged, tuned." in from_plan(high).verdict()
+    assert f"{sentences.UNCOUNTED}: from phase, judged, tuned." in from_plan(high).verdict()
 
     before, after = load_file(phase.weights), load_file(high.finals["judged", 0].folder.weights)
     assert [name for name in before if not torch.equal(before[name], after[name][..., : before[name].shape[-1]])

@@ -3,6 +3,7 @@
 import contextlib
 
 import pytest
+import sentences
 import timm
 import torch
 from networks import images_for
@@ -49,15 +50,15 @@ WHOLE = [  # network, its fields, kind of units → what is told, or nothing
         "efficientnet_b0",
         "img_size: 64",
         "filters",
-        r"mat.units 'filters' of strategy mat .*not possible.*conv_dw .*cannot rest alone",
+        f"mat.units 'filters' of strategy mat .*not possible.*conv_dw .*{sentences.NOT_ALONE}",
     ),
     (
         "swin_tiny_patch4_window7_224",
         "img_size: 64, options: {depths: [1, 1], window_size: 4}",
         "heads",
-        "sees 32 inputs for 2 images",
+        sentences.sees(32),
     ),
-    ("efficientformer_l1", "img_size: 224", "heads", r"which rows belong to what is not known"),
+    ("efficientformer_l1", "img_size: 224", "heads", sentences.UNKNOWN_ROWS),
     ("eva02_tiny_patch14_224", "img_size: 64, patch_size: 16", "heads", r"qkv and proj are not called one after the other"),
     (
         "swin_tiny_patch4_window7_224",
