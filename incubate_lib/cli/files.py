@@ -23,8 +23,9 @@ def presets(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> int:
     settings = load_settings(options.preset, options.set)  # first: what is misspelt is told before torch is imported
+    from incubate_lib.config.members import TASKS
     from incubate_lib.data.folders import links_out, place_of
-    from incubate_lib.data.sets import SHOWN, load_data, unused_classes, unused_in_words
+    from incubate_lib.data.sets import SHOWN, load_data, unused_in_words
     from incubate_lib.data.stream import StreamedSet
     from incubate_lib.phases.networks import model_shape
 
@@ -37,7 +38,7 @@ def check(options: argparse.Namespace) -> int:
         opened, broken, turned = part.check() if isinstance(part, StreamedSet) else (len(part), {}, 0)
         read = f"{opened - len(broken)} can be read, {len(broken)} cannot"
         print(f"{what}: {len(part)} images in {part.num_classes} classes; {read}")
-        if what == "train" and (unused := unused_classes(part.labels, part.num_classes)):
+        if what == "train" and (unused := TASKS[settings.task].unlearned(part)):
             print(f"  {unused_in_words(unused, part.num_classes)}")
         if turned:
             print(f"  {turned} have a camera's orientation tag (EXIF), which is not followed: they are used as they are stored")

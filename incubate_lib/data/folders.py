@@ -39,7 +39,8 @@ def folder_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE
         folder.mkdir(parents=True, exist_ok=True)
     elif not folder.is_dir():
         message = "is not there" if not folder.exists() else "is not a folder"
-        where = f"a relative name begins in {data_folder() / 'datasets'} or beside the settings file"
+        beside = "" if machine.data_folder else " or beside the settings file"
+        where = f"a relative name begins in {data_folder() / 'datasets'}{beside}"
         hint = f"it must hold the images of data.source {settings.source!r}; {where}"
         raise SettingsError(f"data.folder {folder} {message}; {hint}")
     return folder
