@@ -13,13 +13,14 @@ from torch import nn
 
 from incubate_lib import cli
 from incubate_lib.config import SettingsError, load_settings
+from incubate_lib.config.peaks import peak_flops
 from incubate_lib.phases import bench
 from incubate_lib.report import publish
 from incubate_lib.report.planner import bench as text
 from incubate_lib.report.tables import records
 from incubate_lib.training import stopwatch
 from incubate_lib.training.costs import train_flops_per_image
-from incubate_lib.training.stopwatch import LiveBytes, peak_flops, step_memory
+from incubate_lib.training.stopwatch import LiveBytes, step_memory
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 TINY = """

@@ -11,7 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from incubate_lib.config import load_settings, presets, refuse
+from incubate_lib.config import check_numbers, load_settings, presets, refuse
+from incubate_lib.config.peaks import DEVICE, SHARE, check_stated
 from incubate_lib.pipeline.view import matched_lengths
 
 if TYPE_CHECKING:  # it takes a second, and what is misspelt is told before
@@ -25,19 +26,25 @@ def plan(options: argparse.Namespace) -> None:
     both = "--bench is a measured speed, --device and --share an assumed one; give one of them"
     refuse(options.bench is not None and (options.device, options.share) != (None, None), both)
     check_figure(options.figure)
+    check_numbers({"machines": options.machines, "images": options.images, "classes": options.classes})
     _check_early(options.preset, options.set)
+    device = DEVICE if options.device is None else options.device
+    share = SHARE if options.share is None else options.share
+    if options.bench is None:
+        check_stated(device, share)
+    from incubate_lib.report.tables import records
+
+    if options.bench is not None:
+        records.speed_file(options.bench)
+    measured = records.published(options.against) if options.against is not None else None
     from incubate_lib.report.planner import forecast, planner
-    from incubate_lib.report.tables.records import published
 
     asked = {name: getattr(options, name) for name in ("strategies", "images", "classes")}
     todo = forecast.open_plan(options.preset, options.set, **asked)
     if options.bench is not None:
         speed = forecast.measured_speed(options.bench)
     else:
-        precision = todo.experiment.settings.precision
-        share = forecast.SHARE if options.share is None else options.share
-        speed = forecast.stated_speed(forecast.DEVICE if options.device is None else options.device, share, precision)
-    measured = published(options.against) if options.against is not None else None
+        speed = forecast.stated_speed(device, share, todo.experiment.settings.precision)
     costs = forecast.forecast(todo, speed, machines=options.machines)
     options.done()
     print(costs.images + "\n")
@@ -98,6 +105,7 @@ def bench(options: argparse.Namespace) -> None:
     besides = "--set precision=…, --set machine.compile=…, --batch, --rounds and --save"
     words = f"--growth has a network of its own; besides it {besides} have a meaning"
     refuse(options.growth and (options.preset or options.classes or unused), words)
+    check_numbers({"--batch": options.batch, "--rounds": options.rounds, "--classes": options.classes})
     import pandas as pd
 
     from incubate_lib.phases import bench

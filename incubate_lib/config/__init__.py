@@ -2,7 +2,9 @@
 misspelt name is told in a fraction of a second.
 """
 
+from incubate_lib.config.errors import MOST_CLASSES as MOST_CLASSES
 from incubate_lib.config.errors import SettingsError as SettingsError
+from incubate_lib.config.errors import check_numbers as check_numbers
 from incubate_lib.config.errors import error_message as error_message
 from incubate_lib.config.errors import in_a_line as in_a_line
 from incubate_lib.config.errors import nearest as nearest

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ValidationError
 
 Model = TypeVar("Model", bound=BaseModel)
 SHOWN = 20  # names of a list in a message
+MOST_CLASSES = 1_000_000  # more is no classification but a mistake, an identity number for example
+MOST = {"classes": MOST_CLASSES, "images": 10**12}
 
 
 class SettingsError(ValueError):
@@ -80,6 +82,16 @@ def _listed(known: tuple[str, ...]) -> str:
     """Return names, and of very many the first and how many there are."""
     shown = ", ".join(known[:SHOWN])
     return f"there are: {shown}" + (f" … ({len(known):,} in all)" if len(known) > SHOWN else "")
+
+
+def check_numbers(numbers: dict[str, int | None]) -> None:
+    """Raise SettingsError for numbers that make no sense, by the names that people gave them under; None is not given."""
+    for name, value in numbers.items():
+        least = 2 if name.endswith("classes") else 1
+        most = next((most for end, most in MOST.items() if name.endswith(end)), 10**6)
+        if value is not None and not least <= value <= most:
+            limit = f"least {least}" if value < least else f"most {most:,}"
+            raise SettingsError(f"{name} is {value}; it must be at {limit}")
 
 
 def in_a_line(error: Exception) -> str:

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError
-from incubate_lib.data.folders import MOST_CLASSES, Source, place_of
+from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, check_numbers
+from incubate_lib.data.folders import Source, place_of
 from incubate_lib.data.sets import splits, unused_classes, unused_in_words
 from incubate_lib.data.sources import open_source
-
-MOST = {"classes": MOST_CLASSES, "images": 10**12}
 
 IMAGENET = (1_281_167, 50_000, 1000)  # images to train on, to judge by (None: one pool for both), classes
 KNOWN = {
@@ -52,16 +50,6 @@ def count_images(
     given = " (images as given)" if images else " (classes as given)" if classes else ""
     sentence = f"{_in_words(images or len(index), classes or found)}{given}, {how}.{share} {unused}".strip()
     return Images(images or len(index), classes or found, f"ASSUMED: {sentence}" if assumed else sentence, assumed)
-
-
-def check_numbers(numbers: dict[str, int | None]) -> None:
-    """Raise SettingsError for numbers that make no sense, by the names that people gave them under; None is not given."""
-    for name, value in numbers.items():
-        least = 2 if name.endswith("classes") else 1
-        most = next((most for end, most in MOST.items() if name.endswith(end)), 10**6)
-        if value is not None and not least <= value <= most:
-            limit = f"least {least}" if value < least else f"most {most:,}"
-            raise SettingsError(f"{name} is {value}; it must be at {limit}")
 
 
 def _in_words(images: int, classes: int) -> str:

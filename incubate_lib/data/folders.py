@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, data_folder
+from incubate_lib.config import DEFAULT_MACHINE, MOST_CLASSES, DataSettings, MachineSettings, SettingsError, data_folder
 from incubate_lib.data.decode import Files, Names
 
 # By operating systems and tools; what begins with a dot is left behind, too.
 LEFT_BEHIND = re.compile(
     r"\..*|__macosx|@eadir|thumbs\.db|desktop\.ini|lost\+found|\$recycle\.bin|system volume information", re.I | re.S
 )
-MOST_CLASSES = 1_000_000  # more is no classification but a mistake, an identity number for example
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,11 @@ from incubate_lib.config import (
     Settings,
     SettingsError,
     TrainingSettings,
+    check_numbers,
 )
 from incubate_lib.config.members import PHASES, TASKS
-from incubate_lib.data.counts import IMAGENET, Images, check_numbers, count_images
+from incubate_lib.config.peaks import peak_flops
+from incubate_lib.data.counts import IMAGENET, Images, count_images
 from incubate_lib.data.schedule import micro_batches
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.method.incubation import Hybrid
@@ -34,7 +36,7 @@ from incubate_lib.phases.networks import depths_of, model_shape
 from incubate_lib.phases.recipes import networks_of, prepare
 from incubate_lib.tasks import Losses
 from incubate_lib.training.costs import train_flops_per_image
-from incubate_lib.training.stopwatch import Variant, measure, peak_flops, yardstick
+from incubate_lib.training.stopwatch import Variant, measure, yardstick
 from incubate_lib.training.team import pick_device, provenance, repeat_exactly
 from incubate_lib.training.trainer import Trainer, autocast, compiled, make_optimizer
 

@@ -2,22 +2,18 @@
 
 import gc
 import math
-import re
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-PEAKS = yaml.safe_load(Path(__file__).with_name("peaks.yaml").read_text())  # TFLOP/s of GPUs: bfloat16, float32
 PIECE_SECONDS = 0.3  # steps are timed in pieces of at least that long
 WARMUP_STEPS = 3  # not counted; on a CPU a slow step needs only one
 SLOW_SECONDS = 2.0
@@ -95,15 +91,6 @@ def yardstick(device: torch.device, precision: str) -> Variant:
     product = Variant("matmul", lambda: a @ b, 2 * n**3)
     warm_up(product, device)
     return product
-
-
-def peak_flops(name: str, precision: str) -> float | None:
-    """Return the nominal dense FLOP/s of a GPU by its name; None if it is not known, or float32 really is TF32."""
-    found = next((peaks for key, peaks in PEAKS.items() if re.search(rf"\b{key}\b", name)), (None, None))
-    if precision == "float32" and torch.get_float32_matmul_precision() != "highest":
-        return None
-    peak = found[precision == "float32"]
-    return peak and peak * 1e12
 
 
 def warm_up(variant: Variant, device: torch.device) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from incubate_lib.config import Settings, SettingsError, load_settings, nearest, presets, refuse
+from incubate_lib.config import Settings, SettingsError, check_numbers, load_settings, nearest, presets, refuse
 from incubate_lib.config.errors import shortened
 from incubate_lib.config.members import PHASES
-from incubate_lib.data.counts import Images, check_numbers, count_images
+from incubate_lib.config.peaks import DEVICE, SHARE, check_stated, peak_flops
+from incubate_lib.data.counts import Images, count_images
 from incubate_lib.data.schedule import micro_batches, total_steps
 from incubate_lib.phases.facts import Facts, count, outputs_for
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest, remaining
@@ -25,10 +26,7 @@ from incubate_lib.report.planner.memory import step_memory_of
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import places
 from incubate_lib.report.tables.records import Results
-from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
-# assumed where nothing is said; a realistic ceiling for a ViT-B is 0.7, many runs reach 0.1
-DEVICE, SHARE = "H100", 0.4
 _COUNTED: dict[str, Facts] = {}  # sliders ask often
 
 
@@ -53,10 +51,9 @@ def _measured_as(phase: str, module_index: int | None) -> str:
 
 def stated_speed(device: str = DEVICE, share: float = SHARE, precision: str = "bfloat16") -> Speed:
     """Return a share of a device's nominal dense peak in that precision; SettingsError for a device that is not known."""
-    peak, known = peak_flops(device, precision), f"{nearest(device, PEAKS)}; or measure it with `incubate bench`"
+    peak = peak_flops(device, precision)
     how = f"the peak of {device} in {precision} is not known; measure it with `incubate bench … --save NAME`"
-    refuse(not 0 < share <= 1, f"the share of the peak is {share:g}; it must be above 0 and at most 1")
-    refuse(device not in PEAKS, f"the peak of {device!r} is not known; {known}")
+    check_stated(device, share)
     refuse(not peak, how)
     source = f"{share:.0%} of the {peak / 1e12:g} TFLOP/s ({precision}) of one {device}: an assumption"
     return Speed(source, share * peak)
@@ -64,11 +61,7 @@ def stated_speed(device: str = DEVICE, share: float = SHARE, precision: str = "b
 
 def measured_speed(name: str) -> Speed:
     """Return what `incubate bench … --save NAME` measured; SettingsError if there is no such table."""
-    tables = sorted(records.results_folder().glob("bench_*.csv"))
-    known = {path.stem.removeprefix("bench_"): path for path in tables if "growth" not in path.stem}
-    how = "`incubate bench PRESET --save NAME` measures one"
-    refuse(name not in known, f"no measured speed {name!r}; {nearest(name, known)}; {how}")
-    rows = pd.read_csv(known[name]).set_index("variant")
+    rows = pd.read_csv(records.speed_file(name)).set_index("variant")
     first = rows.iloc[0]
     source = f"measured with {first['settings']} on {first['device']}, {first['threads']} thread(s), {first['precision']}, "
     source += f"batch {first['batch']}, {first['date'][:10]}"

@@ -11,14 +11,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from incubate_lib.config import SettingsError, refuse
 from incubate_lib.config.members import PHASES
+from incubate_lib.config.peaks import DEVICE, PEAKS, SHARE, peak_flops
 from incubate_lib.data.counts import count_images
 from incubate_lib.pipeline.graph import Plan
-from incubate_lib.report.planner.forecast import DEVICE, SHARE, Forecast, forecast, open_settings, plan_of, stated_speed
+from incubate_lib.report.planner.forecast import Forecast, forecast, open_settings, plan_of, stated_speed
 from incubate_lib.report.style import Figure
 from incubate_lib.report.tables.hardware import MIXED
 from incubate_lib.report.widgets import image, or_sentence, with_twin
 from incubate_lib.report.words import flop_unit, label, phase_name
-from incubate_lib.training.stopwatch import PEAKS, peak_flops
 
 NAME_BOX = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
 NAME = {"ha": "center", "va": "center", "fontsize": 9, "bbox": NAME_BOX}

@@ -131,6 +131,16 @@ def table_file(name: str, part: str) -> Path:
     return results_folder() / f"{name}{'' if part == 'strategies' else f'_{part}'}.csv"
 
 
+def speed_file(name: str) -> Path:
+    """Return the table of what `incubate bench … --save NAME` measured; SettingsError if there is none."""
+    tables = sorted(results_folder().glob("bench_*.csv"))
+    known = {path.stem.removeprefix("bench_"): path for path in tables if "growth" not in path.stem}
+    if name not in known:
+        how = "`incubate bench PRESET --save NAME` measures one"
+        raise SettingsError(f"no measured speed {name!r}; {nearest(name, known)}; {how}")
+    return known[name]
+
+
 def published_runs() -> list[str]:
     """Return the names of experiments that have tracked tables; studies and benches have other ones."""
     return [path.name.removesuffix("_curves.csv") for path in sorted(results_folder().glob("*_curves.csv"))]
