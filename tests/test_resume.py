@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from patience import join, wait_for
 from stopping import stop_after_checkpoints
 
 from incubate_lib.config import load_settings
-from incubate_lib.pipeline import execution
+from incubate_lib.pipeline import execution, warm
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training import loop
 from incubate_lib.training.files import read_json
@@ -250,3 +251,19 @@ def test_mat_stopped_and_resumed_equals_uninterrupted(how, tmp_path, monkeypatch
     probes = found[0][2][1]
     assert [row["step"] for row in probes] == list(range(0, 36, 6)) and len({tuple(row["active"]) for row in probes}) > 1
     assert found[0][1] < 36 * 16 * node.facts.flops_per_image["target"] + summary["mat"]["flops"]
+
+
+def test_a_phase_starts_although_the_warm_process_is_killed_at_that_moment(tmp_path, monkeypatch):
+    """It is stopped first, so that it is asked, and dies before it answers."""
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
+    node = open_phase("meta", "smoke", ["training.epochs=1"])
+    warm.prepare()
+    pid = warm.forkserver._forkserver._forkserver_pid
+    os.kill(pid, signal.SIGSTOP)
+    killer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
+    killer.start()
+    node.job.write()
+    process = warm.start("", {"phase": node.job.path}, node.folder.path, None, threads=1)
+    join(process)
+    assert warm.forkserver._forkserver._forkserver_pid != pid
+    assert process.exitcode == 0 and node.finished()

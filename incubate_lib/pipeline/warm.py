@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -29,6 +30,7 @@ PRELOAD = [
     "incubate_lib.report.html",
     "incubate_lib.report.widgets",
 ]
+ATTEMPTS = 10  # to fork a process
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
 
@@ -51,13 +53,20 @@ def start(what: str, parameters: dict[str, Any], folder: Path, output: str | Non
     It runs in a process forked from the warm one, and ends with this one. What it prints is appended to the folder's log.txt.
     The parameter of a phase is the path of its file.
     """
-    prepare()
     folder.mkdir(parents=True, exist_ok=True)
     env = os.environ | {"INCUBATE_THREADS": str(threads), "INCUBATE_HEADLESS": "1"}
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    process = context.Process(target=_work, args=(what, parameters, folder, output, env))
-    process.start()
+    for attempt in range(ATTEMPTS):
+        prepare()
+        process = context.Process(target=_work, args=(what, parameters, folder, output, env))
+        try:
+            process.start()
+            break
+        except (EOFError, ConnectionError):  # the warm process was killed just now; `prepare` starts another
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(0.1)  # it may not be gone for the system yet
     return process
 
 
