@@ -113,6 +113,7 @@ class Task:
     name = ""
     metrics: tuple[Metric, ...] = ()  # the first is the score, by which rates, modules and strategies are compared
     num_sums = 0  # S, see `sums`
+    has_classes = False  # whether each sample belongs to one class, so that finished networks are tabled class by class
     network = "A network"  # what learns it, for a model card
     tags: tuple[str, ...] = ()  # of model cards
 
@@ -180,6 +181,11 @@ class Task:
 
     def divided(self, sums: list[float]) -> Mapping[str, float]:
         """Return all metrics by name, and the mean loss, named loss, of the sums [S] over all samples."""
+        raise NotImplementedError
+
+    def classes(self, output: Any, batch: Any) -> tuple["Tensor", "Tensor"]:
+        """Return of each sample of an evaluated batch its class, int64 [B], and whether the network is right, bool [B]. Asked
+        only where the task `has_classes`."""
         raise NotImplementedError
 
     def mistakes(self, output: Any, batch: Any, names: Sequence[str] = ()) -> list[str | None]:

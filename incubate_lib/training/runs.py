@@ -41,6 +41,11 @@ class _Where(BaseModel):
     versions: dict[str, str]
 
 
+class _Classes(BaseModel):
+    samples: list[int]
+    right: list[int]
+
+
 class _Summary(BaseModel):
     """What is read of every summary."""
 
@@ -57,6 +62,7 @@ class _Summary(BaseModel):
     provenance: _Where
     inputs_sha256: dict[str, str] = {}
     results_sha256: dict[Name, str] = {}  # names of files
+    classes: _Classes | None = None  # of a whole network whose task has classes
 
 
 class PhaseFolder:
