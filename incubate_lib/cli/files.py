@@ -100,20 +100,22 @@ def export(options: argparse.Namespace) -> None:
 def figures(options: argparse.Namespace) -> None:
     _needs_checkout("figures")
     from incubate_lib.cli.pages import commands
+    from incubate_lib.pipeline.shown import thumbnails
     from incubate_lib.report import readme
     from incubate_lib.report.publish import redraw
 
-    for path in [*redraw(), *readme.write({"commands": commands})]:
+    for path in [*redraw(), *thumbnails(), *readme.write({"commands": commands})]:
         print(f"wrote {path}")
 
 
 def notebooks(options: argparse.Namespace) -> None:
     _needs_checkout("notebooks")
-    from incubate_lib.pipeline.shown import show
+    from incubate_lib.pipeline.shown import show, thumbnails
 
     os.environ["INCUBATE_HEADLESS"] = "1"
     for name in options.names or sorted(path.stem for path in config.notebooks_folder().glob("*.ipynb")):
         print(f"wrote {show(name)}", flush=True)
+    thumbnails()
 
 
 def _needs_checkout(command: str) -> None:

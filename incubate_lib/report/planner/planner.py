@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from incubate_lib.config import SettingsError, refuse
+from incubate_lib.config import SettingsError, data_folder, refuse
 from incubate_lib.config.members import PHASES
 from incubate_lib.data.counts import count_images
 from incubate_lib.pipeline.graph import Plan
@@ -154,7 +154,7 @@ def gantt(costs: Forecast) -> Figure:
         axis.set_title(f"{label(name)} ({name}): {done:,.3g} {time}", fontsize=10, loc="left")
         axis.set(yticks=range(1, used[name] + 1), xlim=(0, 1.02 * end), ylim=(used[name] + 0.5, 0.5))
         axis.grid(axis="x", alpha=0.3)
-    text = textwrap.fill(costs.images, 130)
+    text = textwrap.fill(costs.images.replace(str(data_folder()), "data"), 130)  # a picture may go to others
     axes[-1].set_xlabel(f"{time} after the start\n{text}")
     figure.supylabel("machine", fontsize=10)
     return figure
