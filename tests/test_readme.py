@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from project import ROOT, block, blocks, pages
 
 from incubate_lib.cli import main, parser
 from incubate_lib.cli.pages import commands
-from incubate_lib.config import load_settings
+from incubate_lib.config import DataSettings, load_settings, presets
+from incubate_lib.config.study import load_study, studies
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import readme
 from incubate_lib.report.planner.forecast import open_plan
@@ -23,6 +25,7 @@ from incubate_lib.report.tables import records
 from incubate_lib.report.tables.comparison import comparison
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.tables.statistics import rounded
+from incubate_lib.report.words import label
 
 PAGES = pages()
 RESULTS = PAGES["figures/README.md"]
@@ -34,6 +37,23 @@ def test_settings_can_be_planned(text, tmp_path, data_folder):
     (path := tmp_path / "mine.yaml").write_text(text)
     todo = open_plan(str(path), images=2000, classes=10)
     assert sum(todo.flops.values()) > 0 and not data_folder.exists()
+
+
+def test_data_has_an_example_of_each_kind_of_source():
+    """Inline, where the settings are a line: `data: {source: …}`."""
+    lines = re.findall(r"`data: (\{source: .*?\})`", PAGES["data/README.md"])
+    sources = {DataSettings(**yaml.safe_load(line)).source.split("/")[0] for line in lines}
+    assert sources >= {"folder", "torch", "hfds", "wds", "digits", "synthetic"} and sources & {"cifar10", "cifar100"}
+
+
+def test_every_strategy_is_listed_with_its_label():
+    """Those that are known by name, and those that presets and studies define."""
+    page = PAGES["incubate_lib/strategies/README.md"]
+    files = [load_settings(name).strategies for name in presets()]
+    files += [load_study(name).settings(cell).strategies for name in studies() for cell in load_study(name).cells()[:1]]
+    names = {name for strategies in files for name in strategies}
+    assert len(names) > 20
+    assert [name for name in names if f"| `{name}` | {label(name)} |" not in page] == []
 
 
 def flowers(folder: Path) -> None:

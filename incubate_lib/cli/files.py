@@ -22,7 +22,7 @@ def presets(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
-    settings = load_settings(options.preset, options.set)  # first: what is misspelt is told before torch is imported
+    settings = load_settings(options.preset, options.set)  # first: what is misspelt is reported before torch is imported
     from incubate_lib.config.members import TASKS
     from incubate_lib.data.folders import links_out, place_of
     from incubate_lib.data.sets import SHOWN, load_data, unused_in_words
@@ -32,7 +32,7 @@ def check(options: argparse.Namespace) -> int:
     place = place_of(settings.data, settings.machine)
     links = links_out(place) if settings.data.source not in config.MADE and place.is_dir() else []
     how = {"shape": model_shape(settings.model), "machine": settings.machine}
-    one_by_one = settings.data.model_copy(update={"in_memory": False, "skip_broken": True})  # so that all are looked at
+    one_by_one = settings.data.model_copy(update={"in_memory": False, "skip_broken": True})  # so that all are opened
     parts, bad = load_data(one_by_one, **how), 0
     for what, part in zip(("train", settings.data.eval_split), parts, strict=True):
         opened, broken, turned = part.check() if isinstance(part, StreamedSet) else (len(part), {}, 0)
@@ -70,8 +70,8 @@ def migrate(options: argparse.Namespace) -> None:
     from incubate_lib.pipeline import store
 
     folders = store.migrate(print)
-    there = "their old phases lie in the folders seed-* beside run.json, and may be deleted"
-    print(f"{len(folders)} run(s) taken over; {there}" if folders else "there is no run of before to take over")
+    there = "their old phases are in the folders seed-* beside run.json; you may delete them"
+    print(f"{len(folders)} run(s) taken over; {there}" if folders else "there is no run of an earlier version to take over")
 
 
 def import_(options: argparse.Namespace) -> None:

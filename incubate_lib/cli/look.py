@@ -1,4 +1,4 @@
-"""`incubate status`, `logs`, `report`, `mirror`, `stop`: what looks into a run, or ends it."""
+"""`incubate status`, `logs`, `report`, `mirror`, `stop`: commands that inspect a run, or end it."""
 
 import argparse
 import os
@@ -74,7 +74,7 @@ def _one_phase(wanted: str, keys: list[str]) -> str:
 
 
 def report(options: argparse.Namespace) -> None:
-    todo = _started(options)  # first: what is misspelt is told before torch is imported
+    todo = _started(options)  # first: what is misspelt is reported before torch is imported
     from incubate_lib.report.html import write_report
     from incubate_lib.report.publish import publish
     from incubate_lib.report.tables.records import from_plan

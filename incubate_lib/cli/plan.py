@@ -14,7 +14,7 @@ from rich.table import Table
 from incubate_lib.config import load_settings, presets, refuse
 from incubate_lib.pipeline.view import matched_lengths
 
-if TYPE_CHECKING:  # it takes a second, and what is misspelt is told before
+if TYPE_CHECKING:  # it takes a second, and what is misspelt is reported before
     import pandas as pd
 
 FIGURES = (".png", ".svg", ".pdf")

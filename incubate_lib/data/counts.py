@@ -11,7 +11,7 @@ from incubate_lib.data.sources import open_source
 
 MOST = {"classes": MOST_CLASSES, "images": 10**12}
 
-IMAGENET = (1_281_167, 50_000, 1000)  # images to train on, to judge by (None: one pool for both), classes
+IMAGENET = (1_281_167, 50_000, 1000)  # images to train on, to evaluate on (None: one pool for both), classes
 KNOWN = {
     "digits": (1797, None, 10), "fashion_mnist": (60_000, 10_000, 10), "cifar10": (50_000, 10_000, 10),
     "cifar100": (50_000, 10_000, 100),

@@ -10,7 +10,7 @@ from torch import Tensor
 from incubate_lib.config import TrainingSettings
 from incubate_lib.data.schedule import derive_seed, micro_batches, steps_per_epoch
 
-EVAL_BATCH = 256  # images judged at once
+EVAL_BATCH = 256  # images evaluated at once
 
 
 @dataclass(frozen=True)

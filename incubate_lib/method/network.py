@@ -22,7 +22,7 @@ Claims = Callable[[str], bool | None]  # of a name: whether it belongs; None: it
 
 
 class Skip(nn.Module):
-    """What stands in a list of layers where a block was left out."""
+    """The place of a block that was left out, in a list of layers."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x.clone()  # what follows may work in place

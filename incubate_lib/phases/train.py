@@ -90,7 +90,7 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
 
 
 def _stop_asked(stop_files: dict[str, int | None]) -> Callable[[], bool]:
-    """Return a function that tells whether one of the files was touched since (by its own time stamps: clocks differ)."""
+    """Return a function that says whether one of the files was touched since (by its own time stamps: clocks differ)."""
     return lambda: any(modified(path) not in (None, before) for path, before in stop_files.items())
 
 

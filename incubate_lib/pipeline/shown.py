@@ -48,7 +48,7 @@ def show(name: str) -> Path:
 
 
 def sources(nb: Any) -> str:
-    """Return what tells whether outputs belong to a notebook's code: a hash of that. The text around it may be mended."""
+    """Return the hash of a notebook's code, by which outputs are known to belong to it. The text around it may be mended."""
     return digest("\0".join(cell.source for cell in nb.cells if cell.cell_type == "code"))
 
 

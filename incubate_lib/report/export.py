@@ -26,7 +26,7 @@ class Finished:
 
     strategy: str
     seed: int
-    score: float  # on the images that judge
+    score: float  # on the evaluated images
     metric: Metric
     node: Node
 

@@ -57,7 +57,7 @@ def with_contents(text: str) -> str:
 
 
 def encoded(data: bytes) -> str:
-    """Return data as it stands in the page itself."""
+    """Return data as the page itself holds it."""
     return base64.b64encode(data).decode()
 
 

@@ -103,7 +103,7 @@ def of_the_output(run: Callable[["Tensor"], Any], x: "Tensor", loss: Callable[[A
 
 
 class Task:
-    """What a batch is, how it is made ready, the loss of an output, and how evaluation adds up.
+    """What a batch is, how it is made ready, the loss of an output, and the sums that evaluation makes.
 
     The loop sees batches that it cannot open, a loss, and sums. A batch is what the data yields: of images a pair of images
     and labels. An output is what the network returns, a row of outputs for each sample unless `check_output` says otherwise.
@@ -176,7 +176,7 @@ class Task:
 
     def sums(self, output: Any, batch: Any) -> "Tensor":
         """Return sums over the samples of an evaluated batch, float64 [S]: first their number, then their losses, then what
-        `divided` needs. Over batches and devices they are added up."""
+        `divided` needs. They are summed over batches and devices."""
         raise NotImplementedError
 
     def divided(self, sums: list[float]) -> Mapping[str, float]:

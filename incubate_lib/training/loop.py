@@ -99,10 +99,10 @@ def mistakes(model: nn.Module, data: DataSet, task: Task = CLASSIFICATION, num: 
     for batch in data.eval_batches(keep=False):
         batch = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
         x = task.inputs(batch)
-        told = task.mistakes(model(x), batch)
-        wrong = [place for place, caption in enumerate(told) if caption is not None]
+        words = task.mistakes(model(x), batch)
+        wrong = [place for place, caption in enumerate(words) if caption is not None]
         images.append((255 * (x[wrong].to(data.std.device) * data.std + data.mean)).round().clamp(0, 255).to(torch.uint8).cpu())
-        captions += [told[place] for place in wrong]
+        captions += [words[place] for place in wrong]
         if len(captions) >= num:
             break
     return torch.cat(images)[:num], captions[:num]
@@ -172,7 +172,7 @@ def fit(
         result = evaluate(trainer.eval_model, eval_set, trainer.precision, team, trainer.task)
         counts.eval_seconds += time.perf_counter() - began
         if not math.isfinite(result["loss"]):
-            raise not_finite("the judged loss", result["loss"], step)
+            raise not_finite("the evaluated loss", result["loss"], step)
         row = {"step": step, "epoch": step / per_epoch, "images": step * settings.batch_size, **result}
         row["train_flops"] = counts.flops
         row["train_loss"] = counts.loss_sum / counts.loss_steps if counts.loss_steps else None

@@ -151,7 +151,7 @@ def gantt(costs: Forecast) -> Figure:
                 axis.text(begin + width / 2, row.machine, words, **NAME)
         done = costs.strategies.set_index("strategy").loc[name, "hours"] / hours
         axis.axvline(done, color="#222222", linewidth=1)
-        axis.set_title(f"{label(name)} ({name}): {done:,.3g} {time}", fontsize=10, loc="left")
+        axis.set_title(f"{label(name)}: {done:,.3g} {time}", fontsize=10, loc="left")
         axis.set(yticks=range(1, used[name] + 1), xlim=(0, 1.02 * end), ylim=(used[name] + 0.5, 0.5))
         axis.grid(axis="x", alpha=0.3)
     text = textwrap.fill(costs.images.replace(str(data_folder()), "data"), 130)  # a picture may go to others
