@@ -23,7 +23,7 @@ from incubate_lib.report.readme.markers import COMPARISONS
 from incubate_lib.report.readme.sources import forget
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.comparison import comparison
-from incubate_lib.report.tables.records import from_plan
+from incubate_lib.report.tables.records import from_plan, published
 from incubate_lib.report.tables.statistics import rounded
 from incubate_lib.report.words import label
 
@@ -101,9 +101,9 @@ def test_ones_own_images_in_five_steps(tmp_path, data_folder, monkeypatch, capsy
 
 def test_the_method_runs_as_the_front_page_has_it():
     text = next(text for text in blocks("python", "README.md") if "Hybrid" in text)
-    small = {"img_size=64": "img_size=64, embed_dim=48, num_heads=3"}
-    for old, new in small.items():
-        text = text.replace(old, new)
+    old, new = '"img_size": 64', '"img_size": 64, "embed_dim": 48, "num_heads": 3'
+    assert old in text
+    text = text.replace(old, new)
     names = {}
     exec(text, names)
     assert torch.isfinite(names["target"](names["images"])).all()
@@ -157,6 +157,16 @@ def test_every_command_can_be_given(command):
         parser().parse_args(words + needed.get(words[0], []))
     else:
         parser().parse_args(words)
+
+
+def test_the_front_page_shows_the_table_that_a_run_prints():
+    """Its rows, in their order, and a column for each strategy of the preset."""
+    (sample,) = (text for text in blocks("text", "README.md") if "top-1" in text)
+    head, _, body = (part.strip("\n") for part in sample.partition("─" * 60 + "─" * 35))
+    rows = [re.split(r"\s{2,}", line)[0] for line in body.splitlines()]
+    table = comparison(published("digits"))
+    assert rows and rows == [row for row in table.index if row in rows]
+    assert sorted(head.split()) == sorted(word for name in load_settings("digits").run for word in label(name).split())
 
 
 def test_the_front_page_is_short():

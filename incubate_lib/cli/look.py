@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from incubate_lib import backends
+from incubate_lib.cli.tables import fitted
 from incubate_lib.config import data_folder, load_settings, nearest, refuse
 from incubate_lib.pipeline.background import stop_run
 from incubate_lib.pipeline.experiment import INDEX, Experiment
@@ -118,8 +119,8 @@ def print_table(todo: Plan) -> None:
     from incubate_lib.report.tables.records import from_plan
     from incubate_lib.report.tables.verdict import lowered
 
-    results = from_plan(todo)
-    print(comparison(results).to_string())
+    results, console = from_plan(todo), Console(highlight=False)
+    console.print("", fitted(comparison(results).reset_index(names=""), console), "")
     print(results.verdict())
     if message := lowered(todo.finals.values()):
         print(message)
