@@ -66,13 +66,16 @@ def picture(nb: Any) -> str:
 
 
 def _thumbnail(path: Path) -> Path:
-    """Write a notebook's picture, in the middle of white ground, with the hash of the large one; return the file."""
+    """Write a notebook's picture on white ground, a tall one's upper part, with the hash of the large one; return the file."""
     import nbformat
     from PIL import Image, ImageOps, PngImagePlugin
 
     large = picture(nbformat.read(path, as_version=4))
     with Image.open(io.BytesIO(base64.b64decode(large))) as image:
-        small = ImageOps.pad(image.convert("RGB"), SMALL, Image.Resampling.LANCZOS, color="white").quantize(COLORS)
+        is_tall = image.width * SMALL[1] < image.height * SMALL[0]
+        how = {"centering": (0.5, 0)} if is_tall else {"color": "white"}
+        fitted = (ImageOps.fit if is_tall else ImageOps.pad)(image.convert("RGB"), SMALL, Image.Resampling.LANCZOS, **how)
+    small = fitted.quantize(COLORS)
     about, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
     about.add_text("of", digest(large))
     small.save(buffer, format="png", optimize=True, pnginfo=about)

@@ -15,6 +15,7 @@ from incubate_lib.report.words import in_yaml
 def about(run: Plan, results: Results) -> dict[str, str]:
     """Return in words what was trained on what, by which command and commit; `results` has the finished strategies of `run`."""
     settings, facts = run.experiment.settings, run.experiment.facts
+    commits = ", ".join(dict.fromkeys(filter(None, results.strategies["commit"]))) or "not known"
     evaluated = next(summary["eval_images"] for node in run.finals.values() if (summary := node.summary()))
     parts = " + ".join(map(str, facts.target_depths)), " + ".join(map(str, facts.meta_depths))
     network = f"{settings.model}, {facts.outputs:,} outputs"
@@ -25,7 +26,7 @@ def about(run: Plan, results: Results) -> dict[str, str]:
         f"{'test on' if settings.data.eval_split == 'test' else 'choose settings by'}",
         "network": network,
         "command": command(run),
-        "commit": ", ".join(dict.fromkeys(filter(None, results.strategies["commit"]))) or "not known",
+        "commit": commits + (" (+: with changes that were not committed)" if "+" in commits else ""),
     }
 
 
