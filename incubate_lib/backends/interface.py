@@ -79,7 +79,7 @@ class Backend:
         return 0
 
     def states(self, plan: Any, lines: list[Any]) -> list[str]:
-        """Add what this backend knows to the lines (pipeline.view.Line) of a status; return sentences to stand below."""
+        """Add what this backend knows to the lines (pipeline.view.Line) of a status; return sentences for the lines below."""
         return []
 
     def explain(self, reason: str) -> str | None:

@@ -252,7 +252,7 @@ _Item = tuple[Tensor | None, int, list[tuple[str, str]], str]
 
 @dataclass(frozen=True)
 class _Reader(torch.utils.data.Dataset):
-    """Opens and augments one image; runs in worker processes. Told, not raised, is what goes wrong: an image that cannot be
+    """Opens and augments one image; runs in worker processes. What goes wrong is returned, not raised: an image that cannot be
     read, or that the transforms fail on."""
 
     opener: Opener

@@ -135,7 +135,7 @@ class _Reached(Exception):
 
 
 def has_layer(model: nn.Module, name: str) -> bool:
-    """Whether a network has a layer of that name, and not what stands for one that was left out."""
+    """Whether a network has a layer of that name, and not the placeholder of one that was left out."""
     layer: Any = model
     for part in name.split("."):
         layer = getattr(layer, part, None) if isinstance(layer, nn.Module) else None

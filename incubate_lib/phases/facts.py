@@ -66,7 +66,7 @@ def outputs_for(settings: Settings | PhaseSettings, data: Any) -> int:
 
 
 def _check_task(settings: Settings, train: Any, outputs: int) -> None:
-    """Raise SettingsError unless the task knows the loss of some images and adds them up."""
+    """Raise SettingsError unless the task has a loss and sums for some images."""
     import torch
     from torch.utils._pytree import tree_map_only
 

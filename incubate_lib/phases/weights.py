@@ -110,7 +110,7 @@ UNSEEN = ("num_heads", "eps", "global_pool", "pool_type", "stride", "padding", "
 def _check_config(model: Any, file: Path) -> None:
     """Raise SettingsError where shapes agree and the network is another one: heads, eps, strides, pooling, activations.
 
-    What the file's network was is in the config.json beside it, of timm (or of a phase of before), or in a phase's
+    What the file's network was is in the config.json beside it, of timm (or of a phase of an earlier version), or in a phase's
     phase.json; without one there is no knowing.
     """
     import timm

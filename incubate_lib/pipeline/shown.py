@@ -21,7 +21,7 @@ SMALL = (480, 200)  # pixels of that, twice what a page has room for
 def show(name: str) -> Path:
     """Execute a notebook of the series with its defaults, keep the outputs in it, and return its path.
 
-    Headless, so that pictures stand where widgets would. SettingsError if a cell fails, or if the outputs
+    Headless, so that there are pictures in place of widgets. SettingsError if a cell fails, or if the outputs
     are too large.
     """
     import nbformat
@@ -58,7 +58,7 @@ def thumbnails() -> list[Path]:
 
 
 def picture(nb: Any) -> str:
-    """Return the picture that stands for a notebook, a PNG in base64: the first of the cell with the tag `thumbnail`."""
+    """Return the picture that the front page has of a notebook, PNG in base64: the first of the cell tagged `thumbnail`."""
     tagged = (cell for cell in nb.cells if THUMBNAIL in cell.metadata.get("tags", ()))
     found = [output.data["image/png"] for cell in tagged for output in cell.outputs if "image/png" in output.get("data", ())]
     refuse(not found, f"a notebook needs a cell with the tag {THUMBNAIL!r} and a picture among its outputs")
