@@ -15,9 +15,10 @@ from renamed import CHANGES, Change, flat, renamed, renamed_keys
 from safetensors.torch import load_file
 
 # Seconds, memory, place, versions and ids are another thing each time, FLOPs and steps are not; which phase it is, `Phase` says.
+# `classes` are not in summaries of before; score and weights say the same.
 NOT_COMPARED = re.compile(
     r"(\w+_)?(seconds|memory|hash|sha256)|provenance|metric|date|commit|dirty|versions|device|host|pid|threads"
-    r"|data_share|strategy|phase|module_index|copied_from|inputs"
+    r"|data_share|strategy|phase|module_index|copied_from|inputs|classes"
 )
 ORDER = ("meta", "incubate", "assemble", "end_to_end", "finetune")  # so that what differs first is told first
 

@@ -120,7 +120,7 @@ def all_readable(split: str, images: int, classes: int) -> str:
 
 
 def classes_lacking(where: str, names: str) -> str:
-    """Classes to judge by without an image to train on."""
+    """Classes to evaluate on without an image to train on."""
     return f"{where} has classes that training lacks: {names}"
 
 

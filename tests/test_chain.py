@@ -311,7 +311,7 @@ def test_mat_and_its_controls_go_through_the_notebooks_to_a_report(tmp_path, mon
     assert [unit.split(".")[0] for unit in module["mat"]["units"]] == ["network"] * 4
     assert "mat" not in read_json(run / "seed-0" / "meta" / "summary.json")
     page = (run / "report.html").read_text()
-    assert "Modular Adaptive Training" in page and "What looking at the kernels cost" in page
+    assert "Modular Adaptive Training" in page and "What computing the kernels cost" in page
     rows, spent = page.partition(sentences.MACHINE_EACH)[2].split("<tr>"), cost["mat"] / cost["end_to_end"]
     assert any("<th>MAT</th>" in row and f"({spent:.2f}×)" in row for row in rows), "with what it spent, not what it might have"
 

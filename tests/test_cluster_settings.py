@@ -31,7 +31,7 @@ def test_the_readmes_site_file_is_read(tmp_path):
 
 
 def test_a_limit_that_leaves_no_time_to_save_is_told():
-    with pytest.raises(SettingsError, match=r"time is 3, .*told to save 120 s before it, .*give it at least 4 minutes"):
+    with pytest.raises(SettingsError, match=r"time is 3, .*asked to save 120 s before it, .*give it at least 4 minutes"):
         load_slurm(None, {"time": "3"}).job("meta", True)
     assert load_slurm(None, {"time": "4"}).job("meta", True).time == "4"
 

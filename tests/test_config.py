@@ -235,7 +235,9 @@ def test_weights_that_timm_leaves_unset_are_refused(monkeypatch):
         return model
 
     monkeypatch.setattr(timm, "create_model", forgetful)
-    with pytest.raises(SettingsError, match=r"leaves 1 tensor\(s\) of model.name 'vit_tiny.* without a start, first head.weight"):
+    with pytest.raises(
+        SettingsError, match=r"leaves 1 tensor\(s\) of model.name 'vit_tiny.* without initial values, the first: head.weight"
+    ):
         build_model(ModelSettings(options={"qkv_bias": False}), 1, 4)
 
 

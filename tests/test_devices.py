@@ -21,7 +21,7 @@ from incubate_lib.phases.train import train_phase
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.training.files import read_json
 from incubate_lib.training.lease import Lease
-from incubate_lib.training.loop import evaluate
+from incubate_lib.training.loop import by_class, evaluate
 from incubate_lib.training.runs import MNTK, PhaseFolder
 from incubate_lib.training.team import ALONE, Team
 
@@ -123,7 +123,7 @@ def rank_that_evaluates(rank: int, devices: int, meeting: str, out: str) -> None
     _, eval_set = load_data(load_settings("smoke", ["data.test_images=95"]).data)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
-    Path(f"{out}-{rank}").write_text(repr(evaluate(model, eval_set, team=team)))
+    Path(f"{out}-{rank}").write_text(repr(evaluate(model, eval_set, team=team) | by_class(model, eval_set, 4, team=team)))
 
 
 @pytest.mark.parametrize("devices", [2, 3])
@@ -133,10 +133,12 @@ def test_evaluation_counts_every_image_once_whatever_the_number_of_devices(devic
     together(rank_that_evaluates, devices, str(tmp_path / "meeting"), str(tmp_path / "out"))
     _, eval_set = load_data(load_settings("smoke", ["data.test_images=95"]).data)
     torch.manual_seed(0)
-    expected = evaluate(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4)), eval_set)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
+    expected, classes = evaluate(model, eval_set), by_class(model, eval_set, 4)
     for rank in range(devices):
         output = eval((tmp_path / f"out-{rank}").read_text())
         assert output["score"] == expected["score"] and output["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert {name: output[name] for name in classes} == classes and sum(classes["samples"]) == 95
 
 
 def convolutional(tmp_path) -> str:

@@ -303,7 +303,7 @@ def test_what_cannot_be_imported_is_told(tmp_path, capsys, monkeypatch):
         ([file, tmp_path / ("a" * 250)], "its name is too long"),
         ([file, tmp_path / "taken"], "taken is there already"),
         ([file, tmp_path / "text.pth" / "ours", "--num-heads", "2"], "cannot write"),
-        ([file, tmp_path / "ours"], "width 16 does not tell the number of heads; give --num-heads"),
+        ([file, tmp_path / "ours"], "width 16 does not determine the number of heads; give --num-heads"),
         ([file, tmp_path / "ours", "--num-heads", "3"], "--num-heads 3 does not divide the width, 16"),
         ([file, tmp_path / "ours", "--num-heads", "2", "--model", "vit_tiny"], "timm has no 'vit_tiny'"),
         ([file, tmp_path / "ours", "--num-heads", "2", "--model", "resnet18"], "resnet18"),

@@ -149,7 +149,7 @@ def test_a_sample_that_stands_there_twice_or_is_a_link_is_told(tmp_path):
     settings = DataSettings(**numbered(tmp_path / "set", "wds/", [0]))
     with tarfile.open(tmp_path / "set" / "train.tar", "a") as tar:
         add(tar, {"000.png": png()})
-    with pytest.raises(SettingsError, match=r"000\.png stands there twice"):
+    with pytest.raises(SettingsError, match=r"000\.png is in it twice"):
         open_source(settings)
     numbered(tmp_path / "set", "wds/", [0])
     with tarfile.open(tmp_path / "set" / "train.tar", "a") as tar:

@@ -294,7 +294,7 @@ def test_the_widget_follows_and_never_breaks(damaged, monkeypatch):
     strategies.value = ("end_to_end",)
     assert "training.lr" not in tables.value
     strategies.value = ()
-    assert "nothing is finished of these" in said.value and picture.layout.display == "none"
+    assert "none of these strategies" in said.value and picture.layout.display == "none"
     monkeypatch.setenv("INCUBATE_HEADLESS", "1")
     assert isinstance(browser.browse_runs(), pd.DataFrame)
 

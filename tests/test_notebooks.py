@@ -12,11 +12,12 @@ import papermill
 import pytest
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
+from PIL import Image
 from project import ROOT
 
 from incubate_lib.config.members import PHASES
 from incubate_lib.pipeline.notebook import scrub, without_paths
-from incubate_lib.pipeline.shown import LARGEST, sources
+from incubate_lib.pipeline.shown import LARGEST, SMALL, digest, picture, sources
 
 TRACKED = subprocess.run(
     ["git", "-C", str(ROOT), "ls-files", "*.ipynb"], capture_output=True, text=True, check=True
@@ -82,6 +83,15 @@ def test_committed_with_the_outputs_of_these_sources(nb, path):
         for private in (r"(^|[\s'\"(=])/\w[\w.-]*/\w", r"\b\d\d:\d\d:\d\d\b", r" at 0x[0-9a-f]{6,}", "widget-view"):
             assert not re.search(private, text, re.M), re.search(f".{{0,60}}{private}.{{0,60}}", text)
     nbformat.validate(nb)
+
+
+def test_the_front_page_shows_a_picture_of_each_notebook_as_it_is(nb, path):
+    """`incubate notebooks` and `incubate figures` write them."""
+    place = f"figures/thumbnails/{path.name.removesuffix('.ipynb')}.png"
+    with Image.open(ROOT / place) as small:
+        assert small.size == SMALL and small.info["of"] == digest(picture(nb)), "call `incubate figures`"
+    assert (ROOT / place).stat().st_size < 20_000
+    assert f"]({place})](notebooks/{path.name})" in (ROOT / "README.md").read_text()
 
 
 def test_executed_copies_lose_paths_and_keep_pictures(monkeypatch):

@@ -242,7 +242,7 @@ def test_bad_input_is_a_sentence(arguments, output, capsys):
 def test_the_command_says_what_the_tables_say(capsys, tmp_path):
     assert main(["plan", "smoke", "--machines", "3", "--figure", str(tmp_path / "plan.png")]) == 0
     out = capsys.readouterr().out
-    for output in ("critical path", "module 3", "fine-tuning", "an assumption", "Not in it: judging"):
+    for output in ("critical path", "module 3", "fine-tuning", "an assumption", "Not in it: evaluating"):
         assert output in out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 

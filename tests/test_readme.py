@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from project import ROOT, block, blocks, pages
 
 from incubate_lib.cli import main, parser
 from incubate_lib.cli.pages import commands
-from incubate_lib.config import load_settings
+from incubate_lib.config import DataSettings, load_settings, presets
+from incubate_lib.config.study import load_study, studies
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report import readme
 from incubate_lib.report.planner.forecast import open_plan
@@ -21,8 +23,9 @@ from incubate_lib.report.readme.markers import COMPARISONS
 from incubate_lib.report.readme.sources import forget
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.comparison import comparison
-from incubate_lib.report.tables.records import from_plan
+from incubate_lib.report.tables.records import from_plan, published
 from incubate_lib.report.tables.statistics import rounded
+from incubate_lib.report.words import label
 
 PAGES = pages()
 RESULTS = PAGES["figures/README.md"]
@@ -34,6 +37,23 @@ def test_settings_can_be_planned(text, tmp_path, data_folder):
     (path := tmp_path / "mine.yaml").write_text(text)
     todo = open_plan(str(path), images=2000, classes=10)
     assert sum(todo.flops.values()) > 0 and not data_folder.exists()
+
+
+def test_data_has_an_example_of_each_kind_of_source():
+    """Inline, where the settings are a line: `data: {source: …}`."""
+    lines = re.findall(r"`data: (\{source: .*?\})`", PAGES["data/README.md"])
+    sources = {DataSettings(**yaml.safe_load(line)).source.split("/")[0] for line in lines}
+    assert sources >= {"folder", "torch", "hfds", "wds", "digits", "synthetic"} and sources & {"cifar10", "cifar100"}
+
+
+def test_every_strategy_is_listed_with_its_label():
+    """Those that are known by name, and those that presets and studies define."""
+    page = PAGES["incubate_lib/strategies/README.md"]
+    files = [load_settings(name).strategies for name in presets()]
+    files += [load_study(name).settings(cell).strategies for name in studies() for cell in load_study(name).cells()[:1]]
+    names = {name for strategies in files for name in strategies}
+    assert len(names) > 20
+    assert [name for name in names if f"| `{name}` | {label(name)} |" not in page] == []
 
 
 def flowers(folder: Path) -> None:
@@ -81,9 +101,9 @@ def test_ones_own_images_in_five_steps(tmp_path, data_folder, monkeypatch, capsy
 
 def test_the_method_runs_as_the_front_page_has_it():
     text = next(text for text in blocks("python", "README.md") if "Hybrid" in text)
-    small = {"img_size=64": "img_size=64, embed_dim=48, num_heads=3"}
-    for old, new in small.items():
-        text = text.replace(old, new)
+    old, new = '"img_size": 64', '"img_size": 64, "embed_dim": 48, "num_heads": 3'
+    assert old in text
+    text = text.replace(old, new)
     names = {}
     exec(text, names)
     assert torch.isfinite(names["target"](names["images"])).all()
@@ -137,6 +157,16 @@ def test_every_command_can_be_given(command):
         parser().parse_args(words + needed.get(words[0], []))
     else:
         parser().parse_args(words)
+
+
+def test_the_front_page_shows_the_table_that_a_run_prints():
+    """Its rows, in their order, and a column for each strategy of the preset."""
+    (sample,) = (text for text in blocks("text", "README.md") if "top-1" in text)
+    head, _, body = (part.strip("\n") for part in re.split("(─+)", sample))
+    rows = [re.split(r"\s{2,}", line)[0] for line in body.splitlines()]
+    table = comparison(published("digits"))
+    assert rows and rows == [row for row in table.index if row in rows]
+    assert sorted(head.split()) == sorted(word for name in load_settings("digits").run for word in label(name).split())
 
 
 def test_the_front_page_is_short():

@@ -28,7 +28,7 @@ PERPLEXITY = tasks.Metric("perplexity", "perplexity", digits=2, higher_is_better
 
 
 class Guessing(type(tasks.get())):
-    """Classification, judged by a metric of which less is better."""
+    """Classification, scored by a metric of which less is better."""
 
     metrics = (PERPLEXITY,)
 

@@ -90,6 +90,7 @@ def test_a_task_without_classes_goes_from_images_to_a_verdict(write, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     run = tmp_path / "data" / "runs" / "toy"
     tuned, meta = (json.loads((run / f"seed-0/{key}/summary.json").read_text()) for key in ("deep_incubation/finetune", "meta"))
+    assert "classes" not in tuned
     assert tuned["metric"] == "mean_error" and tuned["score"] < meta["start_score"]
     assert "mean error" in result.stdout and "top-1" not in result.stdout and "%" not in result.stdout
     page = (run / "report.html").read_text()

@@ -128,7 +128,7 @@ def test_stopped_in_the_middle_it_goes_on_and_ends_in_the_same_numbers(trained, 
     study that was not."""
     file, hooks = tmp_path / "trial.yaml", Hooks(tmp_path)
     file.write_text(STUDY.replace("strategies: [end_to_end, deep_incubation, growing]", "strategies: [deep_incubation]"))
-    hooks.hold("incubate-2", 0)  # so that it is not done before it is told to stop
+    hooks.hold("incubate-2", 0)  # so that it is not done before it is asked to stop
     env = os.environ | hooks.env | {"INCUBATE_DATA": str(tmp_path)}
     begun = command_line.Begun("study", str(file), "--jobs", "2", env=env)
     wait_for(lambda: "module 1 of 3" in begun.output, "a module to be trained")
@@ -158,7 +158,7 @@ def test_a_cell_of_a_study_is_a_run_that_is_trained_already(trained):
 def test_it_is_told_what_is_left(trained, tmp_path):
     _, file, *_ = trained
     result = incubate("study", str(file), "--dry-run", folder=tmp_path)
-    assert result.returncode == 0 and "nothing was trained here yet" in result.stdout
+    assert result.returncode == 0 and "no speed was measured here yet" in result.stdout
     assert not (tmp_path / "runs").exists() and not (tmp_path / "phases").exists()
 
 

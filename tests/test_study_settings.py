@@ -26,7 +26,7 @@ from incubate_lib.report.tables.studies import published
         ({"seeds": [0, 0]}, f"one {sentences.GIVEN_TWICE}"),
         ({"seeds": [-1]}, "seeds"),
         ({"rates": {"values": [1e-3, 1e-3], "seeds": [7]}}, f"one {sentences.GIVEN_TWICE}"),
-        ({"rates": {"values": [1e-3], "seeds": [0]}}, "what a rate was chosen with must not judge it"),
+        ({"rates": {"values": [1e-3], "seeds": [0]}}, "what a rate was chosen with must not evaluate it"),
         ({"rates": {"values": [1e-3], "seeds": [7], "at": {"depht": "6"}}}, sentences.did_you_mean("depth")),
         ({"rates": {"values": [1e-3], "seeds": [7], "at": {"depth": "8"}}}, "rates.at.depth is '8'"),
         ({"rates": {"values": [], "seeds": [7]}}, "rates.values"),
@@ -60,7 +60,7 @@ def test_only_the_machine_is_set_from_outside():
     settings = study.settings(study.cells()[0])
     assert settings.machine.checkpoint_seconds == 7 and settings.machine.data_folder == "/a/copy"
     assert settings.digest() == load_study("digits-depth-data").settings(study.cells()[0]).digest()
-    with pytest.raises(SettingsError, match="stands in the study's file"):
+    with pytest.raises(SettingsError, match="depend on the study's file alone"):
         load_study("digits-depth-data", ["training.lr=1"])
 
 

@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_settings(tmp_path):
 
 
 def test_weights_that_break_in_the_last_step_are_noticed(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"judged loss is (nan|inf) at step 1 of 1"):
+    with pytest.raises(FloatingPointError, match=r"evaluated loss is (nan|inf) at step 1 of 1"):
         run_fit(tmp_path, TrainingSettings(epochs=0.2, batch_size=10, lr=1e38, warmup_epochs=0.0))
 
 

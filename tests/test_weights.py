@@ -187,7 +187,7 @@ def test_a_network_of_another_kind_is_loaded_with_its_counts_of_batches(tmp_path
     (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": "many"}}')
     vit = build_model(ModelSettings(), 1, 4)
     save_file(vit.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(SettingsError, match=r"the config.json beside it tells of no network that timm knows"):
+    with pytest.raises(SettingsError, match=r"the config.json beside it describes no network that timm knows"):
         load_into(vit, tmp_path)
 
 

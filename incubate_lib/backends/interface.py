@@ -1,4 +1,4 @@
-"""Where phases run: what a backend can do, and what a process inside one of its jobs is told.
+"""Where phases run: what a backend can do, and what a process inside one of its jobs knows.
 
 A member is a folder beside this file. Its `__init__` is read whenever `incubate` starts or a folder is held, and so imports
 nothing that takes time: `options` are those of the command line that are for this backend alone, each with what argparse's
@@ -79,7 +79,7 @@ class Backend:
         return 0
 
     def states(self, plan: Any, lines: list[Any]) -> list[str]:
-        """Add what this backend knows to the lines (pipeline.view.Line) of a status; return sentences to stand below."""
+        """Add what this backend knows to the lines (pipeline.view.Line) of a status; return sentences for the lines below."""
         return []
 
     def explain(self, reason: str) -> str | None:
@@ -89,4 +89,4 @@ class Backend:
         """Have a run save and stop, whose stop file is there already; say in words who was asked, none if nobody was."""
 
     def attempt(self) -> Attempt | None:
-        """Return what this process is told, if it is in a job of this backend."""
+        """Return what this process is, if it is in a job of this backend."""

@@ -22,7 +22,7 @@ LONGEST_TEMPORARY = 60  # bytes; sockets may have 108, and processes add some fo
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OTHERS = (errno.ELOOP, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENXIO)
 # errors of the system → what to do about them
-OF_THE_MACHINE = dict.fromkeys(OTHERS, "look at what lies there, or give another place") | {
+OF_THE_MACHINE = dict.fromkeys(OTHERS, "see what is there, or give another place") | {
     errno.ENOSPC: "make room and call again: what is finished stays finished",
     errno.EDQUOT: "make room within your quota and call again: what is finished stays finished",
     errno.EROFS: "set INCUBATE_DATA to a folder that can be written",

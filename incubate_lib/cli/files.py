@@ -22,7 +22,7 @@ def presets(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
-    settings = load_settings(options.preset, options.set)  # first: what is misspelt is told before torch is imported
+    settings = load_settings(options.preset, options.set)  # first: what is misspelt is reported before torch is imported
     from incubate_lib.config.members import TASKS
     from incubate_lib.data.folders import links_out, place_of
     from incubate_lib.data.sets import SHOWN, load_data, unused_in_words
@@ -32,7 +32,7 @@ def check(options: argparse.Namespace) -> int:
     place = place_of(settings.data, settings.machine)
     links = links_out(place) if settings.data.source not in config.MADE and place.is_dir() else []
     how = {"shape": model_shape(settings.model), "machine": settings.machine}
-    one_by_one = settings.data.model_copy(update={"in_memory": False, "skip_broken": True})  # so that all are looked at
+    one_by_one = settings.data.model_copy(update={"in_memory": False, "skip_broken": True})  # so that all are opened
     parts, bad = load_data(one_by_one, **how), 0
     for what, part in zip(("train", settings.data.eval_split), parts, strict=True):
         opened, broken, turned = part.check() if isinstance(part, StreamedSet) else (len(part), {}, 0)
@@ -70,8 +70,8 @@ def migrate(options: argparse.Namespace) -> None:
     from incubate_lib.pipeline import store
 
     folders = store.migrate(print)
-    there = "their old phases lie in the folders seed-* beside run.json, and may be deleted"
-    print(f"{len(folders)} run(s) taken over; {there}" if folders else "there is no run of before to take over")
+    there = "their old phases are in the folders seed-* beside run.json; you may delete them"
+    print(f"{len(folders)} run(s) taken over; {there}" if folders else "there is no run of an earlier version to take over")
 
 
 def import_(options: argparse.Namespace) -> None:
@@ -100,20 +100,22 @@ def export(options: argparse.Namespace) -> None:
 def figures(options: argparse.Namespace) -> None:
     _needs_checkout("figures")
     from incubate_lib.cli.pages import commands
+    from incubate_lib.pipeline.shown import thumbnails
     from incubate_lib.report import readme
     from incubate_lib.report.publish import redraw
 
-    for path in [*redraw(), *readme.write({"commands": commands})]:
+    for path in [*redraw(), *thumbnails(), *readme.write({"commands": commands})]:
         print(f"wrote {path}")
 
 
 def notebooks(options: argparse.Namespace) -> None:
     _needs_checkout("notebooks")
-    from incubate_lib.pipeline.shown import show
+    from incubate_lib.pipeline.shown import show, thumbnails
 
     os.environ["INCUBATE_HEADLESS"] = "1"
     for name in options.names or sorted(path.stem for path in config.notebooks_folder().glob("*.ipynb")):
         print(f"wrote {show(name)}", flush=True)
+    thumbnails()
 
 
 def _needs_checkout(command: str) -> None:

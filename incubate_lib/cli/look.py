@@ -1,4 +1,4 @@
-"""`incubate status`, `logs`, `report`, `mirror`, `stop`: what looks into a run, or ends it."""
+"""`incubate status`, `logs`, `report`, `mirror`, `stop`: commands that inspect a run, or end it."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from incubate_lib import backends
+from incubate_lib.cli.tables import fitted
 from incubate_lib.config import data_folder, load_settings, nearest, refuse
 from incubate_lib.pipeline.background import stop_run
 from incubate_lib.pipeline.experiment import INDEX, Experiment
@@ -74,7 +75,7 @@ def _one_phase(wanted: str, keys: list[str]) -> str:
 
 
 def report(options: argparse.Namespace) -> None:
-    todo = _started(options)  # first: what is misspelt is told before torch is imported
+    todo = _started(options)  # first: what is misspelt is reported before torch is imported
     from incubate_lib.report.html import write_report
     from incubate_lib.report.publish import publish
     from incubate_lib.report.tables.records import from_plan
@@ -118,8 +119,8 @@ def print_table(todo: Plan) -> None:
     from incubate_lib.report.tables.records import from_plan
     from incubate_lib.report.tables.verdict import lowered
 
-    results = from_plan(todo)
-    print(comparison(results).to_string())
+    results, console = from_plan(todo), Console(highlight=False)
+    console.print("", fitted(comparison(results).reset_index(names=""), console), "")
     print(results.verdict())
     if message := lowered(todo.finals.values()):
         print(message)

@@ -5,18 +5,13 @@ import difflib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
+from incubate_lib.cli.tables import fitted
 from incubate_lib.config import check_numbers, load_settings, presets, refuse
 from incubate_lib.config.peaks import DEVICE, SHARE, check_stated
 from incubate_lib.pipeline.view import matched_lengths
-
-if TYPE_CHECKING:  # it takes a second, and what is misspelt is told before
-    import pandas as pd
 
 FIGURES = (".png", ".svg", ".pdf")
 ALIKE = 0.8  # of a preset's name; no network of timm has one so like it
@@ -49,13 +44,14 @@ def plan(options: argparse.Namespace) -> None:
     options.done()
     print(costs.images + "\n")
     console = Console(highlight=False)
-    console.print(_shown(planner.strategies_table(costs).reset_index(names="strategy"), console), "")
+    console.print(fitted(planner.strategies_table(costs).reset_index(names="strategy"), console), "")
     for name, phases in planner.phases_table(costs).groupby("strategy", sort=False):
-        console.print(_shown(phases.drop(columns="strategy"), console, name), "")
+        console.print(fitted(phases.drop(columns="strategy"), console, name), "")
     print(*matched_lengths(todo), planner.in_words(costs), sep="\n")
     if measured:
         table = forecast.against_measured(measured, speed)
-        print(f"\n{planner.against_table(table).to_string(index=False)}\n\n{planner.against_in_words(table)}")
+        console.print("", fitted(planner.against_table(table), console), "")
+        print(planner.against_in_words(table))
     if options.figure:
         planner.gantt(costs).savefig(options.figure, dpi=150)
         print(f"wrote {options.figure}")
@@ -68,26 +64,6 @@ def _check_early(preset: str, overrides: list[str]) -> None:
         return
     close = difflib.get_close_matches(preset[:200], presets(), cutoff=ALIKE)
     refuse(close, f"{preset!r} is no preset, no .yaml file and no timm model; did you mean {' or '.join(close)}?")
-
-
-def _shown(table: "pd.DataFrame", console: Console, title: str | None = None) -> Table:
-    """Return a table for the terminal; where it is too narrow, what has several words goes on in a second line."""
-    columns = [[heading, *map(str, table[heading])] for heading in table]
-    widths = [max(map(len, cells)) for cells in columns]
-    fits = sum(widths) + 2 * len(widths) <= console.width
-    if not fits:
-        words = [max(len(word) for cell in cells for word in cell.split()) for cells in columns]
-        room = max(0, console.width - sum(words) - len(words))
-        for i, (whole, word) in enumerate(zip(widths, words, strict=True)):
-            widths[i] = min(whole, word + room)
-            room -= widths[i] - word
-    about = {"title": title, "title_justify": "left", "title_style": "bold"}
-    shown = Table(**about, box=SIMPLE_HEAD, padding=(0, int(fits), 0, 0), show_edge=False)
-    for i, (heading, width) in enumerate(zip(table, widths, strict=True)):
-        shown.add_column(heading, justify="right" if i else "left", vertical="bottom", width=width)
-    for row in zip(*(cells[1:] for cells in columns), strict=True):
-        shown.add_row(*row)
-    return shown
 
 
 def check_figure(file: str | None) -> None:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from incubate_lib import backends
 from incubate_lib.cli.look import print_table
+from incubate_lib.cli.tables import fitted
 from incubate_lib.config import load_settings, refuse
 from incubate_lib.config.study import load_study, studies
 from incubate_lib.pipeline import execution
@@ -72,8 +73,6 @@ def study(options: argparse.Namespace) -> int | None:
     if options.stop:
         print(grid.stop(about))
         return None
-    import pandas as pd
-
     from incubate_lib.report.tables import studies as report
     from incubate_lib.report.tables import study_plots
 
@@ -98,7 +97,7 @@ def study(options: argparse.Namespace) -> int | None:
         written += study_plots.draw(report.published(table.name))
     for path in written:
         print(f"wrote {path}")
-    with pd.option_context("display.width", 200):
-        print(report.summary(table).to_string(index=False))
+    console = Console(highlight=False)
+    console.print(fitted(report.summary(table), console))
     print(*report.doubts(table), sep="\n")
     return None

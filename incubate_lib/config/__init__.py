@@ -1,5 +1,5 @@
 """Everything that can be set: the models, and the files they are read from. Nothing here imports torch, so that a
-misspelt name is told in a fraction of a second.
+misspelt name is reported in a fraction of a second.
 """
 
 from incubate_lib.config.errors import MOST_CLASSES as MOST_CLASSES

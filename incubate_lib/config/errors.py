@@ -1,4 +1,4 @@
-"""What bad input is told: a line or two that name the field, the value and what would be right."""
+"""Messages for bad input: a line or two that name the field, the value and what would be right."""
 
 import difflib
 from functools import cache

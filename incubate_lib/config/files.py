@@ -81,7 +81,7 @@ def _look_beside(file: Path, data: Any) -> None:
     """Give the whole path of a folder of images that lies beside the user's settings file, and not where they usually lie."""
     folder = data.get("folder") if isinstance(data, dict) else None
     if isinstance(folder, str) and folder:
-        with contextlib.suppress(OSError, ValueError):  # of a name that none can have, which is told where it is opened
+        with contextlib.suppress(OSError, ValueError):  # of a name that none can have, which is reported where it is opened
             if not (data_folder() / "datasets" / folder).exists() and (beside := file.absolute().parent / folder).is_dir():
                 data["folder"] = str(beside)
 
@@ -134,7 +134,7 @@ def _parsed_once(text: str) -> Any:
     except LookupError:  # `!!bool x`, `!!int ""`
         raise ValueError("a value is not what its tag says") from None
     except RecursionError:
-        raise ValueError("an alias stands within what it stands for") from None
+        raise ValueError("an alias refers to what contains it") from None
 
 
 def _count(node: Node | None, counter: Iterator[int]) -> None:
@@ -152,7 +152,7 @@ def _count(node: Node | None, counter: Iterator[int]) -> None:
 def _what_is_wrong(error: YAMLError | ValueError) -> str:
     """Return the line and what is wrong there, in one line."""
     problem = getattr(error, "problem", None) or str(error)
-    problem = re.sub(r'found duplicate key "(.*?)" with .*', r"'\1' stands there twice", problem, flags=re.DOTALL)
+    problem = re.sub(r'found duplicate key "(.*?)" with .*', r"'\1' is there twice", problem, flags=re.DOTALL)
     problem = problem.partition(", if necessary")[0]  # advice for programmers
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -109,8 +109,8 @@ class Settings(Frozen):
         captured = micro and batch > whole and machine.compile in ("reduce-overhead", "max-autotune")
         refuse(
             captured,
-            f"machine.compile {machine.compile!r} captures CUDA graphs, which overwrite gradients that micro-batches "
-            f"add up (micro_batch {micro} in {where}); use compile: default, or a batch_size of {whole}",
+            f"machine.compile {machine.compile!r} captures CUDA graphs, which overwrite the gradients that micro-batches "
+            f"accumulate (micro_batch {micro} in {where}); use compile: default, or a batch_size of {whole}",
         )
         odd = (training.mixup or training.cutmix) and (micro or batch // devices) % 2
         refuse(odd, f"{batch_of} gives each device an odd number, which mixup cannot pair")

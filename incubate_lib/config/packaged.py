@@ -1,4 +1,4 @@
-"""Tables that stand beside these modules."""
+"""Tables in files beside these modules."""
 
 from pathlib import Path
 from typing import Any
@@ -7,5 +7,5 @@ from ruamel.yaml import YAML
 
 
 def packaged(name: str) -> dict[str, Any]:
-    """Return a table that stands beside this module."""
+    """Return the table in a file beside this module."""
     return YAML(typ="safe", pure=True).load(Path(__file__).with_name(name))

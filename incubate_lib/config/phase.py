@@ -90,7 +90,7 @@ def as_given(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
     """Return what must be given to get these values: records hold defaults, too, which are refused where they mean nothing."""
     kept = {}
     for name, value in values.items():
-        field = model.model_fields.get(name)  # none: an unknown name, which validation will tell
+        field = model.model_fields.get(name)  # none: an unknown name, which validation will report
         default = field.get_default(call_default_factory=True) if field and not field.is_required() else ...
         if default is not ... and value == to_jsonable_python(default):
             continue

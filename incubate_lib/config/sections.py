@@ -66,7 +66,7 @@ SPECIAL = {  # fields that only some sources know
 
 
 class DataSettings(Frozen):
-    """Which images, and which of them judge. The splits are the same for every seed of a run."""
+    """Which images there are, and which of them networks are evaluated on. The splits are the same for every seed of a run."""
 
     # digits, synthetic, cifar10, cifar100, fashion_mnist, folder, or timm's torch/…, hfds/…, wds/…
     source: str = "digits"
@@ -75,7 +75,7 @@ class DataSettings(Frozen):
     resize: Pixels | None = None
     # where the images are, relative to data/datasets or to the settings file; the source's name if left out
     folder: str | None = None
-    # "val" is cut from the training images, for choosing settings
+    # what networks are evaluated on; "val" is cut from the training images, for choosing settings
     eval_split: Literal["val", "test"] = "test"
     # class-balanced; of a source without a test split a third if left out, else all
     test_images: Positive | None = None
@@ -234,7 +234,7 @@ class TrainingSettings(Frozen):
     epochs: Epochs = 10.0
     # images of an update, on all devices together; an epoch's incomplete last one is left out
     batch_size: Positive = 32
-    # images that one device takes at once, gradients add up; none: its whole share
+    # images that one device takes at once, with gradients accumulated; none: its whole share
     micro_batch: Positive | None = None
     # learning rate after warm-up; a float32 holds no more than 3e38
     lr: Annotated[float, Field(gt=0, le=3e38)] = 1e-3
@@ -294,11 +294,13 @@ class MATSettings(Frozen):
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # in which everything trains
     # between two evaluations of the kernels; the first is at the start
     every_epochs: Annotated[float, Field(gt=0)] = 1.0
-    threshold: Literal["ratio", "quantile", "mass"] = "ratio"  # what alpha means, see method/mat.py
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.1  # 0: all units train; 1: only the strongest
-    # units whose eigenvalue moves less than this rest, too; the paper has 1e-3
+    # units rest whose largest eigenvalue is below a cut-off; alpha (see below) sets that as a share: ratio, of the way from the
+    # smallest eigenvalue to the largest; quantile, of the units; mass, of the sum of all eigenvalues
+    threshold: Literal["ratio", "quantile", "mass"] = "ratio"
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.1  # sets the cut-off; 0: all units train; 1: only the strongest
+    # units whose eigenvalue changes by less than this share rest, too; the paper has 1e-3; 0: never
     beta: Annotated[float, Field(ge=0)] = 0.0
-    # others: controls, for the same number of units
+    # by what units are ranked; all but mntk are controls, in which as many units train
     rank: Literal["mntk", "random", "gradient_norm", "inverted"] = "mntk"
     # control Multirate: a resting unit trains once in so many updates
     slow_every: Annotated[int, Field(ge=2)] | None = None

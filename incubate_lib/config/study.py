@@ -41,7 +41,7 @@ class Rates(Frozen):
     """
 
     values: Once[Annotated[float, Field(gt=0, le=3e38)]]
-    seeds: Once[Seed]  # judged on images cut from the training images
+    seeds: Once[Seed]  # evaluated on images cut from the training images
     # axis → its value at which rates are chosen for all others; axes left out: chosen at each value
     at: dict[Word, Word] = {}
 
@@ -84,7 +84,7 @@ class Study(Frozen):
         taken = f"name {self.name!r}: a name that ends in _rates is that of another study's table of rates"
         refuse(self.name.endswith("_rates"), taken)
         for axis, values in self.axes.items():
-            column = f"axes.{axis}: that is a column of the tables already; name the axis otherwise"
+            column = f"axes.{axis}: that is a column of the tables already; give the axis another name"
             refuse(not values, f"axes.{axis} has no values")
             refuse(is_column(axis), column)
         for axis, value in (self.rates.at if self.rates else {}).items():
@@ -100,7 +100,7 @@ class Study(Frozen):
         for field in set().union(*by_axis):
             refuse(sum(field in axis for axis in by_axis) > 1, f"{field} is set by two axes; each field has one")
         both = sorted(set(self.rates.seeds if self.rates else ()) & set(self.seeds))
-        refuse(both, f"seeds {both} are in rates.seeds, too: what a rate was chosen with must not judge it")
+        refuse(both, f"seeds {both} are in rates.seeds, too: what a rate was chosen with must not evaluate it")
         return self
 
     def cells(self) -> list[Cell]:
@@ -148,14 +148,14 @@ def load_study(study: str, machine: list[str] | tuple[str, ...] = ()) -> Study:
     found = validated(Study, raw, path.name)
     for override in machine:
         field, _, value = override.partition("=")
-        what = "what results depend on stands in the study's file; here only machine.* is set"
+        what = "results depend on the study's file alone; here only machine.* can be set"
         refuse(not field.strip().startswith("machine."), f"--set {override!r}: {what}")
         found = found.model_copy(update={"set": found.set | {field.strip(): yaml_value(override, value)}})
     for cell in found.cells():
         settings = found.settings(cell)
         for name in found.strategies:
             settings.strategy(name)
-        split = "data.eval_split is what a study sets itself: val to choose rates, test to judge"
+        split = "data.eval_split is what a study sets itself: val to choose rates, test to evaluate"
         refuse(settings.data.eval_split != "test", f"{path.name}: {split}")
     for name in found.strategies if found.rates and found.rates.at else []:
         ways = {tuple(found.settings(cell).strategies[name].trains) for cell in found.cells()}

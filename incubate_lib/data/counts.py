@@ -9,7 +9,7 @@ from incubate_lib.data.folders import Source, place_of
 from incubate_lib.data.sets import splits, unused_classes, unused_in_words
 from incubate_lib.data.sources import open_source
 
-IMAGENET = (1_281_167, 50_000, 1000)  # images to train on, to judge by (None: one pool for both), classes
+IMAGENET = (1_281_167, 50_000, 1000)  # images to train on, to evaluate on (None: one pool for both), classes
 KNOWN = {
     "digits": (1797, None, 10), "fashion_mnist": (60_000, 10_000, 10), "cifar10": (50_000, 10_000, 10),
     "cifar100": (50_000, 10_000, 100),

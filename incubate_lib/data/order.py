@@ -10,14 +10,14 @@ from torch import Tensor
 from incubate_lib.config import TrainingSettings
 from incubate_lib.data.schedule import derive_seed, micro_batches, steps_per_epoch
 
-EVAL_BATCH = 256  # images judged at once
+EVAL_BATCH = 256  # images evaluated at once
 
 
 @dataclass(frozen=True)
 class Order:
     """Which images each micro-batch of a phase holds.
 
-    Every epoch is a random order of all images. With `repeats` r each image stands r times in a row, and the epoch
+    Every epoch is a random order of all images. With `repeats` r each image is there r times in a row, and the epoch
     ends after as many places as there are images, as with timm's RepeatAugSampler: it shows 1/r of them.
     """
 

@@ -1,4 +1,4 @@
-"""Image sets as the loop sees them: micro-batches to train on, batches to judge by, on the device.
+"""Image sets as the loop sees them: micro-batches to train on, batches to evaluate on, on the device.
 
 Small sets (`ImageSet`) live on the device as uint8 and are augmented there, a kernel launch per batch instead of a
 Python call per image; large ones are `stream.StreamedSet`. Here both are made of a source: splits, shares, statistics.
@@ -51,7 +51,7 @@ class ImageSet:
         return (images.float() / 255 - self.mean) / self.std
 
     def some(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images as judged, normalised [N, C, H, W], and labels [N] of an index."""
+        """Return images as evaluated, normalised [N, C, H, W], and labels [N] of an index."""
         index = index.to(self.labels.device)
         return self.normalise(self.images[index]), self.labels[index]
 
@@ -81,7 +81,7 @@ def load_data(
     shape: Shape | None = None,
     machine: MachineSettings = DEFAULT_MACHINE,
 ) -> tuple[ImageSet, ImageSet] | tuple[StreamedSet, StreamedSet]:
-    """Return the images to train on and the images to judge by: the test split, or a validation split cut from training.
+    """Return the images to train on and the images to evaluate on: the test split, or a validation split cut from training.
 
     `shape` is what the model takes (C, H, W); streamed images are brought to it. Raises SettingsError for anything that
     is wrong with folder, classes, images or the sizes of splits.
@@ -131,7 +131,7 @@ def unused_in_words(unused: list[int], count: int) -> str:
 
 
 def splits(settings: DataSettings, train: Source, test: Source | None) -> tuple[tuple[Source, np.ndarray], ...]:
-    """Return (source, index of its images) to train on and to judge by."""
+    """Return (source, index of its images) to train on and to evaluate on."""
     rest = np.arange(len(train.labels))
     if test is None:
         rest, held = _cut(settings, train.labels, rest, settings.test_images or len(rest) // 3, "test_images")

@@ -15,7 +15,7 @@ from incubate_lib.config import DataSettings, SettingsError
 from incubate_lib.data.decode import Names, Shards, open_regular
 from incubate_lib.data.folders import Source, folder_of, is_left_behind, numbered
 
-LONGEST_LABEL = 40  # bytes of a .cls file that are looked at
+LONGEST_LABEL = 40  # bytes of a .cls file that are read
 ENDINGS = ("jpg", "jpeg", "png", "webp")  # of a sample's image
 END = bytes(1024)  # of a tar file: two empty blocks
 
@@ -62,7 +62,7 @@ def _samples(tar: str) -> dict[str, tuple[dict[str, tarfile.TarInfo], bytes]]:
                 key = f"{folder}/{key}"
                 sample = found.setdefault(key, {})
                 if (ending := ending.lower()) in sample:
-                    raise SettingsError(f"{tar}: {member.name} stands there twice")
+                    raise SettingsError(f"{tar}: {member.name} is in it twice")
                 sample[ending] = member
                 if ending == "cls":
                     labels[key] = archive.extractfile(member).read(LONGEST_LABEL).strip()

@@ -1,7 +1,7 @@
 """Where images come from: the sets that `data.source` can name.
 
-Whatever is wrong with a folder is told when its source is opened, before anything is trained: missing folder or split, no
-classes, a class to judge by that training lacks, files that cannot be read.
+Whatever is wrong with a folder is reported when its source is opened, before anything is trained: missing folder or split, no
+classes, a class to evaluate on that training lacks, files that cannot be read.
 """
 
 import gzip

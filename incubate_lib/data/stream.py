@@ -48,7 +48,7 @@ class StreamedSet:
     device: torch.device
     machine: MachineSettings
     broken: dict[str, str] = field(default_factory=dict)  # images passed over so far: name → reason
-    eval_loader: DataLoader | None = None  # kept while a network trains: to start its workers takes longer than to judge
+    eval_loader: DataLoader | None = None  # kept while a network trains: to start its workers takes longer than to evaluate
 
     def __len__(self) -> int:
         return len(self.index)
@@ -61,7 +61,7 @@ class StreamedSet:
         self.mean, self.std = torch.tensor(stats, dtype=torch.float32, device=self.device)[:, :, None, None]
 
     def preview(self, num: int, recipe: TrainingSettings | None = None) -> Tensor:
-        """Return the first images as uint8 [num, C, H, W], as judged, or augmented as in training."""
+        """Return the first images as uint8 [num, C, H, W], as evaluated, or augmented as in training."""
         reader = self._reader(recipe)
         return self._sound(*_collate([reader[i, i] for i in range(min(num, len(self)))]))[0]
 
@@ -69,7 +69,7 @@ class StreamedSet:
         return (images.float() / 255 - self.mean) / self.std
 
     def some(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images as judged, normalised [N, C, H, W], and labels [N] of an index; read here, without workers."""
+        """Return images as evaluated, normalised [N, C, H, W], and labels [N] of an index; read here, without workers."""
         reader = replace(self._reader(None), skip_broken=self.settings.skip_broken)
         images, labels = self._sound(*_collate([reader[i, 0] for i in index.tolist()]))
         return self.normalise(images.to(self.device)), labels.to(self.device)
@@ -130,11 +130,11 @@ class StreamedSet:
         return len(some), broken, turned
 
     def _reader(self, recipe: TrainingSettings | None) -> "_Reader":
-        """Return what worker processes run; without a recipe the centre crop by which images are judged."""
+        """Return what worker processes run; without a recipe the centre crop of evaluation."""
         mean = tuple(self.mean.flatten().tolist())
         transform = make_transform(self.shape, recipe, crop_pct=self.settings.crop_pct, mean=mean)
         mode = "L" if self.shape[0] == 1 else "RGB"
-        skip = self.settings.skip_broken and recipe is not None  # judging by another would count that one twice
+        skip = self.settings.skip_broken and recipe is not None  # evaluating another would count that one twice
         return _Reader(self.source.opener, self.labels, self.index, transform, mode, skip)
 
     def _workers(self, devices: int) -> int:
@@ -196,11 +196,11 @@ def check_shared_memory(
 ) -> None:
     """Raise SettingsError if /dev/shm is too small for what worker processes read ahead: training would wait for ever.
 
-    What was read ahead to train on stays there while images are judged, so both count. Phases side by side have as much
+    What was read ahead to train on stays there while images are evaluated, so both count. Phases side by side have as much
     of it each as of the cores ($INCUBATE_THREADS), and so have those of `devices` that are in one machine.
     """
     machine, workers = eval_set.machine, eval_set._workers(devices)
-    sharing = min(machine.devices, devices)  # a notebook judges on one device, whatever the machine has
+    sharing = min(machine.devices, devices)  # a notebook evaluates on one device, whatever the machine has
     mine = math.ceil(len(eval_set) / devices)
     reads = [(eval_set, min(mine, EVAL_BATCH), math.ceil(mine / EVAL_BATCH))]  # set, size and number of batches
     if recipe:
@@ -252,7 +252,7 @@ _Item = tuple[Tensor | None, int, list[tuple[str, str]], str]
 
 @dataclass(frozen=True)
 class _Reader(torch.utils.data.Dataset):
-    """Opens and augments one image; runs in worker processes. Told, not raised, is what goes wrong: an image that cannot be
+    """Opens and augments one image; runs in worker processes. What goes wrong is returned, not raised: an image that cannot be
     read, or that the transforms fail on."""
 
     opener: Opener
@@ -274,7 +274,7 @@ class _Reader(torch.utils.data.Dataset):
             if image is not None:
                 try:
                     made = torch.as_tensor(self.transform(image))  # older timm: an array
-                except Exception as fault:  # whatever other versions of timm and pillow do not agree on
+                except Exception as fault:  # whatever other versions of timm and pillow handle differently
                     name = self.opener.name(int(self.index[at]))
                     return None, 0, broken, f"{name} with seed {seed} ({type(fault).__name__}: {fault})"
                 return made, int(self.labels[at]), broken, ""

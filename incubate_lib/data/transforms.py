@@ -15,7 +15,7 @@ def make_transform(
 ) -> Callable[[Image.Image], Any]:
     """Return what makes a uint8 image of `shape` (C, H, W) of a decoded one: a recipe's augmentation, drawn anew each time.
 
-    Without a recipe it is the centre crop by which images are judged. Raises SettingsError for a `randaugment` that is
+    Without a recipe it is the centre crop of evaluation. Raises SettingsError for a `randaugment` that is
     not in timm's notation.
     """
     how: dict[str, Any] = {"is_training": recipe is not None, "crop_pct": crop_pct}

@@ -1,6 +1,6 @@
 """Any network as a chain: where it can be cut, which blocks it can do without, who owns which weight.
 
-There is no table of architectures. One forward pass tells: the output of a layer is a *cut* if every path of the autograd
+There is no table of architectures. One forward pass shows it: the output of a layer is a *cut* if every path of the autograd
 graph from the logits to the images goes through it, and a parameter belongs to the stretch between two cuts in which it is
 used first.
 
@@ -264,7 +264,7 @@ def _variable(node: Any) -> Tensor | None:
 
 
 def _blocks(model: nn.Module, whole: dict[str, int]) -> list[str]:
-    """Return the innermost layers of `whole` that stand in a list and have weights; single layers only where all are."""
+    """Return the innermost layers of `whole` that are in a list and have weights; single layers only where all are."""
 
     def stands_in_a_list(name: str) -> bool:
         parent = model.get_submodule(name.rpartition(".")[0])

@@ -78,7 +78,7 @@ def _layers_of(network: nn.Module, partition: Partition, index: int) -> Iterator
 
 
 class Replay(nn.Module):
-    """Stands for a layer whose output is known already."""
+    """Takes the place of a layer whose output is known already."""
 
     value: Any = None
 

@@ -225,5 +225,5 @@ class PartialUpdates:
 
 
 def _detached(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Stop the error at the entrance of a resting branch; not in eval mode, or kernels looked at there would lack its part."""
+    """Stop the error at the entrance of a resting branch; not in eval mode, or kernels computed there would lack its part."""
     return (inputs[0].detach(), *inputs[1:]) if layer.training else inputs

@@ -1,12 +1,12 @@
 """The modular neural tangent kernel of MAT (arXiv 2405.07527, section 3).
 
 For the parameters θ of one unit and samples X the kernel is Θ(X, X) = J Jᵀ, J the Jacobian of the network's outputs with
-respect to θ. Kernels of units that together are the whole network add up to the network's kernel. The largest eigenvalue
-tells how well the unit still learns what the samples share.
+respect to θ. Where units together are the whole network, the sum of their kernels is the network's. The largest eigenvalue
+says how well the unit still learns what the samples share.
 
 One forward and one backward pass give the kernels of all units: at each layer the backward pass brings each sample's
 gradient of the layer's output, from which with the layer's input the sample's gradient of the layer's parameters follows;
-their inner products are added up, and they are forgotten before the next layer. The whole Jacobian is never in memory.
+their inner products are summed, and they are forgotten before the next layer. The whole Jacobian is never in memory.
 Here the network is in eval mode (dropout off, batch norm with its running statistics), or samples would not be
 independent of each other. All this holds for layers that are called once, with one input a sample, and use their
 parameters themselves; `check_kernels` refuses all others by name.

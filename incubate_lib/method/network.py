@@ -22,7 +22,7 @@ Claims = Callable[[str], bool | None]  # of a name: whether it belongs; None: it
 
 
 class Skip(nn.Module):
-    """What stands in a list of layers where a block was left out."""
+    """The place of a block that was left out, in a list of layers."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x.clone()  # what follows may work in place
@@ -135,7 +135,7 @@ class _Reached(Exception):
 
 
 def has_layer(model: nn.Module, name: str) -> bool:
-    """Whether a network has a layer of that name, and not what stands for one that was left out."""
+    """Whether a network has a layer of that name, and not the placeholder of one that was left out."""
     layer: Any = model
     for part in name.split("."):
         layer = getattr(layer, part, None) if isinstance(layer, nn.Module) else None

@@ -1,6 +1,6 @@
 """Layers of which only some rows train: attention heads within q, k and v, filters of a convolution.
 
-In training mode only; in eval mode they are what they replace, so that kernels and gradients looked at there are whole.
+In training mode only; in eval mode they are what they replace, so that kernels and gradients computed there are whole.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What kernels tell: their spectra, largest eigenvalues and effective ranks."""
+"""What is read from kernels: their spectra, largest eigenvalues and effective ranks."""
 
 import torch
 from torch import Tensor

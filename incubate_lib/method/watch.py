@@ -33,7 +33,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.train(was_training)  # some modules keep what they computed in eval mode until they are told
+        model.train(was_training)  # some modules keep what they computed in eval mode until the mode changes
         for module, mode in modes:
             module.training = mode
 

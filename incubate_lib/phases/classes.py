@@ -1,4 +1,4 @@
-"""The names of classes that stand beside weights, and whether they have the order of those of the images."""
+"""The names of classes in the file beside weights, and whether they have the order of those of the images."""
 
 from collections import Counter
 from pathlib import Path

@@ -41,7 +41,7 @@ def measure(settings: Settings) -> Facts:
     from incubate_lib.phases.networks import model_shape
 
     shape = model_shape(settings.model)
-    task = TASKS[settings.task]  # an unknown name is told before images are read
+    task = TASKS[settings.task]  # an unknown name is reported before images are read
     train, _ = load_data(settings.data, shape=shape, machine=settings.machine)
     if train.shape != shape:
         raise SettingsError(
@@ -66,7 +66,7 @@ def outputs_for(settings: Settings | PhaseSettings, data: Any) -> int:
 
 
 def _check_task(settings: Settings, train: Any, outputs: int) -> None:
-    """Raise SettingsError unless the task knows the loss of some images and adds them up."""
+    """Raise SettingsError unless the task has a loss and sums for some images."""
     import torch
     from torch.utils._pytree import tree_map_only
 
@@ -82,7 +82,7 @@ def _check_task(settings: Settings, train: Any, outputs: int) -> None:
             f"task {settings.task!r} does not fit data.source {settings.data.source!r}: {in_a_line(error)}"
         ) from None
     if sums.shape != (task.num_sums,):
-        raise SettingsError(f"task {settings.task!r} adds up {tuple(sums.shape)} sums, but says that it has {task.num_sums}")
+        raise SettingsError(f"task {settings.task!r} has sums of shape {tuple(sums.shape)}, but its num_sums is {task.num_sums}")
 
 
 def _check_classes(settings: Settings) -> None:

@@ -118,7 +118,7 @@ def read_job(path: str | Path) -> Job:
 
 
 def checked(model: type[Model], values: Any, where: str) -> Model:
-    """Return what has these values, which stand in a file; SettingsError if they are none of today's."""
+    """Return what has these values, which were read from a file; SettingsError if they are none of today's."""
     try:
         return model.model_validate_json(json.dumps(values))
     except ValidationError as error:

@@ -3,7 +3,7 @@ machines one on each, started by the job they are in, with the first machine as 
 
 The caller, a notebook's kernel as well as a command line, only waits: it starts no CUDA, survives whatever happens to
 the ranks, and gets a failed rank's traceback. A rank that fails leaves `rank-<n>.json` beside the job file; for one that is
-killed its agent does so. (torch's own error files know only whole seconds, too coarse to tell who failed first.) Ranks end
+killed its agent does so. (torch's own error files know only whole seconds, too coarse to say who failed first.) Ranks end
 when their caller does, because their standard input closes.
 """
 
@@ -126,7 +126,7 @@ def _agent(path: Path, host: str = "", port: str = "") -> None:
     if host:
         where = [f"--nnodes={machine.nodes}", f"--node-rank={backends.attempt().node_rank}"]
         where += [f"--master-addr={host}", f"--master-port={port}"]
-    logging.disable()  # of a rank that fails its report tells
+    logging.disable()  # a rank that fails has its report
     try:
         run.main([*where, f"--nproc-per-node={machine.devices}", *THIS, str(path)])
     except ChildFailedError as error:

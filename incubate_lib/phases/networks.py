@@ -42,8 +42,8 @@ def build_model(settings: ModelSettings, depth: int | None, outputs: int, drop_p
     refuse(weights > MOST_WEIGHTS, many)
     if unset := [name for name, tensor in model.state_dict().items() if not tensor.is_meta and tensor.isnan().any()]:
         raise SettingsError(
-            f"timm leaves {len(unset)} tensor(s) of model.name {settings.name!r} with {arguments} without a start, first "
-            f"{unset[0]}; change model.options"
+            f"timm leaves {len(unset)} tensor(s) of model.name {settings.name!r} with {arguments} without initial values, the "
+            f"first: {unset[0]}; change model.options"
         )
     return model
 
@@ -71,7 +71,7 @@ def _unset_memory_is_nan() -> Iterator[None]:
 
 
 def timm_arguments(settings: ModelSettings) -> dict[str, Any]:
-    """Return the arguments of a timm model that were set; those that take images of any size are not told which."""
+    """Return the arguments of a timm model that were set; those that take images of any size are given none."""
     arguments = settings.timm_arguments()
     known = timm.get_pretrained_cfg(settings.name)
     if not (known and known.fixed_input_size):

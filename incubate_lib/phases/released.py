@@ -181,7 +181,7 @@ def _joined(stages: Sequence[State]) -> State:
 def _check_order(files: Sequence[str | Path], found: list[list[State]]) -> None:
     """Raise SettingsError unless file i can be the hybrid of target module i.
 
-    The meta stages of all hybrids are the same and shallow, so a stage i that stands in another file too, or deeper, is
+    The meta stages of all hybrids are the same and shallow, so a stage i that another file has, too, or deeper, is
     not the target: shells sort module 10 before module 2.
     """
     for path, stages in zip(files, found, strict=True):
@@ -224,7 +224,7 @@ def settings_of(whole: State, path: str, name: str | None, num_heads: int | None
     if num_heads is None:
         num_heads = usual.blocks[0].attn.num_heads if usual.embed_dim == width else width // 64
         if usual.embed_dim != width and width % 64:
-            raise SettingsError(f"{path}: width {width} does not tell the number of heads; give --num-heads")
+            raise SettingsError(f"{path}: width {width} does not determine the number of heads; give --num-heads")
     options = {} if qkv_bias else {"qkv_bias": False}
     if pre_norm == isinstance(usual.norm_pre, nn.Identity):
         options["pre_norm"] = pre_norm

@@ -15,7 +15,7 @@ from incubate_lib.phases.facts import outputs_for
 from incubate_lib.phases.job import Job
 from incubate_lib.phases.networks import model_shape
 from incubate_lib.training.lease import Lease
-from incubate_lib.training.loop import evaluate, fit
+from incubate_lib.training.loop import by_class, evaluate, fit
 from incubate_lib.training.runs import PhaseFolder, whose
 from incubate_lib.training.team import Team, provenance, repeat_exactly
 from incubate_lib.training.trainer import Trainer
@@ -71,6 +71,8 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
             groups=kind.groups(model),
         )
         kept, numbers = fit(trainer, eval_set, folder=home, title=job.title, should_stop=_stop_asked(job.stop_files))
+    if task.has_classes and not kind.has_modules:  # of a whole network, once: an evaluation more
+        numbers["classes"] = by_class(kept, eval_set, job.facts.outputs, s.precision, team, task)
     if not team.is_first:
         return None
     numbers |= {
@@ -88,7 +90,7 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
 
 
 def _stop_asked(stop_files: dict[str, int | None]) -> Callable[[], bool]:
-    """Return a function that tells whether one of the files was touched since (by its own time stamps: clocks differ)."""
+    """Return a function that says whether one of the files was touched since (by its own time stamps: clocks differ)."""
     return lambda: any(modified(path) not in (None, before) for path, before in stop_files.items())
 
 

@@ -59,7 +59,7 @@ def load_into(model: Any, path: str | Path, expected_sha256: str | None = None) 
     except SafetensorError as error:
         raise SettingsError(f"{file} is not a sound .safetensors file: {error}") from None
     check_values(given, str(file), model.state_dict())
-    with contextlib.suppress(Exception):  # of other weights than those of this network, which the next line tells
+    with contextlib.suppress(Exception):  # of other weights than those of this network, which the next line reports
         given = at_size(given, model)
     check_fits(model.state_dict(), given, str(file))
     _check_config(model, file)
@@ -110,7 +110,7 @@ UNSEEN = ("num_heads", "eps", "global_pool", "pool_type", "stride", "padding", "
 def _check_config(model: Any, file: Path) -> None:
     """Raise SettingsError where shapes agree and the network is another one: heads, eps, strides, pooling, activations.
 
-    What the file's network was stands in the config.json beside it, of timm (or of a phase of before), or in a phase's
+    What the file's network was is in the config.json beside it, of timm (or of a phase of an earlier version), or in a phase's
     phase.json; without one there is no knowing.
     """
     import timm
@@ -133,9 +133,9 @@ def _check_config(model: Any, file: Path) -> None:
         with torch.device("meta"):
             other = timm.create_model(name, **arguments)
         ours, theirs = _unseen(model), _unseen(other)
-    except Exception as error:  # what stands there is not of this project or of timm
+    except Exception as error:  # what it holds is not of this project or of timm
         raise SettingsError(
-            f"{file}: the {beside.name} beside it tells of no network that timm knows: {in_a_line(error)}"
+            f"{file}: the {beside.name} beside it describes no network that timm knows: {in_a_line(error)}"
         ) from None
     if wrong := [f"{key} {theirs[key]}, the model {ours[key]}" for key in ours if theirs.get(key, ours[key]) != ours[key]]:
         raise SettingsError(f"{file} does not fit the model: by its {beside.name} ({name}) it has {first(wrong)}")

@@ -96,7 +96,7 @@ def _await_start(experiment: Experiment, process: Popen, log: Path, began: int) 
         if (holder(experiment.path / "lease") or {}).get("pid") == process.pid:
             return
         if process.poll() is not None:
-            if process.returncode in (0, 1, 130):  # those tell how a run ended
+            if process.returncode in (0, 1, 130):  # those say how a run ended
                 return
             said = log.read_bytes()[began:].decode(errors="replace").strip().splitlines()
             words = said[-1].removeprefix("incubate: ") if said else "it said nothing"

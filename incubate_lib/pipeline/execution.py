@@ -47,7 +47,7 @@ def kill(process: Process) -> None:
 
 
 def last_error(log: Path, start: int = 0) -> str | None:
-    """Return the last error a log tells of, from byte `start` on."""
+    """Return the last error in a log, from byte `start` on."""
     try:
         text = log.read_bytes()[start:].decode(errors="replace")
     except OSError:

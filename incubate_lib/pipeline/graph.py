@@ -80,7 +80,7 @@ class Node:
         return own | {"digest": self.digest, "inputs": {name: node.key for name, node in self.inputs.items()}}
 
     def data(self) -> tuple[Any, Any]:
-        """Return the images to train on and to judge by, as this phase's network takes them."""
+        """Return the images to train on and to evaluate on, as this phase's network takes them."""
         from incubate_lib.data.sets import load_data
         from incubate_lib.phases.networks import model_shape
 
@@ -130,7 +130,7 @@ class Plan:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What tells the analysis notebook which strategies and seeds these are."""
+        """What the analysis notebook is given: which strategies and seeds these are."""
         strategies, seeds = (list(dict.fromkeys(part)) for part in zip(*self.finals, strict=True))
         return {"strategies": strategies, "seeds": seeds}
 

@@ -1,6 +1,6 @@
 """Execute one notebook with parameters, through papermill, in a process of its own.
 
-What papermill leaves to be wished is added here: parameters are checked before a kernel starts (papermill only warns),
+What papermill lacks is added here: parameters are checked before a kernel starts (papermill only warns),
 kernels talk over private sockets (TCP ports race when several start at once), and the executed copy is free of machine
 paths and half-saved widget state. The copy appears under its final name only when the notebook ran to its end.
 """

@@ -65,7 +65,7 @@ def of_ends(whole: Plan, strategies: Collection[str] | None = None, seeds: Colle
 
 
 def recorded_plan(folder: Path) -> Plan:
-    """Return the plan of a run as its folder tells it, whoever's settings it has; for looking only.
+    """Return the plan of a run as its folder records it, whatever settings others have now; it is for reading only.
 
     Nothing is planned or counted anew, so this takes no data. SettingsError says what is missing or damaged.
     """
@@ -117,7 +117,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     if (folder / INDEX).exists():
         why = f"its {INDEX} is damaged"
     elif any(folder.iterdir()):
-        why = f"it has no {INDEX}" + ("; `incubate migrate` takes over runs of before" if (folder / BEFORE).exists() else "")
+        why = f"it has no {INDEX}" + (
+            "; `incubate migrate` takes over runs of an earlier version" if (folder / BEFORE).exists() else ""
+        )
     raise SettingsError(f"{folder.name} is not a run that can be opened: {why}")
 
 

@@ -1,4 +1,4 @@
-"""data/phases as a whole: phases that no run names any more, and runs of before, when phases lay in the folders of runs."""
+"""data/phases as a whole: phases that no run names any more, and runs of earlier versions, which held their phases."""
 
 import hashlib
 import itertools
@@ -87,7 +87,7 @@ def set_aside(nodes: list[Node]) -> None:
         path.rename(aside)
 
 
-# -- runs of before -----------------------------------------------------------------------------------------------------------
+# -- runs of earlier versions -------------------------------------------------------------------------------------------------
 
 
 def migrate(log: Log) -> list[Path]:

@@ -1,7 +1,7 @@
 """Run a study: stage by stage, each the runs of all cells side by side, so that no core waits for a cell to end.
 
 First learning rates are chosen, phase after phase, on images cut from the training images; then every cell is trained with
-the chosen rates, and judged on the test images. The state of a study is nothing but its phases: called again it walks the same
+the chosen rates, and evaluated on the test images. The state of a study is nothing but its phases: called again it walks the same
 way, and trains what is missing. A phase that several cells share is trained once.
 """
 
@@ -100,10 +100,10 @@ class Walk:
         """Yield title and runs of each stage; after one that the caller left unfinished, only the costs of the rest are right."""
         if self.study.rates:
             yield from self._choosing()
-        yield "every strategy, judged on test images", self.last()
+        yield "every strategy, evaluated on test images", self.last()
 
     def last(self) -> list[Trial]:
-        """Return the runs that are judged on test images, with the rates that are chosen by now."""
+        """Return the runs that are evaluated on test images, with the rates that are chosen by now."""
         trials = []
         for cell in self.study.cells():
             rates = {name: self.rates_of(cell, name) for name in self.study.strategies}

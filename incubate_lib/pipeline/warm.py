@@ -96,7 +96,7 @@ def _settle(log: Path, env: dict[str, str]) -> None:
     """Be a process of its own group, environment and log."""
     os.setsid()  # out of the terminal's group
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # a cluster signals every process of a job; there this file tells what to do
+    # a cluster signals every process of a job; there this file says what to do
     if not env.get("INCUBATE_STOP"):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -15,17 +15,18 @@ from incubate_lib.report.words import in_yaml
 def about(run: Plan, results: Results) -> dict[str, str]:
     """Return in words what was trained on what, by which command and commit; `results` has the finished strategies of `run`."""
     settings, facts = run.experiment.settings, run.experiment.facts
-    judged = next(summary["eval_images"] for node in run.finals.values() if (summary := node.summary()))
+    commits = ", ".join(dict.fromkeys(filter(None, results.strategies["commit"]))) or "not known"
+    evaluated = next(summary["eval_images"] for node in run.finals.values() if (summary := node.summary()))
     parts = " + ".join(map(str, facts.target_depths)), " + ".join(map(str, facts.meta_depths))
     network = f"{settings.model}, {facts.outputs:,} outputs"
     if settings.partition:
         network += f"; K = {len(facts.target_depths)} modules of {parts[0]} blocks; the meta model has {parts[1]}"
     return {
-        "data": f"{settings.data.source}: {facts.num_images:,} images to train on, {judged:,} to "
+        "data": f"{settings.data.source}: {facts.num_images:,} images to train on, {evaluated:,} to "
         f"{'test on' if settings.data.eval_split == 'test' else 'choose settings by'}",
         "network": network,
         "command": command(run),
-        "commit": ", ".join(dict.fromkeys(filter(None, results.strategies["commit"]))) or "not known",
+        "commit": commits + (" (+: with changes that were not committed)" if "+" in commits else ""),
     }
 
 

@@ -26,7 +26,7 @@ class Finished:
 
     strategy: str
     seed: int
-    score: float  # on the images that judge
+    score: float  # on the evaluated images
     metric: Metric
     node: Node
 
@@ -104,7 +104,7 @@ def finished(settings: Settings, seed: int) -> list[Finished]:
 
 
 def choose(settings: Settings, ready: list[Finished], strategy: str | None, seed: int) -> tuple[Finished, str]:
-    """Return which of the finished networks is meant, and why it is that one; SettingsError if there is none or no telling."""
+    """Return which of the finished networks is meant, and why it is that one; SettingsError if none, or no single one, is."""
     if strategy is not None:
         settings.strategy(strategy)
     here = [one for one in ready if one.seed == seed]

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from incubate_lib.config import SettingsError
+from incubate_lib.config.members import TASKS
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.recorded import of_ends
 from incubate_lib.report.about import about, settings_file
@@ -17,7 +18,7 @@ from incubate_lib.report.live.progress import Reader
 from incubate_lib.report.pages import page
 from incubate_lib.report.style import Figure
 from incubate_lib.report.tables import mat, plots
-from incubate_lib.report.tables.comparison import comparison, hardware
+from incubate_lib.report.tables.comparison import by_class, comparison, hardware
 from incubate_lib.report.tables.hardware import mixed_text, places
 from incubate_lib.report.tables.phases import settings_difference
 from incubate_lib.report.tables.records import COLUMNS, Results, as_csv, table_file
@@ -56,7 +57,7 @@ def with_contents(text: str) -> str:
 
 
 def encoded(data: bytes) -> str:
-    """Return data as it stands in the page itself."""
+    """Return data as the page itself holds it."""
     return base64.b64encode(data).decode()
 
 
@@ -84,6 +85,7 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
         "machines": len(facts.target_depths),
         "lowered": lowered(run.finals.values()),
         "samples": _samples(run),
+        "classes": by_class(run, _class_names(run)),
         "graph": draw(one, Reader(one).phases())[0].figure(),
         "curves": all_curves(results) if len(results.curves) else None,
         "hybrids": {name: Hybrids(one, name).figure() for name in kinds.values()},
@@ -96,6 +98,19 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
         costs = forecast(one, speed_of(results), machines=shown["machines"], spent=spent, took=took)
         shown |= {"gantt": gantt(costs), "costs": strategies_table(costs)}
     return shown
+
+
+def _class_names(run: Plan) -> list[str]:
+    """Return the names of the classes; nothing where the images are too many to be listed, or elsewhere by now."""
+    if run.experiment.facts.num_images > MOST_LISTED:
+        return []
+    from incubate_lib.data.sources import open_source
+
+    settings = run.experiment.settings
+    try:
+        return TASKS[settings.task].output_names(open_source(settings.data, settings.machine)[0].classes)
+    except SettingsError:
+        return []
 
 
 def _samples(run: Plan) -> Figure | None:

@@ -1,4 +1,4 @@
-"""The records of a run as TensorBoard event files or Weights & Biases runs, for people who look at theirs there.
+"""The records of a run as TensorBoard event files or Weights & Biases runs, for people who follow theirs there.
 
 A mirror and never a source: nothing here is needed to train, nothing is ever read back, and a run's own records stay as
 they are. Every phase becomes one run, below `mirror/` in the experiment's folder. A phase whose records have not changed

@@ -1,4 +1,4 @@
-"""How figures look: a colour, marker and line style a strategy; markers and line styles tell what colours tell too."""
+"""How figures look: a colour, marker and line style a strategy; markers and line styles distinguish what colours distinguish."""
 
 import io
 

@@ -1,6 +1,6 @@
 """What every widget needs: a static twin. Widgets only look: a value is never an input of a run.
 
-Executed copies have no widgets, and GitHub shows none: there the twin stands in its place, a picture with the same content.
+Executed copies have no widgets, and GitHub shows none: there its twin is shown, a picture with the same content.
 """
 
 import base64

@@ -103,7 +103,7 @@ def of_the_output(run: Callable[["Tensor"], Any], x: "Tensor", loss: Callable[[A
 
 
 class Task:
-    """What a batch is, how it is made ready, the loss of an output, and how evaluation adds up.
+    """What a batch is, how it is made ready, the loss of an output, and the sums that evaluation makes.
 
     The loop sees batches that it cannot open, a loss, and sums. A batch is what the data yields: of images a pair of images
     and labels. An output is what the network returns, a row of outputs for each sample unless `check_output` says otherwise.
@@ -113,6 +113,7 @@ class Task:
     name = ""
     metrics: tuple[Metric, ...] = ()  # the first is the score, by which rates, modules and strategies are compared
     num_sums = 0  # S, see `sums`
+    has_classes = False  # whether each sample belongs to one class, so that finished networks are tabled class by class
     network = "A network"  # what learns it, for a model card
     tags: tuple[str, ...] = ()  # of model cards
 
@@ -175,11 +176,16 @@ class Task:
 
     def sums(self, output: Any, batch: Any) -> "Tensor":
         """Return sums over the samples of an evaluated batch, float64 [S]: first their number, then their losses, then what
-        `divided` needs. Over batches and devices they are added up."""
+        `divided` needs. They are summed over batches and devices."""
         raise NotImplementedError
 
     def divided(self, sums: list[float]) -> Mapping[str, float]:
         """Return all metrics by name, and the mean loss, named loss, of the sums [S] over all samples."""
+        raise NotImplementedError
+
+    def classes(self, output: Any, batch: Any) -> tuple["Tensor", "Tensor"]:
+        """Return of each sample of an evaluated batch its class, int64 [B], and whether the network is right, bool [B]. Asked
+        only where the task `has_classes`."""
         raise NotImplementedError
 
     def mistakes(self, output: Any, batch: Any, names: Sequence[str] = ()) -> list[str | None]:

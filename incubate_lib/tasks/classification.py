@@ -10,6 +10,7 @@ class Classification(Task):
     name = "classification"
     metrics = (Metric("accuracy", "top-1", "%", scale=100.0, digits=1, is_share=True),)
     num_sums = 3
+    has_classes = True
     network = "An image classifier"
     tags = ("image-classification",)
 
@@ -61,6 +62,9 @@ class Classification(Task):
     def divided(self, sums: list[float]) -> Mapping[str, float]:
         number, loss, correct = sums
         return {"loss": loss / number, "accuracy": correct / number}
+
+    def classes(self, output: Any, batch: Any) -> tuple[Any, Any]:
+        return batch[1], output.argmax(1) == batch[1]
 
     def mistakes(self, output: Any, batch: Any, names: Sequence[str] = ()) -> list[str | None]:
         pairs = zip(batch[1].tolist(), output.argmax(1).tolist(), strict=True)

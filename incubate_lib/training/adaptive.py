@@ -1,4 +1,4 @@
-"""Modular Adaptive Training within the loop: when the units are looked at, which train from then on, what that costs."""
+"""Modular Adaptive Training within the loop: when kernels are evaluated, which units train from then on, what that costs."""
 
 import copy
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ MEMORY_SHARE = 0.8  # of the free memory that a probe may take
 
 
 class Adaptive:
-    """Looks at a model's units now and then, lets them rest or train, and counts what an update costs meanwhile.
+    """Evaluates the kernels of a model's units now and then, lets them rest or train, and counts what an update costs meanwhile.
 
-    The probe is the first images of a random order of the training images, as they are judged. SettingsError when the
+    The probe is the first images of a random order of the training images, as they are evaluated. SettingsError when the
     kernels of that many do not fit into the memory that is free, and for units whose kernels or partial updates this
     network does not allow.
     """
@@ -62,10 +62,10 @@ class Adaptive:
         self.history: list[list[float]] = []  # principal eigenvalues [E][U]
         self.flops_of: dict[tuple[bool, ...], int] = {tuple(self.active.tolist()): flops_per_image}
         self.probe_flops, self.rank_flops = self._count_on_meta() if team.is_first else (0, 0)
-        self.executed = (0, 0)  # by a look and by a ranking, on this device; see `count_executed`
+        self.executed = (0, 0)  # by an evaluation and by a ranking, on this device; see `count_executed`
 
     def is_due(self, step: int) -> bool:
-        """Whether the units are looked at before update `step`."""
+        """Whether the kernels are evaluated before update `step`."""
         return step % self.every == 0 or step == self.warmup
 
     def probe(self, step: int) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class Adaptive:
         return self._count(model, torch.empty_like(self.images, device="meta"))
 
     def _count(self, model: nn.Module, images: Tensor) -> tuple[int, int]:
-        """Return the FLOPs of looking at the kernels, and of ranking units by their gradients.
+        """Return the FLOPs of evaluating the kernels, and of ranking units by their gradients.
 
         The eigenvalues' are not counted; where they are found by power iteration, its number of steps is not known before.
         """

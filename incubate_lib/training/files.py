@@ -51,7 +51,7 @@ def is_whole(weights: Path) -> bool:
 
 @cache
 def _opens(weights: Path, size: int, changed: int) -> bool:
-    """Whether the header of a .safetensors file describes it to its end; opening looks at no more."""
+    """Whether the header of a .safetensors file describes it to its end; opening checks no more."""
     try:
         with open(weights, "rb"), safe_open(weights, "numpy"):  # the latter does not say that a file may not be read
             return True
@@ -60,7 +60,7 @@ def _opens(weights: Path, size: int, changed: int) -> bool:
 
 
 def check_records(path: Path) -> None:
-    """Raise ValueError unless all in a zipped torch file is what its checksums say, which torch.load does not look at."""
+    """Raise ValueError unless all in a zipped torch file is what its checksums say, which torch.load does not check."""
     with zipfile.ZipFile(path) as archive:
         if packed := [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]:
             raise ValueError(f"{packed[0]} is compressed, as torch's own never are")  # and may be of any size

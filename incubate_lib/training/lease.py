@@ -126,7 +126,7 @@ def holder(folder: Path) -> dict[str, Any] | None:
         born = _born(record["pid"])
         if born == record["born"] or born != "alive":
             return record if born == record["born"] else None
-        # else somebody else's process, of which /proc tells nothing: only its signs of life tell
+        # else somebody else's process, of which /proc says nothing: only its signs of life count
     left = _left(path, LOST_SECONDS)
     return record | {"lost_in": left} if left else None
 
@@ -158,7 +158,7 @@ def _left(path: Path, patience: float) -> float:
 
 
 def _born(pid: int) -> str | None:
-    """Return what tells a process from a later one with the same number, and from those of before a reboot."""
+    """Return what distinguishes a process from a later one with the same number, and from those of before a reboot."""
     try:
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"

@@ -5,7 +5,7 @@ A phase decides only the model and which of its parameters require gradients.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -56,19 +56,38 @@ def evaluate(
 
     Each sample is counted exactly once, however many devices share the work; all take the first device's buffers.
     """
+    sums = torch.zeros(task.num_sums, dtype=torch.float64, device=next(model.parameters()).device)
+    for output, batch in _outputs(model, data, precision, team, task):
+        sums += task.sums(output, batch)
+    number, *rest = team.all_reduce(sums).tolist()
+    assert number == len(data), f"{number} samples evaluated, not {len(data)}"
+    return task.evaluated([number, *rest])
+
+
+@torch.no_grad()
+def by_class(
+    model: nn.Module, data: DataSet, classes: int, precision: str = "float32", team: Team = ALONE, task: Task = CLASSIFICATION
+) -> dict[str, list[int]]:
+    """Return how many samples each class has, and how many of them the model gets right, as lists of length `classes`."""
+    counts = torch.zeros(2, classes, dtype=torch.int64, device=next(model.parameters()).device)
+    for output, batch in _outputs(model, data, precision, team, task):
+        of, right = task.classes(output, batch)
+        counts += torch.stack([torch.bincount(of, minlength=classes), torch.bincount(of[right], minlength=classes)])
+    samples, right = team.all_reduce(counts).tolist()
+    return {"samples": samples, "right": right}
+
+
+def _outputs(model: nn.Module, data: DataSet, precision: str, team: Team, task: Task) -> Iterator[tuple[Any, Any]]:
+    """Yield what the model gives for this device's share of the evaluated batches, and each batch."""
     team.broadcast_buffers(model)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    sums = torch.zeros(task.num_sums, dtype=torch.float64, device=device)
     for batch in data.eval_batches(team.rank, team.devices):
         with autocast(device, precision):
             output = model(task.inputs(batch))
-        sums += task.sums(output, batch)
-    number, *rest = team.all_reduce(sums).tolist()
+        yield output, batch
     model.train(was_training)
-    assert number == len(data), f"{number} samples evaluated, not {len(data)}"
-    return task.evaluated([number, *rest])
 
 
 @torch.no_grad()
@@ -80,10 +99,10 @@ def mistakes(model: nn.Module, data: DataSet, task: Task = CLASSIFICATION, num: 
     for batch in data.eval_batches(keep=False):
         batch = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
         x = task.inputs(batch)
-        told = task.mistakes(model(x), batch)
-        wrong = [place for place, caption in enumerate(told) if caption is not None]
+        words = task.mistakes(model(x), batch)
+        wrong = [place for place, caption in enumerate(words) if caption is not None]
         images.append((255 * (x[wrong].to(data.std.device) * data.std + data.mean)).round().clamp(0, 255).to(torch.uint8).cpu())
-        captions += [told[place] for place in wrong]
+        captions += [words[place] for place in wrong]
         if len(captions) >= num:
             break
     return torch.cat(images)[:num], captions[:num]
@@ -153,7 +172,7 @@ def fit(
         result = evaluate(trainer.eval_model, eval_set, trainer.precision, team, trainer.task)
         counts.eval_seconds += time.perf_counter() - began
         if not math.isfinite(result["loss"]):
-            raise not_finite("the judged loss", result["loss"], step)
+            raise not_finite("the evaluated loss", result["loss"], step)
         row = {"step": step, "epoch": step / per_epoch, "images": step * settings.batch_size, **result}
         row["train_flops"] = counts.flops
         row["train_loss"] = counts.loss_sum / counts.loss_steps if counts.loss_steps else None

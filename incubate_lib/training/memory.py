@@ -1,6 +1,6 @@
 """The memory of a training step, counted before it is taken: weights, gradients, optimiser, and what waits for the backward pass.
 
-Nothing is computed: fake tensors go through the network forward, and what they leave behind is added up. Kernels' own
+Nothing is computed: fake tensors go through the network forward, and the sizes of what they leave behind are summed. Kernels' own
 workspace and the fragments of an allocator are not seen; against measured peaks the sum is a few percent low.
 """
 

@@ -41,6 +41,11 @@ class _Where(BaseModel):
     versions: dict[str, str]
 
 
+class _Classes(BaseModel):
+    samples: list[int]
+    right: list[int]
+
+
 class _Summary(BaseModel):
     """What is read of every summary."""
 
@@ -57,6 +62,7 @@ class _Summary(BaseModel):
     provenance: _Where
     inputs_sha256: dict[str, str] = {}
     results_sha256: dict[Name, str] = {}  # names of files
+    classes: _Classes | None = None  # of a whole network whose task has classes
 
 
 class PhaseFolder:
@@ -78,7 +84,7 @@ class PhaseFolder:
         is none, or of another phase than this `digest`.
 
         `used` are the SHA-256 of the weights it must have started from; those that are not given may be any. The numbers
-        are true even if somebody has deleted the weights since: `finished` tells whether those are there.
+        are true even if somebody has deleted the weights since: `finished` says whether those are there.
         """
         summary = read_json(self.path / "summary.json")
         if summary is None:
@@ -100,7 +106,7 @@ class PhaseFolder:
         return summary if summary and all(is_whole(self.path / f"{name}.safetensors") for name in names) else None
 
     def status(self) -> dict[str, Any]:
-        """Return state and progress; a phase whose process is gone is told as `interrupted`."""
+        """Return state and progress; a phase whose process is gone counts as `interrupted`."""
         status = self._status()
         if self.finished():
             return status | {"state": "done"}

@@ -40,7 +40,7 @@ def measure(variants: Iterable[Variant], *, rounds: int, device: torch.device, m
     """Time variants and a matrix product in turn, round after round; return one row a variant, medians over rounds.
 
     Ratios are taken within a round, so that a machine whose speed drifts does not bend them. Variants are built one
-    after another, so that a GPU's allocator can tell what each holds.
+    after another, so that a GPU's allocator can report what each holds.
     """
     alive: list[tuple[Variant, int]] = []
     gc.collect()  # what was measured before is to be gone for good, not to go in the middle of this
@@ -119,7 +119,7 @@ def _seconds(variant: Variant, device: torch.device) -> float:
 def step_memory(variant: Variant, device: torch.device, held: int = 0) -> int | None:
     """Return the peak bytes of a step: weights, gradients, optimiser states, activations.
 
-    On a GPU its allocator tells, `held` being what the variant has there between steps. On a CPU live tensors are
+    On a GPU its allocator reports it, `held` being what the variant has there between steps. On a CPU live tensors are
     counted; compiled code hides them, so then it is None.
     """
     if device.type == "cuda":

@@ -31,7 +31,7 @@ class Team:
 
     @property
     def sync_every(self) -> int:
-        """Updates between two looks at losses and clock; together they must be the same ones for all."""
+        """Updates between two readings of losses and clock; together they must be the same ones for all."""
         return 1 if self.devices == 1 else 8
 
     def all_reduce(self, values: Tensor) -> Tensor:
@@ -91,8 +91,8 @@ def pick_device() -> torch.device:
 def repeat_exactly(device: torch.device, wanted: bool = True, strictly: bool = True) -> None:
     """Have a GPU give the same bits again for the same work; a CPU does so anyway.
 
-    Strictly: told only to warn, torch's attention takes the faster backward pass, which does not repeat itself. Networks of
-    any kind are only warned: a VGG's pooling for small images has no backward pass that repeats itself.
+    Strictly: where it should only warn, torch's attention takes the faster backward pass, which does not repeat itself. Networks
+    of any kind are only warned: a VGG's pooling for small images has no backward pass that repeats itself.
     """
     if device.type == "cuda" and wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts

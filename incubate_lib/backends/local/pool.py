@@ -63,7 +63,7 @@ class Pool:
         return node.job.is_complete(self.notebooks)
 
     def rounds(self) -> Iterator[None]:
-        """Run everything that is missing and say what failed; yield between two looks at it, and have `status` in the end."""
+        """Run everything that is missing and say what failed; yield between two checks of it, and have `status` in the end."""
         missing = to_do([task.node for task in self.tasks.values()], self.is_done)
         done = len(self.tasks) - len(missing)
         self._print(f"{self.plan.experiment.path.name}: {done} of {len(self.tasks)} phases are done already")

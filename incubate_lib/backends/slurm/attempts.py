@@ -1,4 +1,4 @@
-"""The attempts at a phase, as its folder tells them, and whether another one makes sense.
+"""The attempts at a phase, as its folder records them, and whether another one makes sense.
 
 A row each in `attempts.json`: whose it was, the step it began from, how it ended and at which step it had saved. Nothing of
 this is in anybody's memory: any attempt may end by a kill at any moment.
@@ -13,7 +13,7 @@ from incubate_lib.training.files import read_json, write_json
 from incubate_lib.training.runs import PhaseFolder
 
 AGAIN = 75  # exit status of a verdict: the job is to be requeued
-WARNED = "told to stop (time limit, preemption or cancellation)"
+WARNED = "asked to stop (time limit, preemption or cancellation)"
 NO_WORD = "ended without a word (killed, out of memory, or its node went down)"
 
 

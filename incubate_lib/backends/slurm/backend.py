@@ -144,7 +144,7 @@ def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, c
     missing = _missing(plan, analysis)  # a job that finds its phase complete after all ends at once
     jobs = check(requests(missing, slurm))
     for script in scripts(plan, missing, analysis, slurm, jobs):
-        script.arguments([])  # what it cannot hold is told before anything is written
+        script.arguments([])  # what it cannot hold is refused before anything is written
     experiment.path.mkdir(parents=True, exist_ok=True)
     with only_run(experiment.path) if analysis else contextlib.nullcontext():  # a study holds its own folder
         active = _settled(experiment)

@@ -1,4 +1,4 @@
-"""What a Slurm cluster has, so that what it cannot do is told before anything is submitted; and how its commands are called."""
+"""What a Slurm cluster has, so that what it cannot do is refused before anything is submitted; how its commands are called."""
 
 import os
 import re

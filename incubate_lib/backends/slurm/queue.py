@@ -1,6 +1,6 @@
 """What Slurm knows of a run's jobs.
 
-Which they are stands in the run's slurm.json, and with each phase in its folder: a phase has one job, whichever runs need it.
+The run's slurm.json lists them, and so does the folder of each phase its own: a phase has one job, whichever runs need it.
 """
 
 import contextlib

@@ -82,7 +82,7 @@ def _kind(node: Node) -> str:
 
 
 def on_its_team(node: Node, jobs: dict[str, JobSettings]) -> Job:
-    """Return a phase with the devices that train it together; SettingsError if that is told twice, or cannot be."""
+    """Return a phase with the devices that train it together; SettingsError if that is given twice, or cannot be."""
     request, devices = jobs[_kind(node)], node.machine.devices
     if request.gpus_per_node and devices > 1:
         how = "on GPUs --gpus-per-node says how many a phase has"

@@ -101,7 +101,7 @@ class SlurmSettings(JobSettings):
     prologue: list[Line] = []  # lines of bash before python starts: module load …, conda activate …
     # the interpreter of jobs; none: the one that submits. `python`: what the prologue activates
     python: Line | None = None
-    # before the time limit a phase is told to save; Slurm may do so a minute earlier
+    # before the time limit a phase is asked to save; Slurm may do so a minute earlier
     warn_seconds: Positive = 120
     # a phase that fails so many times in the same way, without a step more, is given up
     attempts: Positive = 3
@@ -123,8 +123,8 @@ class SlurmSettings(JobSettings):
         job = JobSettings.model_validate(general | changes | {"sbatch": sbatch})
         if job.time and minutes(job.time) * 60 < self.warn_seconds + 120:
             least = f"give it at least {math.ceil(self.warn_seconds / 60) + 2} minutes, or lower warn_seconds"
-            told = f"a phase is told to save {self.warn_seconds} s before it, or up to a minute earlier"
-            raise SettingsError(f"time is {job.time}, but {told}; {least}")
+            early = f"a phase is asked to save {self.warn_seconds} s before it, or up to a minute earlier"
+            raise SettingsError(f"time is {job.time}, but {early}; {least}")
         return job
 
 

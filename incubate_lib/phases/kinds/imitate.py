@@ -7,7 +7,7 @@ from incubate_lib.phases.kinds import incubate
 
 
 class Options(incubate.Options):
-    imitate: Literal[True] = True  # by which identities tell it from incubation
+    imitate: Literal[True] = True  # by which identities differ from those of incubation
 
 
 class Imitate(incubate.Incubate):

@@ -62,7 +62,7 @@ def curves_figure(results: Results, x: str = "flops") -> Figure:
     if x not in AXES:
         raise SettingsError(f"x is {x!r}; it must be one of {', '.join(AXES)}")
     if results.curves.empty:
-        raise SettingsError("nothing is finished of these strategies and seeds")
+        raise SettingsError("none of these strategies and seeds is finished")
     column, spent, _, _ = AXES[x]
     unit, factor = "", 1
     if column == "flops":
@@ -147,7 +147,7 @@ def _browser(name: str) -> ipywidgets.Widget:
     said, tables, runs, picture = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML(), image()
     opened: list[tuple[Results, Plan | None]] = []
 
-    def tell(words: str, drawn: bytes = b"", below: str = "") -> None:
+    def say(words: str, drawn: bytes = b"", below: str = "") -> None:
         said.value, tables.value = f"<p>{html.escape(words)}</p>", below
         picture.value, picture.layout.display = drawn, None if drawn else "none"
 
@@ -172,7 +172,7 @@ def _browser(name: str) -> ipywidgets.Widget:
 
     def show() -> None:
         for results, made in opened:
-            tell(*_looked_at(results, made, strategies.value, seeds.value, axis.value))
+            say(*_looked_at(results, made, strategies.value, seeds.value, axis.value))
 
     def follow(step: Callable[[], None], *menus: ipywidgets.Widget) -> None:
         def stepped(_: object = None) -> None:
@@ -180,7 +180,7 @@ def _browser(name: str) -> ipywidgets.Widget:
                 with told_damage(f"{run.value} cannot be shown"):
                     step()
             except SettingsError as error:
-                tell(str(error))
+                say(str(error))
 
         stepped()
         for menu in menus:

@@ -68,7 +68,7 @@ def _draw_panel(
 ) -> None:
     """Draw the score over epochs and beneath it the loss, each from 0 to what `scales` say, one line for each of the curves.
 
-    In the corners stand the last values, the mean of several; `first` panels of a row have the scales beside them.
+    The corners have the last values, the mean of several; `first` panels of a row have the scales beside them.
     """
     title, curves, epochs = panel
     faded = partial(picture.text, color=FADED)

@@ -84,7 +84,7 @@ class Hybrids:
     def costs(self, index: int) -> Costs:
         """Return what the parts of the hybrid of module `index` (0-based) cost while it is incubated.
 
-        The FLOPs add up to those that the facts have of the phase. SettingsError if there is no such module.
+        The sum of the FLOPs is that of the phase in the facts. SettingsError if there is no such module.
         """
         if not 0 <= index < len(self.nodes):
             raise SettingsError(f"index is {index}; this strategy has the modules 0 … {len(self.nodes) - 1}")

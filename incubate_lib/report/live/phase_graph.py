@@ -11,7 +11,7 @@ from incubate_lib.report.live.progress import Phase, Reader, duration
 from incubate_lib.report.style import Figure
 from incubate_lib.report.words import LOOKS, label, phase_name
 
-MANY = 4  # rows of phases; where there are more, those that are done or wait are told in one line each
+MANY = 4  # rows of phases; where there are more, those that are done or wait have one line each
 COLORS = LOOKS["states"]  # of the edge, of the ground
 WIDTH, GAP, BOX_HEIGHT, BOX_STEP = 980, 34, 42, 48  # of the graph, in pixels
 

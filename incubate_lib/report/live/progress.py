@@ -1,6 +1,6 @@
 """How far a run is, read from its own files: the state of each phase, its curves, what is left to do, in words.
 
-Nothing is written. Records may be half-written, of another version or damaged; what cannot be read is told as that.
+Nothing is written. Records may be half-written, of another version or damaged; what cannot be read is reported as that.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ AT_WORK = ("running", "starting", "queued", "ending")
 
 @dataclass
 class Phase:
-    """One phase, as its files tell it."""
+    """One phase, as its files have it."""
 
     node: Node
     line: Line
     rows: list[dict[str, Any]] = field(default_factory=list)  # its evaluations
     share: float = 0.0  # of its updates that are done
     seconds: float | None = None  # that it takes yet, by its own account
-    pace: tuple[float, float] = (0.0, 0.0)  # seconds and FLOPs from which its speed can be told
+    pace: tuple[float, float] = (0.0, 0.0)  # seconds and FLOPs from which its speed follows
 
 
 class Reader:
@@ -100,7 +100,7 @@ def _read_progress(phase: Phase, flops: int) -> None:
     progress = node.folder.status().get("progress") or {}
     epochs = node.settings.training.epochs if flops else 0
     shares = [progress["step"] / progress["steps"]] if progress else []
-    if phase.rows and epochs:  # also before it tells of itself
+    if phase.rows and epochs:  # also before it reports on itself
         shares.append(phase.rows[-1]["epoch"] / epochs)
     phase.share = min(1.0, max(shares, default=0.0))
     if phase.line.state == "running" and progress.get("eta_seconds") is not None:
@@ -115,8 +115,8 @@ def at_work(plan: Plan, phases: list[Phase]) -> bool:
 def seconds_left(plan: Plan, phases: list[Phase], places: int | None) -> float | None:
     """Return about how long the run takes yet: what the machine has to do, or its longest way, whichever is longer.
 
-    `places`: phases that go on side by side; none: as many as there are. The speed is that of the phases so far, so nothing is
-    told before there are any.
+    `places`: phases that go on side by side; none: as many as there are. The speed is that of the phases so far, so there is
+    no answer before there are any.
     """
     seconds, flops = (sum(part) for part in zip(*(phase.pace for phase in phases), strict=True))
     if not flops:
@@ -129,9 +129,9 @@ def seconds_left(plan: Plan, phases: list[Phase], places: int | None) -> float |
     way = max(longest(plan.nodes, left).values())
     if places is None:
         return way
-    idle = [phase.node for phase in phases if phase.line.state not in ("done", "running")]
+    unfinished = [phase.node for phase in phases if phase.line.state not in ("done", "running")]
     running = sum(state == "running" for state in states.values())
-    if not any(all(states[before.key] == "done" for before in node.inputs.values()) for node in idle):
+    if not any(all(states[before.key] == "done" for before in node.inputs.values()) for node in unfinished):
         running = max(running, places)  # else there are no more places than are taken
     return max(sum(left.values()) / max(1, running), way)
 
@@ -171,7 +171,7 @@ def table_of(phases: list[Phase], place: str) -> pd.DataFrame:
     for phase in phases:
         line = phase.line
         name = line.title + (f", {phase.node.strategy}" if titles[line.title] > 1 else "")
-        told = {place: line.where, "note": line.note}
-        rows.append({"phase": name, "state": line.state, **line.numbers(), **told})
+        where = {place: line.where, "note": line.note}
+        rows.append({"phase": name, "state": line.state, **line.numbers(), **where})
     shown = pd.DataFrame(rows)
     return shown.drop(columns=[name for name in (place, "note") if (shown[name] == "").all()])

@@ -1,12 +1,12 @@
 """How alike the parts of trained networks are, and where they disagree: finished phases are read, nothing is trained.
 
 `similarity` is linear CKA (Kornblith et al. 2019, arXiv 1905.00414) between a module's output and that of the meta module it
-stands in for, with the unbiased estimator of HSIC (Song et al. 2012, eq. 5; Nguyen et al. 2021, arXiv 2010.15327): the plain one
+replaces, with the unbiased estimator of HSIC (Song et al. 2012, eq. 5; Nguyen et al. 2021, arXiv 2010.15327): the plain one
 grows with the width alone, of 256 images and two unrelated features of width 768 it makes 0.75. Features are all tokens side by
 side, as is usual for Vision Transformers (Raghu et al. 2021, arXiv 2108.08810): the next module's attention reads each of them.
 Summaries mislead: in small networks that pool by averaging the class token, which nobody reads in the end, varied most.
 
-`disagreements` are the judge images that one of meta model and deep network gets right and the other does not.
+`disagreements` are the evaluated images that one of meta model and deep network gets right and the other does not.
 
 Letters: n images, p and q features, B images of a batch, C channels, H and W pixels.
 """
@@ -80,14 +80,15 @@ def _hsic(k: Tensor, m: Tensor) -> float:
 
 
 def similarity(plan: Plan, strategy: str, seed: int = 0, images: int = 256) -> pd.DataFrame:
-    """Return the CKA of each module's output with that of the meta module it stands in for, on the same judge images.
+    """Return the CKA of each module's output with that of the meta module it replaces, on the same evaluated images.
 
     A row a module and network (see NETWORKS): columns strategy, seed, module_index (0-based), network, cka, images. In a hybrid
     both get the same input; in the assembled and the fine-tuned network the target module gets what the target modules before
     it made. The last module's outputs are logits. Read `hybrid` against `start`, the module before its incubation: blocks add to
     what they are given, so even a random one can look like a module that changes little. Hybrids are left out where nothing was
-    incubated, end to end where it is not finished in this plan. Images are taken evenly from all judge images: those of a folder
-    are sorted by class. Computed in float32. SettingsError for a strategy without a meta model, and for one that is not finished.
+    incubated, end to end where it is not finished in this plan. Images are taken evenly from all that are evaluated: those of a
+    folder are sorted by class. Computed in float32. SettingsError for a strategy without a meta model, and for one that is not
+    finished.
     """
     final, meta, joined = _phases(plan, strategy, seed)
     eval_set = final.data()[1]
@@ -139,7 +140,7 @@ def similarity_figure(table: pd.DataFrame) -> Figure:
     axis.set_ylabel("similarity to the meta module\n(linear CKA, 1: alike)")
     strategies = ", ".join(label(name) for name in table["strategy"].unique())
     spread = f"mean ± std of {seeds} seeds" if seeds > 1 else "one seed"
-    axis.set_title(f"{strategies}: {spread}, {table['images'].iloc[0]} judge images", fontsize=10)
+    axis.set_title(f"{strategies}: {spread}, {table['images'].iloc[0]} images of the evaluation", fontsize=10)
     axis.grid(alpha=0.3)
     figure.legend(fontsize=9, loc="outside right center", frameon=False)
     return figure
@@ -189,7 +190,7 @@ WHO = {"meta": "meta model", "assembled": "assembled", "finetuned": "fine-tuned"
 
 @dataclass(frozen=True)
 class Disagreements:
-    """What the meta model, the assembled and the fine-tuned network say of every judge image."""
+    """What the meta model, the assembled and the fine-tuned network say of every evaluated image."""
 
     strategy: str
     seed: int
@@ -220,7 +221,7 @@ class Disagreements:
         wrong_of = {CASES[1]: network, CASES[2]: "meta"}
         for panel, (case, wrong) in zip(figure.subfigures(2, 1), wrong_of.items(), strict=True):
             places = cases.index[cases == case]
-            words = f"{case}: {len(places)} of {len(cases)} judge images"
+            words = f"{case}: {len(places)} of {len(cases)} images"
             panel.suptitle(words, fontsize=10, x=0.01, ha="left")
             axes = panel.subplots(1, num, squeeze=False)[0]
             for axis in axes:
@@ -233,7 +234,7 @@ class Disagreements:
         return figure
 
     def pixels(self, places: Sequence[int]) -> list[np.ndarray]:
-        """Return images [H, W, C] uint8 as they are judged; read again, which spares keeping those of a large set."""
+        """Return images [H, W, C] uint8 as they are evaluated; read again, which spares keeping those of a large set."""
         if not len(places):
             return []
         images = self.task.inputs(self.eval_set.some(torch.as_tensor(np.asarray(places))))
@@ -243,15 +244,15 @@ class Disagreements:
 
 @torch.no_grad()
 def disagreements(plan: Plan, strategy: str, seed: int = 0) -> Disagreements:
-    """Ask the meta model, the assembled and the fine-tuned network of a strategy about every judge image.
+    """Ask the meta model, the assembled and the fine-tuned network of a strategy about every evaluated image.
 
     In the precision of the run, so that the numbers are those of its records. SettingsError as `similarity`, and for a task
-    that does not tell mistakes.
+    that does not name mistakes.
     """
     final, meta, joined = _phases(plan, strategy, seed)
     about, task = final.settings, tasks.get(final.settings.task)
     if type(task).mistakes is Task.mistakes:
-        raise SettingsError(f"this run learns {about.task}, and that task does not tell which images a network gets wrong")
+        raise SettingsError(f"this run learns {about.task}, and that task does not say which images a network gets wrong")
     eval_set, device = final.data()[1], pick_device()
     nodes = {"meta": meta, "assembled": joined, "finetuned": final}
     networks = {name: load_trained(node.settings, node.folder, node.facts.outputs).to(device) for name, node in nodes.items()}

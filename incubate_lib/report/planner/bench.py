@@ -104,7 +104,7 @@ def ratios_in_words(table: pd.DataFrame) -> list[str]:
     if whole["ratio"] <= LOOP_LIMIT:
         verdict = "kept"
     elif whole["ratio_min"] <= LOOP_LIMIT and whole["rounds"] > 1:
-        verdict = "not kept here, but rounds disagree: repeat it with more --rounds on a quiet machine"
+        verdict = "not kept here, but rounds differ: repeat it with more --rounds on a quiet machine"
     else:
         verdict = "not kept"
     share = ours["step_flops"].to_numpy() / ours["step_flops"].sum()  # weights: drift between modules does no harm

@@ -143,7 +143,7 @@ def _facts(settings: Settings, outputs: int) -> Facts:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a plan costs: a row a phase and a row a strategy; a shared phase stands in every strategy that needs it.
+    """What a plan costs: a row a phase and a row a strategy; a shared phase is listed in every strategy that needs it.
 
     phases: strategy, phase, module, epochs, steps, flops, device_hours, begin, end, machine, images, memory;
     strategies: strategy, flops, critical_flops, device_hours, hours, memory.

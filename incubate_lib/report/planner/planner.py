@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from incubate_lib.config import SettingsError, refuse
+from incubate_lib.config import SettingsError, data_folder, refuse
 from incubate_lib.config.members import PHASES
 from incubate_lib.config.peaks import DEVICE, PEAKS, SHARE, peak_flops
 from incubate_lib.data.counts import count_images
@@ -151,10 +151,10 @@ def gantt(costs: Forecast) -> Figure:
                 axis.text(begin + width / 2, row.machine, words, **NAME)
         done = costs.strategies.set_index("strategy").loc[name, "hours"] / hours
         axis.axvline(done, color="#222222", linewidth=1)
-        axis.set_title(f"{label(name)} ({name}): {done:,.3g} {time}", fontsize=10, loc="left")
+        axis.set_title(f"{label(name)}: {done:,.3g} {time}", fontsize=10, loc="left")
         axis.set(yticks=range(1, used[name] + 1), xlim=(0, 1.02 * end), ylim=(used[name] + 0.5, 0.5))
         axis.grid(axis="x", alpha=0.3)
-    text = textwrap.fill(costs.images, 130)
+    text = textwrap.fill(costs.images.replace(str(data_folder()), "data"), 130)  # a picture may go to others
     axes[-1].set_xlabel(f"{time} after the start\n{text}")
     figure.supylabel("machine", fontsize=10)
     return figure

@@ -32,10 +32,10 @@ def comparisons() -> str:
     scales = " or ".join(dict.fromkeys(study_of(name).metric.differences for name in names))
     parts = [
         f"# Every comparison\n\nWritten by `incubate figures` from the tables in this folder. Differences are {scales}, "
-        "paired by seed. A table is a family: **clear** is what Student's paired t-test, corrected for all comparisons of its "
-        "table by Holm's procedure, tells from zero at 5 %. The corrected interval has the level at which that procedure tests "
-        "the difference, and excludes zero exactly where it is clear; beside it the 95 % interval that the difference would "
-        "have if it were the only one.\n"
+        "paired by seed. A table is a family: a difference is **clear** if Student's paired t-test, corrected for all "
+        "comparisons of its table by Holm's procedure, rejects zero at 5 %. The corrected interval has the level at which "
+        "that procedure tests the difference, and excludes zero exactly where it is clear. *95 % alone* is the interval that "
+        "the difference would have if it were the only one.\n"
     ]
     for name in names:
         table = study_of(name)

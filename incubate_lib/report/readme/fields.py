@@ -15,7 +15,7 @@ def fields(section: str) -> str:
     """A section of a settings file (`training`, "" for the top), or a kind of strategy (`strategies.end_to_end`)."""
     place, _, kind = section.partition(".")
     model = STRATEGIES[kind].settings if kind else _model(Settings.model_fields[place].annotation) if place else Settings
-    own = inspect.get_annotations(model)  # what is inherited stands with its own class
+    own = inspect.get_annotations(model)  # what is inherited is listed with its own class
     said = comments(model)
     rows = [
         {"field": f"`{name}`", "default": _default(model.model_fields[name]), "what it is": said.get(name, "")}

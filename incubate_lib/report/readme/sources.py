@@ -51,7 +51,7 @@ def compared_with(name: str, other: str, only: str | None = None) -> pd.DataFram
 
 
 def own_comparisons(source: str, strategy: str, other: str) -> pd.DataFrame:
-    """Return a strategy's comparisons with `other`, judged in their family: with end to end everything, with others one
+    """Return a strategy's comparisons with `other`, tested in their family: with end to end everything, with others one
     strategy."""
     found = compared_with(source.partition(":")[0], other, None if other == BASELINE else strategy)
     return at_cell(found[found["strategy"] == strategy], source)

@@ -157,7 +157,7 @@ def at_epoch(source: str, strategy: str, seed: str, epoch: str) -> str:
 
 
 def active(source: str, epoch: str, *seeds: str) -> str:
-    """How many of the units that train after the look at an epoch are attention layers: the least and the most of these seeds."""
+    """How many of the units that train from an epoch on are attention layers: the least and the most of these seeds."""
     probes = run_of(source).mntk.query(f"strategy == 'mat' and active == 1 and seed in {[int(s) for s in seeds]}")
     probes = probes[(probes["epoch"] - float(epoch)).abs() < 0.01]
     counts = probes["unit"].str.endswith("attn").groupby(probes["seed"]).sum()
@@ -181,7 +181,7 @@ def two_largest(source: str) -> str:
 
 
 def probing(source: str, what: str) -> str:
-    """What looking at the kernels took of MAT's training: `seconds`, or `share` of the time in percent."""
+    """What computing the kernels took of MAT's training: `seconds`, or `share` of the time in percent."""
     phases = run_of(source).phases.query("strategy == 'mat'")
     seconds, share = phases["probe_seconds"].mean(), phases["probe_seconds"].mean() / phases["seconds"].mean()
     return rounded(seconds) if what == "seconds" else rounded(100 * share)

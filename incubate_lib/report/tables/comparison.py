@@ -1,7 +1,10 @@
-"""The table people look at, of strategies side by side."""
+"""Strategies side by side: the table of scores and costs, and how many samples of each class are right."""
+
+from collections.abc import Sequence
 
 import pandas as pd
 
+from incubate_lib.pipeline.graph import Plan
 from incubate_lib.report.tables.hardware import hardware_of, mixes
 from incubate_lib.report.tables.records import Results
 from incubate_lib.report.tables.statistics import spread
@@ -26,6 +29,27 @@ def comparison(results: Results) -> pd.DataFrame:
             row[heading] += mixes(group, base) if is_time else ""
         rows.append(row)
     return pd.DataFrame(rows).set_index("strategy").T.rename_axis(columns=None)
+
+
+def by_class(run: Plan, names: Sequence[str] = (), most: int = 20) -> pd.DataFrame:
+    """Return a row a class, the worst first: its samples, and how many percent of them each finished network of a run has right,
+    the mean over seeds. Of more than `most` classes only the worst and the best are kept, half of `most` each.
+
+    Empty where no summary has counts: of tasks without classes, and of networks that were trained before counts were kept.
+    `names` are those of the classes, where they are known.
+    """
+    shares, samples = {}, []
+    for (strategy, seed), final in run.finals.items():
+        if counts := (final.summary() or {}).get("classes"):
+            samples = counts["samples"]
+            shares[label(strategy), seed] = 100 * pd.Series(counts["right"]) / pd.Series(samples)  # none: NaN, and left out below
+    if not shares:
+        return pd.DataFrame()
+    table = pd.DataFrame(shares).T.groupby(level=0, sort=False).mean().T.dropna()
+    table.insert(0, "images", pd.Series(samples))
+    table.insert(0, "class", [names[i] if i < len(names) else str(i) for i in table.index])
+    table = table.iloc[table.iloc[:, 2:].mean(axis=1).argsort(kind="stable")]
+    return table if len(table) <= most else pd.concat([table[: most // 2], table[-(most // 2) :]])
 
 
 def hardware(results: Results) -> str:

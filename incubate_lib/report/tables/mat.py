@@ -81,7 +81,7 @@ def reach(results: Results) -> pd.DataFrame:
 
 
 def estimator_costs(results: Results) -> pd.DataFrame:
-    """Return what looking at the kernels cost: evaluations, seconds, and the shares of the phase's time and FLOPs."""
+    """Return what computing the kernels cost: evaluations, seconds, and the shares of the phase's time and FLOPs."""
     counts = ["probes", "probe_seconds", "probe_flops", "seconds", "flops"]
     table = results.phases.reindex(columns=["strategy", "phase", *counts])
     mean = table[table["probes"].fillna(0) > 0].groupby(["strategy", "phase"], sort=False)[counts].mean()

@@ -1,4 +1,4 @@
-"""Figures. Each takes tables and returns a matplotlib Figure; markers and line styles tell what colours tell too."""
+"""Figures. Each takes tables and returns a matplotlib Figure; markers and line styles distinguish what colours distinguish."""
 
 from collections.abc import Sequence
 
@@ -72,7 +72,7 @@ def learning_curves(curves: dict[str, pd.DataFrame], reference: dict[str, float 
         appearance = style(ONE_BY_ONE[i % len(ONE_BY_ONE)])
         dots = {**appearance, "markersize": 3}
         left.plot(table["epoch"], table["train_loss"], **dots | {"linestyle": ":"}, label=f"{name}, training (regularised)")
-        left.plot(table["epoch"], table["loss"], **dots | {"linestyle": "-"}, label=f"{name}, judged")
+        left.plot(table["epoch"], table["loss"], **dots | {"linestyle": "-"}, label=f"{name}, evaluation")
         right.plot(table["epoch"], metric.scale * table["score"], **dots, label=name)
     known = {name: value for name, value in (reference or {}).items() if value is not None}
     for i, (name, value) in enumerate(known.items()):

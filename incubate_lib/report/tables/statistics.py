@@ -41,7 +41,7 @@ def compare(differences: Sequence[pd.Series]) -> pd.DataFrame:
 
     values = [np.asarray(difference.dropna(), dtype=float) for difference in differences]
     if any(len(value) == 0 for value in values):
-        raise ValueError("a difference without a common seed cannot be judged")
+        raise ValueError("a difference without a common seed cannot be tested")
     rows = pd.DataFrame(columns=COLUMNS, index=range(len(values))).assign(
         seeds=[len(value) for value in values], better=[int((value > 0).sum()) for value in values],
         gain=[float(value.mean()) for value in values], low=math.nan, high=math.nan, half_alone=math.nan, p_holm=math.nan,

@@ -160,7 +160,7 @@ def costs_text(costs: list[Cost], speed: float | None, jobs: int) -> str:
         return "\n".join([*lines, "Everything is trained."])
     lines.append(f"Altogether {total / factor:.3g} {unit}")
     if not speed:
-        return "\n".join(lines) + "; nothing was trained here yet that would tell how long that takes."
+        return "\n".join(lines) + "; no speed was measured here yet, so hours are not known."
     hours = total / speed / jobs / 3600
     time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
     speed_text = f"{speed / 1e9:.3g} GFLOP/s that finished ones had here, without evaluation."

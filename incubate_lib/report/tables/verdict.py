@@ -21,8 +21,8 @@ COSTS = ["flops", "critical_flops", "seconds"]
 def is_worse(metric: Metric, before: list[float], after: list[float], images: int) -> bool:
     """Whether scores, one a seed, became worse by more than chance explains.
 
-    The mean loss must exceed two standard errors, of judging by so many images and, with several seeds, over these. What
-    judging is uncertain by is known of shares only, so that one seed says nothing of other scores.
+    The mean loss must exceed two standard errors, of an evaluation on so many images and, with several seeds, over these. How
+    uncertain an evaluation is, is known of shares only, so that one seed says nothing of other scores.
     """
     b, a, losses = fmean(before), fmean(after), [metric.sign * (x - y) for x, y in zip(before, after, strict=True)]
     error = 0.0
