@@ -119,7 +119,9 @@ def test_a_moving_average_in_the_file_is_offered_and_read(tmp_path, capsys):
     assert main(["import", file, str(tmp_path / "average"), "--ema"]) == 0 and "--ema" not in capsys.readouterr().out
     assert same_logits(last, opened(tmp_path / "last")) and same_logits(average, opened(tmp_path / "average"))
     assert main(["import", plain, str(tmp_path / "none"), "--ema"]) == 2
-    assert "holds no moving average (model_ema, " in (said := capsys.readouterr().err) and "it has model, model_stages, opt" in said
+    assert (
+        "holds no moving average (model_ema, " in (said := capsys.readouterr().err) and "it has model, model_stages, opt" in said
+    )
 
 
 def hybrids(tmp_path, targets, kind="B"):

@@ -244,7 +244,7 @@ class TrainingSettings(Frozen):
     lr_by: Literal["update", "epoch"] = "update"  # how often the rate changes; by epoch it is one late
     weight_decay: Number = 0.05  # not on biases, norms, position embedding, class token
     decay_tokens: bool = False  # weight_decay on position embedding and class token, too
-    token_std: Amount | None = None  # standard deviation of the class token at the start; none: timm's, 1e-6
+    token_std: Number | None = None  # standard deviation of the class token at the start; none: timm's, 1e-6
     betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False)  # of AdamW
     clip_grad: Annotated[float, Field(gt=0)] | None = None  # largest norm of the gradient; none: no clipping
     clip_when: Literal["always", "mixed_precision"] = "always"  # whether clip_grad acts in float32, too
