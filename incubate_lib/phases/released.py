@@ -44,7 +44,8 @@ def import_released(
 ) -> tuple[ModelSettings, list[int]]:  # fmt: skip
     """Write the network of one file, or the one assembled from K files, as a timm folder; return settings and depths.
 
-    `log` is told of moving averages in the files, which `ema` has read instead. Images are to be normalised as in the released recipe, by ImageNet's mean and deviation. Raises SettingsError as
+    `log` is told of moving averages in the files, which `ema` has read instead.
+    Images are to be normalised as in the released recipe, by ImageNet's mean and deviation. Raises SettingsError as
     `read_released` does, and if the folder is not free.
     """
     check_free(folder)
@@ -221,7 +222,8 @@ def settings_of(whole: State, path: str, name: str | None, num_heads: int | None
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight")
     if missing := [key for key in needed if key not in whole]:
         raise SettingsError(
-            f"{path} is not a plain Vision Transformer's classifier of timm: {', '.join(missing)} is missing; it has {_some(whole)}"
+            f"{path} is not a plain Vision Transformer's classifier of timm: {', '.join(missing)} is missing; "
+            f"it has {_some(whole)}"
         )
     patches, positions = whole["patch_embed.proj.weight"].shape, whole["pos_embed"].shape
     grid = math.isqrt(max(0, positions[1] - 1)) if len(positions) == 3 else 0
