@@ -12,8 +12,7 @@ RELEASED = packaged("recipes.yaml")  # phase, or every → field → value
 
 def fields_of(recipe: str, phase: str) -> dict[str, Any]:
     """Return the fields that a recipe, ours or released, has in a phase."""
-    names = {name for fields in RELEASED.values() for name in fields}
-    ours = {name: field.default for name, field in TrainingSettings.model_fields.items() if name in names}
+    ours = {name: TrainingSettings.model_fields[name].default for fields in RELEASED.values() for name in fields}
     return ours | (RELEASED["every"] | RELEASED.get(phase, {}) if recipe == "released" else {})
 
 
