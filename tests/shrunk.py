@@ -37,6 +37,8 @@ def shrunk(name: str) -> dict[str, Any]:
     if "micro_batch" in recipe:
         recipe["micro_batch"] = MICRO
     recipe["batch_size"] = BATCH
+    if "recipe" in recipe:  # which has the draws of a large batch
+        recipe["mixup_draws"] = BATCH // MICRO
     tree["data"] |= {field: value for field, value in IMAGES.get(settings.data.source, {}).items() if field in tree["data"]}
     if "compile" in tree.get("machine", {}):
         tree["machine"]["compile"] = "off"
@@ -45,10 +47,13 @@ def shrunk(name: str) -> dict[str, Any]:
 
 
 def _shorten(tree: dict[str, Any]) -> None:
-    """Shorten everything in a settings file that is counted in epochs: to two, and what is a part of them to half a one."""
+    """Shorten everything in a settings file that is counted in epochs: to two, and what is a part of them to half a one; and
+    have as many draws of mixup as micro-batches."""
     for key, value in tree.items():
         if isinstance(value, dict):
             _shorten(value)
+        elif key == "mixup_draws":
+            tree[key] = BATCH // MICRO
         elif key.endswith("epochs"):
             tree[key] = EPOCHS if key == "epochs" else min(value, 0.5)
 

@@ -35,7 +35,9 @@ def test_a_released_checkpoint_becomes_a_timm_folder_with_the_same_logits(kind, 
     assert not same_logits(other, model), "these weights would not show a wrong eps"
     output = capsys.readouterr().out
     assert f"{' + '.join(map(str, depths))} in 4 module(s)" in output and "weights: " in output
-    assert set(yaml.safe_load(output.split("needs:\n")[1])) == {"model", "strategies"}
+    needed = yaml.safe_load(output.split("needs:\n")[1])
+    assert needed.get("run") == (None if what == "meta" else ["tuned"]) and {"model", "strategies"} <= set(needed)
+    assert ("as a trained meta model" in output) == (what == "meta") == ("deep_incubation" in needed["strategies"])
     settings, model, blocks = read_released([file], num_heads=2)
     assert blocks == depths and settings.depth == sum(depths)
     tagged = read_released([file], name=f"{settings.name}.some_tag", num_heads=2)[0]
@@ -108,6 +110,20 @@ def test_wrappers_within_a_network_and_names_that_come_twice(tmp_path):
         read_released([twice])
 
 
+def test_a_moving_average_in_the_file_is_offered_and_read(tmp_path, capsys):
+    last, average = network(3, width=128), network(3, width=128, seed=5)
+    content = released(last, [1, 2]) | {"model_ema": {f"module.{k}": v for k, v in average.state_dict().items()}}
+    file, plain = saved(tmp_path / "a.pth", content), saved(tmp_path / "b.pth", released(last, [1, 2]))
+    assert main(["import", file, str(tmp_path / "last")]) == 0
+    assert "a.pth also holds a moving average of the weights, model_ema: --ema reads that" in capsys.readouterr().out
+    assert main(["import", file, str(tmp_path / "average"), "--ema"]) == 0 and "--ema" not in capsys.readouterr().out
+    assert same_logits(last, opened(tmp_path / "last")) and same_logits(average, opened(tmp_path / "average"))
+    assert main(["import", plain, str(tmp_path / "none"), "--ema"]) == 2
+    assert (
+        "holds no moving average (model_ema, " in (said := capsys.readouterr().err) and "it has model, model_stages, opt" in said
+    )
+
+
 def hybrids(tmp_path, targets, kind="B"):
     """A file for each target module of a known network, in a meta model whose other stages are shared."""
     final, meta = network(sum(targets), kind=kind, seed=1), network(len(targets), kind=kind, seed=2)
@@ -128,9 +144,11 @@ def hybrids(tmp_path, targets, kind="B"):
 
 
 @pytest.mark.parametrize(("kind", "targets"), [("B", [3, 2, 3]), ("H", [2, 2])])
-def test_target_checkpoints_assemble_to_the_known_network(kind, targets, tmp_path):
+def test_target_checkpoints_assemble_to_the_known_network(kind, targets, tmp_path, capsys):
     final, files = hybrids(tmp_path, targets, kind)
-    assert import_released(files, tmp_path / "ours", num_heads=2)[1] == targets
+    assert main(["import", *files, str(tmp_path / "ours"), "--num-heads", "2"]) == 0
+    told = capsys.readouterr().out
+    assert f"{' + '.join(map(str, targets))} in" in told and "To fine-tune it, a settings file needs:" in told
     assert same_logits(final, opened(tmp_path / "ours"))
 
 
@@ -242,7 +260,7 @@ def changed(checkpoint, key, tensor=None, where=("model", "copies", "stages")):
         (lambda c: changed(c, "head.bias", None, ["stages"]), "model_stages does not fit .* state dict: head.bias is missing"),
         (lambda c: changed(c, "pos_embed", torch.ones(1, 4, 16)), r"pos_embed \(1, 4, 16\) .* not those of a class token"),
         (lambda c: network(3).state_dict() | {"dist_token": torch.ones(1, 1, 16)}, f"dist_token {sentences.NOT_IN_MODEL}"),
-        (lambda c: {"model": 3}, "holds no state dict"),
+        (lambda c: {"model": 3, "epoch": 9}, r"holds no state dict where one should be .*; it has model, epoch$"),
         (lambda c: {"state_dict": {f"encoder.{k}": v for k, v in network(3).state_dict().items()}},
          "cls_token, .* is missing; it has encoder.cls_token, encoder.pos_embed, .* and [0-9]+ more"),
         (lambda c: {k.replace("mlp.fc2", "mlp.second"): v for k, v in network(3).state_dict().items()},

@@ -15,7 +15,7 @@ from networks import cut, made_of
 from timm.models.vision_transformer import VisionTransformer
 
 from incubate_lib.cli import parser
-from incubate_lib.config import load_settings, presets
+from incubate_lib.config import TrainingSettings, load_settings, presets
 from incubate_lib.method.incubation import Hybrid, Imitation, start_module
 from incubate_lib.method.units import count_units
 from incubate_lib.phases.facts import Facts
@@ -28,22 +28,23 @@ pytestmark = pytest.mark.xdist_group("presets")  # one process, so that each net
 
 IMAGES = {"folder": (1_281_167, 1000), "cifar100": (50_000, 100), "fashion_mnist": (60_000, 10)}  # to train on, classes
 IMAGENET = ["imagenet-vit-b", "imagenet-vit-l", "imagenet-vit-h"]
-PRESETS = [*IMAGENET, "cifar100-deit-t-32", "cifar100-deit-t-128", "fashion-deit-t-32"]
-H200 = 790e12  # FLOP/s, dense bf16
-SECONDS = {"hours": 3600, "minutes": 60}
-PREFIX = {"E": 1e18, "P": 1e15}
+PRESETS = [*IMAGENET, "imagenet-vit-b-released", "cifar100-deit-t-32", "cifar100-deit-t-128", "fashion-deit-t-32"]
+H200, SECONDS, PREFIX = 790e12, {"hours": 3600, "minutes": 60}, {"E": 1e18, "P": 1e15}  # FLOP/s, dense bf16
 
 # What the paper or its released code states (arXiv 2212.04129); drop-path for ViT-B, -L, -H.
 EVERY_PHASE = {
     "batch_size": 2048, "lr": 5e-4, "lr_for_batch": 512, "peak_lr": 2e-3, "min_lr": 1e-5, "weight_decay": 0.05,
     "betas": (0.9, 0.999), "label_smoothing": 0.1, "randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8,
-    "cutmix": 1.0, "hflip": True, "repeats": 3, "shift": 0, "ema": None,
+    "cutmix": 1.0, "hflip": True, "repeats": 3, "shift": 0, "ema": None, "warmup_lr": 1e-6, "warmup": "inside", "lr_by": "epoch",
+    "drop_path_over": "hybrid", "stride_repeats": True,
 }  # fmt: skip
 PHASES = {
-    "meta": ({"epochs": 300, "warmup_epochs": 20, "clip_grad": None}, (0, 0, 0)),
-    "incubate": ({"epochs": 100, "warmup_epochs": 20, "clip_grad": None}, (0.1, 0.1, 0.1)),
-    "finetune": ({"epochs": 100, "warmup_epochs": 0, "clip_grad": 1.0}, (0.1, 0.5, 0.6)),
+    "meta": ({"epochs": 300, "warmup_epochs": 20, "clip_grad": None, "mixup_draws": 8}, (0, 0, 0)),
+    "incubate": ({"epochs": 100, "warmup_epochs": 20, "clip_grad": None, "mixup_draws": 16}, (0.1, 0.1, 0.1)),
+    "finetune": ({"epochs": 100, "warmup_epochs": 0, "clip_grad": 1.0, "mixup_draws": 32}, (0.1, 0.5, 0.6)),
 }
+SCHEDULE = ("warmup_lr", "warmup", "lr_by", "drop_path_over", "stride_repeats")
+FAULTS = ("frozen", "decay_tokens", "clip_when", "token_std")  # of the released code, but for the last; by default ours
 RELATIVE = {  # FLOPs at 100+100, 50+50, 25+25 with a meta model of 300 epochs; 300 epochs of end-to-end training are 1
     "imagenet-vit-b": (1.17, 0.75, 0.55), "imagenet-vit-l": (0.92, 0.54, 0.36), "imagenet-vit-h": (0.86, 0.49, 0.31),
 }  # fmt: skip
@@ -53,11 +54,19 @@ NETWORKS = {  # blocks, width, heads, tokens; parameters as published, in millio
     "imagenet-vit-h": (32, 1280, 16, 257, 632), "cifar100-deit-t-32": (32, 192, 3, 65, None),
     "cifar100-deit-t-128": (128, 192, 3, 65, None), "fashion-deit-t-32": (32, 192, 3, 50, None),
 }  # fmt: skip
-STATED = {  # settings that the authors state; all others are marked on their line as our own choice
-    "imagenet": r"model\..*|partition\..*|phases\.(meta|incubate|finetune)\..*|strategies\.\w+\.phases\.\w+\.epochs|training\."
-    r"(warmup_epochs|batch_size|lr|lr_for_batch|min_lr|weight_decay|label_smoothing|randaugment|erase|mixup|cutmix)",
-    "cifar100": r"model\..*",
-    "fashion": r"nothing",
+STATED = {  # beginning of presets' names → settings that paper or released code state; all others are our own choice
+    "imagenet": {
+        "paper": r"model\.(name|depth)|partition\..*|(strategies\.\w+\.)?phases\.\w+\.epochs",
+        "code": r"model\.options\..*|phases\.(meta|incubate|finetune)\.(warmup_epochs|drop_path|clip_grad|mixup_draws)|training\."
+        r"(warmup_epochs|warmup_lr|warmup|lr_by|batch_size|lr|lr_for_batch|min_lr|weight_decay|label_smoothing|drop_path_over"
+        r"|randaugment|erase|mixup|cutmix|hflip|repeats|stride_repeats)",
+    },
+    "imagenet-vit-b": {"code": r"phases\.end_to_end\.drop_path"},
+    "imagenet-vit-b-released": {"code": r"precision|training\.recipe"},
+    "cifar100": {
+        "paper": r"model\..*",
+        "code": r"training\.(lr|lr_for_batch|weight_decay|label_smoothing|shift|hflip|mixup|cutmix|repeats|stride_repeats)",
+    },
 }
 STRUCTURE = r"description|run\b.*|data\.(source|folder)|strategies\.\w+\.(kind|start|match)"  # no numbers
 
@@ -189,8 +198,7 @@ def test_every_cost_in_the_comment_is_the_counted_one(preset):
             assert label == "epochs" or len(output.replace(".", "").replace(",", "").lstrip("0")) >= 3, f"{where}; too few digits"
     kinds = {name: strategy.kind for name, strategy in load_settings(preset).strategies.items()}
     assert kinds[reference] == "end_to_end" and not load_settings(preset).is_matched(reference)
-    flops = facts_of(preset).flops_per_image
-    hybrid = sum(flops[f"incubate-{i}"] for i in range(4)) / 4
+    hybrid = sum((flops := facts_of(preset).flops_per_image)[f"incubate-{i}"] for i in range(4)) / 4
     if speeds := re.findall(r"([\d,]+) images a second", head):
         assert speeds == [f"{share * H200 / cost:,.0f}" for cost in (hybrid, flops["target"])]
 
@@ -216,17 +224,20 @@ def test_the_cost_of_the_subset_for_a_cpu():
         assert output.groups()[:2] == (f"{flops / 1e12:.0f}", f"{flops / (float(output.group(3)) * 1e9) / 60:.0f}")
 
 
+def stated_by(preset, path):
+    """Return who has a setting so: paper, code, or own choice."""
+    tables = [table for name, table in STATED.items() if preset.startswith(name)]
+    return next((who for table in tables for who in table if re.fullmatch(table[who], path)), "own choice")
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-def test_what_the_authors_do_not_state_is_marked_on_its_line(preset):
-    text = presets()[preset].read_text()
-    stated = re.compile(f"({STATED[preset.split('-')[0]]}|{STRUCTURE})$")
-    on_line = {}
-    for path, line in _leaves(yaml.compose(text)):
-        on_line.setdefault(line, []).append(path)
-    for number, paths in on_line.items():
-        line = text.splitlines()[number]
-        own = [path for path in paths if not stated.match(path)]
-        assert ("own choice" in line) == bool(own), f"{line.strip()!r} sets {', '.join(own) or 'only what is stated'}"
+def test_every_line_says_whether_paper_or_code_state_its_settings_or_it_is_our_own_choice(preset):
+    lines, on_line = presets()[preset].read_text().splitlines(), {}
+    for path, number in _leaves(yaml.compose("\n".join(lines))):
+        if not re.fullmatch(STRUCTURE, path):
+            on_line.setdefault(number, set()).add(stated_by(preset, path))
+    said = {i: re.search(r"  # ((?:paper|code|own choice)(?:, (?:code|own choice))*)", line) for i, line in enumerate(lines)}
+    assert {i: set(found[1].split(", ")) for i, found in said.items() if found} == on_line
 
 
 def _leaves(node, path=""):
@@ -249,6 +260,9 @@ def test_the_recipe_on_imagenet_is_the_papers(preset, phase):
     own, drop_path = PHASES[phase]
     expected = EVERY_PHASE | own | {"drop_path": drop_path[IMAGENET.index(preset)]}
     assert {name: getattr(recipe, name) for name in expected} == expected
+    assert all(getattr(recipe, name) == TrainingSettings().model_dump()[name] for name in FAULTS)
+    whole = settings.training_of("end_to_end", "end_to_end")
+    assert all(getattr(recipe, name) == getattr(whole, name) for name in SCHEDULE)
     assert settings.strategies["deep_incubation"].start == "random"
     assert not settings.strategies["deep_incubation"].inherit_stem and not settings.strategies["deep_incubation"].inherit_head
 
@@ -309,7 +323,7 @@ def test_the_matched_baseline_costs_what_deep_incubation_costs(preset):
 def test_the_network_is_the_published_one_and_comes_apart(preset):
     settings = load_settings(preset)
     target, meta, target_depths, meta_depths = networks(preset)
-    blocks, width, heads, tokens, millions = NETWORKS[preset]
+    blocks, width, heads, tokens, millions = NETWORKS[preset.removesuffix("-released")]
     assert (len(target.blocks), target.embed_dim, target.blocks[0].attn.num_heads) == (blocks, width, heads)
     assert target.pos_embed.shape == meta.pos_embed.shape == (1, tokens, width)
     assert (target_depths, meta_depths) == ([blocks // 4] * 4, [1] * 4)

@@ -15,7 +15,7 @@ from incubate_lib.pipeline import warm
 from incubate_lib.training.files import read_json
 
 MAY_SHRINK = (
-    r"model\.(embed_dim|num_heads|depth)|partition\.target_depths|training\.(batch_size|micro_batch|lr_for_batch)|(\w+\.)+(\w+_)?epochs"
+    r"model\.(embed_dim|num_heads|depth)|partition\.target_depths|training\.(batch_size|micro_batch|lr_for_batch)|(\w+\.)+((\w+_)?epochs|mixup_draws)"
     r"|data\.(train_share|test_images|num_images)|machine\.compile|name"
 )
 
@@ -45,7 +45,7 @@ def test_shrinking_changes_width_depth_batch_images_and_epochs_and_nothing_else(
     for strategy, how in settings.strategies.items():
         for phase in how.trains:
             recipe, short = settings.training_of(strategy, phase), small.training_of(strategy, phase)
-            fields = {"epochs", "warmup_epochs", "batch_size", "micro_batch", "lr", "lr_for_batch"}
+            fields = {"epochs", "warmup_epochs", "batch_size", "micro_batch", "lr", "lr_for_batch", "mixup_draws"}
             assert recipe.model_dump(exclude=fields) == short.model_dump(exclude=fields)
             assert short.peak_lr == pytest.approx(recipe.peak_lr)
             assert (short.epochs, short.batch_size) == (EPOCHS, BATCH)

@@ -37,7 +37,8 @@ from incubate_lib.training.trainer import Trainer, compiled, make_optimizer
     ],
 )
 def test_lr_at(step, steps, warmup, expected):
-    assert lr_at(step, steps, warmup, 1.0, 0.01) == pytest.approx(expected)
+    recipe = TrainingSettings(lr=1.0, min_lr=0.01, epochs=steps, warmup_epochs=warmup)
+    assert lr_at(recipe, step, steps, 1) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

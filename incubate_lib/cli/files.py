@@ -80,11 +80,15 @@ def import_(options: argparse.Namespace) -> None:
         refuse(not os.path.exists(os.path.expanduser(file)), f"cannot read {file}: there is no such file")
     from incubate_lib.phases.released import import_released
 
-    settings, depths = import_released(options.files, options.folder, name=options.model, num_heads=options.num_heads)
+    how = {"name": options.model, "num_heads": options.num_heads, "ema": options.ema, "log": print}
+    settings, depths = import_released(options.files, options.folder, **how)
     model = settings.model_dump(exclude_unset=True, exclude={"depth"} | ({"options"} if not settings.options else set()))
     print(f"wrote {options.folder}: {settings.depth} blocks, {' + '.join(map(str, depths))} in {len(depths)} module(s)")
-    print("To use it as a trained meta model, a settings file needs:")
-    print(f"  model: {model}\n  strategies: {{deep_incubation: {{weights: {Path(options.folder).absolute()}}}}}")
+    is_meta = len(options.files) == 1 and len(depths) > 1 and max(depths) == 1
+    print(f"To {'use it as a trained meta model' if is_meta else 'fine-tune it'}, a settings file needs:")
+    weights = f"weights: {Path(options.folder).absolute()}"
+    strategies = f"{{deep_incubation: {{{weights}}}}}" if is_meta else f"{{tuned: {{kind: finetune, {weights}}}}}\n  run: [tuned]"
+    print(f"  model: {model}\n  strategies: {strategies}")
 
 
 def export(options: argparse.Namespace) -> None:

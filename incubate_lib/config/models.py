@@ -6,13 +6,14 @@ something relative to it instead (`lr_scale`, `warmup_share`). What a result dep
 says only how it is computed, and is not.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
 from incubate_lib.config.errors import SettingsError, nearest, refuse, validated
 from incubate_lib.config.members import STRATEGIES
 from incubate_lib.config.phase import FORMAT, TASK, as_ever, digest
+from incubate_lib.config.recipes import expanded
 from incubate_lib.config.sections import (
     ARRAYS,
     DataSettings,
@@ -48,6 +49,11 @@ class Settings(Frozen):
     run: list[str] = Field(min_length=1, default=["end_to_end", "deep_incubation", "recommended"])
     machine: MachineSettings = DEFAULT_MACHINE  # how phases are computed, see below
     overrides: list[str] = []  # written by the workbook, for the record: the values of --set
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_names_of_recipes(cls, values: Any) -> Any:
+        return expanded(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _whole(self) -> "Settings":
@@ -112,8 +118,11 @@ class Settings(Frozen):
             f"machine.compile {machine.compile!r} captures CUDA graphs, which overwrite the gradients that micro-batches "
             f"accumulate (micro_batch {micro} in {where}); use compile: default, or a batch_size of {whole}",
         )
-        odd = (training.mixup or training.cutmix) and (micro or batch // devices) % 2
-        refuse(odd, f"{batch_of} gives each device an odd number, which mixup cannot pair")
+        mixed, taken = training.mixup or training.cutmix, micro or batch // devices
+        refuse(mixed and taken % 2, f"{batch_of} gives each device an odd number, which mixup cannot pair")
+        drawn = batch // (training.mixup_draws or batch // taken)  # images of one draw
+        apart = f"{batch_of} has {drawn} images a draw of mixup (mixup_draws {training.mixup_draws}), and {taken} a micro-batch"
+        refuse(drawn % taken and taken % drawn, f"{apart}; one must divide the other")
 
     def strategy(self, name: str) -> StrategySettings:
         """Return the strategy of that name; SettingsError with the nearest names if there is none."""

@@ -18,7 +18,8 @@ class Order:
     """Which images each micro-batch of a phase holds.
 
     Every epoch is a random order of all images. With `repeats` r each image is there r times in a row, and the epoch
-    ends after as many places as there are images, as with timm's RepeatAugSampler: it shows 1/r of them.
+    ends after as many places as there are images, as with timm's RepeatAugSampler: it shows 1/r of them. With
+    `stride_repeats` draws of mixup (micro-batches, if mixup_draws is not set) take turns, so that no draw has two of the r.
     """
 
     num_images: int
@@ -34,12 +35,17 @@ class Order:
         batch = self.settings.batch_size
         number, micro = micro_batches(batch, self.settings.micro_batch, self.devices)
         per_epoch = steps_per_epoch(self.num_images, batch)
+        draws = self.settings.mixup_draws or number * self.devices
+        places = torch.arange(batch)  # of an update, in the order of its micro-batches
+        if self.settings.stride_repeats:
+            places = places.view(-1, draws).T.flatten()
         for step in range(self.start, self.steps):
             epoch, place = divmod(step, per_epoch)
             order = _epoch_order(self.num_images, self.seed, epoch, self.settings.repeats)
             for k in range(number):
-                first = place * batch + (k * self.devices + self.rank) * micro
-                yield epoch, torch.arange(first, first + micro), order[first : first + micro]
+                first = (k * self.devices + self.rank) * micro
+                mine = place * batch + places[first : first + micro]
+                yield epoch, mine, order[mine]
 
 
 @lru_cache(maxsize=2)

@@ -3,6 +3,8 @@
 import hashlib
 import math
 
+from incubate_lib.config import TrainingSettings
+
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
     """Return the updates of one epoch; the last incomplete batch is left out."""
@@ -20,15 +22,21 @@ def micro_batches(batch_size: int, micro_batch: int | None, devices: int) -> tup
     return batch_size // (micro * devices), micro
 
 
-def lr_at(step: int, steps: int, warmup: int, lr: float, min_lr: float) -> float:
-    """Return the learning rate of update `step` (0-based): linear from lr/warmup to lr, then cosine down to min_lr.
+def lr_at(recipe: TrainingSettings, step: int, steps: int, per_epoch: int) -> float:
+    """Return the learning rate of update `step` (0-based) of so many: a linear warm-up, then a cosine down to min_lr.
 
-    The last update has min_lr.
+    By update the last one has min_lr. By epoch a rate is that of the epoch before, because the released code sets it at an
+    epoch's end by the number of that epoch: the first two epochs have the first rate, and min_lr is not reached.
     """
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    place = (step - warmup) / max(1, steps - 1 - warmup)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * place))
+    at, end, warmup = step, steps - 1, round(recipe.warmup_epochs * per_epoch)
+    if recipe.lr_by == "epoch":
+        at, end, warmup = max(0, step // per_epoch - 1), recipe.epochs, recipe.warmup_epochs
+    lr, first = recipe.peak_lr, recipe.warmup_lr
+    if at < warmup:
+        return lr * (at + 1) / warmup if first is None else first + (lr - first) * at / warmup
+    before = 0 if recipe.warmup == "inside" else warmup
+    place = (at - before) / max(1, end - before)
+    return recipe.min_lr + (lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * place))
 
 
 def derive_seed(seed: int, *what: str | int) -> int:

@@ -22,18 +22,21 @@ Start = Literal["random", "stack", "identity"]
 
 
 class Hybrid(nn.Module):
-    """The meta model with one module replaced by the target's; only that is trainable, or ever in train mode.
+    """The meta model with one module replaced by the target's; only that is trainable.
 
+    Only that is ever in train mode, too, unless `frozen` is "train", as in the released code.
     Weights are shared with both networks, and frozen or not in place, before anybody can wrap or compile the hybrid.
     Raises ValueError when the module does not fit the meta model.
     """
 
-    def __init__(self, meta: nn.Module, target: nn.Module, partition: Partition, index: int) -> None:
+    def __init__(
+        self, meta: nn.Module, target: nn.Module, partition: Partition, index: int, frozen: Literal["eval", "train"] = "eval"
+    ) -> None:
         super().__init__()
         if not 0 <= index < partition.num_modules:
             raise ValueError(f"index {index} is outside the modules 0 … {partition.num_modules - 1}")
         check_fit(meta, target)
-        self.partition, self.index = partition, index
+        self.partition, self.index, self.frozen = partition, index, frozen
         self.network = graft(meta, target, partition.claims(index))
         self.learning = list(_layers_of(self.network, partition, index))
         for name, parameter in self.network.named_parameters():
@@ -42,7 +45,7 @@ class Hybrid(nn.Module):
 
     def train(self, mode: bool = True) -> "Hybrid":
         """Put the target module in train mode; what is frozen stays in eval mode: drop-path would be noise, statistics move."""
-        super().train(False)
+        super().train(mode and self.frozen == "train")
         self.training = mode
         for layer in self.learning:
             layer.training = mode
@@ -92,8 +95,8 @@ class Imitation(Hybrid):
     In train mode its outputs are losses, in eval mode the hybrid's logits.
     """
 
-    def __init__(self, meta: nn.Module, target: nn.Module, partition: Partition, index: int) -> None:
-        super().__init__(meta, target, partition, index)
+    def __init__(self, meta: nn.Module, target: nn.Module, partition: Partition, index: int, frozen: str = "eval") -> None:
+        super().__init__(meta, target, partition, index, frozen)
         self.meta = meta
         for name, parameter in meta.named_parameters():
             if partition.owner(name) == index:

@@ -100,12 +100,17 @@ def build_meta(s: PhaseSettings, outputs: int) -> nn.Module:
     partition = partition_of(s)
     kept = {block for i, depth in enumerate(s.meta_depths) for block in partition.blocks(i)[:depth]}
     model = without(_from_seed(s, "meta", s.model.depth, outputs), [b for b in partition.chain.blocks if b not in kept])
-    rates = torch.linspace(0, s.training.drop_path if s.training else 0.0, len(kept), device="cpu").tolist()
-    for block, rate in zip([b for b in partition.chain.blocks if b in kept], rates, strict=True):
+    set_drop_path(model, [b for b in partition.chain.blocks if b in kept], s.training.drop_path if s.training else 0.0)
+    return model
+
+
+def set_drop_path(model: nn.Module, blocks: list[str], rate: float) -> None:
+    """Have drop-path rise linearly over these blocks, from 0 at the first to `rate` at the last."""
+    rates = torch.linspace(0, rate, len(blocks), device="cpu").tolist()
+    for block, own in zip(blocks, rates, strict=True):
         for layer in model.get_submodule(block).modules():
             if isinstance(layer, DropPath):
-                layer.drop_prob = rate
-    return model
+                layer.drop_prob = own
 
 
 def partition_of(s: PhaseSettings) -> Partition:
@@ -186,7 +191,10 @@ def _from_seed(s: PhaseSettings, which: str, depth: int | None, outputs: int) ->
     drop_path = s.training.drop_path if s.training else 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(s.seed, "init", which))
-        return build_model(s.model, depth, outputs, drop_path)
+        model = build_model(s.model, depth, outputs, drop_path)
+        if s.training and s.training.token_std is not None and getattr(model, "cls_token", None) is not None:
+            nn.init.trunc_normal_(model.cls_token, std=s.training.token_std)  # last, so that all else begins as ever
+        return model
 
 
 def model_shape(settings: ModelSettings) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from pydantic import ValidationError
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from incubate_lib.config import ModelSettings, SettingsError, error_message, in_a_line
+from incubate_lib.config import ModelSettings, SettingsError, error_message, in_a_line, refuse
+from incubate_lib.config.errors import shortened
 from incubate_lib.method.network import counted_through, divide
 from incubate_lib.phases.networks import build_model, chain_of, model_shape
 from incubate_lib.phases.weights import check_fits, check_values, first, save_timm
@@ -34,18 +35,21 @@ NAMES = {width: f"vit_{size}_patch16_224" for width, size in {192: "tiny", 384: 
 NAMES[1280] = "vit_huge_patch14_224"
 WRAPPERS = {"module", "_orig_mod", "model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # DDP, compile, Lightning …
 WITHOUT_QKV_BIAS = "vit_huge_patch14_clip_224"
+AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")  # under which files keep a moving average of the weights
 
 
 def import_released(
-    files: Sequence[str | Path], folder: str | Path, *, name: str | None = None, num_heads: int | None = None
-) -> tuple[ModelSettings, list[int]]:
+    files: Sequence[str | Path], folder: str | Path, *, name: str | None = None, num_heads: int | None = None, ema: bool = False,
+    log: Callable[[str], object] = str,
+) -> tuple[ModelSettings, list[int]]:  # fmt: skip
     """Write the network of one file, or the one assembled from K files, as a timm folder; return settings and depths.
 
+    `log` is told of moving averages in the files, which `ema` has read instead.
     Images are to be normalised as in the released recipe, by ImageNet's mean and deviation. Raises SettingsError as
     `read_released` does, and if the folder is not free.
     """
     check_free(folder)
-    settings, model, depths = read_released(files, name=name, num_heads=num_heads)
+    settings, model, depths = read_released(files, name=name, num_heads=num_heads, ema=ema, log=log)
     arguments = settings.timm_arguments() | {"num_classes": model.num_classes}
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if settings.in_chans != 3:
@@ -55,8 +59,9 @@ def import_released(
 
 
 def read_released(
-    files: Sequence[str | Path], *, name: str | None = None, num_heads: int | None = None
-) -> tuple[ModelSettings, nn.Module, list[int]]:
+    files: Sequence[str | Path], *, name: str | None = None, num_heads: int | None = None, ema: bool = False,
+    log: Callable[[str], object] = str,
+) -> tuple[ModelSettings, nn.Module, list[int]]:  # fmt: skip
     """Return the network in one checkpoint, or that of K hybrids, stage i of file i, and the blocks of each stage; a plain
     state dict is one stage.
 
@@ -64,7 +69,7 @@ def read_released(
     SettingsError for a file that cannot be read safely, whose copies disagree, or that is not a plain ViT classifier,
     with the first names and shapes, and for files in another order than their target modules.
     """
-    found = [_read(Path(os.path.expanduser(path))) for path in files]
+    found = [_read(Path(os.path.expanduser(path)), ema, log) for path in files]
     stages = found[0]
     if len(files) > 1:
         _check_order(files, found)
@@ -87,16 +92,22 @@ def read_released(
     return settings, model.eval(), depths
 
 
-def _read(path: Path) -> list[State]:
+def _read(path: Path, ema: bool, log: Callable[[str], object]) -> list[State]:
     """Return the state dicts of a checkpoint's stages; all copies of a weight in it must be equal."""
     raw = _load(path)
+    average = next((key for key in AVERAGES if isinstance(raw.get(key), dict)), None)
+    if ema:
+        refuse(average is None, f"{path} holds no moving average ({', '.join(AVERAGES)}); it has {_some(raw)}")
+        raw = {"model": raw[average]}
+    elif average:
+        log(f"{path} also holds a moving average of the weights, {average}: --ema reads that instead")
     stages = raw.get("model_stages") or []
     if not isinstance(stages, list | tuple):
         raise SettingsError(f"{path}: model_stages is a {type(stages).__name__}, where a list of state dicts should be")
-    stages = [_tensors(path, stage) for stage in stages]
+    stages = [_tensors(path, stage, raw) for stage in stages]
     given = raw.get("model", raw.get("state_dict", None if stages else raw))
     flat, copies = {}, {}
-    for key, tensor in ({} if given is None else _tensors(path, given)).items():
+    for key, tensor in ({} if given is None else _tensors(path, given, raw)).items():
         in_stage = re.fullmatch(r"stages\.(\d+)\.(.+)", key)
         place = copies.setdefault(int(in_stage[1]), {}) if in_stage else flat
         place[in_stage[2] if in_stage else key] = tensor
@@ -137,9 +148,10 @@ def _load(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _tensors(path: Path, state: Any) -> State:
+def _tensors(path: Path, state: Any, raw: dict[str, Any]) -> State:
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise SettingsError(f"{path} holds no state dict where one should be (under model, state_dict or model_stages, or alone)")
+        where = "where one should be (under model, state_dict or model_stages, or alone)"
+        raise SettingsError(f"{path} holds no state dict {where}; it has {_some(raw)}")
     named: State = {}
     for key, tensor in state.items():
         name = ".".join(part for part in str(key).split(".") if part not in WRAPPERS)
@@ -150,6 +162,12 @@ def _tensors(path: Path, state: Any) -> State:
         raise SettingsError(f"{path} holds {first(hollow)} without all of its numbers")
     check_values(named, str(path))
     return named
+
+
+def _some(named: dict[str, Any]) -> str:
+    """Return the first names in a file, and how many there are besides."""
+    names = ", ".join(shortened(key) for key in list(named)[:5]) or "nothing"
+    return names + (f" and {len(named) - 5} more" if len(named) > 5 else "")
 
 
 def _has_data(tensor: Tensor) -> bool:
@@ -205,7 +223,7 @@ def settings_of(whole: State, path: str, name: str | None, num_heads: int | None
     if missing := [key for key in needed if key not in whole]:
         raise SettingsError(
             f"{path} is not a plain Vision Transformer's classifier of timm: {', '.join(missing)} is missing; "
-            f"it has {', '.join(list(whole)[:5])}" + (f" and {len(whole) - 5} more" if len(whole) > 5 else "")
+            f"it has {_some(whole)}"
         )
     patches, positions = whole["patch_embed.proj.weight"].shape, whole["pos_embed"].shape
     grid = math.isqrt(max(0, positions[1] - 1)) if len(positions) == 3 else 0

@@ -38,9 +38,15 @@ class Classification(Task):
         return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=data.num_classes)
 
     def ready(self, batch: Any, data: Any, recipe: Any, extra: Any) -> Any:
+        import torch
+
         x, y = batch
         x = data.finish(x, recipe)
-        return (x, y) if extra is None else extra(x, y)
+        if extra is None:
+            return x, y
+        size = min(len(x), recipe.batch_size // recipe.mixup_draws) if recipe.mixup_draws else len(x)  # images of a draw
+        parts = [extra(*part) for part in zip(x.split(size), y.split(size), strict=True)]
+        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def side_by_side(self, batch: Any) -> Any:
         return batch[1].argsort()

@@ -80,6 +80,8 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequenc
     """
     own = set(getattr(model, "no_weight_decay", set)())  # timm's networks have embeddings and tokens there
     own |= {name for name, _ in model.named_parameters() if name.endswith("reg_token")}  # which timm before 1.0.22 forgets
+    if settings.decay_tokens:
+        own = {name for name in own if not name.endswith(("pos_embed", "cls_token"))}
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=own)
     leaves: dict[int, list[nn.Parameter]] = {}
     for piece in pieces:
@@ -140,8 +142,11 @@ class Trainer:
         self.precision, self.machine = precision, machine
         self.number, self.micro = micro_batches(settings.batch_size, settings.micro_batch, team.devices)
         self.steps = total_steps(settings.epochs, len(train), settings.batch_size)
-        per_epoch = steps_per_epoch(len(train), settings.batch_size)
-        self.warmup = round(settings.warmup_epochs * per_epoch)
+        self.per_epoch = per_epoch = steps_per_epoch(len(train), settings.batch_size)
+        acts = settings.clip_when == "always" or precision != "float32"
+        self.clip_grad = settings.clip_grad if acts else None
+        whole = self.number * team.devices
+        self.per_draw = whole // (settings.mixup_draws or whole)  # micro-batches that have one draw of mixup
         self.mat = None
         if mat is not None:
             self.mat = Adaptive(
@@ -198,18 +203,21 @@ class Trainer:
             began = time.perf_counter()
             batch = next(self.batches)
             self.counts.wait_seconds += time.perf_counter() - began
-            seed_everything(derive_seed(self.seed, "draw", step, k * self.team.devices + self.team.rank), self.device)
+            place = k * self.team.devices + self.team.rank
+            seed_everything(derive_seed(self.seed, "draw", step, place), self.device)
+            if self.per_draw > 1:  # they mix alike; nothing else draws from numpy
+                np.random.seed(derive_seed(self.seed, "mixup", step, place // self.per_draw))
             batch = self.task.ready(batch, self.train, self.settings, self.extra)
             last = k == self.number - 1  # gradients travel once, after the last micro-batch
             with self.replica.no_sync() if self.team.devices > 1 and not last else contextlib.nullcontext():
                 for loss in self.losses(self._run, self.task.inputs(batch), partial(self._loss, batch=batch)):
                     (loss / self.number).backward()
                     losses.append(loss.detach().clone())  # a captured graph would overwrite it
-        if self.settings.clip_grad is not None:
+        if self.clip_grad is not None:
             for group in self.groups:
-                nn.utils.clip_grad_norm_(group, self.settings.clip_grad)
+                nn.utils.clip_grad_norm_(group, self.clip_grad)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(step, self.steps, self.warmup, self.settings.peak_lr, self.settings.min_lr)
+            group["lr"] = lr_at(self.settings, step, self.steps, self.per_epoch)
         if self.mat:
             self.mat.updates.hand_over()
         self.optimizer.step()

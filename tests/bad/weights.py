@@ -170,6 +170,7 @@ ASKED = {  # a sound file, asked for wrongly
     "heads below 0": (*IMPORT, "--num-heads", "-2"),
     "heads that do not divide": (*IMPORT, "--num-heads", "3"),
     "heads of words": (*IMPORT, "--num-heads", "two"),
+    "a moving average that is not there": (*IMPORT, *HEADS, "--ema"),
     "more heads than numbers": (*IMPORT, "--num-heads", "1000000000000"),
     "an unknown model": (*IMPORT, *HEADS, "--model", "vit_fish"),
     "a model that is no transformer": (*IMPORT, *HEADS, "--model", "resnet18"),

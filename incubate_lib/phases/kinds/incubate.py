@@ -57,12 +57,19 @@ class Incubate(Phase):
 
     def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> Any:
         from incubate_lib.method.incubation import Hybrid, Imitation
-        from incubate_lib.phases.networks import partition_of
+        from incubate_lib.method.network import has_layer
+        from incubate_lib.phases.networks import partition_of, set_drop_path
         from incubate_lib.phases.recipes import meta_and_target, start
 
         meta, target = meta_and_target(s, inputs, outputs)
         start(s, meta, target, s.module_index)
-        return (Imitation if self.imitates else Hybrid)(meta, target, partition_of(s), s.module_index)
+        partition, recipe = partition_of(s), s.training
+        kind = Imitation if self.imitates else Hybrid
+        hybrid = kind(meta, target, partition, s.module_index, recipe.frozen if recipe else "eval")
+        if recipe and recipe.drop_path_over == "hybrid":
+            blocks = [block for block in partition.chain.blocks if has_layer(hybrid.network, block)]
+            set_drop_path(hybrid.network, blocks, recipe.drop_path)
+        return hybrid
 
     def results(self, model: Any) -> dict[str, dict[str, Any]]:
         return {"model": model.module_state()}

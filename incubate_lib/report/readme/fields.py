@@ -6,9 +6,11 @@ import re
 import tokenize
 from typing import Any
 
-from incubate_lib.config import Frozen, Settings
+from incubate_lib.config import Frozen, Settings, TrainingSettings, load_settings
 from incubate_lib.config.members import STRATEGIES
+from incubate_lib.config.recipes import RELEASED, fields_of
 from incubate_lib.report.readme.text import markdown
+from incubate_lib.report.words import BASELINE
 
 
 def fields(section: str) -> str:
@@ -23,6 +25,26 @@ def fields(section: str) -> str:
         if name in model.model_fields
     ]
     return markdown(rows)
+
+
+def recipes(preset: str) -> str:
+    """What `recipe` stands for: a field a row, with what ours, the released code's and a preset's phases have."""
+    settings, kinds = load_settings(preset), [phase for phase in RELEASED if phase != "every"]
+    has = {phase: settings.training_of(BASELINE if phase == BASELINE else "deep_incubation", phase) for phase in kinds}
+    rows = []
+    for name in [name for name in TrainingSettings.model_fields if name in fields_of("released", "")]:
+        sides = {recipe: {phase: fields_of(recipe, phase)[name] for phase in kinds} for recipe in ("ours", "released")}
+        sides[f"`{preset}`"] = {phase: getattr(of, name) for phase, of in has.items()}
+        rows.append({"field": f"`{name}`"} | {side: _by_phase(values) for side, values in sides.items()})
+    return markdown(rows)
+
+
+def _by_phase(values: dict[str, Any]) -> str:
+    """Return a value of all phases, or each with those that have it."""
+    phases: dict[str, list[str]] = {}
+    for phase, value in values.items():
+        phases.setdefault(str(value).lower(), []).append(phase)
+    return "; ".join(f"{text} ({', '.join(of)})" if len(phases) > 1 else text for text, of in phases.items())
 
 
 def comments(model: type) -> dict[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from incubate_lib.report.planner.bench import OURS, TWIN
-from incubate_lib.report.readme.fields import fields
+from incubate_lib.report.readme.fields import fields, recipes
 from incubate_lib.report.readme.sources import bench_of, comparison, rows_of, run_of, study_of
 from incubate_lib.report.readme.text import markdown
 from incubate_lib.report.readme.values import NUMBERS, gain
@@ -118,4 +118,4 @@ def speed(name: str) -> str:
     return markdown([*rows, dict(zip(rows[0], last, strict=True))])
 
 
-TABLES: dict[str, Callable[..., str]] = {f.__name__: f for f in (budget, chain, adaptive, speed, fields)}
+TABLES: dict[str, Callable[..., str]] = {f.__name__: f for f in (budget, chain, adaptive, speed, fields, recipes)}
