@@ -3,6 +3,10 @@
 import hashlib
 import math
 
+from incubate_lib.config import TrainingSettings
+
+RENEWAL_BATCH = 64  # images at once while statistics are renewed
+
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
     """Return the updates of one epoch; the last incomplete batch is left out."""
@@ -29,6 +33,11 @@ def lr_at(step: int, steps: int, warmup: int, lr: float, min_lr: float) -> float
         return lr * (step + 1) / warmup
     place = (step - warmup) / max(1, steps - 1 - warmup)
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * place))
+
+
+def renewal(num_images: int) -> TrainingSettings:
+    """Return the recipe of the pass that renews statistics: images once, in random order, as they would be without augmentation."""
+    return TrainingSettings(epochs=1, batch_size=min(RENEWAL_BATCH, num_images), warmup_epochs=0, label_smoothing=0)
 
 
 def derive_seed(seed: int, *what: str | int) -> int:

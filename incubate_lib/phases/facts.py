@@ -21,7 +21,8 @@ class Facts(Frozen):
     target_depths: list[int]
     meta_depths: list[int]
     takes_depth: bool = True  # whether the meta model is built with less depth; else it is the target with blocks left out
-    # Training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …
+    # Training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …; of a network with batch
+    # norm renewal, too, which goes through it forward only
     flops_per_image: dict[str, int]
     low_resolution: dict[str, int] = {}  # strategies that begin with small images → their size in pixels
     unsupported: dict[str, str]  # starts, and strategies with small images, that these networks lack, and why
@@ -31,8 +32,9 @@ class Facts(Frozen):
     unused_classes: list[int] = []  # outputs with nothing to learn from: of labels that do not begin at 0 or have gaps
 
     def flops_of(self, phase: PhaseSettings) -> int:
-        """Return the training FLOPs of one image in this phase; 0 where nothing is trained."""
-        return 0 if phase.training is None else self.flops_per_image[PHASES[phase.phase].cost(phase.model, phase.options)]
+        """Return the training FLOPs of one image in this phase; 0 where none passes through."""
+        passes = phase.training or phase.options.get("renew")
+        return self.flops_per_image[PHASES[phase.phase].cost(phase.model, phase.options)] if passes else 0
 
 
 def measure(settings: Settings) -> Facts:

@@ -75,7 +75,7 @@ def phases_table(costs: Forecast) -> pd.DataFrame:
     shown = pd.DataFrame({"strategy": table["strategy"].map(label), "phase": names})
     for column, (title, one, form) in titles.items():
         shown[title] = (table[column] / one).map(form.format) if form else table[column]
-    return shown[table["steps"] > 0]
+    return shown[table["flops"] > 0]
 
 
 def against_table(table: pd.DataFrame) -> pd.DataFrame:
