@@ -26,7 +26,7 @@ def plan(options: argparse.Namespace) -> None:
     refuse(options.bench is not None and (options.device, options.share) != (None, None), both)
     check_figure(options.figure)
     _check_early(options.preset, options.set)
-    from incubate_lib.report.planner import forecast, planner
+    from incubate_lib.report.planner import anatomy, forecast, planner
     from incubate_lib.report.tables.records import published
 
     asked = {name: getattr(options, name) for name in ("strategies", "images", "classes")}
@@ -39,9 +39,13 @@ def plan(options: argparse.Namespace) -> None:
         speed = forecast.stated_speed(forecast.DEVICE if options.device is None else options.device, share, precision)
     measured = published(options.against) if options.against is not None else None
     costs = forecast.forecast(todo, speed, machines=options.machines)
+    joined = [node for node in todo.nodes if node.settings.phase == "assemble"][:1]
+    cut = [anatomy.anatomy(node) for node in joined]
     options.done()
     print(costs.images + "\n")
     console = Console(highlight=False)
+    for found in cut:
+        console.print(_shown(found.table().reset_index(names="module"), console, found.network), "")
     console.print(_shown(planner.strategies_table(costs).reset_index(names="strategy"), console), "")
     for name, phases in planner.phases_table(costs).groupby("strategy", sort=False):
         console.print(_shown(phases.drop(columns="strategy"), console, name), "")

@@ -301,7 +301,7 @@ class TrainingSettings(Frozen):
 class MATSettings(Frozen):
     """Modular Adaptive Training: which units rest, and when that is decided. The paper leaves all of it open; own choices."""
 
-    # what rests or trains as one; none: sublayers of a transformer, conv_layers of others
+    # what rests or trains as one; none: sublayers of a ViT, heads of other transformers, conv_layers of others
     units: UnitKind | None = None
     # training images on which the kernels are computed, the same ones throughout
     probe: Annotated[int, Field(ge=2)] = 32

@@ -37,6 +37,12 @@ class Facts(Frozen):
         return self.flops_per_image[PHASES[phase.phase].cost(phase.model, phase.options)] if passes else 0
 
 
+def usual_units(units: Iterable[str]) -> str:
+    """Return which of a network's kinds of units rest where nobody says: sub-layers, or where those are not known heads; of
+    what is no transformer convolutions."""
+    return next((kind for kind in ("sublayers", "heads") if kind in units), "conv_layers")
+
+
 def measure(settings: Settings) -> Facts:
     """Read the images, build the networks on the meta device and count; SettingsError if they do not fit together."""
     from incubate_lib.data.sets import load_data
@@ -111,6 +117,10 @@ def count(settings: Settings, num_images: int, outputs: int) -> Facts:
         unsupported_units = _unsupported_units(model, units, shape)
     else:
         depths = depths_of(settings)
+        if not takes_depth(settings.model):  # of ViTs all are known to be possible; to look at a ResNet's filters takes seconds
+            given = [settings.mat, *(strategy.mat for strategy in settings.strategies.values())]
+            asked = {mat.units or usual_units(units) for mat in given if mat}
+            unsupported_units = _unsupported_units(model, [kind for kind in units if kind in asked], shape)
     sizes, small, unsupported = _small_images(settings, model, shape, outputs)
     networks = networks_of(settings, depths, outputs)
     flops: dict[str, int] = {}

@@ -67,18 +67,20 @@ class Anatomy:
         above, below = figure.subplots(2, 1, height_ratios=[2, 3])
         for place, (_, _, kind) in enumerate(self.pieces):
             above.bar(place, 1, 0.86, edgecolor="black", linewidth=0.5, **PIECES[kind])
-        for place, ((name, module, _), (_, following, _)) in enumerate(zip(self.pieces, self.pieces[1:], strict=False)):
-            if module != following:
-                above.axvline(place + 0.5, color="black", linewidth=1.6)
-                above.text(place + 0.5, 1.06, f"cut behind {name}", ha="center", va="bottom", fontsize=9)
-        above.set(xlim=(-0.6, len(self.pieces) - 0.4), ylim=(0, 1.25), yticks=[], xticks=[])
-        above.set_title(f"{self.network}: {len(self.pieces)} pieces in order, {len(self.modules)} modules", fontsize=10, loc="left")
+        numbers = [module for _, module, _ in self.pieces]
+        for index, module in enumerate(self.modules[:-1]):
+            place, height = numbers.index(index + 1) - 0.5, 1.06 + 0.14 * (index % 3)  # names of neighbours have room
+            above.plot([place, place], [0, height], color="black", linewidth=1.6)
+            above.text(place, height, module.last, ha="center", va="bottom", fontsize=9)
+        above.set(xlim=(-0.6, len(self.pieces) - 0.4), ylim=(0, 1.5), yticks=[], xticks=[])
+        title = f"{self.network}: {len(self.pieces)} pieces in order, cut into {len(self.modules)} modules behind the ones named"
+        above.set_title(title, fontsize=10, loc="left")
         handles = [Patch(label=label, edgecolor="black", **look) for label, look in PIECES.items()]
         above.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=9, frameon=False)
         rows = {
-            "parameters": [module.parameters for module in self.modules],
-            "FLOPs of an image": [module.flops for module in self.modules],
-            "memory of an image": [module.activations for module in self.modules],
+            ("million parameters", 1e6): [module.parameters for module in self.modules],
+            ("GFLOP of an image", 1e9): [module.flops for module in self.modules],
+            ("MiB kept of an image", 2**20): [module.activations for module in self.modules],
         }
         for y, values in enumerate(rows.values()):
             left = 0.0
@@ -89,7 +91,7 @@ class Anatomy:
                     words = f"module {index + 1}: {width:.0%}" if width > 0.12 else str(index + 1)
                     below.text(left + width / 2, y, words, ha="center", va="center", fontsize=9, bbox=PAPER)
                 left += width
-        below.set_yticks(range(len(rows)), list(rows))
+        below.set_yticks(range(len(rows)), [f"{sum(values) / one:,.3g} {unit}" for (unit, one), values in rows.items()])
         below.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xticks=[])
         for axis in (above, below):
             axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
