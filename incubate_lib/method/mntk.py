@@ -8,7 +8,7 @@ One forward and one backward pass give the kernels of all units: at each layer t
 gradient of the layer's output, from which with the layer's input the sample's gradient of the layer's parameters follows;
 their inner products are added up, and they are forgotten before the next layer. The whole Jacobian is never in memory.
 Here the network is in eval mode (dropout off, batch norm with its running statistics), or samples would not be
-independent of each other. All this holds for layers that are called once, with one input a sample, and use their
+independent of each other. All this holds for layers that are called once, with one input a sample or all windows of a sample side by side, and use their
 parameters themselves; `check_kernels` refuses all others by name.
 
 Letters: N samples, C outputs, M rows of a kernel (N, or N·C), U units, T tokens or pixels, I and O a layer's inputs and
