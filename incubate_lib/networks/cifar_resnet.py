@@ -17,7 +17,9 @@ BLOCKS = {f"cifar_resnet{6 * n + 2}": n for n in (3, 5, 9, 18)}  # of a stage
 class CifarResNet(ResNet):
     """A ResNet of three stages behind a single convolution, for images of 32 pixels."""
 
-    def __init__(self, layers: tuple[int, ...], in_chans: int = 3, channels: tuple[int, ...] = CHANNELS, **arguments: Any) -> None:
+    def __init__(
+        self, layers: tuple[int, ...], in_chans: int = 3, channels: tuple[int, ...] = CHANNELS, **arguments: Any
+    ) -> None:
         stem = channels[0]
         super().__init__(
             BasicBlock, layers, in_chans=in_chans, channels=channels, stem_type="deep", stem_width=stem // 2, **arguments

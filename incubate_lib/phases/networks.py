@@ -199,9 +199,7 @@ def _chain_of(settings: str, depth: int | None) -> Chain:
     try:
         return find_chain(model, model_shape(settings))
     except NotAChain as error:
-        raise SettingsError(
-            f"model.name {settings.name!r} cannot be taken apart: {error}; {WHOLE}"
-        ) from None
+        raise SettingsError(f"model.name {settings.name!r} cannot be taken apart: {error}; {WHOLE}") from None
 
 
 def _from_seed(s: PhaseSettings, which: str, depth: int | None, outputs: int) -> nn.Module:
