@@ -29,7 +29,9 @@ BASE = {
 }
 FAMILIES = {
     "resnet": {
-        "model": {"name": "cifar_resnet20", "img_size": 8, "in_chans": 1, "options": {"channels": [4, 8, 8], "layers": [2, 3, 2]}},
+        "model": {
+            "name": "cifar_resnet20", "img_size": 8, "in_chans": 1, "options": {"channels": [4, 8, 8], "layers": [2, 3, 2]},
+        },
         "partition": {"cuts": ["layer2.1"]},
         "training": BASE["training"] | {"optimizer": "sgd", "lr": 0.1},
     },

@@ -36,7 +36,7 @@ def lr_at(step: int, steps: int, warmup: int, lr: float, min_lr: float) -> float
 
 
 def renewal(num_images: int) -> TrainingSettings:
-    """Return the recipe of the pass that renews statistics: images once, in random order, as they would be without augmentation."""
+    """Return the recipe of the pass that renews statistics: images once, in random order, without augmentation."""
     return TrainingSettings(epochs=1, batch_size=min(RENEWAL_BATCH, num_images), warmup_epochs=0, label_smoothing=0)
 
 

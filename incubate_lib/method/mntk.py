@@ -8,8 +8,8 @@ One forward and one backward pass give the kernels of all units: at each layer t
 gradient of the layer's output, from which with the layer's input the sample's gradient of the layer's parameters follows;
 their inner products are added up, and they are forgotten before the next layer. The whole Jacobian is never in memory.
 Here the network is in eval mode (dropout off, batch norm with its running statistics), or samples would not be
-independent of each other. All this holds for layers that are called once, with one input a sample or all windows of a sample side by side, and use their
-parameters themselves; `check_kernels` refuses all others by name.
+independent of each other. All this holds for layers that are called once, with one input a sample or all windows of a
+sample side by side, and use their parameters themselves; `check_kernels` refuses all others by name.
 
 Letters: N samples, C outputs, M rows of a kernel (N, or N·C), U units, T tokens or pixels, I and O a layer's inputs and
 outputs.
@@ -94,12 +94,11 @@ def modular_kernels(
 def check_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor) -> None:
     """Raise ValueError, with a layer's or parameter's name, where `modular_kernels` would be wrong.
 
-    Each owned layer must be called exactly once, with one tensor whose first dimension is the samples', or that of windows of
-    the samples, those of one sample side by side; alone hold its
-    parameters, and alone use them, within that call; and no sample may reach another one's outputs. Two passes of a few
-    copies of `images[:1]` show it: of different numbers, because tokens may be as many as samples, and with one image of
-    NaN, which whatever it reaches becomes too. On the meta device there are no values, so there only batch norms are
-    asked whether samples are independent.
+    Each owned layer must be called exactly once, with one tensor whose first dimension is the samples', or that of their
+    windows, those of a sample side by side; alone hold its parameters, and alone use them, within that call; and no sample
+    may reach another one's outputs. Two passes of a few copies of `images[:1]` show it: of different numbers, because tokens
+    may be as many as samples, and with one image of NaN, which whatever it reaches becomes too. On the meta device there are
+    no values, so there only batch norms are asked whether samples are independent.
     """
     owners = _owners(model, units)
     check_held_alone(model, (f"{name}.{short}" for name, shorts in owners.items() for short in shorts))

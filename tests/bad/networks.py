@@ -19,7 +19,7 @@ NETWORKS = {  # what is wrong → what the message must name, and the overrides
     "more modules than blocks that can be left out": ("7 blocks", [RESNET, "partition={num_modules: 8}"]),
     "depths that count what halves the side": ("7 blocks", [RESNET, "partition={target_depths: [3, 3, 3]}"]),
     "more meta blocks than a module has": ("meta_depths", [RESNET, "partition={num_modules: 3, meta_depths: [3, 3, 3]}"]),
-    "meta blocks of more modules than cuts make": ("meta_depths", [RESNET, "partition={cuts: [layer1.2], meta_depths: [1, 1, 1]}"]),
+    "meta blocks of more modules than cuts": ("meta_depths", [RESNET, "partition={cuts: [layer1.2], meta_depths: [1, 1, 1]}"]),
     "stacks of blocks that the meta model lacks": (
         "'stack'", [RESNET, "partition={cuts: [layer2.1]}", "run=[deep_incubation_stack]"],
     ),
