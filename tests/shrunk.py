@@ -12,6 +12,12 @@ from incubate_lib.config import load_settings, presets
 
 BATCH, MICRO, EPOCHS = 4, 2, 2
 PER_MODULE = 2  # blocks of a target module, so that it is still deeper than the meta module
+STAGES = {  # of networks whose depth is that of their stages: as deep as can be, and where they are cut then
+    "cifar_resnet110": ({"options": {"layers": [2, 2, 2], "channels": [8, 8, 16]}}, ["layer1.1", "layer2.1"]),
+    "cifar_resnet20": ({"options": {"channels": [8, 8, 16]}}, ["layer1.2", "layer2.2"]),
+    "swin_tiny_patch4_window7_224": ({"embed_dim": 8}, ["layers.0", "layers.1", "layers.2"]),
+    "convnext_atto": ({}, ["stages.0", "stages.1", "stages.2"]),
+}
 IMAGES = {  # how many, where a preset says so; what lies on disk is small anyway
     "digits": {"test_images": 1700},  # of 1,797
     "synthetic": {"num_images": 144, "test_images": 48},
@@ -27,7 +33,11 @@ def shrunk(name: str) -> dict[str, Any]:
     """
     tree = yaml.safe_load(presets()[name].read_text())
     settings, recipe = load_settings(name), tree["training"]
-    if partition := tree.get("partition"):
+    if settings.model.name in STAGES:
+        model, cuts = STAGES[settings.model.name]
+        tree["model"] |= model
+        tree["partition"] |= {"cuts": cuts} if "cuts" in tree["partition"] else {}
+    elif partition := tree.get("partition"):
         modules = len(partition.get("target_depths", ())) or partition["num_modules"]
         tree["model"] |= {"embed_dim": 16, "num_heads": 2, "depth": PER_MODULE * modules}
         if "target_depths" in partition:
@@ -65,8 +75,8 @@ def write_images(name: str, folder) -> dict[str, str]:
         write_imagenet(folder / "datasets" / "imagenet")
     elif source == "fashion_mnist":
         write_fashion(folder / "datasets" / source, zipped=False)
-    elif source == "cifar100":
-        sums = cifar_files(folder / "datasets" / source, datasets.CIFAR100)
+    elif source.startswith("cifar"):
+        sums = cifar_files(folder / "datasets" / source, {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[source])
         (folder / "cifar.json").write_text(json.dumps(sums))
         return {"TEST_CIFAR": str(folder / "cifar.json")}  # hooks/sitecustomize.py
     return {}

@@ -211,6 +211,20 @@ def test_layers_that_do_something_to_their_weights_have_kernels_of_their_own_wei
     torch.testing.assert_close(modular_kernels(model, [unit], images), expected, rtol=1e-8, atol=1e-12)
 
 
+class Swapped(nn.Module):
+    def forward(self, x):
+        return x.transpose(0, 1)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.LayerNorm(4), nn.PReLU(3)], ids=["matrix", "norm", "other"])
+def test_of_windows_a_samples_gradients_are_added_up(layer):
+    """As a Swin has them: the first dimension is that of samples times windows."""
+    model = nn.Sequential(nn.Flatten(0, 1), layer, nn.Unflatten(0, (-1, 2)), nn.Flatten(), nn.Linear(24, 3)).double()
+    images, unit = torch.randn(3, 2, 3, 4, dtype=torch.float64), Unit("windows", {"1.weight": None})
+    expected = by_jacobian(model, [unit], images, "sum")
+    torch.testing.assert_close(modular_kernels(model, [unit], images), expected, rtol=1e-8, atol=1e-12)
+
+
 def test_what_has_no_known_kernel_is_told():
     model, images = with_kernels("vit")
     with pytest.raises(ValueError, match=f"parameter cls_token {sentences.NO_LAYER}"):
@@ -218,8 +232,11 @@ def test_what_has_no_known_kernel_is_told():
     shared = nn.Sequential(layer := nn.Linear(4, 4), nn.ReLU(), layer)
     with pytest.raises(ValueError, match="layer 0 is used more than once"):
         modular_kernels(shared, [Unit("a", {"0.weight": None})], torch.randn(2, 4))
-    folded = nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4), nn.Unflatten(0, (-1, 3)), nn.Flatten())
-    with pytest.raises(ValueError, match=f"layer 1 {sentences.sees(6)}"):
-        modular_kernels(folded, [Unit("a", {"1.weight": None})], torch.randn(2, 3, 4))
+    places_first = nn.Sequential(Swapped(), nn.Linear(4, 4), Swapped(), nn.Flatten())
+    with pytest.raises(ValueError, match=f"layer 1 {sentences.sees(3)}"):
+        modular_kernels(places_first, [Unit("a", {"1.weight": None})], torch.randn(2, 3, 4))
+    windows_first = nn.Sequential(Swapped(), nn.Flatten(0, 1), nn.Linear(4, 4), nn.Unflatten(0, (3, -1)), Swapped(), nn.Flatten())
+    with pytest.raises(ValueError, match="at layer 2 samples depend on each other"):
+        modular_kernels(windows_first, [Unit("a", {"2.weight": None})], torch.randn(2, 3, 4))
     with pytest.raises(ValueError, match=sentences.two_units("b")):
         modular_kernels(shared, [Unit("a", {"0.weight": None}), Unit("b", {"0.weight": None})], torch.randn(2, 4))

@@ -18,7 +18,7 @@ from incubate_lib.cli import parser
 from incubate_lib.config import TrainingSettings, load_settings, presets
 from incubate_lib.method.incubation import Hybrid, Imitation, start_module
 from incubate_lib.method.units import count_units
-from incubate_lib.phases.facts import Facts
+from incubate_lib.phases.facts import Facts, count
 from incubate_lib.phases.networks import build_model, model_shape
 from incubate_lib.phases.recipes import prepare
 from incubate_lib.pipeline import experiment, graph, strategies
@@ -26,9 +26,12 @@ from incubate_lib.training.costs import FlopCounts, train_flops_per_image
 
 pytestmark = pytest.mark.xdist_group("presets")  # one process, so that each network is counted once
 
-IMAGES = {"folder": (1_281_167, 1000), "cifar100": (50_000, 100), "fashion_mnist": (60_000, 10)}  # to train on, classes
+IMAGES = {  # to train on, classes
+    "folder": (1_281_167, 1000), "cifar100": (50_000, 100), "cifar10": (50_000, 10), "fashion_mnist": (60_000, 10),
+}  # fmt: skip
 IMAGENET = ["imagenet-vit-b", "imagenet-vit-l", "imagenet-vit-h"]
-PRESETS = [*IMAGENET, "imagenet-vit-b-released", "cifar100-deit-t-32", "cifar100-deit-t-128", "fashion-deit-t-32"]
+VITS = [*IMAGENET, "imagenet-vit-b-released", "cifar100-deit-t-32", "cifar100-deit-t-128", "fashion-deit-t-32"]
+PRESETS = [*VITS, "cifar100-resnet-110", "cifar10-resnet-110", "imagenet-swin-t"]
 H200, SECONDS, PREFIX = 790e12, {"hours": 3600, "minutes": 60}, {"E": 1e18, "P": 1e15}  # FLOP/s, dense bf16
 
 # What the paper or its released code states (arXiv 2212.04129); drop-path for ViT-B, -L, -H.
@@ -55,7 +58,7 @@ NETWORKS = {  # blocks, width, heads, tokens; parameters as published, in millio
     "cifar100-deit-t-128": (128, 192, 3, 65, None), "fashion-deit-t-32": (32, 192, 3, 50, None),
 }  # fmt: skip
 STATED = {  # beginning of presets' names → settings that paper or released code state; all others are our own choice
-    "imagenet": {
+    "imagenet-vit": {
         "paper": r"model\.(name|depth)|partition\..*|(strategies\.\w+\.)?phases\.\w+\.epochs",
         "code": r"model\.options\..*|phases\.(meta|incubate|finetune)\.(warmup_epochs|drop_path|clip_grad|mixup_draws)|training\."
         r"(warmup_epochs|warmup_lr|warmup|lr_by|batch_size|lr|lr_for_batch|min_lr|weight_decay|label_smoothing|drop_path_over"
@@ -63,10 +66,11 @@ STATED = {  # beginning of presets' names → settings that paper or released co
     },
     "imagenet-vit-b": {"code": r"phases\.end_to_end\.drop_path"},
     "imagenet-vit-b-released": {"code": r"precision|training\.recipe"},
-    "cifar100": {
+    "cifar100-deit": {
         "paper": r"model\..*",
         "code": r"training\.(lr|lr_for_batch|weight_decay|label_smoothing|shift|hflip|mixup|cutmix|repeats|stride_repeats)",
     },
+    **{name: {"paper": r"model\.name"} for name in ("imagenet-swin-t", "cifar100-resnet-110", "cifar10-resnet-110")},
 }
 STRUCTURE = r"description|run\b.*|data\.(source|folder)|strategies\.\w+\.(kind|start|match)"  # no numbers
 
@@ -90,6 +94,8 @@ def facts_of(preset):
     """Return what planning would measure, had it the images. `test_flops_are_the_known_ones` counts a whole ViT-B."""
     settings = load_settings(preset)
     images, classes = IMAGES[settings.data.source]
+    if preset not in VITS:
+        return count(settings, images, classes)
     target, meta, target_depths, meta_depths = networks(preset)
     counts = FlopCounts(model_shape(settings.model))
     parts = made_of(meta, meta_depths, target, target_depths)
@@ -136,7 +142,8 @@ def expected_table(preset, strategies, unit, label_of_time, reference, share):
     todo, phases = planned(preset)
     time, scale = share * H200 * SECONDS[label_of_time], PREFIX[unit[0]]
     modules = len(facts_of(preset).target_depths)
-    labels = ["epochs", "meta model", *(f"module {i + 1}" for i in range(modules)), "fine-tuning", "end to end"]
+    renewed = ["assembly"] if "renewal" in facts_of(preset).flops_per_image else []  # batch norm's statistics
+    labels = ["epochs", "meta model", *(f"module {i + 1}" for i in range(modules)), *renewed, "fine-tuning", "end to end"]
     table = {label: [] for label in labels}
     sums = {"in all": [], "critical path": []}
     for name in strategies:
@@ -146,7 +153,9 @@ def expected_table(preset, strategies, unit, label_of_time, reference, share):
             return own[phase][0].settings.training.epochs
 
         whole = "end_to_end" in own
-        nodes = [None] * (modules + 2) + own["end_to_end"] if whole else [*own["meta"], *own["incubate"], *own["finetune"], None]
+        joined = own["assemble"] if renewed and not whole else []
+        cut = [] if whole else [*own["meta"], *own["incubate"], *joined, *own["finetune"], None]
+        nodes = cut or [None] * (len(labels) - 2) + own["end_to_end"]
         table["epochs"].append(epochs("end_to_end") if whole else f"{epochs('incubate'):g}+{epochs('finetune'):g}")
         for label, node in zip(labels[1:], nodes, strict=True):
             table[label].append(node and todo.flops[node.key] / scale)
@@ -198,7 +207,8 @@ def test_every_cost_in_the_comment_is_the_counted_one(preset):
             assert label == "epochs" or len(output.replace(".", "").replace(",", "").lstrip("0")) >= 3, f"{where}; too few digits"
     kinds = {name: strategy.kind for name, strategy in load_settings(preset).strategies.items()}
     assert kinds[reference] == "end_to_end" and not load_settings(preset).is_matched(reference)
-    hybrid = sum((flops := facts_of(preset).flops_per_image)[f"incubate-{i}"] for i in range(4)) / 4
+    flops = facts_of(preset).flops_per_image
+    hybrid = sum(flops[name] for name in flops if name.startswith("incubate-")) / len(facts_of(preset).target_depths)
     if speeds := re.findall(r"([\d,]+) images a second", head):
         assert speeds == [f"{share * H200 / cost:,.0f}" for cost in (hybrid, flops["target"])]
 
@@ -319,7 +329,7 @@ def test_the_matched_baseline_costs_what_deep_incubation_costs(preset):
     assert total(preset, "end_to_end") == pytest.approx(total(preset, "deep_incubation"), rel=2e-3)  # to a whole step
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", VITS)
 def test_the_network_is_the_published_one_and_comes_apart(preset):
     settings = load_settings(preset)
     target, meta, target_depths, meta_depths = networks(preset)

@@ -15,7 +15,8 @@ from incubate_lib.pipeline import warm
 from incubate_lib.training.files import read_json
 
 MAY_SHRINK = (
-    r"model\.(embed_dim|num_heads|depth)|partition\.target_depths|training\.(batch_size|micro_batch|lr_for_batch)|(\w+\.)+((\w+_)?epochs|mixup_draws)"
+    r"model\.(embed_dim|num_heads|depth|options(\.(layers|channels))?)|partition\.(target_depths|cuts)"
+    r"|(\w+\.)+((\w+_)?epochs|mixup_draws)|training\.(batch_size|micro_batch|lr_for_batch)"
     r"|data\.(train_share|test_images|num_images)|machine\.compile|name"
 )
 

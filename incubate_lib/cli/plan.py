@@ -32,7 +32,7 @@ def plan(options: argparse.Namespace) -> None:
     if options.bench is not None:
         records.speed_file(options.bench)
     measured = records.published(options.against) if options.against is not None else None
-    from incubate_lib.report.planner import forecast, planner
+    from incubate_lib.report.planner import anatomy, forecast, planner
 
     asked = {name: getattr(options, name) for name in ("strategies", "images", "classes")}
     todo = forecast.open_plan(options.preset, options.set, **asked)
@@ -41,9 +41,13 @@ def plan(options: argparse.Namespace) -> None:
     else:
         speed = forecast.stated_speed(device, share, todo.experiment.settings.precision)
     costs = forecast.forecast(todo, speed, machines=options.machines)
+    joined = [node for node in todo.nodes if node.settings.phase == "assemble"][:1]
+    cut = [anatomy.anatomy(node) for node in joined]
     options.done()
     print(costs.images + "\n")
     console = Console(highlight=False)
+    for found in cut:
+        console.print(fitted(found.table().reset_index(names="module"), console, found.network), "")
     console.print(fitted(planner.strategies_table(costs).reset_index(names="strategy"), console), "")
     for name, phases in planner.phases_table(costs).groupby("strategy", sort=False):
         console.print(fitted(phases.drop(columns="strategy"), console, name), "")

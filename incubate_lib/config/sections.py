@@ -149,7 +149,7 @@ class ModelSettings(Frozen):
     patch_size: Pixels | None = None  # pixels of a side
     embed_dim: Positive | None = None  # width of a transformer
     depth: Blocks | None = None  # blocks of a transformer
-    num_heads: Positive | None = None  # attention heads of a block
+    num_heads: int | list[int] | None = None  # attention heads of a block, or of the blocks of each stage
     in_chans: Positive | None = None  # channels of an image: 1 for grey
     options: dict[str, Any] = {}  # any further argument of the timm model, e.g. {qkv_bias: false}
 
@@ -157,7 +157,8 @@ class ModelSettings(Frozen):
     def _fits(self) -> "ModelSettings":
         for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
             a, b = getattr(self, whole), getattr(self, part)
-            refuse(a and b and a % b, f"{whole} {a} is not divisible by {part} {b}")
+            alone = isinstance(b, int) and a
+            refuse(alone and a % b, f"{whole} {a} is not divisible by {part} {b}")
         for name in sorted(self.options):
             refuse(name in type(self).model_fields, f"options.{name} is a field of its own: set model.{name}")
             refuse(name in ELSEWHERE, f"options.{name} is not set here: {ELSEWHERE.get(name)}")
@@ -168,6 +169,14 @@ class ModelSettings(Frozen):
             refuse(name.startswith(LOADING), load)
             refuse(name == "weight_init" and value == "skip", skip)
         return self
+
+    @field_validator("num_heads", mode="plain")
+    @classmethod
+    def _one_or_many(cls, given: Any) -> Any:
+        heads = given if isinstance(given, list) else [given]
+        numbers = heads and all(type(number) is int and 1 <= number <= 10**9 for number in heads)
+        refuse(given is not None and not numbers, "it must be a whole number of at least 1, or a list with one for each stage")
+        return given
 
     @field_validator("name")
     @classmethod
@@ -198,7 +207,8 @@ def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
 class PartitionSettings(Frozen):
     """How the network is cut: `num_modules` equal parts, the blocks of every part, or the layers behind which it is cut."""
 
-    num_modules: Blocks | None = None  # cuts the blocks into so many modules of equal size
+    # cuts the blocks into so many modules of equal size; the first ones of a network whose depth is fixed may have one more
+    num_modules: Blocks | None = None
     target_depths: list[Blocks] | None = Field(None, min_length=1)  # blocks of each module of the target network
     meta_depths: list[Blocks] | None = Field(None, min_length=1)  # blocks of each module of the meta model; one each if left out
     cuts: list[str] | None = Field(None, min_length=1)  # layers behind which the network is cut, by name, in its order
@@ -215,20 +225,24 @@ class PartitionSettings(Frozen):
         refuse(len(set(counts.values())) > 1, f"{unlike}; they must be equal")
         return self
 
-    def depths(self, depth: int) -> tuple[list[int], list[int]]:
-        """Return the blocks of each target and each meta module of a network of `depth` blocks; SettingsError if they differ."""
+    def depths(self, depth: int, fixed: bool = False) -> tuple[list[int], list[int]]:
+        """Return the blocks of each target and each meta module of a network of `depth` blocks; SettingsError if they differ.
+
+        Where nobody chose the depth (`fixed`) it need not be divisible by `num_modules`.
+        """
         target, k = self.target_depths or [], self.num_modules or len(self.target_depths)
         total = f"partition.target_depths {target} add up to {sum(target)}, but the network has {depth} blocks"
         refuse(target and sum(target) != depth, total)
         many = f"partition.num_modules is {k}, but the network has only {depth} blocks"
         both = f"partition.num_modules is {k}, by which the network's {depth} blocks cannot be divided"
         refuse(k > depth, many)
-        refuse(not target and depth % k, f"{both}; change one of them or give partition.target_depths")
-        return list(target or [depth // k] * k), list(self.meta_depths or [1] * k)
+        refuse(not target and depth % k and not fixed, f"{both}; change one of them or give partition.target_depths")
+        equal = [depth // k + (i < depth % k) for i in range(k)]
+        return list(target or equal), list(self.meta_depths or [1] * k)
 
 
 class TrainingSettings(Frozen):
-    """The recipe of one phase: AdamW, cosine with linear warm-up, timm's mixup and cutmix."""
+    """The recipe of one phase: AdamW or SGD, cosine with linear warm-up, timm's mixup and cutmix."""
 
     # ours or released, for the authors' code: what it says by which fields stands in recipes.yaml; a field that is set wins
     recipe: Literal["ours", "released"] | None = None
@@ -245,6 +259,8 @@ class TrainingSettings(Frozen):
     weight_decay: Number = 0.05  # not on biases, norms, position embedding, class token
     decay_tokens: bool = False  # weight_decay on position embedding and class token, too
     token_std: Number | None = None  # standard deviation of the class token at the start; none: timm's, 1e-6
+    # sgd has Nesterov momentum, of which betas[0] is the decay, and decay within the gradient, as residual networks are trained
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False)  # of AdamW
     clip_grad: Annotated[float, Field(gt=0)] | None = None  # largest norm of the gradient; none: no clipping
     clip_when: Literal["always", "mixed_precision"] = "always"  # whether clip_grad acts in float32, too
@@ -295,7 +311,7 @@ class TrainingSettings(Frozen):
 class MATSettings(Frozen):
     """Modular Adaptive Training: which units rest, and when that is decided. The paper leaves all of it open; own choices."""
 
-    # what rests or trains as one; none: sublayers of a transformer, conv_layers of others
+    # what rests or trains as one; none: sublayers of a ViT, heads of other transformers, conv_layers of others
     units: UnitKind | None = None
     # training images on which the kernels are computed, the same ones throughout
     probe: Annotated[int, Field(ge=2)] = 32

@@ -5,6 +5,8 @@ import math
 
 from incubate_lib.config import TrainingSettings
 
+RENEWAL_BATCH = 64  # images at once while statistics are renewed
+
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
     """Return the updates of one epoch; the last incomplete batch is left out."""
@@ -37,6 +39,11 @@ def lr_at(recipe: TrainingSettings, step: int, steps: int, per_epoch: int) -> fl
     before = 0 if recipe.warmup == "inside" else warmup
     place = (at - before) / max(1, end - before)
     return recipe.min_lr + (lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * place))
+
+
+def renewal(num_images: int) -> TrainingSettings:
+    """Return the recipe of the pass that renews statistics: images once, in random order, without augmentation."""
+    return TrainingSettings(epochs=1, batch_size=min(RENEWAL_BATCH, num_images), warmup_epochs=0, label_smoothing=0)
 
 
 def derive_seed(seed: int, *what: str | int) -> int:

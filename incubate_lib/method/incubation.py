@@ -171,11 +171,18 @@ def start_module(
     own, small = target.state_dict(), meta.state_dict()
     blocks = partition.blocks(index)
     kept = [block for block in blocks if has_layer(meta, block)]
+    shapes = {b: {n[len(b) :]: t.shape for n, t in own.items() if n.startswith(f"{b}.")} for b in blocks}
     ends = {stretch.block: stretch.ends for stretch in chain.stretches}
-    for i, block in enumerate(blocks):
+    for block in blocks:
         source = block
         if start == "stack":
-            source = kept[i * len(kept) // len(blocks)]
+            alike, fit = ([other for other in some if shapes[other] == shapes[block]] for some in (blocks, kept))
+            if not fit:
+                raise ValueError(
+                    f"start 'stack': of module {index + 1} the meta model has no block of the shapes of {block}; more of its "
+                    "blocks (meta_depths), or a cut between the stages, would give it one"
+                )
+            source = fit[alike.index(block) * len(fit) // len(alike)]
         elif start == "random":
             continue
         elif block not in kept:
@@ -185,10 +192,7 @@ def start_module(
                 own[name].zero_()
             continue
         for name in [name for name in own if name.startswith(f"{block}.")]:
-            given = small[source + name[len(block) :]]
-            if given.shape != own[name].shape:
-                raise ValueError(f"start {start!r}: {source} is {tuple(given.shape)} where {name} is {tuple(own[name].shape)}")
-            own[name].copy_(given)
+            own[name].copy_(small[source + name[len(block) :]])
     for name in partition.part(index, own):
         if chain.block_of(name) is None:
             inherits = start != "random"

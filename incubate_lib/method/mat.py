@@ -147,7 +147,7 @@ class PartialUpdates:
             if name not in uses or uses[name].outside:
                 how = "outside its own layer's call" if name in uses else "nowhere in a forward pass"
                 raise ValueError(f"rows of {name} cannot rest alone; it is used {how}")
-        for layer in {name.rpartition(".")[0] for name in self.row_owner}:
+        for layer in dict.fromkeys(name.rpartition(".")[0] for name in self.row_owner):
             model.set_submodule(layer, with_rows(layer, model.get_submodule(layer)))
         pieces = [self._pieces(name) for name in self.learns]
         self.pieces = [piece for some in pieces for piece in some]

@@ -8,8 +8,8 @@ One forward and one backward pass give the kernels of all units: at each layer t
 gradient of the layer's output, from which with the layer's input the sample's gradient of the layer's parameters follows;
 their inner products are summed, and they are forgotten before the next layer. The whole Jacobian is never in memory.
 Here the network is in eval mode (dropout off, batch norm with its running statistics), or samples would not be
-independent of each other. All this holds for layers that are called once, with one input a sample, and use their
-parameters themselves; `check_kernels` refuses all others by name.
+independent of each other. All this holds for layers that are called once, with one input a sample or all windows of a
+sample side by side, and use their parameters themselves; `check_kernels` refuses all others by name.
 
 Letters: N samples, C outputs, M rows of a kernel (N, or N·C), U units, T tokens or pixels, I and O a layer's inputs and
 outputs.
@@ -94,11 +94,11 @@ def modular_kernels(
 def check_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor) -> None:
     """Raise ValueError, with a layer's or parameter's name, where `modular_kernels` would be wrong.
 
-    Each owned layer must be called exactly once, with one tensor whose first dimension is the samples'; alone hold its
-    parameters, and alone use them, within that call; and no sample may reach another one's outputs. Two passes of a few
-    copies of `images[:1]` show it: of different numbers, because tokens may be as many as samples, and with one image of
-    NaN, which whatever it reaches becomes too. On the meta device there are no values, so there only batch norms are
-    asked whether samples are independent.
+    Each owned layer must be called exactly once, with one tensor whose first dimension is the samples', or that of their
+    windows, those of a sample side by side; alone hold its parameters, and alone use them, within that call; and no sample
+    may reach another one's outputs. Two passes of a few copies of `images[:1]` show it: of different numbers, because tokens
+    may be as many as samples, and with one image of NaN, which whatever it reaches becomes too. On the meta device there are
+    no values, so there only batch norms are asked whether samples are independent.
     """
     owners = _owners(model, units)
     check_held_alone(model, (f"{name}.{short}" for name, shorts in owners.items() for short in shorts))
@@ -107,13 +107,16 @@ def check_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor) -> No
             if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
                 why = "stays in train mode" if layer.training else "has no running statistics"
                 raise ValueError(f"batch norm {name} {why}, so samples depend on each other; {UNKNOWN}")
+        windows: dict[tuple[str, str], int] = {}  # of a sample
         for number in (2, 3):
             probe = images[:1].repeat(number, *[1] * (images.ndim - 1))
             probe[0] = torch.nan
-            _check_pass(model, owners, probe)
+            _check_pass(model, owners, probe, windows)
 
 
-def _check_pass(model: nn.Module, owners: Mapping[str, Mapping[str, "Owner"]], probe: Tensor) -> None:
+def _check_pass(
+    model: nn.Module, owners: Mapping[str, Mapping[str, "Owner"]], probe: Tensor, windows: dict[tuple[str, str], int]
+) -> None:
     seen: set[str] = set()
 
     def check(name: str):
@@ -125,9 +128,10 @@ def _check_pass(model: nn.Module, owners: Mapping[str, Mapping[str, "Owner"]], p
                 raise ValueError(f"layer {name} has other inputs or outputs than one tensor; {UNKNOWN}")
             for value, what in ((inputs[0], "sees {} inputs"), (output, "has {} outputs")):
                 number = len(value) if value.ndim else 1
-                if number != len(probe):
+                each = windows.setdefault((name, what), number // len(probe))
+                if number != each * len(probe):
                     raise ValueError(f"layer {name} {what.format(number)} for {len(probe)} images; {UNKNOWN}")
-                if not value.is_meta and value[1:].isnan().any():
+                if not value.is_meta and value[each:].isnan().any():
                     raise ValueError(f"at layer {name} samples depend on each other; {UNKNOWN}")
 
         return hook
@@ -229,9 +233,13 @@ def _owners(model: nn.Module, units: Sequence[Unit]) -> dict[str, dict[str, Owne
 
 
 def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor, delta: Tensor) -> None:
-    """Add what one layer's parameters give to the kernels, from inputs x [M, …, I] and gradients of its outputs."""
+    """Add what one layer's parameters give to the kernels, from inputs x [M, …, I] and gradients of its outputs.
+
+    Of a layer that is given windows the first dimension is M times their number.
+    """
+    samples = kernels.shape[-1]
     if is_matrix(layer) and owners.keys() <= {"weight", "bias"}:
-        x, delta = places(layer, x, delta)
+        x, delta = (part.reshape(samples, -1, part.shape[-1]) for part in places(layer, x, delta))
         if isinstance(owners.get("weight"), int) and owners.get("weight") == owners.get("bias"):
             x, owners = F.pad(x, (0, 1), value=1.0), {"weight": owners["weight"]}  # the bias is the weight of a constant input
         for short, owner in owners.items():
@@ -245,7 +253,7 @@ def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor,
     if _is_layer_norm(layer):  # as below, in a third of the time; there are many of them
         gradients = {"weight": delta * F.layer_norm(x, layer.normalized_shape, eps=layer.eps), "bias": delta}
         for short, owner in owners.items():
-            _add_gradients(kernels, owner, gradients[short].reshape(len(x), -1, *layer.normalized_shape).sum(1))
+            _add_gradients(kernels, owner, gradients[short].reshape(samples, -1, *layer.normalized_shape).sum(1))
         return
 
     bare = copy.copy(layer)
@@ -257,7 +265,7 @@ def _add(kernels: Tensor, layer: nn.Module, owners: dict[str, Owner], x: Tensor,
     parameters = {short: layer.get_parameter(short).detach().to(x.dtype) for short in owners}
     gradients = vmap(one, (None, 0, 0))(parameters, x, delta)
     for short, owner in owners.items():
-        _add_gradients(kernels, owner, gradients[short])
+        _add_gradients(kernels, owner, gradients[short].unflatten(0, (samples, -1)).sum(1))
 
 
 def _is_layer_norm(layer: nn.Module) -> bool:

@@ -21,7 +21,8 @@ class Facts(Frozen):
     target_depths: list[int]
     meta_depths: list[int]
     takes_depth: bool = True  # whether the meta model is built with less depth; else it is the target with blocks left out
-    # Training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …
+    # Training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …; of a network with batch
+    # norm renewal, too, which goes through it forward only
     flops_per_image: dict[str, int]
     low_resolution: dict[str, int] = {}  # strategies that begin with small images → their size in pixels
     unsupported: dict[str, str]  # starts, and strategies with small images, that these networks lack, and why
@@ -31,8 +32,15 @@ class Facts(Frozen):
     unused_classes: list[int] = []  # outputs with nothing to learn from: of labels that do not begin at 0 or have gaps
 
     def flops_of(self, phase: PhaseSettings) -> int:
-        """Return the training FLOPs of one image in this phase; 0 where nothing is trained."""
-        return 0 if phase.training is None else self.flops_per_image[PHASES[phase.phase].cost(phase.model, phase.options)]
+        """Return the training FLOPs of one image in this phase; 0 where none passes through."""
+        passes = phase.training or phase.options.get("renew")
+        return self.flops_per_image[PHASES[phase.phase].cost(phase.model, phase.options)] if passes else 0
+
+
+def usual_units(units: Iterable[str]) -> str:
+    """Return which of a network's kinds of units rest where nobody says: sub-layers, or where those are not known heads; of
+    what is no transformer convolutions."""
+    return next((kind for kind in ("sublayers", "heads") if kind in units), "conv_layers")
 
 
 def measure(settings: Settings) -> Facts:
@@ -109,6 +117,10 @@ def count(settings: Settings, num_images: int, outputs: int) -> Facts:
         unsupported_units = _unsupported_units(model, units, shape)
     else:
         depths = depths_of(settings)
+        if not takes_depth(settings.model):  # of ViTs all are known to be possible; to look at a ResNet's filters takes seconds
+            given = [settings.mat, *(strategy.mat for strategy in settings.strategies.values())]
+            asked = {mat.units or usual_units(units) for mat in given if mat}
+            unsupported_units = _unsupported_units(model, [kind for kind in units if kind in asked], shape)
     sizes, small, unsupported = _small_images(settings, model, shape, outputs)
     networks = networks_of(settings, depths, outputs)
     flops: dict[str, int] = {}

@@ -16,6 +16,10 @@ from incubate_lib.method.chain import Chain, NotAChain, find_chain
 from incubate_lib.method.network import Partition, divide, divide_at, in_names_of, without
 from incubate_lib.networks import register_all
 
+WHOLE = (
+    "without partition it can be trained end to end; ViTs, Swins, ConvNeXts, ResNets, RegNets and others can be cut, resnet50 "
+    "or swin_tiny_patch4_window7_224 for example"
+)
 MOST_WEIGHTS = 10**12  # a slip in model.options, which have no bounds of their own, would take all memory
 
 
@@ -98,8 +102,9 @@ def build_meta(s: PhaseSettings, outputs: int) -> nn.Module:
     if takes_depth(s.model):
         return _from_seed(s, "meta", sum(s.meta_depths), outputs)
     partition = partition_of(s)
-    kept = {block for i, depth in enumerate(s.meta_depths) for block in partition.blocks(i)[:depth]}
-    model = without(_from_seed(s, "meta", s.model.depth, outputs), [b for b in partition.chain.blocks if b not in kept])
+    model = _from_seed(s, "meta", s.model.depth, outputs)
+    kept = {block for i, depth in enumerate(s.meta_depths) for block in _of_each_kind(model, partition.blocks(i), depth)}
+    model = without(model, [block for block in partition.chain.blocks if block not in kept])
     set_drop_path(model, [b for b in partition.chain.blocks if b in kept], s.training.drop_path if s.training else 0.0)
     return model
 
@@ -111,6 +116,18 @@ def set_drop_path(model: nn.Module, blocks: list[str], rate: float) -> None:
         for layer in model.get_submodule(block).modules():
             if isinstance(layer, DropPath):
                 layer.drop_prob = own
+
+
+def _of_each_kind(model: nn.Module, blocks: list[str], number: int) -> list[str]:
+    """Return so many of a module's blocks: the first of each shape (a stage has one of its own), then the second of each, …"""
+    seen: dict[str, int] = {}
+    turns = []
+    for block in blocks:
+        shapes = str([(name, tuple(tensor.shape)) for name, tensor in model.get_submodule(block).named_parameters()])
+        turns.append(seen.setdefault(shapes, 0))
+        seen[shapes] += 1
+    first = sorted(range(len(blocks)), key=lambda i: (turns[i], i))[:number]
+    return [blocks[i] for i in sorted(first)]
 
 
 def partition_of(s: PhaseSettings) -> Partition:
@@ -125,18 +142,23 @@ def depths_of(settings: Settings) -> tuple[list[int], list[int]]:
     if not chain.blocks:
         raise SettingsError(
             f"model.name {settings.model.name!r} has no blocks that it could do without, so nothing smaller can be its meta "
-            "model; without partition it can be trained end to end"
+            f"model; {WHOLE}"
         )
     if not partition.cuts:
-        return partition.depths(len(chain.blocks))
-    try:
-        cut = divide_at(chain, partition.cuts)
-    except ValueError as error:
-        raise SettingsError(f"partition.cuts: {error}") from None
-    target = [len(cut.blocks(index)) for index in range(cut.num_modules)]
-    if takes_depth(settings.model) and 0 in target:
-        raise SettingsError(f"partition.cuts {partition.cuts} leave module {target.index(0) + 1} without a block")
-    return target, list(partition.meta_depths or [min(1, blocks) for blocks in target])
+        target, meta = partition.depths(len(chain.blocks), fixed=not takes_depth(settings.model))
+    else:
+        try:
+            cut = divide_at(chain, partition.cuts)
+        except ValueError as error:
+            raise SettingsError(f"partition.cuts: {error}") from None
+        target = [len(cut.blocks(index)) for index in range(cut.num_modules)]
+        meta = list(partition.meta_depths or [min(1, blocks) for blocks in target])
+        if takes_depth(settings.model) and 0 in target:
+            raise SettingsError(f"partition.cuts {partition.cuts} leave module {target.index(0) + 1} without a block")
+    for index, (large, small) in enumerate(zip(target, meta, strict=True)):
+        many = f"partition.meta_depths {meta}: module {index + 1} of the target network has only {large} blocks"
+        refuse(partition.meta_depths and small > large, many)
+    return target, meta
 
 
 def meta_partition_of(s: PhaseSettings) -> Partition:
@@ -182,9 +204,7 @@ def _chain_of(settings: str, depth: int | None) -> Chain:
     try:
         return find_chain(model, model_shape(settings))
     except NotAChain as error:
-        raise SettingsError(
-            f"model.name {settings.name!r} cannot be taken apart: {error}; without partition it can be trained end to end"
-        ) from None
+        raise SettingsError(f"model.name {settings.name!r} cannot be taken apart: {error}; {WHOLE}") from None
 
 
 def _from_seed(s: PhaseSettings, which: str, depth: int | None, outputs: int) -> nn.Module:

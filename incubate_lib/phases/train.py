@@ -15,7 +15,7 @@ from incubate_lib.phases.facts import outputs_for
 from incubate_lib.phases.job import Job
 from incubate_lib.phases.networks import model_shape
 from incubate_lib.training.lease import Lease
-from incubate_lib.training.loop import by_class, evaluate, fit
+from incubate_lib.training.loop import by_class, evaluate, fit, renew_statistics
 from incubate_lib.training.runs import PhaseFolder, whose
 from incubate_lib.training.team import Team, provenance, repeat_exactly
 from incubate_lib.training.trainer import Trainer
@@ -49,8 +49,17 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = model
     if s.training is None:
-        numbers = UNTRAINED | evaluate(model, eval_set, s.precision, team, task)
-        numbers |= {"start_score": numbers["score"]}
+        before = evaluate(model, eval_set, s.precision, team, task)
+        numbers = UNTRAINED | before | {"start_score": before["score"]}
+        if s.options.get("renew"):
+            took = renew_statistics(model, train, derive_seed(s.seed, s.seeded_as), s.precision, task)
+            flops, images = job.flops_per_image * took["images_seen"], took["images_seen"]
+            numbers |= evaluate(model, eval_set, s.precision, team, task) | took
+            numbers |= {"train_flops": flops, "train_flops_executed": flops, "distinct_images_per_epoch": images}
+            if team.is_first:
+                score = (task.score.written(numbers[name]) for name in ("start_score", "score"))
+                words = f"batch norm's statistics renewed by {images:,} training images, forward only"
+                print(f"{job.title}: {words}; {task.score.label} {' → '.join(score)}", flush=True)
         if "weights" in s.inputs and team.is_first:  # read from a file: a single point, where others have a curve
             home.start_metrics(-1)
             row = {"step": 0, "epoch": 0.0, "images": 0, "train_flops": 0, "train_seconds": 0.0, "train_loss": None, "lr": None}
@@ -77,7 +86,7 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
         return None
     numbers |= {
         "metric": task.score.name,
-        "flops_per_image": job.flops_per_image if s.training else 0,
+        "flops_per_image": job.flops_per_image,
         "parameters": parameters,
         "train_images": len(train),
         "eval_images": len(eval_set),

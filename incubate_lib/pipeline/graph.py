@@ -10,7 +10,7 @@ from typing import Any
 
 from incubate_lib.config import MachineSettings, PhaseSettings, TrainingSettings
 from incubate_lib.config.members import PHASES
-from incubate_lib.data.schedule import total_steps
+from incubate_lib.data.schedule import renewal, total_steps
 from incubate_lib.phases.facts import Facts
 from incubate_lib.phases.job import Job
 from incubate_lib.phases.kinds import Phase
@@ -71,8 +71,8 @@ class Node:
     @cached_property
     def flops(self) -> int:
         """The training FLOPs of the whole phase."""
-        training = self.settings.training
-        return 0 if training is None else cost(training, self.job.flops_per_image, self.facts.num_images)
+        images = self.facts.num_images
+        return cost(self.settings.training or renewal(images), self.job.flops_per_image, images)
 
     def record(self) -> dict[str, Any]:
         """Return what run.json holds of it: all that is not the run's."""

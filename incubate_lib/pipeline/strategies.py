@@ -26,7 +26,7 @@ from incubate_lib.config import (
 from incubate_lib.config.members import PHASES, STRATEGIES
 from incubate_lib.config.strategies import KNOWN, StrategySettings
 from incubate_lib.data.schedule import steps_per_epoch
-from incubate_lib.phases.facts import Facts
+from incubate_lib.phases.facts import Facts, usual_units
 from incubate_lib.phases.job import FILE, Job, read_job
 from incubate_lib.phases.kinds import Phase
 from incubate_lib.pipeline.experiment import Experiment, check_asked
@@ -235,7 +235,7 @@ class Builder:
     def _with_units(self, mat: MATSettings, phase: Phase, training: TrainingSettings) -> MATSettings:
         """Return the settings with the kind of units resolved; SettingsError if the network has none of that kind."""
         found, machine = self.facts.units, self.settings.machine
-        units = mat.units or ("sublayers" if "sublayers" in found else "conv_layers")
+        units = mat.units or usual_units(found)
         kinds = ", ".join(f"{kind} ({count})" for kind, count in found.items())
         has, reason = kinds or "no units that are known here", self.facts.unsupported_units.get(units)
         strategy, images = f"strategy {self.name}", self.facts.num_images
@@ -245,14 +245,16 @@ class Builder:
         control = f"mat.slow_every of {strategy} is a control for one device without compilation"
         compiled = f"machine.nodes is {machine.team_size} and machine.compile {machine.compile!r}"
         # where there are sublayers of attention, convolutions are of the stem
-        in_module_1 = phase.has_modules and units in ("conv_layers", "filters") and "sublayers" in found
+        in_module_1 = phase.has_modules and units in ("conv_layers", "filters") and usual_units(found) != "conv_layers"
+        is_sgd = training.optimizer == "sgd"
         wrapped = machine.team_size > 1 or machine.compile != "off"  # and compiled at every update
         problems = {
             f"{kind}, but model.name {self.settings.model.name!r} has none; it has: {has}": units not in found,
             f"mat.units {units!r} of {strategy} is not possible with this network: {reason}": reason,
-            f"{kind}, but only module 1 has a convolution; use sublayers": in_module_1,
+            f"{kind}, but only module 1 has a convolution; use {usual_units(found)}": in_module_1,
             f"mat.warmup_epochs is {mat.warmup_epochs:g}, but {lasts}": is_short,
             f"{control}, but machine.devices × {compiled}": mat.slow_every and wrapped,
+            f"mat.slow_every of {strategy} is made for AdamW's moments, but its optimizer is sgd": mat.slow_every and is_sgd,
             f"mat.probe is {mat.probe}, but there are only {images} training images": mat.probe > images,
         }
         for problem, is_there in problems.items():

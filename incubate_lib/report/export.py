@@ -79,6 +79,7 @@ def export(
     crop_pct = data.crop_pct if data.is_streamed else 1.0
     shape, mode = train.shape, "L" if train.shape[0] == 1 else "RGB"
     shown = {"mean": mean, "std": std, "classes": names, "task": task, "shape": shape, "mode": mode}
+    shown["timm_lacks_it"] = not type(network).__module__.startswith("timm.")
     card = _card(settings, taken, ready=ready, **shown)
     save_timm(network, folder, arguments, train.shape, mean, std, crop_pct, card, names)
     return taken.strategy

@@ -91,7 +91,7 @@ def build(made: Any) -> Any:
             key = f"{made.name}/incubate-{i}"
             modules[f"module-{i}"] = made.node(kind, training, inputs, key=key, module_index=i, **start)
         inputs, start = modules, {}
-    assembled = made.node("assemble", None, inputs, **start)
+    assembled = made.node("assemble", None, inputs, renew="renewal" in facts.flops_per_image, **start)
     training = made.training("finetune")
     if budget:
         training = made.lasting("finetune", budget - made.spent(assembled), facts.flops_per_image["target"])

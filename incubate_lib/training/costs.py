@@ -102,6 +102,12 @@ class FlopCounts:
         """Return the FLOPs of forward and backward for one image with today's requires_grad, on the meta device."""
         return sum(self.by_module(network, partition))
 
+    def forward(self, network: nn.Module) -> int:
+        """Return the FLOPs of one image without a backward pass."""
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network.eval()(torch.empty(1, *self.image_shape, device="meta"))
+        return counter.get_total_flops()
+
     def hybrid(self, meta: nn.Module, target: nn.Module, partition: Partition, index: int, imitates: bool = False) -> list[int]:
         """Return what each module of the hybrid of module `index` costs for one image; of an imitation what is used of them.
 

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from incubate_lib.data.schedule import steps_per_epoch
+from incubate_lib.data.order import Order
+from incubate_lib.data.schedule import derive_seed, renewal, steps_per_epoch
 from incubate_lib.data.stream import StreamedSet
 from incubate_lib.tasks import Task
 from incubate_lib.tasks.classification import TASK as CLASSIFICATION
 from incubate_lib.training.progress import Progress
 from incubate_lib.training.runs import MNTK, STATUS_SECONDS, PhaseFolder, Stopped
 from incubate_lib.training.team import ALONE, Team, device_name
-from incubate_lib.training.trainer import Counts, DataSet, Trainer, autocast
+from incubate_lib.training.trainer import Counts, DataSet, Trainer, autocast, seed_everything
 
 DATA_SHARE_WARNED = 0.1  # of training time spent waiting for images
 SAVING_SHARE = 0.05  # checkpoints are spaced so that saving takes at most this share of the time
@@ -88,6 +90,38 @@ def _outputs(model: nn.Module, data: DataSet, precision: str, team: Team, task: 
             output = model(task.inputs(batch))
         yield output, batch
     model.train(was_training)
+
+
+@torch.no_grad()
+def renew_statistics(
+    model: nn.Module, train: DataSet, seed: int, precision: str = "float32", task: Task = CLASSIFICATION
+) -> dict[str, float]:
+    """Give batch norm the statistics of the network as it is; return what that took: images and seconds.
+
+    Those of a module were gathered beside the meta model's other modules, whose outputs are not those of the modules that it
+    stands beside now. The training images pass once, in the batches of a training without augmentation, forward only; nothing
+    but batch norm is in train mode.
+    """
+    norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    was_training, momenta = model.training, [layer.momentum for layer in norms]
+    model.eval()
+    for layer in norms:
+        layer.reset_running_stats()
+        layer.train()
+        layer.momentum = None  # the mean over all batches
+    device, recipe = next(model.parameters()).device, renewal(len(train))
+    clock = Chrono(device, Counts())
+    clock.start()
+    steps = steps_per_epoch(len(train), recipe.batch_size)
+    extra = task.start(train, recipe)
+    for step, batch in enumerate(train.batches(Order(len(train), recipe, seed, steps=steps))):
+        seed_everything(derive_seed(seed, "draw", step), device)
+        with autocast(device, precision):
+            model(task.inputs(task.ready(batch, train, recipe, extra)))
+    for layer, momentum in zip(norms, momenta, strict=True):
+        layer.momentum = momentum
+    model.train(was_training)
+    return {"images_seen": steps * recipe.batch_size, "train_seconds": clock.lap()}
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from incubate_lib.training.costs import by_module, by_stretch, description
 from incubate_lib.training.stopwatch import LiveBytes
 from incubate_lib.training.trainer import autocast
 
-ADAM_STATES = 2  # numbers a trained weight: both moments
+STATES = {"adamw": 2, "sgd": 1}  # numbers a trained weight: both moments, or the momentum
 CPU = torch.device("cpu")
 
 
@@ -44,6 +44,7 @@ def memory_by_part(
     partition: Partition | None = None,
     *,
     precision: str = "float32",
+    optimizer: str = "adamw",
     known: dict | None = None,
 ) -> list[StepMemory]:
     """Return the memory of each module of a network on the meta device, in order, with today's requires_grad, for images
@@ -52,13 +53,15 @@ def memory_by_part(
     `known` is filled with what was found, for those who ask for many.
     """
     known = {} if known is None else known
-    key = (description(network), image_shape, precision, partition and partition.ends)
+    key = (description(network), image_shape, precision, optimizer, partition and partition.ends)
     if key not in known:
-        known[key] = _memory(network, image_shape, partition, precision)
+        known[key] = _memory(network, image_shape, partition, precision, STATES[optimizer])
     return known[key]
 
 
-def _memory(network: nn.Module, shape: Sequence[int], partition: Partition | None, precision: str) -> list[StepMemory]:
+def _memory(
+    network: nn.Module, shape: Sequence[int], partition: Partition | None, precision: str, states: int
+) -> list[StepMemory]:
     modules = partition.num_modules if partition else 1
     size, trained = [0] * modules, [0] * modules
     for name, parameter in network.named_parameters():
@@ -71,7 +74,7 @@ def _memory(network: nn.Module, shape: Sequence[int], partition: Partition | Non
     memory = []
     for weights, learned, first, all_four in zip(size, trained, two, four, strict=True):
         image = (all_four - first) // 2
-        memory.append(StepMemory(weights, learned, ADAM_STATES * learned, max(0, first - 2 * image), image))
+        memory.append(StepMemory(weights, learned, states * learned, max(0, first - 2 * image), image))
     return memory
 
 

@@ -73,8 +73,8 @@ def seed_everything(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequence[Piece] = ()) -> torch.optim.AdamW:
-    """Return AdamW over exactly the trainable parameters, without decay on biases, norms, and what the network says.
+def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequence[Piece] = ()) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser of exactly the trainable parameters, no decay on biases, norms, and what the network says.
 
     Parameters of which rows can rest alone are given to it in `pieces`.
     """
@@ -88,6 +88,9 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequenc
         leaves.setdefault(id(piece.parameter), []).append(piece.leaf)
     for group in groups:
         group["params"] = [leaf for parameter in group["params"] for leaf in leaves.get(id(parameter), [parameter])]
+    if settings.optimizer == "sgd":
+        momentum = settings.betas[0]
+        return torch.optim.SGD(groups, lr=settings.peak_lr, momentum=momentum, nesterov=momentum > 0, fused=True)
     return torch.optim.AdamW(groups, lr=settings.peak_lr, betas=settings.betas, weight_decay=0.0, fused=True)
 
 

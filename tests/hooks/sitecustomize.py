@@ -41,7 +41,7 @@ class Finder:
 
 
 def with_other_sums(cifar):
-    begin = cifar.CIFAR100.__init__
+    begin = cifar.CIFAR10.__init__
 
     def begin_with_other_sums(self, *arguments, **more):
         if "TEST_CIFAR" in os.environ:
@@ -49,7 +49,7 @@ def with_other_sums(cifar):
                 vars(self).update(json.load(file))
         begin(self, *arguments, **more)
 
-    cifar.CIFAR100.__init__ = begin_with_other_sums
+    cifar.CIFAR10.__init__ = begin_with_other_sums
 
 
 def with_counts(facts):

@@ -1,10 +1,17 @@
-"""assemble: incubated modules put together; where nothing was incubated, modules as they start. Nothing is trained."""
+"""assemble: incubated modules put together; where nothing was incubated, modules as they start.
+
+Nothing is trained. Where the network has batch norm, its statistics are renewed by one pass over the training images.
+"""
 
 from typing import Any
 
-from incubate_lib.config import PhaseSettings
+from incubate_lib.config import ModelSettings, PhaseSettings
 from incubate_lib.phases.kinds import Inputs, Phase
 from incubate_lib.phases.kinds.incubate import Start
+
+
+class Options(Start):
+    renew: bool = False  # batch norm's statistics
 
 
 class Assemble(Phase):
@@ -12,10 +19,19 @@ class Assemble(Phase):
     label = "assembly"
     notebook = "03_assemble"
     is_set_by_name = False
-    options = Start
+    options = Options
 
     def begins(self, steps: int, others: set[str]) -> bool:
         return "meta" not in others  # of random modules
+
+    def cost(self, model: ModelSettings, options: dict[str, Any]) -> str:
+        return "renewal"
+
+    def count(self, networks: Any) -> dict[str, int]:
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        has_statistics = networks.partition and any(isinstance(layer, _BatchNorm) for layer in networks.target.modules())
+        return {"renewal": networks.counts.forward(networks.target)} if has_statistics else {}
 
     def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> Any:
         from incubate_lib.method.incubation import assemble

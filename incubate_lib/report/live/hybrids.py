@@ -109,7 +109,8 @@ class Hybrids:
 
     def _memory_of(self, node: Node, network: nn.Module) -> list[StepMemory]:
         shape, partition = self._networks.counts.image_shape, self._networks.partition
-        return memory_by_part(network, shape, partition, precision=node.settings.precision, known=self._memory)
+        how = {"precision": node.settings.precision, "optimizer": node.settings.training.optimizer}
+        return memory_by_part(network, shape, partition, **how, known=self._memory)
 
     def figure(self, index: int | None = None) -> Figure:
         """Draw the hybrid of module `index` (0-based), or those of all modules, over the network as end-to-end training has it,

@@ -195,7 +195,7 @@ def forecast(
                     "strategy": name,
                     "phase": phase.phase,
                     "module": None if phase.module_index is None else phase.module_index + 1,
-                    "epochs": training.epochs if training else 0.0,
+                    "epochs": training.epochs if training else float(flops[node.key] > 0),  # a pass that renews statistics
                     "steps": steps,
                     "flops": float(flops[node.key]),
                     "device_hours": hours[node.key],

@@ -75,7 +75,7 @@ def phases_table(costs: Forecast) -> pd.DataFrame:
     shown = pd.DataFrame({"strategy": table["strategy"].map(label), "phase": names})
     for column, (title, one, form) in titles.items():
         shown[title] = (table[column] / one).map(form.format) if form else table[column]
-    return shown[table["steps"] > 0]
+    return shown[table["flops"] > 0]
 
 
 def against_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -208,7 +208,8 @@ def _sliders(todo: Plan, machines: int, costs_of: Callable[..., Forecast]) -> An
     def epochs(phase: str) -> Any:
         return slider(f"epochs: {PHASES[phase].label}", round(settings.training_of(pieces, phase).epochs), 1, 600)
 
-    counts = [k for k in range(2, min(depth, 12) + 1) if depth % k == 0]
+    fixed = not facts.takes_depth  # then modules need not be of equal size
+    counts = [k for k in range(2, min(depth, 12) + 1) if fixed or depth % k == 0 or k == now] or [now]
     modules = {"options": counts, "value": now if now in counts else counts[0], "description": "modules"}
     devices = {"options": [device for device in PEAKS if peak_flops(device, settings.precision)], "value": DEVICE}
     controls = {
