@@ -78,9 +78,18 @@ def _layers_of(network: nn.Module, partition: Partition, index: int) -> Iterator
 
 
 class Replay(nn.Module):
-    """Stands for a layer whose output is known already."""
+    """Stands for a layer whose output is known already, and has that layer's attributes."""
 
-    value: Any = None
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.known = [layer]  # in a list: its weights are registered elsewhere
+        self.value: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["known"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.value
@@ -98,7 +107,7 @@ class Imitation(Hybrid):
         for name, parameter in meta.named_parameters():
             if partition.owner(name) == index:
                 parameter.requires_grad_(False)
-        self.replays = {path: Replay() for path in _layers_before(self.network, partition, index)}
+        self.replays = {path: Replay(self.network.get_submodule(path)) for path in _layers_before(self.network, partition, index)}
         self.behind_prefix = [replaced(self.network, self.replays)]  # in a list: all that it holds is registered above
         self.train()
 
@@ -182,9 +191,10 @@ def start_module(
                 own[name].zero_()
             continue
         for name in [name for name in own if name.startswith(f"{block}.")]:
-            given = small[source + name[len(block) :]]
-            if given.shape != own[name].shape:
-                raise ValueError(f"start {start!r}: {source} is {tuple(given.shape)} where {name} is {tuple(own[name].shape)}")
+            given = small.get(source + name[len(block) :])
+            if given is None or given.shape != own[name].shape:
+                there = "has nothing" if given is None else f"is {tuple(given.shape)}"
+                raise ValueError(f"start {start!r}: {source} {there} where {name} is {tuple(own[name].shape)}")
             own[name].copy_(given)
     for name in partition.part(index, own):
         if chain.block_of(name) is None:
