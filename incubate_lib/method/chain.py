@@ -237,23 +237,53 @@ VIEWS = ("T", "View", "ReshapeAlias", "Unsqueeze", "Permute", "Transpose", "Expa
 
 
 def _branch_ends(output: Any, source: Any, names: dict[int, str]) -> tuple[str, ...]:
-    """Return the parameters that are met first on the ways back from a block's output; none if no way leads to its input
-    past all parameters. `names` has the name of a parameter by its id."""
-    found: set[str] = set()
-    seen, stack, passed = set(), [output], False
+    """Return the parameters that are met first on the ways back from a block's output; none unless all of that reaches its
+    input once past all parameters. `names` has the name of a parameter by its id."""
+    between = _leading_to(source, output)
+    made: dict[Any, list[Any]] = {}  # of parameters alone: a weight, or a standardised one
+    carried: dict[Any, list[Any]] = {}  # what holds the images; none if a factor that is made of parameters hides it
+    times = {source: 1}  # how often what a node returns has the block's input in it, if all that is made is zero
+    for node in between[1:]:
+        operands = _operands(node)
+        made[node] = [below for below in operands if below not in times]
+        hidden = made[node] and node.name() != "AddBackward0"
+        carried[node] = [] if hidden else [below for below in operands if below in times]
+        parts = [times[below] for below in carried[node]]
+        times[node] = sum(parts)
+        if node.name() == "CatBackward0":  # of parts of the input; of the input and something else it would be none of both
+            times[node] = parts[0] if len(set(parts)) == 1 else 2
+    found, reached = set[str](), {output}
+    for node in reversed(between[1:]):
+        if node in reached:
+            found = found.union(*(_first_parameters(below, names) for below in made[node]))
+            reached.update(carried[node])
+    return tuple(sorted(found)) if times[output] == 1 else ()
+
+
+def _leading_to(source: Any, output: Any) -> list[Any]:
+    """Return the nodes between a block's input and its output, both included, those nearer to the input first."""
+    found, seen, stack = {source: None}, set(), [(output, False)]
     while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node is source:
-            passed = True
-            continue
-        taken = [name for below, _ in node.next_functions if (name := names.get(id(_variable(below))))]
-        found.update(taken)
-        if not taken:
-            stack += [below for below, _ in node.next_functions]
-    return tuple(sorted(found)) if passed else ()
+        node, done = stack.pop()
+        below = [other for other, _ in node.next_functions if other is not None]
+        if done and any(other in found for other in below):
+            found[node] = None
+        elif not done and node not in seen and node is not source:
+            seen.add(node)
+            stack += [(node, True), *((other, False) for other in below)]
+    return list(found)
+
+
+def _operands(node: Any) -> list[Any]:
+    """Return what a node works on; of a normalisation its factor and bias, since these alone decide whether it returns zeros."""
+    operands = [below for below, _ in node.next_functions if below is not None]
+    return operands[1:] if "Norm" in node.name() and len(operands) > 1 else operands
+
+
+def _first_parameters(node: Any, names: dict[int, str]) -> set[str]:
+    """Return the parameters that are met first on the ways back from something made of parameters alone."""
+    known = [names[id(leaf)] for below in (node, *_operands(node)) if id(leaf := _variable(below)) in names]
+    return set(known) if known else set().union(*(_first_parameters(below, names) for below in _operands(node)))
 
 
 def _variable(node: Any) -> Tensor | None:

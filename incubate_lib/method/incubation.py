@@ -81,9 +81,18 @@ def _layers_of(network: nn.Module, partition: Partition, index: int) -> Iterator
 
 
 class Replay(nn.Module):
-    """Takes the place of a layer whose output is known already."""
+    """Takes the place of a layer whose output is known already, and has that layer's attributes."""
 
-    value: Any = None
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.known = [layer]  # in a list: its weights are registered elsewhere
+        self.value: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["known"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.value
@@ -101,7 +110,7 @@ class Imitation(Hybrid):
         for name, parameter in meta.named_parameters():
             if partition.owner(name) == index:
                 parameter.requires_grad_(False)
-        self.replays = {path: Replay() for path in _layers_before(self.network, partition, index)}
+        self.replays = {path: Replay(self.network.get_submodule(path)) for path in _layers_before(self.network, partition, index)}
         self.behind_prefix = [replaced(self.network, self.replays)]  # in a list: all that it holds is registered above
         self.train()
 

@@ -69,7 +69,17 @@ def bench_of(name: str) -> pd.DataFrame:
     return pd.read_csv(records.results_folder() / f"bench_{name}.csv").set_index("variant")
 
 
+@functools.cache
+def networks() -> pd.DataFrame:
+    """Return timm's model files with the networks of each that were tried (tests/battery.py): those that pass, if any do."""
+    table = pd.read_csv(records.results_folder() / "networks.csv", keep_default_na=False)
+    table["result"] = pd.Categorical(table["result"], ["passes", "within 1e-6", "no"], ordered=True)
+    table = table.sort_values(["file", "result"], kind="stable")
+    passes = table["result"] < "no"
+    return table[passes | ~passes.groupby(table["file"]).transform("any")]
+
+
 def forget() -> None:
     """Read all tables anew from now on."""
-    for kept in (run_of, study_of, rows_of, compared_with):
+    for kept in (run_of, study_of, rows_of, compared_with, networks):
         kept.cache_clear()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from incubate_lib.report.planner.bench import OURS, TWIN
+from incubate_lib.report.readme import sources
 from incubate_lib.report.readme.fields import fields, recipes
 from incubate_lib.report.readme.sources import bench_of, comparison, rows_of, run_of, study_of
 from incubate_lib.report.readme.text import markdown
@@ -118,4 +119,22 @@ def speed(name: str) -> str:
     return markdown([*rows, dict(zip(rows[0], last, strict=True))])
 
 
-TABLES: dict[str, Callable[..., str]] = {f.__name__: f for f in (budget, chain, adaptive, speed, fields, recipes)}
+def networks() -> str:
+    """Which networks of timm can be trained in pieces: a row a model file."""
+    rows = []
+    for file, group in sources.networks().groupby("file"):
+        one = group.iloc[0]
+        passes = one["result"] != "no"
+        rows.append(
+            {
+                "timm's file": f"`{file}`",
+                "tried": ", ".join(f"`{name}`" for name in (group if passes else group[:1])["network"]),
+                "blocks": str(one["blocks"]),
+                "starts": ", ".join(["random", *one["starts"].split()]) if passes else "",
+                "result": one["result"] if passes else f"no: {one['why']}",
+            }
+        )
+    return markdown(rows)
+
+
+TABLES: dict[str, Callable[..., str]] = {f.__name__: f for f in (budget, chain, adaptive, speed, fields, recipes, networks)}

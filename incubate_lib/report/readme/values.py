@@ -246,5 +246,16 @@ def compiling(name: str, eager: str) -> str:
     return f"{rounded(faster.min(), 2)} to {rounded(faster.max(), 2)}"
 
 
+def timm_files(*results: str) -> str:
+    """How many of timm's model files have a network that passes tests/battery.py with one of these results at best, or in all."""
+    best = sources.networks().groupby("file")["result"].first()
+    return str(int(best.isin(results).sum()) if results else len(best))
+
+
+def timm_version() -> str:
+    """The version of timm of which that is known."""
+    return "/".join(sources.networks()["timm"].unique())
+
+
 # every function of this file that has a public name
 VALUES = {name: f for name, f in list(globals().items()) if getattr(f, "__module__", "") == __name__ and name[0] != "_"}
