@@ -60,7 +60,7 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
             model,
             train,
             s.training,
-            seed=derive_seed(s.seed, s.seeded_as, s.module_index or 0),
+            seed=derive_seed(s.seed, s.seeded_as, 0 if s.options.get("share_draws") else s.module_index or 0),
             precision=s.precision,
             machine=machine,
             team=team,
@@ -70,7 +70,10 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
             losses=kind.losses,
             groups=kind.groups(model),
         )
-        kept, numbers = fit(trainer, eval_set, folder=home, title=job.title, should_stop=_stop_asked(job.stop_files))
+        stop = _stop_asked(job.stop_files)
+        kept, numbers = fit(trainer, eval_set, folder=home, title=job.title, should_stop=stop, evaluated=kind.evaluated)
+        for module, group in zip(numbers.get("modules", ()), trainer.groups, strict=False):
+            module["parameters"] = sum(parameter.numel() for parameter in group)
     if not team.is_first:
         return None
     numbers |= {

@@ -29,6 +29,8 @@ class DeepIncubation(StrategySettings):
     # how modules learn: from labels through the hybrid (the paper), by imitating the meta module's features, or not at all:
     # they keep their starting weights
     incubate: Literal["labels", "features", "none"] = "labels"
+    together: bool = False  # all modules learn in one phase, which reads each image once; one process, none side by side
+    share_draws: bool = False  # modules that learn apart get the same images and random draws, as they do together
     match: str | None = None  # as long as costs the training FLOPs of that one
     budget: Annotated[float, Field(gt=0)] = 1.0  # share of what is matched that it may cost
     shares: dict[Literal["meta", "incubate"], Inner] | None = None  # of that budget; fine-tuning has the rest
@@ -57,6 +59,13 @@ class DeepIncubation(StrategySettings):
         return self.mat_phases or [phase for phase in self.trains if phase != "meta"]
 
     def check(self) -> None:
+        learns = self.incubate == "labels"
+        shared = ", ".join(field for field in ("together", "share_draws") if getattr(self, field))
+        refuse(shared and not learns, f"{shared} has no meaning with incubate: {self.incubate}; only labels are learned so")
+        both = "share_draws has no meaning with together: modules that learn together share their draws anyway"
+        refuse(self.together and self.share_draws, both)
+        adapts = self.together and self.mat is not None and "incubate" in self.adapts
+        refuse(adapts, "mat rests units of one module at a time; with together: true leave incubate out of mat_phases")
         unmatched = not self.match and {"shares", "budget"} & self.model_fields_set
         refuse(unmatched, "shares and budget have no meaning without match")
         trained, wrong = ", ".join(self.trains), ", ".join(sorted(set(self.shares or ()) - set(self.trains)))
@@ -84,18 +93,27 @@ def build(made: Any) -> Any:
         key = f"{made.name}/meta" if is_own else "meta"
         inputs["meta"] = made.node("meta", training, key=key, weights=own.weights)
     if own.incubate != "none":
-        kind = "imitate" if own.incubate == "features" else "incubate"
-        per_image = sum(flops for key, flops in facts.flops_per_image.items() if key.startswith(f"{kind}-"))
-        training, modules = _share(made, "incubate", budget, per_image), {}
-        for i in range(len(facts.target_depths)):
-            key = f"{made.name}/incubate-{i}"
-            modules[f"module-{i}"] = made.node(kind, training, inputs, key=key, module_index=i, **start)
-        inputs, start = modules, {}
+        inputs, start = _modules(made, budget, inputs, start), {}
     assembled = made.node("assemble", None, inputs, **start)
     training = made.training("finetune")
     if budget:
         training = made.lasting("finetune", budget - made.spent(assembled), facts.flops_per_image["target"])
     return made.node("finetune", training, {"assemble": assembled})
+
+
+def _modules(made: Any, budget: float | None, inputs: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
+    """Return the phases in which modules learn: one for each, or one for all."""
+    own, flops = made.own, made.facts.flops_per_image
+    if own.together:
+        training = _share(made, "incubate", budget, flops["incubate_together"])
+        return {"modules": made.node("incubate_together", training, inputs, key=f"{made.name}/incubate", **start)}
+    kind = "imitate" if own.incubate == "features" else "incubate"
+    training = _share(made, "incubate", budget, sum(flops[key] for key in flops if key.startswith(f"{kind}-")))
+    shared = {"share_draws": True} if own.share_draws else {}
+    return {
+        f"module-{i}": made.node(kind, training, inputs, key=f"{made.name}/incubate-{i}", module_index=i, **start, **shared)
+        for i in range(len(made.facts.target_depths))
+    }
 
 
 def _share(made: Any, phase: str, budget: float | None, flops_per_image: int) -> Any:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from incubate_lib.method.network import Partition
     from incubate_lib.training.costs import Counted
+    from incubate_lib.training.memory import StepMemory
 
 Inputs = dict[str, Path]  # folders of the phases that a phase starts from; "weights": a folder or file of weights
 
@@ -85,6 +86,16 @@ class Phase:
         """Return the network that an update goes through, frozen where the phase freezes it, and how it is cut."""
         return networks.target.requires_grad_(True), networks.partition
 
+    def memory(
+        self, networks: "Counted", module_index: int | None, count: Callable[["nn.Module", "Partition | None"], "StepMemory"]
+    ) -> "StepMemory":
+        """Return the memory of an update, by what `count` says of a network."""
+        return count(*self.trains(networks, module_index))
+
+    def alone(self, s: PhaseSettings) -> list[PhaseSettings]:
+        """Return the phases of single modules to which one of several amounts: it alone, if it is one."""
+        return [s]
+
     def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> "nn.Module":
         """Return the model that the phase trains (ready: frozen parts are frozen).
 
@@ -92,15 +103,22 @@ class Phase:
         """
         raise NotImplementedError
 
-    def losses(self, run: Callable[["Tensor"], Any], x: "Tensor", loss: Callable[[Any], "Tensor"]) -> Iterator["Tensor"]:
+    def losses(self, run: Callable[..., Any], x: "Tensor", loss: Callable[[Any], "Tensor"]) -> Iterator["Tensor"]:
         """Yield the losses of an update, each of which is gone through backward before the next is computed.
 
         `run` is the model, compiled or not, in the phase's precision; `loss` is the task's, of an output.
         """
         return of_the_output(run, x, loss)
 
+    def evaluated(self, model: "nn.Module", x: "Tensor") -> list[Any]:
+        """Return the outputs that are evaluated: where several modules learn, that of each, in order."""
+        return [model(x)]
+
     def groups(self, model: "nn.Module") -> list[list["nn.Parameter"]]:
-        """Return the parameters that learn together: their gradients are clipped by one norm."""
+        """Return the parameters that learn together: their gradients are clipped by one norm.
+
+        Where there are several groups, not every loss need reach all of them.
+        """
         return [[parameter for parameter in model.parameters() if parameter.requires_grad]]
 
     def results(self, model: "nn.Module") -> dict[str, dict[str, "Tensor"]]:

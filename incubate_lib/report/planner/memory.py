@@ -1,5 +1,8 @@
 """What a phase's step keeps in memory, counted on its network without computing anything."""
 
+from torch import nn
+
+from incubate_lib.method.network import Partition
 from incubate_lib.phases.networks import model_shape
 from incubate_lib.phases.recipes import networks_of
 from incubate_lib.pipeline.graph import Node
@@ -17,9 +20,12 @@ def step_memory_of(node: Node, known: dict) -> StepMemory:
             settings = node.experiment.settings
             settings = settings.model_copy(update={"model": settings.model.model_copy(update={"img_size": size})})
             known[size] = networks_of(settings, (node.facts.target_depths, node.facts.meta_depths), node.facts.outputs)
-        network, partition = node.kind.trains(known[size], phase.module_index)
-        parts = memory_by_part(network, model_shape(phase.model), partition, precision=phase.precision, known=_PARTS)
-        memory = sum(parts, StepMemory())
+
+        def count(network: nn.Module, partition: Partition | None) -> StepMemory:
+            parts = memory_by_part(network, model_shape(phase.model), partition, precision=phase.precision, known=_PARTS)
+            return sum(parts, StepMemory())
+
+        memory = node.kind.memory(known[size], phase.module_index, count)
         average = memory.weights if phase.training.ema else 0  # of the weights, kept beside them
         known[key] = memory + StepMemory(weights=average)
     return known[key]
