@@ -86,6 +86,13 @@ class Replay(nn.Module):
         return self.value
 
 
+class Copied(Replay):
+    """The same for several networks, each of which may work in place on what it is given."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value.clone() if isinstance(self.value, Tensor) else self.value
+
+
 class Imitation(Hybrid):
     """A hybrid whose target learns what its meta module computes, instead of labels: the paper's control (its section 4.3).
 

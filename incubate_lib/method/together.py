@@ -8,15 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from incubate_lib.method.incubation import Hybrid, Replay, layers_before, layers_of, recorded
+from incubate_lib.method.incubation import Copied, Hybrid, layers_before, layers_of, recorded
 from incubate_lib.method.network import Partition, replaced, run_to
-
-
-class Copied(Replay):
-    """A replay for several networks, each of which may work in place on what it is given."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.value.clone() if isinstance(self.value, Tensor) else self.value
 
 
 class Behind(Hybrid):

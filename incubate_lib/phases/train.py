@@ -83,6 +83,7 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
         "train_images": len(train),
         "eval_images": len(eval_set),
     }
+    numbers |= kind.about(model, job.facts.flops_per_image, kind.cost(s.model, s.options))
     where = provenance(team.device) | {"precision": s.precision}
     if s.training:  # its seconds are of all devices on which it went on
         where["device"] = " then ".join(home.status()["devices"])

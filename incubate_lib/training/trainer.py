@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from incubate_lib.data.scratch import own_folder
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.data.stream import StreamedSet
 from incubate_lib.method.mat import Piece
-from incubate_lib.tasks import Losses, Task, of_the_output
+from incubate_lib.tasks import Loss, Losses, Task, of_the_output
 from incubate_lib.tasks.classification import TASK as CLASSIFICATION
 from incubate_lib.training.adaptive import Adaptive
 from incubate_lib.training.costs import executed_flops_per_image
@@ -205,7 +204,7 @@ class Trainer:
             last = k == self.number - 1  # gradients travel once, after the last micro-batch
             is_wrapped = isinstance(self.replica, DistributedDataParallel)
             with self.replica.no_sync() if is_wrapped and not last else contextlib.nullcontext():
-                for loss in self.losses(self._run, self.task.inputs(batch), partial(self._loss, batch=batch)):
+                for loss in self.losses(self._run, self.task.inputs(batch), self._loss(batch)):
                     (loss / self.number).backward()
                     losses.append(loss.detach().clone())  # a captured graph would overwrite it
         for group in self.groups if len(self.groups) > 1 else ():
@@ -248,8 +247,8 @@ class Trainer:
         with autocast(self.device, self.precision):
             return self.runner(*inputs)
 
-    def _loss(self, output: Tensor, batch: Any) -> Tensor:
-        return self.task.loss(output, batch, self.settings)
+    def _loss(self, batch: Any) -> Loss:
+        return Loss(self.task, batch, self.settings, self.train)
 
     @property
     def eval_model(self) -> nn.Module:

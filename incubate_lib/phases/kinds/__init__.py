@@ -38,6 +38,7 @@ class Phase:
     notebook = ""
     # What it is seeded, set (`phases.<group>`) and tabled as, if not as its own name: whatever learns in a hybrid is `incubate`.
     group = ""
+    counted_apart = False  # whether only its own tables of costs have it
     is_set_by_name = True  # whether settings may have `phases.<name>`
     # the kind whose speed it has; one that has its own is measured by `incubate bench`
     pace = "end_to_end"
@@ -87,10 +88,19 @@ class Phase:
         return networks.target.requires_grad_(True), networks.partition
 
     def memory(
-        self, networks: "Counted", module_index: int | None, count: Callable[["nn.Module", "Partition | None"], "StepMemory"]
+        self,
+        networks: "Counted",
+        module_index: int | None,
+        count: Callable[["nn.Module", "Partition | None"], list["StepMemory"]],
     ) -> "StepMemory":
-        """Return the memory of an update, by what `count` says of a network."""
-        return count(*self.trains(networks, module_index))
+        """Return the memory of an update, by what `count` says of the modules of a network."""
+        from incubate_lib.training.memory import StepMemory
+
+        return sum(count(*self.trains(networks, module_index)), StepMemory())
+
+    def about(self, model: "nn.Module", flops_per_image: dict[str, int], cost: str) -> dict[str, Any]:
+        """Return what a summary says besides, of a trained model, of what is counted and of the name under which that stands."""
+        return {}
 
     def alone(self, s: PhaseSettings) -> list[PhaseSettings]:
         """Return the phases of single modules to which one of several amounts: it alone, if it is one."""
@@ -120,6 +130,10 @@ class Phase:
         Where there are several groups, not every loss need reach all of them.
         """
         return [[parameter for parameter in model.parameters() if parameter.requires_grad]]
+
+    def finished(self, s: PhaseSettings, outputs: int) -> "nn.Module":
+        """Return the network that takes the weights which the phase leaves behind."""
+        return self.build(s, {}, outputs)
 
     def results(self, model: "nn.Module") -> dict[str, dict[str, "Tensor"]]:
         """Return what a phase leaves behind: tensors by the name of their file, of which `model` is one."""

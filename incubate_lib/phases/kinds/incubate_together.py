@@ -55,7 +55,8 @@ class IncubateTogether(Phase):
     def memory(self, networks: Any, module_index: int | None, count: Callable[..., Any]) -> Any:
         from incubate_lib.training.memory import StepMemory, in_turn
 
-        hybrids = [count(*self.trains(networks, i)) for i in range(networks.partition.num_modules)]
+        modules = range(networks.partition.num_modules)
+        hybrids = [sum(count(*self.trains(networks, i)), StepMemory()) for i in modules]
         meta = sum(parameter.numel() * parameter.element_size() for parameter in networks.hybrids_of.parameters())
         return in_turn(hybrids) + StepMemory(weights=meta)
 

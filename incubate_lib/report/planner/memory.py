@@ -21,9 +21,8 @@ def step_memory_of(node: Node, known: dict) -> StepMemory:
             settings = settings.model_copy(update={"model": settings.model.model_copy(update={"img_size": size})})
             known[size] = networks_of(settings, (node.facts.target_depths, node.facts.meta_depths), node.facts.outputs)
 
-        def count(network: nn.Module, partition: Partition | None) -> StepMemory:
-            parts = memory_by_part(network, model_shape(phase.model), partition, precision=phase.precision, known=_PARTS)
-            return sum(parts, StepMemory())
+        def count(network: nn.Module, partition: Partition | None) -> list[StepMemory]:
+            return memory_by_part(network, model_shape(phase.model), partition, precision=phase.precision, known=_PARTS)
 
         memory = node.kind.memory(known[size], phase.module_index, count)
         average = memory.weights if phase.training.ema else 0  # of the weights, kept beside them
