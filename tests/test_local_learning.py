@@ -1,5 +1,7 @@
 """Local learning: no gradient leaves a module, one module's graph at a time, heads counted apart, the stock network."""
 
+import itertools
+
 import pytest
 import timm
 import torch
@@ -12,6 +14,7 @@ from incubate_lib.config.members import PHASES
 from incubate_lib.method.chain import find_chain
 from incubate_lib.method.local import DGLHead, InfoProHead, LocalLearning, as_map, contrast, heads_of, weights_of
 from incubate_lib.method.network import divide
+from incubate_lib.phases.networks import depths_of, fair_shares
 from incubate_lib.phases.recipes import load_trained
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.planner.memory import step_memory_of
@@ -176,3 +179,25 @@ def test_contrast_is_the_published_loss_and_takes_no_part_of_samples_without_a_p
         partners = [j for j in others if labels[j] == labels[i]]
         expected.append(-sum(z[i, j] - z[i, others].logsumexp(0) for j in partners) / len(partners))
     torch.testing.assert_close(contrast(features, labels), torch.stack(expected).mean())
+
+
+@pytest.mark.parametrize("costs", [[5, 5, 1, 1, 1, 1, 1, 1], [1, 1, 9], [3, 1, 4, 1, 5, 9, 2, 6], [2] * 6])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_largest_share_is_as_small_as_can_be(costs, number):
+    found, ends = fair_shares(costs, number), range(1, len(costs))
+    assert len(found) == number and min(found) >= 1 and sum(found) == len(costs)
+
+    def largest(depths):
+        places = list(itertools.accumulate(depths, initial=0))
+        return max(sum(costs[a:b]) for a, b in itertools.pairwise(places))
+
+    ways = ([b - a for a, b in itertools.pairwise((0, *cuts, len(costs)))] for cuts in itertools.combinations(ends, number - 1))
+    assert largest(found) == min(map(largest, ways))
+
+
+def test_modules_of_a_residual_network_are_cut_by_memory(data_folder):
+    """Its first blocks keep most, of maps that are large."""
+    how = ["model={name: resnet26, in_chans: 1, img_size: 32, options: {channels: [8, 8, 8, 8]}}", "data.image_size=32"]
+    depths = [depths_of(load_settings("smoke", [*how, part]))[0] for part in (
+        "partition={num_modules: 2, balance: memory}", "partition={num_modules: 2}")]  # fmt: skip
+    assert depths[0][0] < depths[1][0] and sum(depths[0]) == sum(depths[1])

@@ -63,7 +63,7 @@ def test_together_and_apart_are_the_same_bits_and_the_same_numbers(data_folder):
     joint.run()
     apart.run()
     check_equal(joint, apart)
-    ends = [list(one.finals.values())[0] for one in (joint, apart)]
+    ends = [next(iter(one.finals.values())) for one in (joint, apart)]
     assert ends[0].summary()["weights_sha256"] == ends[1].summary()["weights_sha256"]
     tables = [from_plan(one) for one in (joint, apart)]
     columns = ["phase", "module_index", "score", "loss", "train_loss", "start_score", "parameters", "steps", "images_seen"]
