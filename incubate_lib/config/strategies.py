@@ -46,6 +46,13 @@ def epochs_in(changes: PhaseChanges, phase: str) -> float | None:
     return changes[phase].epochs if phase in changes else None
 
 
+class SmallImages(Frozen):
+    """Phases that begin with small images."""
+
+    # pixels; none: half of the network's, to a whole number of patches
+    img_size: Annotated[int, Field(ge=1)] | None = None
+
+
 class StrategySettings(Frozen):
     """A named way from nothing to a trained network. Each kind has fields of its own."""
 

@@ -84,7 +84,8 @@ class Hybrids:
         self.strategy, self.nodes = strategy, [node for node, _ in sorted(nodes, key=lambda pair: pair[1])]
         first = self.nodes[0]
         depths = first.facts.target_depths, first.facts.meta_depths
-        self._networks, self._memory = networks_of(first.experiment.settings, depths, first.facts.outputs), {}
+        settings = first.experiment.settings.model_copy(update={"model": first.settings.model})  # of small images, maybe
+        self._networks, self._memory = networks_of(settings, depths, first.facts.outputs), {}
 
     def costs(self, index: int) -> Costs:
         """Return what the parts of the hybrid of module `index` (0-based) cost while it is incubated.

@@ -172,7 +172,10 @@ def _phases(plan: Plan, strategy: str, seed: int) -> tuple[Node, Node, Node]:
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise SettingsError(f"{about} is not finished: {names}; `incubate run` goes on")
-    return final, final.upstream("meta")[0], final.upstream("assemble")[0]
+    meta = final.upstream("meta")[0]
+    if meta.settings.model.img_size != final.settings.model.img_size:
+        raise SettingsError(f"{about} has a meta model for images of another size, which these modules cannot be compared with")
+    return final, meta, final.upstream("assemble")[0]
 
 
 def _baseline(plan: Plan, final: Node) -> Node | None:

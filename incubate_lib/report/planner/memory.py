@@ -14,7 +14,7 @@ _PARTS: dict = {}  # memory of parts that were gone through; sliders ask often
 def step_memory_of(node: Node, known: dict) -> StepMemory:
     """Return the memory of a phase's step; `known` keeps networks and what they take, which several phases share."""
     phase, size = node.settings, node.settings.model.img_size
-    key = (node.kind.cost(phase.model, phase.options), phase.module_index, bool(phase.training.ema))
+    key = (node.kind.cost(phase.model, phase.options), size, phase.module_index, bool(phase.training.ema))
     if key not in known:
         if size not in known:
             settings = node.experiment.settings

@@ -30,7 +30,7 @@ def costs_table(node: Node) -> pd.DataFrame:
     # of kinds that are set under one name a strategy has one
     own = {PHASES[name].group: PHASES[name].group for name in PHASES} | {node.kind.group: node.kind.name}
     counted = {
-        key: flops for key, flops in node.facts.flops_per_image.items()
+        key: flops for key, flops in node.facts.flops_at(node.settings.model.img_size).items()
         if (kind := key.partition("-")[0]) not in PHASES
         or (own[PHASES[kind].group] == kind and not (PHASES[kind].counted_apart and node.kind.name != kind))
     }  # fmt: skip
