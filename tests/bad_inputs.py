@@ -28,11 +28,13 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import NoReturn
 
-from bad import cluster, commands, images, notebooks, records, settings, studies, weights
+from bad import cluster, commands, images, notebooks, records, settings, studies, together, weights
 from bad.case import NOTEBOOK, Bad
 
 CATALOGUE = [
-    case for room in (commands, settings, images, weights, cluster, studies, notebooks, records) for case in room.catalogue()
+    case
+    for room in (commands, settings, together, images, weights, cluster, studies, notebooks, records)
+    for case in room.catalogue()
 ]
 TIMEOUT, SECONDS, SECONDS_TORCH, MEMORY = 60.0, 2.0, 20.0, 1e9
 PATIENCE = 3.0  # seconds from the first file that is written to the end of a process that seems to train
