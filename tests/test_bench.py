@@ -95,6 +95,14 @@ def test_the_bare_loop_trains_the_same_network(made):
             torch.testing.assert_close(bare.step(), ours.step())
 
 
+def test_together_and_one_by_one_are_the_same_updates(made):
+    together = made.ours("incubate_together")
+    apart = made.apart(together)
+    assert together.against is apart
+    for _ in range(2):
+        torch.testing.assert_close(together.step()[-1], apart.step())
+
+
 def test_live_bytes_are_counted():
     kilobyte = 1000
     with LiveBytes() as counted:
@@ -160,7 +168,11 @@ def test_the_command_measures_every_variant(tiny, tmp_path, monkeypatch, capsys)
         assert any(line.startswith(row + end) for line in output.splitlines()), row + end
     assert "at most 1.03 is allowed" in output and "Right freezing: " in output and "In pieces: " in output
     table = pd.read_csv(tmp_path / "data" / "results" / "bench_t.csv")
-    assert len(table) == 8 and (table["batch"] == 8).all() and (table["rounds"] == 2).all()
+    assert "Together: an update of all modules" in output and "hybrids together, one by one" in output
+    pair = table.set_index("variant").loc[["incubate_together", "incubate_together-apart"], "step_flops"]
+    ours = table.loc[table["variant"].str.fullmatch(text.OURS), "step_flops"].sum()
+    assert pair.tolist() == [ours, ours]  # of two modules only the second has a prefix, so there is none to share
+    assert len(table) == 10 and (table["batch"] == 8).all() and (table["rounds"] == 2).all()
     assert (table[["step_seconds", "step_flops", "share_of_matmul", "peak_memory_bytes"]] > 0).all(axis=None)
     twins = table[table["variant"].str.fullmatch(text.TWIN)]
     assert twins["against"].tolist() == ["incubate-0", "incubate-1"]
@@ -232,7 +244,7 @@ def test_no_images_are_needed(monkeypatch):
     monkeypatch.setattr(bench, "measure", lambda *_, **how: measured.append(how) or [])
     monkeypatch.setattr(bench, "yardstick", lambda *_: None)
     bench.bench(load_settings("imagenet-vit-b", ["data.folder=/nowhere"]))
-    assert len(measured) == 6
+    assert len(measured) == 7
 
 
 def test_a_folder_without_images_to_judge_by_is_measured_too(tmp_path, monkeypatch):
@@ -241,7 +253,7 @@ def test_a_folder_without_images_to_judge_by_is_measured_too(tmp_path, monkeypat
     monkeypatch.setattr(bench, "measure", lambda *_, **how: measured.append(how) or [])
     monkeypatch.setattr(bench, "yardstick", lambda *_: None)
     bench.bench(load_settings("imagenet-vit-b", [f"data.folder={tmp_path}"]), batch=1, log=said.append)
-    assert len(measured) == 6 and said[0].startswith(sentences.assumed("1,000 classes"))
+    assert len(measured) == 7 and said[0].startswith(sentences.assumed("1,000 classes"))
     assert said[0].endswith("; --classes says another number.")
 
 

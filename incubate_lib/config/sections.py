@@ -211,6 +211,8 @@ class PartitionSettings(Frozen):
     num_modules: Blocks | None = None
     target_depths: list[Blocks] | None = Field(None, min_length=1)  # blocks of each module of the target network
     meta_depths: list[Blocks] | None = Field(None, min_length=1)  # blocks of each module of the meta model; one each if left out
+    # what num_modules makes equal: the blocks of each module, or about what each keeps in memory while it learns
+    balance: Literal["blocks", "memory"] = "blocks"
     cuts: list[str] | None = Field(None, min_length=1)  # layers behind which the network is cut, by name, in its order
 
     @model_validator(mode="after")
@@ -221,6 +223,8 @@ class PartitionSettings(Frozen):
         counts = {name: count for name, count in counts.items() if count}
         unlike = ", ".join(f"{name} is {count}" for name, count in counts.items())
         refuse(not (self.num_modules or self.target_depths or self.cuts), "give num_modules, target_depths or cuts")
+        balanced = self.balance == "memory" and not (self.num_modules and not self.cuts and not self.target_depths)
+        refuse(balanced, "balance: memory finds the cuts of num_modules; leave out target_depths and cuts")
         refuse(self.cuts and self.target_depths, "cuts say already which blocks each module has; leave out target_depths")
         refuse(len(set(counts.values())) > 1, f"{unlike}; they must be equal")
         return self
@@ -236,7 +240,8 @@ class PartitionSettings(Frozen):
         many = f"partition.num_modules is {k}, but the network has only {depth} blocks"
         both = f"partition.num_modules is {k}, by which the network's {depth} blocks cannot be divided"
         refuse(k > depth, many)
-        refuse(not target and depth % k and not fixed, f"{both}; change one of them or give partition.target_depths")
+        unequal = not target and depth % k and not fixed and self.balance == "blocks"
+        refuse(unequal, f"{both}; change one of them or give partition.target_depths")
         equal = [depth // k + (i < depth % k) for i in range(k)]
         return list(target or equal), list(self.meta_depths or [1] * k)
 

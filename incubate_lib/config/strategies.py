@@ -30,6 +30,9 @@ MATChanges = _changes_of(MATSettings)
 def _check_phase(name: str) -> str:
     """Refuse the name of what is no phase, or of one that has no settings of its own."""
     known = [kind for kind in PHASES if PHASES[kind].is_set_by_name]
+    one = name.rpartition("-")
+    module = f"all modules of a strategy have one recipe, that of phases.{one[0]}: they train together, or side by side"
+    refuse(one[0] in known and one[2].isdigit(), module)
     refuse(name not in known, f"unknown phase; {nearest(name, known)}")
     return name
 
@@ -41,6 +44,13 @@ PhaseChanges = dict[PhaseName, TrainingChanges]  # training settings that differ
 def epochs_in(changes: PhaseChanges, phase: str) -> float | None:
     """Return the number of epochs that is set for a phase."""
     return changes[phase].epochs if phase in changes else None
+
+
+class SmallImages(Frozen):
+    """Phases that begin with small images."""
+
+    # pixels; none: half of the network's, to a whole number of patches
+    img_size: Annotated[int, Field(ge=1)] | None = None
 
 
 class StrategySettings(Frozen):

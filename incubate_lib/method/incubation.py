@@ -8,7 +8,7 @@ Here a meta model has the names of the target: it is the target network with blo
 network of its own in those names (`network.in_names_of`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -38,7 +38,7 @@ class Hybrid(nn.Module):
         check_fit(meta, target)
         self.partition, self.index, self.frozen = partition, index, frozen
         self.network = graft(meta, target, partition.claims(index))
-        self.learning = list(_layers_of(self.network, partition, index))
+        self.learning = list(layers_of(self.network, partition, index))
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(partition.owner(name) == index)
         self.train()
@@ -64,7 +64,7 @@ class Hybrid(nn.Module):
         return self.partition.part(self.index, self.network.state_dict())
 
 
-def _layers_of(network: nn.Module, partition: Partition, index: int) -> Iterator[nn.Module]:
+def layers_of(network: nn.Module, partition: Partition, index: int) -> Iterator[nn.Module]:
     """Return the layers that work in module `index`, and those within them that nobody calls."""
     belongs = partition.claims(index)
 
@@ -98,6 +98,13 @@ class Replay(nn.Module):
         return self.value
 
 
+class Copied(Replay):
+    """The same for several networks, each of which may work in place on what it is given."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value.clone() if isinstance(self.value, Tensor) else self.value
+
+
 class Imitation(Hybrid):
     """A hybrid whose target learns what its meta module computes, instead of labels: the paper's control (its section 4.3).
 
@@ -110,7 +117,7 @@ class Imitation(Hybrid):
         for name, parameter in meta.named_parameters():
             if partition.owner(name) == index:
                 parameter.requires_grad_(False)
-        self.replays = {path: Replay(self.network.get_submodule(path)) for path in _layers_before(self.network, partition, index)}
+        self.replays = {path: Replay(self.network.get_submodule(path)) for path in layers_before(self.network, partition, index)}
         self.behind_prefix = [replaced(self.network, self.replays)]  # in a list: all that it holds is registered above
         self.train()
 
@@ -121,26 +128,26 @@ class Imitation(Hybrid):
         """
         if not self.training:
             return super().forward(x)
-        with torch.no_grad(), self._recorded():
+        with torch.no_grad(), recorded(self.meta, self.replays.items()):
             wanted = run_to(self.meta, self.partition, self.index, x)
         distance = (run_to(self.behind_prefix[0], self.partition, self.index, x) - wanted).float().square().flatten(1).mean(1)
         return distance / wanted.float().var()
 
-    @contextmanager
-    def _recorded(self) -> Iterator[None]:
-        """Have the layers before the module hand their outputs to the replays: the frozen prefix runs once."""
 
-        def record(layer: nn.Module, args: Any, output: Any, replay: Replay) -> None:
-            replay.value = output.clone() if isinstance(output, Tensor) else output  # what follows may work in place
+@contextmanager
+def recorded(network: nn.Module, replays: Iterable[tuple[str, Replay]]) -> Iterator[None]:
+    """Have layers of a network, by their places, hand their outputs to replays: a frozen prefix runs once."""
 
-        with ExitStack() as hooks:
-            for path, replay in self.replays.items():
-                hook = partial(record, replay=replay)
-                hooks.enter_context(self.meta.get_submodule(path).register_forward_hook(hook))
-            yield
+    def record(layer: nn.Module, args: Any, output: Any, replay: Replay) -> None:
+        replay.value = output.clone() if isinstance(output, Tensor) else output  # what follows may work in place
+
+    with ExitStack() as hooks:
+        for path, replay in replays:
+            hooks.enter_context(network.get_submodule(path).register_forward_hook(partial(record, replay=replay)))
+        yield
 
 
-def _layers_before(network: nn.Module, partition: Partition, index: int) -> list[str]:
+def layers_before(network: nn.Module, partition: Partition, index: int) -> list[str]:
     """Return the outermost layers that work only before module `index`."""
     spans = partition.chain.spans
     before = {name for name, (_, last) in spans.items() if partition.module_of(last) < index and has_layer(network, name)}

@@ -9,7 +9,9 @@ is off in all of them. Nothing is printed; of the data only the names are read, 
 import contextlib
 import copy
 import itertools
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from incubate_lib.data.counts import IMAGENET, Images, count_images
 from incubate_lib.data.schedule import micro_batches
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.method.incubation import Hybrid
+from incubate_lib.method.together import Together
 from incubate_lib.phases.facts import outputs_for
 from incubate_lib.phases.networks import depths_of, model_shape
 from incubate_lib.phases.recipes import networks_of, prepare
@@ -133,6 +136,16 @@ class Bench:
         twin.against = ours
         return twin
 
+    def apart(self, ours: Variant) -> Variant:
+        """Return an update of each hybrid alone, one after the other; that of all together is compared with it."""
+        hybrids = [self.ours("incubate", i) for i in range(len(self.target_depths))]
+        models = nn.ModuleList(hybrid.model for hybrid in hybrids)
+        states = SimpleNamespace(state=ChainMap(*(hybrid.optimizer.state for hybrid in hybrids)))
+        flops = sum(hybrid.flops for hybrid in hybrids)
+        step = lambda: [hybrid.step() for hybrid in hybrids][-1]  # noqa: E731
+        ours.against = Variant(f"{ours.name}-apart", step, flops, models, states, ours.compiled, exact=True)
+        return ours.against
+
     def _in_our_loop(self, name: str, model: nn.Module, flops: int, optimizer: torch.optim.Optimizer | None = None) -> Variant:
         """Return a model in our loop, with an optimiser of all that trains if none is given; `flops` are of an image."""
         machine = self.settings.machine
@@ -172,7 +185,8 @@ def bench(
     classes: int | None = None,
     log: Log = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Measure each kind of phase that has a speed of its own beside a bare loop, and hybrids beside the released code's freezing.
+    """Measure each kind of phase that has a speed of its own beside a bare loop, hybrids beside the released code's freezing, and
+    all hybrids together beside the same one by one.
 
     Returns one row a variant. Two variants live at a time; `log` is given a line before each two. Raises SettingsError
     for numbers that make no sense and for a batch that the device cannot hold.
@@ -201,9 +215,10 @@ def bench(
 
     def pair(phase: str, index: int | None) -> Iterator[Variant]:
         yield (ours := made.ours(phase, index))
-        yield made.released(ours) if isinstance(ours.model, Hybrid) else made.bare(ours)
+        twins = {Hybrid: made.released, Together: made.apart}
+        yield twins.get(type(ours.model), made.bare)(ours)
 
-    kinds = sorted((kind for kind in PHASES if PHASES[kind].pace == kind), key=lambda kind: PHASES[kind].has_modules)
+    kinds = sorted((kind for kind in PHASES if PHASES[kind].pace == kind), key=lambda kind: PHASES[kind].group == "incubate")
     modules = range(len(made.target_depths))
     pairs = [(kind, index) for kind in kinds for index in (modules if PHASES[kind].has_modules else [None])]
     rows = []

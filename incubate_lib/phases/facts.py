@@ -21,8 +21,8 @@ class Facts(Frozen):
     target_depths: list[int]
     meta_depths: list[int]
     takes_depth: bool = True  # whether the meta model is built with less depth; else it is the target with blocks left out
-    # Training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14 …; of a network with batch
-    # norm renewal, too, which goes through it forward only
+    # Training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14, and of small images meta@14 …;
+    # of a network with batch norm renewal, too, which goes through it forward only
     flops_per_image: dict[str, int]
     low_resolution: dict[str, int] = {}  # strategies that begin with small images → their size in pixels
     unsupported: dict[str, str]  # starts, and strategies with small images, that these networks lack, and why
@@ -33,8 +33,15 @@ class Facts(Frozen):
 
     def flops_of(self, phase: PhaseSettings) -> int:
         """Return the training FLOPs of one image in this phase; 0 where none passes through."""
-        passes = phase.training or phase.options.get("renew")
-        return self.flops_per_image[PHASES[phase.phase].cost(phase.model, phase.options)] if passes else 0
+        if not (phase.training or phase.options.get("renew")):
+            return 0
+        return self.flops_at(phase.model.img_size)[PHASES[phase.phase].cost(phase.model, phase.options)]
+
+    def flops_at(self, size: int | None) -> dict[str, int]:
+        """Return by name the training FLOPs of an image of so many pixels; None: of the network's own."""
+        whole, ending = {name: flops for name, flops in self.flops_per_image.items() if "@" not in name}, f"@{size}"
+        small = {name: flops for name, flops in self.flops_per_image.items() if name.endswith(ending)}
+        return whole | {name.removesuffix(ending): flops for name, flops in small.items()}
 
 
 def usual_units(units: Iterable[str]) -> str:
@@ -121,11 +128,9 @@ def count(settings: Settings, num_images: int, outputs: int) -> Facts:
             given = [settings.mat, *(strategy.mat for strategy in settings.strategies.values())]
             asked = {mat.units or usual_units(units) for mat in given if mat}
             unsupported_units = _unsupported_units(model, [kind for kind in units if kind in asked], shape)
-    sizes, small, unsupported = _small_images(settings, model, shape, outputs)
+    sizes, small, unsupported = _small_images(settings, model, shape, outputs, depths)
     networks = networks_of(settings, depths, outputs)
-    flops: dict[str, int] = {}
-    for kind in PHASES:
-        flops |= PHASES[kind].count(networks)
+    flops = _counted(networks)
     if networks.partition:
         unsupported |= _unsupported_starts(networks)
     return Facts(
@@ -141,6 +146,14 @@ def count(settings: Settings, num_images: int, outputs: int) -> Facts:
         unsupported_units=unsupported_units,
         weights=_weights(settings, outputs, *depths),
     )
+
+
+def _counted(networks: Any) -> dict[str, int]:
+    """Return the training FLOPs of an image in all kinds of phases, by name."""
+    flops: dict[str, int] = {}
+    for kind in PHASES:
+        flops |= PHASES[kind].count(networks)
+    return flops
 
 
 def _unsupported_starts(networks: Any) -> dict[str, str]:
@@ -185,7 +198,7 @@ def _tried(settings: Settings, outputs: int) -> tuple[Any, Any]:
 
 
 def _small_images(
-    settings: Settings, model: Any, shape: tuple[int, int, int], outputs: int
+    settings: Settings, model: Any, shape: tuple[int, int, int], outputs: int, depths: tuple[list[int], list[int]]
 ) -> tuple[dict[str, int], dict[str, int], dict[str, str]]:
     """Return the size of the small images that strategies begin with, what training on one costs, and what is not possible, why.
 
@@ -195,6 +208,7 @@ def _small_images(
 
     from incubate_lib.method.sizes import patch_size
     from incubate_lib.phases.networks import build_model, in_one_piece
+    from incubate_lib.phases.recipes import networks_of
     from incubate_lib.training.costs import FlopCounts
 
     sizes, flops, unsupported = {}, {}, {}
@@ -212,7 +226,11 @@ def _small_images(
             smaller = settings.model.model_copy(update={"img_size": size})
             with torch.device("meta"):
                 small = build_model(smaller, smaller.depth, outputs)
-            flops[f"target-{size}"] = FlopCounts((shape[0], size, size)).per_image(small, whole)
+            if strategy.is_cut:
+                networks = networks_of(settings.model_copy(update={"model": smaller}), depths, outputs)
+                flops |= {f"{key}@{size}": number for key, number in _counted(networks).items()}
+            else:
+                flops[f"target-{size}"] = FlopCounts((shape[0], size, size)).per_image(small, whole)
             sizes[name] = size
         except (SettingsError, RuntimeError) as error:  # the latter from poolings that find nothing left
             unsupported[name] = f"small images of {size} pixels: {str(error).splitlines()[0]}"

@@ -1,7 +1,7 @@
 """The networks that phases train: whole, or cut into modules; freshly initialised from a run's seed."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -146,6 +146,7 @@ def depths_of(settings: Settings) -> tuple[list[int], list[int]]:
         )
     if not partition.cuts:
         target, meta = partition.depths(len(chain.blocks), fixed=not takes_depth(settings.model))
+        target = _balanced(settings, chain) if partition.balance == "memory" else target
     else:
         try:
             cut = divide_at(chain, partition.cuts)
@@ -159,6 +160,38 @@ def depths_of(settings: Settings) -> tuple[list[int], list[int]]:
         many = f"partition.meta_depths {meta}: module {index + 1} of the target network has only {large} blocks"
         refuse(partition.meta_depths and small > large, many)
     return target, meta
+
+
+def _balanced(settings: Settings, chain: Chain) -> list[int]:
+    """Return the blocks of each module, cut so that the one that keeps most in memory keeps as little as can be."""
+    from incubate_lib.training.memory import memory_by_part
+
+    with torch.device("meta"):
+        network = build_model(settings.model, settings.model.depth, 2).requires_grad_(True)
+    one_each = divide(chain, [1] * len(chain.blocks))
+    parts = memory_by_part(network, model_shape(settings.model), one_each, precision=settings.precision)
+    return fair_shares([part.activations for part in parts], settings.partition.num_modules)
+
+
+def fair_shares(costs: Sequence[int], number: int) -> list[int]:
+    """Return how many of some costs in a row each of `number` shares has, so that the largest share is smallest."""
+
+    def shares(limit: int) -> list[int]:
+        found, filled = [0], 0
+        for i, cost in enumerate(costs):
+            must = len(costs) - i == number - len(found)  # as many are left as there are shares to come
+            if found[-1] and (filled + cost > limit or must):
+                found.append(0)
+                filled = 0
+            found[-1] += 1
+            filled += cost
+        return found
+
+    low, high = max(costs), sum(costs)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(shares(middle)) <= number else (middle + 1, high)
+    return shares(low)
 
 
 def meta_partition_of(s: PhaseSettings) -> Partition:

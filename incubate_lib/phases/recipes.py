@@ -64,6 +64,6 @@ def start(s: PhaseSettings, meta: nn.Module, target: nn.Module, index: int) -> N
 
 def load_trained(s: PhaseSettings, folder: PhaseFolder, outputs: int) -> nn.Module:
     """Return the finished network of a phase that trains a whole one, or assembles it, as an ordinary timm model."""
-    model = prepare(s, {}, outputs)
+    model = PHASES[s.phase].finished(s, outputs)
     model.load_state_dict(folder.load_weights())
     return model.eval()

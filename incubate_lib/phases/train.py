@@ -69,7 +69,7 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
             model,
             train,
             s.training,
-            seed=derive_seed(s.seed, s.seeded_as, s.module_index or 0),
+            seed=derive_seed(s.seed, s.seeded_as, 0 if s.options.get("share_draws") else s.module_index or 0),
             precision=s.precision,
             machine=machine,
             team=team,
@@ -79,7 +79,10 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
             losses=kind.losses,
             groups=kind.groups(model),
         )
-        kept, numbers = fit(trainer, eval_set, folder=home, title=job.title, should_stop=_stop_asked(job.stop_files))
+        stop = _stop_asked(job.stop_files)
+        kept, numbers = fit(trainer, eval_set, folder=home, title=job.title, should_stop=stop, evaluated=kind.evaluated)
+        for module, group in zip(numbers.get("modules", ()), trainer.groups, strict=False):
+            module["parameters"] = sum(parameter.numel() for parameter in group)
     if task.has_classes and not kind.has_modules:  # of a whole network, once: an evaluation more
         numbers["classes"] = by_class(kept, eval_set, job.facts.outputs, s.precision, team, task)
     if not team.is_first:
@@ -91,6 +94,7 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
         "train_images": len(train),
         "eval_images": len(eval_set),
     }
+    numbers |= kind.about(model, job.facts.flops_per_image, kind.cost(s.model, s.options))
     where = provenance(team.device) | {"precision": s.precision}
     if s.training:  # its seconds are of all devices on which it went on
         where["device"] = " then ".join(home.status()["devices"])

@@ -186,6 +186,25 @@ class Builder:
             warmup = f"its warmup_epochs is {training.warmup_epochs:g}; set phases.{phase}.warmup_epochs"
             raise SettingsError(f"{what}, which leaves its phase {phase} {epochs:.3g} epochs, but {warmup}") from None
 
+    # -- on what it trains
+
+    def small_images(self) -> dict[str, Any]:
+        """Return model and data for the small images that the strategy begins with; none are given where it does not.
+
+        SettingsError where the network cannot have them.
+        """
+        if not self.own.get("low_resolution"):
+            return {}
+        size = self.facts.low_resolution.get(self.name)
+        if size is None:
+            too_small = "this network's images are too small to begin with smaller ones"
+            why = self.facts.unsupported.get(self.name, too_small)
+            raise SettingsError(f"strategies.{self.name} is not possible: {why}")
+        model, data = self.settings.model.model_copy(update={"img_size": size}), self.settings.data
+        if not data.is_streamed:  # those are brought to any size anyway
+            data = data.model_copy(update={"resize": size})
+        return {"model": model, "data": data}
+
     # -- one phase
 
     def node(

@@ -97,8 +97,13 @@ def _package(name: str) -> Any:
         raise SettingsError(f"--to {name} needs a package ({error}): pip install -e '.[{name}]'") from None
 
 
-def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in record.items() if type(value) in (int, float) and name not in NO_MEASUREMENTS}
+def _numbers(record: dict[str, Any], of: str = "") -> dict[str, float]:
+    return {name + of: value for name, value in record.items() if type(value) in (int, float) and name not in NO_MEASUREMENTS}
+
+
+def _module(row: dict[str, Any]) -> str:
+    """Return what is added to the names of an evaluation's numbers, where several modules learn together."""
+    return f"/module-{row['module_index']}" if "module_index" in row else ""
 
 
 def _tensorboard(folder: Path, key: str, *, run: str, began: float, config: dict, rows: list[dict], summary: dict) -> None:
@@ -107,7 +112,7 @@ def _tensorboard(folder: Path, key: str, *, run: str, began: float, config: dict
 
     with SummaryWriter(str(folder), purge_step=0) as writer:  # a TensorBoard that is open forgets what the last file said
         for row in rows:
-            for name, value in _numbers(row).items():
+            for name, value in _numbers(row, _module(row)).items():
                 # its relative time is that of training, evaluation and pauses apart
                 writer.add_scalar(name, value, row["step"], walltime=began + row["train_seconds"])
         for name, value in _numbers(summary).items():
@@ -135,7 +140,7 @@ def _wandb(folder: Path, key: str, *, run: str, began: float, config: dict, rows
         project, settings = os.environ.get("WANDB_PROJECT", "incubate"), wandb.Settings(**quiet)
         with wandb.init(dir=folder, mode=mode, project=project, settings=settings, **about) as written:
             for row in rows:
-                written.log(_numbers(row), step=row["step"])
+                written.log(_numbers(row, _module(row)), step=row["step"])
             written.summary.update(summary)
     except wandb.Error as error:
         raise SettingsError(f"Weights & Biases: {error}") from None

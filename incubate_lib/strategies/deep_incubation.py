@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from incubate_lib.config import SettingsError, refuse
-from incubate_lib.config.strategies import Inner, StrategySettings, TrainingChanges, epochs_in
+from incubate_lib.config.strategies import Inner, SmallImages, StrategySettings, TrainingChanges, epochs_in
 from incubate_lib.phases.kinds.incubate import StartName
 from incubate_lib.strategies import Kind
 
@@ -29,6 +29,10 @@ class DeepIncubation(StrategySettings):
     # how modules learn: from labels through the hybrid (the paper), by imitating the meta module's features, or not at all:
     # they keep their starting weights
     incubate: Literal["labels", "features", "none"] = "labels"
+    together: bool = False  # all modules learn in one phase, which reads each image once; one process, none side by side
+    share_draws: bool = False  # modules that learn apart get the same images and random draws, as they do together
+    # meta model and modules have small images, fine-tuning the network's own size; {}: half of that, {img_size: 16}: so many pixels
+    low_resolution: SmallImages | None = None
     match: str | None = None  # as long as costs the training FLOPs of that one
     budget: Annotated[float, Field(gt=0)] = 1.0  # share of what is matched that it may cost
     shares: dict[Literal["meta", "incubate"], Inner] | None = None  # of that budget; fine-tuning has the rest
@@ -57,6 +61,16 @@ class DeepIncubation(StrategySettings):
         return self.mat_phases or [phase for phase in self.trains if phase != "meta"]
 
     def check(self) -> None:
+        learns = self.incubate == "labels"
+        shared = ", ".join(field for field in ("together", "share_draws") if getattr(self, field))
+        refuse(shared and not learns, f"{shared} has no meaning with incubate: {self.incubate}; only labels are learned so")
+        both = "share_draws has no meaning with together: modules that learn together share their draws anyway"
+        refuse(self.together and self.share_draws, both)
+        adapts = self.together and self.mat is not None and "incubate" in self.adapts
+        refuse(adapts, "mat rests units of one module at a time; with together: true leave incubate out of mat_phases")
+        refuse(self.mat is not None and self.low_resolution, "mat and low_resolution do not go together")
+        unmeant = self.low_resolution and self.all_phases[0] == "assemble"
+        refuse(unmeant, "low_resolution has no meaning: nothing is trained before the network is fine-tuned")
         unmatched = not self.match and {"shares", "budget"} & self.model_fields_set
         refuse(unmatched, "shares and budget have no meaning without match")
         trained, wrong = ", ".join(self.trains), ", ".join(sorted(set(self.shares or ()) - set(self.trains)))
@@ -75,27 +89,39 @@ def build(made: Any) -> Any:
         raise SettingsError(f"strategies.{made.name}.start {own.start!r} is not possible: {reason}")
     start = {field: getattr(own, field) for field in ("start", "inherit_stem", "inherit_head")}
     budget = made.budget() if made.is_matched else None
-    inputs = {}
+    inputs, small = {}, made.small_images()
+    flops = facts.flops_at(small["model"].img_size if small else None)
     if own.needs_meta:
-        training = None if own.weights else _share(made, "meta", budget, facts.flops_per_image["meta"])
+        training = None if own.weights else _share(made, "meta", budget, flops["meta"])
         changes = own.phases.get("meta", TrainingChanges()).model_fields_set or made.settings.mat_of(made.name, "meta")
         relative = (own.shares if budget else None, own.lr_scale, own.warmup_share)
-        is_own = own.weights or changes or any("meta" in (part or {}) for part in relative)
+        is_own = small or own.weights or changes or any("meta" in (part or {}) for part in relative)
         key = f"{made.name}/meta" if is_own else "meta"
-        inputs["meta"] = made.node("meta", training, key=key, weights=own.weights)
+        inputs["meta"] = made.node("meta", training, key=key, weights=own.weights, **small)
     if own.incubate != "none":
-        kind = "imitate" if own.incubate == "features" else "incubate"
-        per_image = sum(flops for key, flops in facts.flops_per_image.items() if key.startswith(f"{kind}-"))
-        training, modules = _share(made, "incubate", budget, per_image), {}
-        for i in range(len(facts.target_depths)):
-            key = f"{made.name}/incubate-{i}"
-            modules[f"module-{i}"] = made.node(kind, training, inputs, key=key, module_index=i, **start)
-        inputs, start = modules, {}
-    assembled = made.node("assemble", None, inputs, renew="renewal" in facts.flops_per_image, **start)
+        inputs, start = _modules(made, budget, flops, inputs, start | small), {}
+    assembled = made.node("assemble", None, inputs, renew="renewal" in facts.flops_per_image, **start, **small)
     training = made.training("finetune")
     if budget:
         training = made.lasting("finetune", budget - made.spent(assembled), facts.flops_per_image["target"])
     return made.node("finetune", training, {"assemble": assembled})
+
+
+def _modules(
+    made: Any, budget: float | None, flops: dict[str, int], inputs: dict[str, Any], how: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the phases in which modules learn: one for each, or one for all."""
+    own = made.own
+    if own.together:
+        training = _share(made, "incubate", budget, flops["incubate_together"])
+        return {"modules": made.node("incubate_together", training, inputs, key=f"{made.name}/incubate", **how)}
+    kind = "imitate" if own.incubate == "features" else "incubate"
+    training = _share(made, "incubate", budget, sum(flops[key] for key in flops if key.startswith(f"{kind}-")))
+    shared = {"share_draws": True} if own.share_draws else {}
+    return {
+        f"module-{i}": made.node(kind, training, inputs, key=f"{made.name}/incubate-{i}", module_index=i, **how, **shared)
+        for i in range(len(made.facts.target_depths))
+    }
 
 
 def _share(made: Any, phase: str, budget: float | None, flops_per_image: int) -> Any:

@@ -5,18 +5,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from incubate_lib.config import SettingsError, TrainingSettings, refuse
+from incubate_lib.config import TrainingSettings, refuse
 from incubate_lib.config.members import PHASES
-from incubate_lib.config.sections import Frozen
-from incubate_lib.config.strategies import Inner, PhaseChanges, PhaseName, StrategySettings, epochs_in
+from incubate_lib.config.strategies import Inner, PhaseChanges, PhaseName, SmallImages, StrategySettings, epochs_in
 from incubate_lib.strategies import Kind
 
 
-class LowResolution(Frozen):
+class LowResolution(SmallImages):
     """Small images first: cheaper updates at the beginning (FixRes, arXiv 1906.06423, and progressive resizing)."""
 
-    # pixels; none: half of the network's, to a whole number of patches
-    img_size: Annotated[int, Field(ge=1)] | None = None
     share: Inner = 0.5  # of the training FLOPs; the rest is spent at the network's own size
 
 
@@ -75,19 +72,12 @@ def build(made: Any) -> Any:
 
 def _small_images_first(made: Any, training: TrainingSettings) -> Any:
     """Spend a share of what `training` costs on small images, the rest at the network's own size."""
-    size, per_image = made.facts.low_resolution.get(made.name), made.facts.flops_per_image
-    if size is None:
-        too_small = "this network's images are too small to begin with smaller ones"
-        why = made.facts.unsupported.get(made.name, too_small)
-        raise SettingsError(f"strategies.{made.name} is not possible: {why}")
+    small, per_image = made.small_images(), made.facts.flops_per_image
     made.check_batch("end_to_end", training)
     budget = made.cost(training, per_image["target"])
-    model, data = made.settings.model.model_copy(update={"img_size": size}), made.settings.data
-    if not data.is_streamed:  # those are brought to any size anyway
-        data = data.model_copy(update={"resize": size})
     share = made.own.low_resolution.share
-    training = made.lasting("end_to_end", share * budget, per_image[f"target-{size}"])
-    small = made.node("end_to_end", training, model=model, data=data, small_images=True)
+    training = made.lasting("end_to_end", share * budget, per_image[f"target-{small['model'].img_size}"])
+    small = made.node("end_to_end", training, **small, small_images=True)
     training = made.lasting("finetune", budget - made.spent(small), per_image["target"])
     return made.node("finetune", training, {"small_images": small})
 

@@ -102,6 +102,27 @@ def of_the_output(run: Callable[["Tensor"], Any], x: "Tensor", loss: Callable[[A
     yield loss(run(x))
 
 
+@dataclass(frozen=True)
+class Loss:
+    """The task's loss of an output for one batch, and what else a phase may learn from a batch."""
+
+    task: "Task"
+    batch: Any
+    recipe: Any
+    data: Any
+
+    def __call__(self, output: Any) -> "Tensor":
+        return self.task.loss(output, self.batch, self.recipe)
+
+    def contrast(self, features: "Tensor") -> "Tensor":
+        """Return the loss of features [B, D] that are to be alike where samples are."""
+        return self.task.contrast(features, self.batch)
+
+    def pixels(self) -> "Tensor":
+        """Return the batch's images as they were before they were normalised, augmented, in 0 … 1."""
+        return (self.task.inputs(self.batch) * self.data.std + self.data.mean).clamp(0, 1)
+
+
 class Task:
     """What a batch is, how it is made ready, the loss of an output, and the sums that evaluation makes.
 
@@ -172,6 +193,10 @@ class Task:
 
     def loss(self, output: Any, batch: Any, recipe: Any = None) -> "Tensor":
         """Return the mean loss of a batch, in float32; of an evaluated one where there is no recipe."""
+        raise NotImplementedError
+
+    def contrast(self, features: "Tensor", batch: Any) -> "Tensor":
+        """Return the mean loss of features [B, D] that are to be alike where samples of a batch are; few tasks know it."""
         raise NotImplementedError
 
     def sums(self, output: Any, batch: Any) -> "Tensor":

@@ -57,6 +57,11 @@ class Classification(Task):
         is_mixed = recipe is None or recipe.mixup or recipe.cutmix  # Mixup smooths its own targets
         return cross_entropy(output.float(), batch[1], label_smoothing=0.0 if is_mixed else recipe.label_smoothing)
 
+    def contrast(self, features: Any, batch: Any) -> Any:
+        from incubate_lib.method.local import contrast
+
+        return contrast(features, batch[1])
+
     def sums(self, output: Any, batch: Any) -> Any:
         import torch
         from torch.nn.functional import cross_entropy

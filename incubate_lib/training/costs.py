@@ -50,7 +50,7 @@ def executed_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # batch norm writes to them
     with all_products() as counter, torch.enable_grad():
-        for loss in losses(lambda x: functional_call(model, buffers, (x,)), x, total):
+        for loss in losses(lambda *inputs: functional_call(model, buffers, inputs), x, total):
             torch.autograd.grad(loss, learns, allow_unused=True)
     return counter.get_total_flops() // 2
 

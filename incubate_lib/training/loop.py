@@ -50,7 +50,6 @@ class Chrono:
         self.since = None
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, data: DataSet, precision: str = "float32", team: Team = ALONE, task: Task = CLASSIFICATION
 ) -> dict[str, float]:
@@ -58,12 +57,35 @@ def evaluate(
 
     Each sample is counted exactly once, however many devices share the work; all take the first device's buffers.
     """
-    sums = torch.zeros(task.num_sums, dtype=torch.float64, device=next(model.parameters()).device)
-    for output, batch in _outputs(model, data, precision, team, task):
-        sums += task.sums(output, batch)
-    number, *rest = team.all_reduce(sums).tolist()
-    assert number == len(data), f"{number} samples evaluated, not {len(data)}"
-    return task.evaluated([number, *rest])
+    return evaluate_each(model, data, precision, team, task)[0]
+
+
+def output_of(model: nn.Module, x: Tensor) -> list[Any]:
+    """Return the outputs that are evaluated: here one."""
+    return [model(x)]
+
+
+@torch.no_grad()
+def evaluate_each(
+    model: nn.Module,
+    data: DataSet,
+    precision: str = "float32",
+    team: Team = ALONE,
+    task: Task = CLASSIFICATION,
+    evaluated: Callable[[nn.Module, Tensor], list[Any]] = output_of,
+) -> list[dict[str, float]]:
+    """Return the same for each of a model's outputs, of which `evaluated` returns those of a batch: data are read once."""
+    device = next(model.parameters()).device
+    sums: list[Tensor] = []  # of each output
+    for outputs, batch in _outputs(model, data, precision, team, task, evaluated):
+        sums = sums or [torch.zeros(task.num_sums, dtype=torch.float64, device=device) for _ in outputs]
+        for summed, output in zip(sums, outputs, strict=True):
+            summed += task.sums(output, batch)
+    modules = team.gather([str(i) for i in range(len(sums))])  # there may be devices to which no image falls
+    sums += [torch.zeros(task.num_sums, dtype=torch.float64, device=device) for _ in range(len(modules) - len(sums))]
+    found = team.all_reduce(torch.stack(sums)).tolist()
+    assert all(number == len(data) for number, *_ in found), f"{found[0][0]} samples evaluated, not {len(data)}"
+    return [task.evaluated(of_one) for of_one in found]
 
 
 @torch.no_grad()
@@ -72,23 +94,30 @@ def by_class(
 ) -> dict[str, list[int]]:
     """Return how many samples each class has, and how many of them the model gets right, as lists of length `classes`."""
     counts = torch.zeros(2, classes, dtype=torch.int64, device=next(model.parameters()).device)
-    for output, batch in _outputs(model, data, precision, team, task):
+    for (output,), batch in _outputs(model, data, precision, team, task):
         of, right = task.classes(output, batch)
         counts += torch.stack([torch.bincount(of, minlength=classes), torch.bincount(of[right], minlength=classes)])
     samples, right = team.all_reduce(counts).tolist()
     return {"samples": samples, "right": right}
 
 
-def _outputs(model: nn.Module, data: DataSet, precision: str, team: Team, task: Task) -> Iterator[tuple[Any, Any]]:
-    """Yield what the model gives for this device's share of the evaluated batches, and each batch."""
+def _outputs(
+    model: nn.Module,
+    data: DataSet,
+    precision: str,
+    team: Team,
+    task: Task,
+    evaluated: Callable[[nn.Module, Tensor], list[Any]] = output_of,
+) -> Iterator[tuple[list[Any], Any]]:
+    """Yield the model's outputs for this device's share of the evaluated batches, and each batch."""
     team.broadcast_buffers(model)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     for batch in data.eval_batches(team.rank, team.devices):
         with autocast(device, precision):
-            output = model(task.inputs(batch))
-        yield output, batch
+            outputs = evaluated(model, task.inputs(batch))
+        yield outputs, batch
     model.train(was_training)
 
 
@@ -149,9 +178,10 @@ def fit(
     folder: PhaseFolder,
     title: str,
     should_stop: Callable[[], bool] = lambda: False,
+    evaluated: Callable[[nn.Module, Tensor], list[Any]] = output_of,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Do all updates of a trainer; return the model to keep (the moving average of its weights if the recipe asks for
-    one) and steps, images seen, seconds, the last evaluation.
+    one) and steps, images seen, seconds, the last evaluation; of several modules that learn, the mean, and each by itself.
 
     Goes on from the folder's checkpoint if there is a sound one. Raises Stopped when `should_stop()` says so, after a
     checkpoint, and FloatingPointError at the step whose loss is not finite, without saving it.
@@ -193,29 +223,44 @@ def fit(
     def read_losses() -> float | None:
         """Read the pending losses and return the last; the first that is not finite ends the phase with its step named."""
         values = (team.all_reduce(torch.stack(pending)) / team.devices).tolist() if pending else []
+        last = None
         for i, value in enumerate(values):
-            if not math.isfinite(value):
-                raise not_finite("loss", value, step - len(pending) + i)
-            counts.loss_sum += value
+            each = value if isinstance(value, list) else []
+            last = sum(each) if each else value
+            if not math.isfinite(last):
+                raise not_finite("loss", last, step - len(pending) + i)
+            counts.loss_sum += last
+            counts.loss_sums = [before + one for before, one in zip(counts.loss_sums or [0.0] * len(each), each, strict=True)]
             counts.loss_steps += 1
         pending.clear()
-        return values[-1] if values else None
+        return last
 
     def evaluate_now() -> None:
         began = time.perf_counter()
-        result = evaluate(trainer.eval_model, eval_set, trainer.precision, team, trainer.task)
+        results = evaluate_each(trainer.eval_model, eval_set, trainer.precision, team, trainer.task, evaluated)
         counts.eval_seconds += time.perf_counter() - began
-        if not math.isfinite(result["loss"]):
-            raise not_finite("the evaluated loss", result["loss"], step)
-        row = {"step": step, "epoch": step / per_epoch, "images": step * settings.batch_size, **result}
-        row["train_flops"] = counts.flops
-        row["train_loss"] = counts.loss_sum / counts.loss_steps if counts.loss_steps else None
-        row["train_seconds"] = counts.train_seconds
-        row["lr"] = trainer.optimizer.param_groups[0]["lr"] if step else None
+        made: list[dict[str, Any]] = []
+        losses = [counts.loss_sum] if len(results) == 1 else counts.loss_sums or [0.0] * len(results)
+        for i, (result, summed) in enumerate(zip(results, losses, strict=True)):
+            if not math.isfinite(result["loss"]):
+                raise not_finite("the evaluated loss", result["loss"], step)
+            row = {"step": step, "epoch": step / per_epoch, "images": step * settings.batch_size, **result}
+            row["train_flops"] = counts.flops
+            row["train_loss"] = summed / counts.loss_steps if counts.loss_steps else None
+            row["train_seconds"] = counts.train_seconds
+            row["lr"] = trainer.optimizer.param_groups[0]["lr"] if step else None
+            if len(results) > 1:
+                row["module_index"] = i
+            made.append(row)
         if team.is_first:
-            folder.add_metrics(row)
-        rows.append(row)
-        counts.loss_sum, counts.loss_steps = 0.0, 0
+            folder.add_metrics(*made)
+        rows.extend(made)
+        counts.loss_sum, counts.loss_sums, counts.loss_steps = 0.0, [], 0
+
+    def mean(name: str, at: int) -> float | None:
+        """Return a number of the evaluation at an update: of several modules the mean."""
+        values = [row[name] for row in rows if row["step"] == at]
+        return None if None in values else sum(values) / len(values)
 
     model.train()
     if not rows:
@@ -232,7 +277,7 @@ def fit(
             clock.pause()  # what follows is for the record only
             if team.is_first:
                 per_image = trainer.mat.flops_per_image(trainer.mat.active)
-                folder.add_metrics(record | {"flops_per_image": per_image, "train_flops": counts.flops}, MNTK)
+                folder.add_metrics(record | {"flops_per_image": per_image, "train_flops": counts.flops}, file=MNTK)
                 if record.get("forced"):
                     print(f"{title}: at step {step} every unit would rest; the strongest goes on", flush=True)
             trainer.executed_now()
@@ -255,7 +300,9 @@ def fit(
             if due:
                 evaluate_now()
             if progress:
-                progress.update(step, epoch=step / per_epoch, loss=last_loss, score=rows[-1]["score"])
+                modules = sum(row["step"] == rows[-1]["step"] for row in rows)
+                loss = last_loss if modules == 1 else last_loss / modules
+                progress.update(step, epoch=step / per_epoch, loss=loss, score=mean("score", rows[-1]["step"]))
             stop = team.decide(step < steps and should_stop())
             if stop or team.decide(save_due):
                 began = time.monotonic()
@@ -277,7 +324,13 @@ def fit(
     if data_share > DATA_SHARE_WARNED and team.is_first and isinstance(train, StreamedSet):  # of others nothing would help
         print(f"{title}: {data_share:.0%} of the training time was spent waiting for images; more machine.workers, a faster "
               "disk or data.in_memory would help", flush=True)  # fmt: skip
-    numbers = {name: rows[-1][name] for name in ("score", "loss", "train_loss")}
+    numbers: dict[str, Any] = {name: mean(name, steps) for name in ("score", "loss", "train_loss")}
+    numbers["start_score"] = mean("score", rows[0]["step"])
+    if "module_index" in rows[-1]:
+        starts = [row["score"] for row in rows if row["step"] == rows[0]["step"]]
+        own = ("module_index", "score", "loss", "train_loss")
+        ends = [{name: row[name] for name in own} for row in rows if row["step"] == steps]
+        numbers["modules"] = [end | {"start_score": start} for end, start in zip(ends, starts, strict=True)]
     if trainer.mat:
         probes = folder.metrics(MNTK)
         numbers["mat"] = {"units": [unit.name for unit in trainer.mat.units], "evaluations": len(probes)}
@@ -293,5 +346,4 @@ def fit(
         "data_share": data_share,
         "broken_images": len(broken),
         "devices": team.devices,
-        "start_score": rows[0]["score"],
     }

@@ -38,6 +38,17 @@ class StepMemory:
         return self.weights + self.optimizer + max(self.casts + images * self.activations, self.gradients)
 
 
+def in_turn(parts: Sequence[StepMemory]) -> StepMemory:
+    """Return the memory of modules that learn in turn in one update, each from a loss that is gone through backward before the
+    next: all that is learned is there at once with its moments, but what waits for the backward pass of one at a time."""
+    learned, before = sum(part.gradients for part in parts), 0
+    casts = []
+    for part in parts:
+        casts.append(part.casts + before)  # beside it wait the gradients of those that had their turn
+        before += part.gradients
+    return StepMemory(learned, learned, ADAM_STATES * learned, max(casts), max(part.activations for part in parts))
+
+
 def memory_by_part(
     network: nn.Module,
     image_shape: tuple[int, int, int],

@@ -225,11 +225,11 @@ class PhaseFolder:
             kept = "".join(json.dumps(row) + "\n" for row in self.metrics(file) if row["step"] <= step)
             write_atomic(self.path / file, kept.encode())
 
-    def add_metrics(self, row: dict[str, Any], file: str = METRICS) -> None:
-        """Append an evaluation; it is on the disk before any later checkpoint is."""
+    def add_metrics(self, *rows: dict[str, Any], file: str = METRICS) -> None:
+        """Append an evaluation, of which several modules have a row each; it is on the disk before any later checkpoint is."""
         self._own()
         with open(self.path / file, "a") as lines:
-            lines.write(json.dumps(row) + "\n")
+            lines.write("".join(json.dumps(row) + "\n" for row in rows))
             lines.flush()
             os.fsync(lines.fileno())
 

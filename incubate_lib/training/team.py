@@ -52,6 +52,14 @@ class Team:
         dist.broadcast(there, 0)
         return there.to(values.device)
 
+    def average(self, gradients: list[Tensor]) -> None:
+        """Put in the place of each gradient its mean over all processes, as DistributedDataParallel does."""
+        if self.devices > 1 and gradients:
+            flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(self.devices)
+            means = self.all_reduce(flat).split([gradient.numel() for gradient in gradients])
+            for gradient, mean in zip(gradients, means, strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
     def broadcast_buffers(self, model: nn.Module) -> None:
         """Give every replica the first one's buffers, such as BatchNorm's running statistics: those are the ones saved.
 

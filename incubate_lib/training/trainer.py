@@ -13,8 +13,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from incubate_lib.data.scratch import own_folder
 from incubate_lib.data.sets import ImageSet
 from incubate_lib.data.stream import StreamedSet
 from incubate_lib.method.mat import Piece
-from incubate_lib.tasks import Losses, Task, of_the_output
+from incubate_lib.tasks import Loss, Losses, Task, of_the_output
 from incubate_lib.tasks.classification import TASK as CLASSIFICATION
 from incubate_lib.training.adaptive import Adaptive
 from incubate_lib.training.costs import executed_flops_per_image
@@ -48,6 +47,7 @@ class Counts:
     step: int = 0
     loss_sum: float = 0.0  # of `loss_steps` updates, those since the last evaluation
     loss_steps: int = 0
+    loss_sums: list[float] = field(default_factory=list)  # the same of each loss, where an update has several
     train_seconds: float = 0.0  # of update steps only
     eval_seconds: float = 0.0
     wait_seconds: float = 0.0  # for images
@@ -60,8 +60,8 @@ class Counts:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        for field in fields(self):
-            setattr(self, field.name, state[field.name])
+        for own in fields(self):
+            setattr(self, own.name, state.get(own.name, []) if own.name == "loss_sums" else state[own.name])
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
@@ -166,7 +166,8 @@ class Trainer:
         """Wrap and compile the model for its present set of trainable parameters."""
         self.replica = self.runner = None  # the one before lets go of the parameters first
         self.replica = self.model
-        if self.team.devices > 1:  # what is frozen is frozen already, so no gradient is waited for in vain
+        # what is frozen is frozen already, so no gradient is waited for in vain; with several losses some would be
+        if self.team.devices > 1 and len(self.groups) == 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.replica = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
         self.runner = compiled(self.replica, self.machine.compile)
@@ -198,7 +199,7 @@ class Trainer:
         self.executed_now()
 
     def step(self, step: int) -> Tensor:
-        """Do update `step` (0-based) and return this device's mean loss, without waiting for the device."""
+        """Do update `step` (0-based) and return this device's mean loss, or losses [L], without waiting for the device."""
         losses = []
         self.apply(step)
         (self.model if self.mat else self.optimizer).zero_grad(set_to_none=True)  # of divided parameters it holds views only
@@ -212,10 +213,13 @@ class Trainer:
                 np.random.seed(derive_seed(self.seed, "mixup", step, place // self.per_draw))
             batch = self.task.ready(batch, self.train, self.settings, self.extra)
             last = k == self.number - 1  # gradients travel once, after the last micro-batch
-            with self.replica.no_sync() if self.team.devices > 1 and not last else contextlib.nullcontext():
-                for loss in self.losses(self._run, self.task.inputs(batch), partial(self._loss, batch=batch)):
+            is_wrapped = isinstance(self.replica, DistributedDataParallel)
+            with self.replica.no_sync() if is_wrapped and not last else contextlib.nullcontext():
+                for loss in self.losses(self._run, self.task.inputs(batch), self._loss(batch)):
                     (loss / self.number).backward()
                     losses.append(loss.detach().clone())  # a captured graph would overwrite it
+        for group in self.groups if len(self.groups) > 1 else ():
+            self.team.average([parameter.grad for parameter in group if parameter.grad is not None])
         if self.clip_grad is not None:
             for group in self.groups:
                 nn.utils.clip_grad_norm_(group, self.clip_grad)
@@ -231,7 +235,9 @@ class Trainer:
         self.counts.flops_executed += self.executed_now() * self.settings.batch_size
         if self.ema is not None:
             self.ema.update(self.model, step)
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean() * (len(losses) // self.number)
+        if len(losses) == self.number:
+            return losses[0] if self.number == 1 else torch.stack(losses).mean()
+        return torch.stack(losses).view(self.number, -1).mean(0)
 
     def flops_now(self) -> int:
         """Return the FLOPs of a training image with what trains at present, counted as budgets are: on the meta device."""
@@ -248,12 +254,12 @@ class Trainer:
                 self.executed_of[key] = executed_flops_per_image(self.model, self.train.shape, self.losses)
         return self.executed_of[key]
 
-    def _run(self, x: Tensor) -> Any:
+    def _run(self, *inputs: Any) -> Any:
         with autocast(self.device, self.precision):
-            return self.runner(x)
+            return self.runner(*inputs)
 
-    def _loss(self, output: Tensor, batch: Any) -> Tensor:
-        return self.task.loss(output, batch, self.settings)
+    def _loss(self, batch: Any) -> Loss:
+        return Loss(self.task, batch, self.settings, self.train)
 
     @property
     def eval_model(self) -> nn.Module:
@@ -280,8 +286,9 @@ class Trainer:
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError, KeyError or TypeError unless a checkpoint's content is that of this model, optimizer and phase."""
         for name in self.counts.state_dict():
-            if not math.isfinite(state["counts"][name]):
-                raise ValueError(f"its {name} is {state['counts'][name]}")
+            value = state["counts"].get(name, []) if name == "loss_sums" else state["counts"][name]
+            if not all(map(math.isfinite, value if isinstance(value, list) else [value])):
+                raise ValueError(f"its {name} is {value}")
         if not 0 <= state["counts"]["step"] <= self.steps:
             raise ValueError(f"it is at step {state['counts']['step']} of {self.steps}")
         own = self.state_dict()

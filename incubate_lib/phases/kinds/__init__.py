@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from incubate_lib.method.network import Partition
     from incubate_lib.training.costs import Counted
+    from incubate_lib.training.memory import StepMemory
 
 Inputs = dict[str, Path]  # folders of the phases that a phase starts from; "weights": a folder or file of weights
 
@@ -37,6 +38,7 @@ class Phase:
     notebook = ""
     # What it is seeded, set (`phases.<group>`) and tabled as, if not as its own name: whatever learns in a hybrid is `incubate`.
     group = ""
+    counted_apart = False  # whether only its own tables of costs have it
     is_set_by_name = True  # whether settings may have `phases.<name>`
     # the kind whose speed it has; one that has its own is measured by `incubate bench`
     pace = "end_to_end"
@@ -85,6 +87,25 @@ class Phase:
         """Return the network that an update goes through, frozen where the phase freezes it, and how it is cut."""
         return networks.target.requires_grad_(True), networks.partition
 
+    def memory(
+        self,
+        networks: "Counted",
+        module_index: int | None,
+        count: Callable[["nn.Module", "Partition | None"], list["StepMemory"]],
+    ) -> "StepMemory":
+        """Return the memory of an update, by what `count` says of the modules of a network."""
+        from incubate_lib.training.memory import StepMemory
+
+        return sum(count(*self.trains(networks, module_index)), StepMemory())
+
+    def about(self, model: "nn.Module", flops_per_image: dict[str, int], cost: str) -> dict[str, Any]:
+        """Return what a summary says besides, of a trained model, of what is counted and of the name under which that stands."""
+        return {}
+
+    def alone(self, s: PhaseSettings) -> list[PhaseSettings]:
+        """Return the phases of single modules to which one of several amounts: it alone, if it is one."""
+        return [s]
+
     def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> "nn.Module":
         """Return the model that the phase trains (ready: frozen parts are frozen).
 
@@ -92,16 +113,27 @@ class Phase:
         """
         raise NotImplementedError
 
-    def losses(self, run: Callable[["Tensor"], Any], x: "Tensor", loss: Callable[[Any], "Tensor"]) -> Iterator["Tensor"]:
+    def losses(self, run: Callable[..., Any], x: "Tensor", loss: Callable[[Any], "Tensor"]) -> Iterator["Tensor"]:
         """Yield the losses of an update, each of which is gone through backward before the next is computed.
 
         `run` is the model, compiled or not, in the phase's precision; `loss` is the task's, of an output.
         """
         return of_the_output(run, x, loss)
 
+    def evaluated(self, model: "nn.Module", x: "Tensor") -> list[Any]:
+        """Return the outputs that are evaluated: where several modules learn, that of each, in order."""
+        return [model(x)]
+
     def groups(self, model: "nn.Module") -> list[list["nn.Parameter"]]:
-        """Return the parameters that learn together: their gradients are clipped by one norm."""
+        """Return the parameters that learn together: their gradients are clipped by one norm.
+
+        Where there are several groups, not every loss need reach all of them.
+        """
         return [[parameter for parameter in model.parameters() if parameter.requires_grad]]
+
+    def finished(self, s: PhaseSettings, outputs: int) -> "nn.Module":
+        """Return the network that takes the weights which the phase leaves behind."""
+        return self.build(s, {}, outputs)
 
     def results(self, model: "nn.Module") -> dict[str, dict[str, "Tensor"]]:
         """Return what a phase leaves behind: tensors by the name of their file, of which `model` is one."""

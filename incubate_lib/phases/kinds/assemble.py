@@ -49,7 +49,11 @@ class Assemble(Phase):
         if not inputs:
             return target
         partition = partition_of(s)
-        trained = [PhaseFolder(inputs[f"module-{i}"]).load_weights() for i in range(partition.num_modules)]
+        modules = range(partition.num_modules)
+        if "modules" in inputs:  # of one phase, all of them
+            trained = PhaseFolder(inputs["modules"]).load_weights()
+            return assemble(target, partition, [partition.part(i, trained) for i in modules])
+        trained = [PhaseFolder(inputs[f"module-{i}"]).load_weights() for i in modules]
         return assemble(target, partition, [counted_through(partition, *module) for module in enumerate(trained)])
 
 

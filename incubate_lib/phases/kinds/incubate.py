@@ -18,6 +18,7 @@ class Start(Frozen):
 
 class Options(Start):
     module_index: int  # 0-based
+    share_draws: bool = False  # order of images and random draws are those of module 1
 
 
 class Incubate(Phase):

@@ -73,13 +73,19 @@ class Hybrids:
         if not finals:
             there = ", ".join(dict.fromkeys(name for name, _ in made.finals)) or "none"
             raise SettingsError(f"strategy {strategy} is not part of what was asked for, which is: {there}")
-        nodes = [node for node in closure(finals[:1]) if node.kind.has_modules]
+        nodes = [
+            (node, alone.module_index)
+            for node in closure(finals[:1])
+            for alone in node.kind.alone(node.settings)
+            if alone.module_index is not None
+        ]
         if not nodes:
             raise SettingsError(f"strategy {strategy} incubates no modules, so it has no hybrids")
-        self.strategy, self.nodes = strategy, sorted(nodes, key=lambda node: node.settings.module_index)
-        first = nodes[0]
+        self.strategy, self.nodes = strategy, [node for node, _ in sorted(nodes, key=lambda pair: pair[1])]
+        first = self.nodes[0]
         depths = first.facts.target_depths, first.facts.meta_depths
-        self._networks, self._memory = networks_of(first.experiment.settings, depths, first.facts.outputs), {}
+        settings = first.experiment.settings.model_copy(update={"model": first.settings.model})  # of small images, maybe
+        self._networks, self._memory = networks_of(settings, depths, first.facts.outputs), {}
 
     def costs(self, index: int) -> Costs:
         """Return what the parts of the hybrid of module `index` (0-based) cost while it is incubated.

@@ -30,8 +30,15 @@ class Box:
         return self.phase.node.key
 
     @property
-    def panel(self) -> Panel:
-        return self.title, [self.phase.rows], self.phase.node.settings.training.epochs
+    def panels(self) -> list[Panel]:
+        """Its learning curves: of several modules that learn together one each."""
+        node, by_module = self.phase.node, {}
+        for row in self.phase.rows:
+            by_module.setdefault(row.get("module_index"), []).append(row)
+        return [
+            (self.title if index is None else phase_name("incubate", index), [rows], node.settings.training.epochs)
+            for index, rows in (by_module or {None: []}).items()
+        ]
 
 
 def draw(plan: Plan, phases: list[Phase]) -> tuple[Picture, Picture]:
@@ -62,7 +69,7 @@ def draw(plan: Plan, phases: list[Phase]) -> tuple[Picture, Picture]:
         if any(box.phase.rows for box in new):
             if not curves.marks:
                 curve_legend(curves, metric)
-            draw_row(curves, title, [box.panel for box in new], metric)
+            draw_row(curves, title, [panel for box in new for panel in box.panels], metric)
         drawn |= {box.key for box in boxes}
     return graph, curves
 
@@ -70,7 +77,7 @@ def draw(plan: Plan, phases: list[Phase]) -> tuple[Picture, Picture]:
 def _name(node: Node) -> str:
     s = node.settings
     size = ", small images" if s.options.get("small_images") else ""
-    return phase_name(s.seeded_as, s.module_index, len(s.target_depths)) + size
+    return phase_name(s.phase, s.module_index, len(s.target_depths)) + size
 
 
 def _placed(group: list[Phase]) -> list[Box]:

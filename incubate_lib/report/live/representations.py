@@ -101,12 +101,14 @@ def similarity(plan: Plan, strategy: str, seed: int = 0, images: int = 256) -> p
     partition, found = partition_of(s), {}  # (module, network) → CKA
     trained = load_trained(meta.settings, meta.folder, number)
     wanted = [_gram(module) for module in _outputs(in_target_names(s, trained, build_target(s, number)), partition, batches)]
-    for node in final.upstream("incubate"):
-        index, inputs = node.settings.module_index, {name: n.folder.path for name, n in node.inputs.items()}
-        hybrid = prepare(node.settings, inputs, number)
+    modules = [(node, alone) for node in final.upstream("incubate") for alone in node.kind.alone(node.settings)]
+    for node, alone in modules:
+        index, inputs = alone.module_index, {name: n.folder.path for name, n in node.inputs.items()}
+        hybrid = prepare(alone, inputs, number)
         for network in ("start", "hybrid"):
             if network == "hybrid":
-                hybrid.network.load_state_dict(counted_through(partition, index, node.folder.load_weights()), strict=False)
+                own = partition.part(index, counted_through(partition, index, node.folder.load_weights()))
+                hybrid.network.load_state_dict(own, strict=False)
             found[index, network] = _alike(wanted[index], _gram(_outputs(hybrid.network, partition, batches)[index]))
     networks = {"assembled": joined, "finetuned": final, "end_to_end": _baseline(plan, final)}
     for network, node in networks.items():
@@ -171,7 +173,10 @@ def _phases(plan: Plan, strategy: str, seed: int) -> tuple[Node, Node, Node]:
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise SettingsError(f"{about} is not finished: {names}; `incubate run` goes on")
-    return final, final.upstream("meta")[0], final.upstream("assemble")[0]
+    meta = final.upstream("meta")[0]
+    if meta.settings.model.img_size != final.settings.model.img_size:
+        raise SettingsError(f"{about} has a meta model for images of another size, which these modules cannot be compared with")
+    return final, meta, final.upstream("assemble")[0]
 
 
 def _baseline(plan: Plan, final: Node) -> Node | None:

@@ -15,7 +15,7 @@ LOOP_LIMIT = 1.03  # what our loop may cost end to end, against a bare one
 BUSY = 1.3  # slowest round against fastest
 STEEP = 1.1  # an exponent of time against FLOPs from here on is clearly above 1
 OURS, TWIN = r"incubate-\d+", r"incubate-\d+-released"
-ENDS = {None: "", "bare": ", bare loop", "released": ", released freezing"}
+ENDS = {None: "", "bare": ", bare loop", "released": ", released freezing", "apart": ", one by one"}
 SERIES = {"depth": "blocks", "image_size": "px"}
 
 
@@ -45,7 +45,8 @@ def doubts(table: pd.DataFrame) -> list[str]:
 
 def bench_table(table: pd.DataFrame) -> Table:
     """Return the rows of `training.bench.bench` as a table: medians over rounds, in brackets the extremes."""
-    beside = table["against"].map({name: "bare" if str(name).endswith("bare") else "ours" for name in table["against"]})
+    ends = {"bare": "bare", "apart": "one by one"}
+    beside = table["against"].map({name: ends.get(str(name).rpartition("-")[2], "ours") for name in table["against"]})
     cells = {
         "": table["variant"].map(label),
         "images/s": (table["batch"] / table["step_seconds"]).map("{:,.1f}".format),
@@ -131,6 +132,11 @@ def ratios_in_words(table: pd.DataFrame) -> list[str]:
         f"ours (FLOPs {flops:.3f}){memory}; {modules}.",
         f"In pieces: an image costs, against end to end, {'; '.join(costs)}. Time above FLOPs means that small pieces use this "
         "machine less well.",
+        *(
+            f"Together: an update of all modules in one phase takes {_span(row)} times as long as one by one, reading and "
+            f"augmenting apart (FLOPs {row['flops_ratio']:.3f})."
+            for _, row in table[table["variant"] == "incubate_together"].iterrows()  # not in tables from before
+        ),
     ]
 
 

@@ -180,7 +180,7 @@ def forecast(
     devices, known, rows, totals, adaptive = settings.machine.team_size, {}, [], [], []
     for (name, _), final in todo.finals.items():
         nodes = closure([final])
-        kinds = {node.key: (node.settings.seeded_as, node.settings.module_index) for node in nodes}
+        kinds = {node.key: (node.settings.phase, node.settings.module_index) for node in nodes}
         seconds = {key: took[key] if key in took else speed.seconds(*kind, flops[key]) for key, kind in kinds.items()}
         hours = {key: time / 3600 for key, time in seconds.items()}
         places = _schedule(nodes, {key: time / devices for key, time in hours.items()}, machines)

@@ -1,5 +1,8 @@
 """What a phase's step keeps in memory, counted on its network without computing anything."""
 
+from torch import nn
+
+from incubate_lib.method.network import Partition
 from incubate_lib.phases.networks import model_shape
 from incubate_lib.phases.recipes import networks_of
 from incubate_lib.pipeline.graph import Node
@@ -11,16 +14,19 @@ _PARTS: dict = {}  # memory of parts that were gone through; sliders ask often
 def step_memory_of(node: Node, known: dict) -> StepMemory:
     """Return the memory of a phase's step; `known` keeps networks and what they take, which several phases share."""
     phase, size = node.settings, node.settings.model.img_size
-    key = (node.kind.cost(phase.model, phase.options), phase.module_index, bool(phase.training.ema), phase.training.optimizer)
+    shared = (bool(phase.training.ema), phase.training.optimizer)
+    key = (node.kind.cost(phase.model, phase.options), size, phase.module_index, *shared)
     if key not in known:
         if size not in known:
             settings = node.experiment.settings
             settings = settings.model_copy(update={"model": settings.model.model_copy(update={"img_size": size})})
             known[size] = networks_of(settings, (node.facts.target_depths, node.facts.meta_depths), node.facts.outputs)
-        network, partition = node.kind.trains(known[size], phase.module_index)
-        how = {"precision": phase.precision, "optimizer": phase.training.optimizer, "known": _PARTS}
-        parts = memory_by_part(network, model_shape(phase.model), partition, **how)
-        memory = sum(parts, StepMemory())
+
+        def count(network: nn.Module, partition: Partition | None) -> list[StepMemory]:
+            how = {"precision": phase.precision, "optimizer": phase.training.optimizer, "known": _PARTS}
+            return memory_by_part(network, model_shape(phase.model), partition, **how)
+
+        memory = node.kind.memory(known[size], phase.module_index, count)
         average = memory.weights if phase.training.ema else 0  # of the weights, kept beside them
         known[key] = memory + StepMemory(weights=average)
     return known[key]

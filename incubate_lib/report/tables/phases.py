@@ -30,8 +30,9 @@ def costs_table(node: Node) -> pd.DataFrame:
     # of kinds that are set under one name a strategy has one
     own = {PHASES[name].group: PHASES[name].group for name in PHASES} | {node.kind.group: node.kind.name}
     counted = {
-        key: flops for key, flops in node.facts.flops_per_image.items()
-        if (kind := key.partition("-")[0]) not in PHASES or own[PHASES[kind].group] == kind
+        key: flops for key, flops in node.facts.flops_at(node.settings.model.img_size).items()
+        if (kind := key.partition("-")[0]) not in PHASES
+        or (own[PHASES[kind].group] == kind and not (PHASES[kind].counted_apart and node.kind.name != kind))
     }  # fmt: skip
     flops = pd.Series(counted) / 1e6
     table = pd.DataFrame({"MFLOP an image": flops.round(2), "of end to end": (flops / flops["target"]).round(3)})
@@ -41,7 +42,9 @@ def costs_table(node: Node) -> pd.DataFrame:
         kind, _, number = key.partition("-")
         if kind == "target":  # what all kinds cost that train the whole network
             return f"{names['end_to_end']}, {f'{number} pixels' if number else 'fine-tuning'}"
-        return names.get(kind, kind) + (f", module {int(number) + 1}" if number else "")
+        return names.get(kind, kind) + (
+            f", module {int(number) + 1}" if number.isdigit() else number and f", {number.replace('_', ' ')}"
+        )
 
     table.index = [named(key) for key in table.index]
     return table

@@ -70,11 +70,15 @@ def from_plan(plan: Plan) -> Results:
             if summary is None:
                 continue
             check_metrics(node.folder)
-            rows["phases"].append(_phase_row(node, summary) | of)
+            rows["phases"] += [row | of for row in _phase_rows(node, summary)]
             shared = of | {key: summary[key] for key in ("phase", "module_index", "metric")}
             per_step = summary["train_flops"] / summary["steps"] if summary["steps"] else 0
             for point in node.folder.metrics():
-                rows["curves"].append(shared | point | {"flops": point.get("train_flops", point["step"] * per_step)})
+                costs = {"flops": point.get("train_flops", point["step"] * per_step)}
+                if "module_index" in point:  # of several that learn together: each has its share
+                    costs |= {"train_seconds": point["train_seconds"]}
+                    costs = {name: cost / len(summary["modules"]) for name, cost in costs.items()}
+                rows["curves"].append(shared | point | costs)
             rows["mntk"] += [shared | unit for unit in _units_of(node, summary)]
         if all(summary for _, summary in needed):
             rows["strategies"].append(of | _strategy_row(name, final, {node.key: summary for node, summary in needed}))
@@ -89,6 +93,13 @@ def check_metrics(folder: PhaseFolder) -> None:
         whole = path.read_bytes().count(b"\n") if path.is_file() else 0
         wrong = whole - len(folder.metrics(path.name))
         refuse(wrong > 0, f"{path} has {wrong} line(s) that are no evaluations; delete these, and the curve has a gap there")
+
+
+def _phase_rows(node: Node, summary: dict) -> list[dict]:
+    """Return the row of a phase, or one for each of the modules that learned in it together: they share its costs equally."""
+    row, modules = _phase_row(node, summary), summary.get("modules", [])
+    shares = {name: row[name] / len(modules) for name in ("flops", "flops_executed", "seconds", "eval_seconds") if modules}
+    return [row | shares | module for module in modules] or [row]
 
 
 def _phase_row(node: Node, summary: dict) -> dict:

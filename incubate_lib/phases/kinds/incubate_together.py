@@ -1,0 +1,88 @@
+"""incubate_together: all target modules, each in its place in the frozen meta model, in one process that reads each image once.
+
+Equal bit for bit to one `incubate` phase a module, if those have `share_draws`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from incubate_lib.config import ModelSettings, PhaseSettings
+from incubate_lib.phases.kinds import Inputs, Phase
+from incubate_lib.phases.kinds.incubate import PHASE as ALONE
+from incubate_lib.phases.kinds.incubate import Start
+
+
+class IncubateTogether(Phase):
+    name = "incubate_together"
+    group = "incubate"
+    label = "modules together"
+    counted_as = "hybrids together"
+    look = ALONE.look
+    line = ALONE.line
+    is_set_by_name = False
+    options = Start
+    pace = "incubate_together"
+    work = ALONE.work
+
+    def begins(self, steps: int, others: set[str]) -> bool:
+        return False
+
+    def title(self, s: PhaseSettings) -> str:
+        return f"{len(s.target_depths)} modules together"
+
+    def alone(self, s: PhaseSettings) -> list[PhaseSettings]:
+        return [
+            s.model_copy(update={"phase": "incubate", "group": "", "options": s.options | {"module_index": i}})
+            for i in range(len(s.target_depths))
+        ]
+
+    def cost(self, model: ModelSettings, options: dict[str, Any]) -> str:
+        return self.name
+
+    def count(self, networks: Any) -> dict[str, int]:
+        if not networks.partition:
+            return {}
+        by_module = [self.count_modules(networks, i) for i in range(networks.partition.num_modules)]
+        again = sum(sum(flops[:i]) for i, flops in enumerate(by_module))  # the meta modules before each
+        return {self.name: sum(map(sum, by_module)) - again + sum(by_module[-1][:-1])}
+
+    def count_modules(self, networks: Any, module_index: int) -> list[int]:
+        return ALONE.count_modules(networks, module_index)
+
+    def trains(self, networks: Any, module_index: int | None) -> tuple[Any, Any]:
+        return ALONE.trains(networks, module_index)
+
+    def memory(self, networks: Any, module_index: int | None, count: Callable[..., Any]) -> Any:
+        from incubate_lib.training.memory import StepMemory, in_turn
+
+        modules = range(networks.partition.num_modules)
+        hybrids = [sum(count(*self.trains(networks, i)), StepMemory()) for i in modules]
+        meta = sum(parameter.numel() * parameter.element_size() for parameter in networks.hybrids_of.parameters())
+        return in_turn(hybrids) + StepMemory(weights=meta)
+
+    def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> Any:
+        from incubate_lib.method.together import Together
+        from incubate_lib.phases.networks import partition_of
+        from incubate_lib.phases.recipes import meta_and_target, start
+
+        meta, target = meta_and_target(s, inputs, outputs)
+        for index in range(len(s.target_depths)):
+            start(s, meta, target, index)
+        return Together(meta, target, partition_of(s))
+
+    def losses(self, run: Callable[..., Any], x: Any, loss: Callable[[Any], Any]) -> Iterator[Any]:
+        for index in run(x):
+            yield loss(run(x, index))
+
+    def evaluated(self, model: Any, x: Any) -> list[Any]:
+        return model(x)
+
+    def groups(self, model: Any) -> list[list[Any]]:
+        return [ALONE.groups(hybrid)[0] for hybrid in model.hybrids]
+
+    def results(self, model: Any) -> dict[str, dict[str, Any]]:
+        modules = model.module_states()  # `model` is what puts them together
+        return {"model": {name: tensor for module in modules for name, tensor in module.items()}}
+
+
+PHASE = IncubateTogether()
