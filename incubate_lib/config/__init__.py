@@ -19,6 +19,7 @@ from incubate_lib.config.models import DEFAULT_MACHINE as DEFAULT_MACHINE
 from incubate_lib.config.models import Settings as Settings
 from incubate_lib.config.phase import TASK as TASK
 from incubate_lib.config.phase import PhaseSettings as PhaseSettings
+from incubate_lib.config.recipes import TrainingSettings as TrainingSettings
 from incubate_lib.config.sections import LARGEST_SEED as LARGEST_SEED
 from incubate_lib.config.sections import MADE as MADE
 from incubate_lib.config.sections import DataSettings as DataSettings
@@ -26,5 +27,4 @@ from incubate_lib.config.sections import Frozen as Frozen
 from incubate_lib.config.sections import MachineSettings as MachineSettings
 from incubate_lib.config.sections import MATSettings as MATSettings
 from incubate_lib.config.sections import ModelSettings as ModelSettings
-from incubate_lib.config.sections import TrainingSettings as TrainingSettings
 from incubate_lib.config.sections import check_name as check_name

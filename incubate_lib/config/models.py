@@ -13,7 +13,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from incubate_lib.config.errors import SettingsError, nearest, refuse, validated
 from incubate_lib.config.members import STRATEGIES
 from incubate_lib.config.phase import FORMAT, TASK, as_ever, digest
-from incubate_lib.config.recipes import expanded
+from incubate_lib.config.recipes import TrainingSettings, expanded
 from incubate_lib.config.sections import (
     ARRAYS,
     DataSettings,
@@ -23,7 +23,6 @@ from incubate_lib.config.sections import (
     ModelSettings,
     Name,
     PartitionSettings,
-    TrainingSettings,
 )
 from incubate_lib.config.strategies import KNOWN, PhaseChanges, StrategyName, StrategySettings, as_set, is_cut
 

@@ -9,7 +9,8 @@ from pydantic_core import to_jsonable_python
 
 from incubate_lib.config.members import PHASES
 from incubate_lib.config.packaged import packaged
-from incubate_lib.config.sections import DataSettings, Frozen, MATSettings, ModelSettings, Seed, TrainingSettings
+from incubate_lib.config.recipes import TrainingSettings
+from incubate_lib.config.sections import DataSettings, Frozen, MATSettings, ModelSettings, Seed
 
 TASK = "classification"
 # of everything a phase's result depends on besides its settings; raise it when old results must not be reused

@@ -1,13 +1,83 @@
-"""What a `recipe` stands for: fields of `training`, which settings have in place of its name."""
+"""The recipe of a phase: the section `training`, and what the names of recipes stand for, which settings have in their place."""
 
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, model_validator
+
+from incubate_lib.config.errors import refuse
 from incubate_lib.config.members import PHASES
 from incubate_lib.config.packaged import packaged
-from incubate_lib.config.sections import TrainingSettings
+from incubate_lib.config.sections import Amount, Epochs, Frozen, Number, Positive, Share
 
 RELEASED = packaged("recipes.yaml")  # phase, or every → field → value
+
+
+class TrainingSettings(Frozen):
+    """The recipe of one phase: AdamW or SGD, cosine with linear warm-up, timm's mixup and cutmix."""
+
+    # ours or released, for the authors' code: what it says by which fields stands in recipes.yaml; a field that is set wins
+    recipe: Literal["ours", "released"] | None = None
+    epochs: Epochs = 10.0  # passes over the training images; fractions are fine; 0: only evaluate
+    batch_size: Positive = 32  # images of an update, on all devices together; an epoch's incomplete last one is left out
+    micro_batch: Positive | None = None  # images that one device takes at once, with gradients accumulated; none: its whole share
+    lr: Annotated[float, Field(gt=0, le=3e38)] = 1e-3  # learning rate after warm-up; a float32 holds no more than 3e38
+    lr_for_batch: Positive | None = None  # lr is meant for this batch size and scaled linearly to batch_size
+    min_lr: Annotated[float, Field(ge=0)] = 1e-5  # where the cosine ends; never scaled
+    warmup_epochs: Epochs = 1.0  # in which the rate rises linearly
+    warmup_lr: Amount | None = None  # at which it begins to rise; none: at lr, divided by the updates of the warm-up
+    warmup: Literal["before", "inside"] = "before"  # the cosine; inside: it runs over all epochs, at first unseen
+    lr_by: Literal["update", "epoch"] = "update"  # how often the rate changes; by epoch it is one late
+    weight_decay: Number = 0.05  # not on biases, norms, position embedding, class token
+    decay_tokens: bool = False  # weight_decay on position embedding and class token, too
+    token_std: Number | None = None  # standard deviation of the class token at the start; none: timm's, 1e-6
+    # sgd has Nesterov momentum, of which betas[0] is the decay, and decay within the gradient, as residual networks are trained
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False)  # of AdamW
+    clip_grad: Annotated[float, Field(gt=0)] | None = None  # largest norm of the gradient; none: no clipping
+    clip_when: Literal["always", "mixed_precision"] = "always"  # whether clip_grad acts in float32, too
+    # decay of the moving average of weights, which is evaluated and kept; none: the last weights
+    ema: Share | None = None
+    label_smoothing: Share = 0.1  # share of the target that all classes have together
+    drop_path: Share = 0.0  # rate of stochastic depth at the last block; it rises linearly from 0 at the first
+    drop_path_over: Literal["target", "hybrid"] = "target"  # whose blocks are counted for that while a module learns
+    frozen: Literal["eval", "train"] = "eval"  # mode of a hybrid's frozen parts; train: with drop-path
+    mixup: Number = 0.0  # alpha of its beta distribution; 0: off
+    cutmix: Number = 0.0  # alpha of its beta distribution; 0: off
+    mixup_draws: Positive | None = None  # of mixup or cutmix, for an update; none: one for each micro-batch
+    hflip: bool = False  # random mirroring of each image
+    shift: Annotated[int, Field(ge=0, le=20_000)] = 0  # pixels; random translation; images held in memory only
+    # timm's notation, e.g. rand-m9-mstd0.5-inc1; streamed images only, as the next two
+    randaugment: str | None = None
+    # only without randaugment, which has its own, as in timm
+    color_jitter: Annotated[float, Field(ge=0)] = 0.0
+    erase: Share = 0.0  # probability of a rectangle of noise
+    # augmentations of an image within a batch; an epoch then shows 1/repeats of the images
+    repeats: Annotated[int, Field(ge=1, le=1_000)] = 1
+    stride_repeats: bool = False  # these fall into different draws of mixup, or micro-batches
+    eval_every: Positive = 1  # epochs between evaluations; the last step is always evaluated
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up, scaled to the batch."""
+        return self.lr * self.batch_size / (self.lr_for_batch or self.batch_size)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "TrainingSettings":
+        scaled = f" (lr {self.lr:g} × batch_size {self.batch_size} / lr_for_batch {self.lr_for_batch})"
+        lowest = f"min_lr {self.min_lr} is larger than lr {self.peak_lr:g}" + scaled * bool(self.lr_for_batch)
+        epochs, warmup, batch, draws = self.epochs, self.warmup_epochs, self.batch_size, self.mixup_draws or 1
+        field = "micro_batch" if self.micro_batch else "batch_size"
+        micro = getattr(self, field)
+        refuse(self.min_lr > self.peak_lr, lowest)
+        refuse(warmup > epochs, f"warmup_epochs {warmup} is more than epochs {epochs}")
+        refuse(batch % micro, f"batch_size {batch} is not divisible by micro_batch {micro}")
+        mixed, paired = self.mixup or self.cutmix, "is odd; mixup and cutmix pair the images of a batch"
+        refuse(mixed and micro % 2, f"{field} {micro} {paired}")
+        refuse((self.warmup_lr or 0) > self.peak_lr, f"warmup_lr {self.warmup_lr} is larger than lr {self.peak_lr:g}")
+        refuse(batch % draws, f"batch_size {batch} is not divisible by mixup_draws {draws}")
+        refuse(mixed and batch // draws % 2, f"batch_size {batch} divided by mixup_draws {draws} {paired}")
+        return self
 
 
 def fields_of(recipe: str, phase: str) -> dict[str, Any]:

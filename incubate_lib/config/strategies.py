@@ -10,7 +10,8 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 from incubate_lib.config.errors import nearest, refuse
 from incubate_lib.config.members import PHASES, STRATEGIES
 from incubate_lib.config.packaged import packaged
-from incubate_lib.config.sections import Frozen, MATSettings, TrainingSettings, check_name
+from incubate_lib.config.recipes import TrainingSettings
+from incubate_lib.config.sections import Frozen, MATSettings, check_name
 
 # `--set strategies.NAME.…` has the dots
 StrategyName = Annotated[str, AfterValidator(partial(check_name, dots=False))]

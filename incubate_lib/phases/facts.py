@@ -21,8 +21,8 @@ class Facts(Frozen):
     target_depths: list[int]
     meta_depths: list[int]
     takes_depth: bool = True  # whether the meta model is built with less depth; else it is the target with blocks left out
-    # Training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14, and of small images meta@14 …;
-    # of a network with batch norm renewal, too, which goes through it forward only
+    # Training FLOPs of one image: meta, target (fine-tuning too), incubate-0, imitate-0, target-14, and of small images meta@14
+    # …; of a network with batch norm renewal, too, which goes through it forward only
     flops_per_image: dict[str, int]
     low_resolution: dict[str, int] = {}  # strategies that begin with small images → their size in pixels
     unsupported: dict[str, str]  # starts, and strategies with small images, that these networks lack, and why

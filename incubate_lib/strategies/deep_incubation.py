@@ -31,7 +31,7 @@ class DeepIncubation(StrategySettings):
     incubate: Literal["labels", "features", "none"] = "labels"
     together: bool = False  # all modules learn in one phase, which reads each image once; one process, none side by side
     share_draws: bool = False  # modules that learn apart get the same images and random draws, as they do together
-    # meta model and modules have small images, fine-tuning the network's own size; {}: half of that, {img_size: 16}: so many pixels
+    # small images for meta model and modules, the network's own size for fine-tuning; {}: half of it, {img_size: 16}: 16 pixels
     low_resolution: SmallImages | None = None
     match: str | None = None  # as long as costs the training FLOPs of that one
     budget: Annotated[float, Field(gt=0)] = 1.0  # share of what is matched that it may cost

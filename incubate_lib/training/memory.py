@@ -46,7 +46,8 @@ def in_turn(parts: Sequence[StepMemory]) -> StepMemory:
     for part in parts:
         casts.append(part.casts + before)  # beside it wait the gradients of those that had their turn
         before += part.gradients
-    return StepMemory(learned, learned, ADAM_STATES * learned, max(casts), max(part.activations for part in parts))
+    moments = sum(part.optimizer for part in parts)
+    return StepMemory(learned, learned, moments, max(casts), max(part.activations for part in parts))
 
 
 def memory_by_part(
