@@ -11,7 +11,7 @@ from rich.console import Console
 from incubate_lib.cli.tables import fitted
 from incubate_lib.config import check_numbers, load_settings, presets, refuse
 from incubate_lib.config.peaks import DEVICE, SHARE, check_stated
-from incubate_lib.pipeline.view import matched_lengths
+from incubate_lib.pipeline.view import few_updates, matched_lengths
 
 FIGURES = (".png", ".svg", ".pdf")
 ALIKE = 0.8  # of a preset's name; no network of timm has one so like it
@@ -51,7 +51,7 @@ def plan(options: argparse.Namespace) -> None:
     console.print(fitted(planner.strategies_table(costs).reset_index(names="strategy"), console), "")
     for name, phases in planner.phases_table(costs).groupby("strategy", sort=False):
         console.print(fitted(phases.drop(columns="strategy"), console, name), "")
-    print(*matched_lengths(todo), planner.in_words(costs), sep="\n")
+    print(*matched_lengths(todo), *few_updates(todo), planner.in_words(costs), sep="\n")
     if measured:
         table = forecast.against_measured(measured, speed)
         console.print("", fitted(planner.against_table(table), console), "")

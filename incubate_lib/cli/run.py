@@ -14,7 +14,7 @@ from incubate_lib.pipeline import execution
 from incubate_lib.pipeline import study as grid
 from incubate_lib.pipeline.experiment import Experiment, source_of
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.pipeline.view import matched_lengths
+from incubate_lib.pipeline.view import few_updates, matched_lengths
 
 PLANNING = "Planning: reading the images, building the networks, counting FLOPs …"
 
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int | None:
 
         print(unused_in_words(unused, todo.experiment.facts.outputs), flush=True)
     if is_new:
-        for line in matched_lengths(todo):
+        for line in matched_lengths(todo) + few_updates(todo):
             print(line, flush=True)
     if options.anew:
         from incubate_lib.pipeline import store

@@ -9,11 +9,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from incubate_lib import tasks
+from incubate_lib.data.schedule import total_steps
 from incubate_lib.pipeline.graph import Node, Plan, closure
 from incubate_lib.training.files import read_json
 from incubate_lib.training.runs import GONE, PhaseFolder
 
 STYLE = {"done": "green", "running": "cyan", "failed": "red", "lost": "red", "interrupted": "yellow", "stopped": "yellow"}
+FEW_UPDATES = 50  # of a phase; fewer say nothing about a strategy
 
 
 @dataclass
@@ -92,6 +94,17 @@ def matched_lengths(plan: Plan) -> list[str]:
         what = "what K workers do in the time" if way.get("match_on") == "critical_path" else "the cost"
         lines[name] = f"{name} is matched to {share}{what} of {way.get('match')}: {', '.join(lasts)}."
     return list(lines.values())
+
+
+def few_updates(plan: Plan) -> list[str]:
+    """Say which phases are so short that their results say nothing about a strategy: the shortest of each kind."""
+    steps: dict[str, int] = {}
+    for node in plan.nodes:
+        if training := node.settings.training:
+            own = total_steps(training.epochs, node.facts.num_images, training.batch_size)
+            steps[node.settings.seeded_as] = min(own, steps.get(node.settings.seeded_as, own))
+    few = [f"{phase} {number}" for phase, number in steps.items() if number < FEW_UPDATES]
+    return [f"Few updates: {', '.join(few)}. More epochs or a smaller batch_size teach more."] if few else []
 
 
 def render(lines: list[Line], height: int | None = None, place: str = "where") -> Table:
