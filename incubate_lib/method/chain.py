@@ -234,6 +234,9 @@ def _narrow_places(logits: Tensor, images: Tensor) -> Callable[[Vertex], bool]:
 
 
 VIEWS = ("T", "View", "ReshapeAlias", "Unsqueeze", "Permute", "Transpose", "Expand", "UnsafeView", "ToCopy", "Reshape")
+# What hands on values as they are; ReLU, too, since blocks that end with it are given what a ReLU returned.
+KEEPING = (*VIEWS, "Add", "Cat", "Clone", "Slice", "Split", "SplitWithSizes", "Unbind", "Select", "Squeeze", "Alias", "Relu")
+KEEPING += ("AsStrided", "torch::autograd::CopySlices")  # an addition in place to a part of something
 
 
 def _branch_ends(output: Any, source: Any, names: dict[int, str]) -> tuple[str, ...]:
@@ -252,6 +255,8 @@ def _branch_ends(output: Any, source: Any, names: dict[int, str]) -> tuple[str, 
         times[node] = sum(parts)
         if node.name() == "CatBackward0":  # of parts of the input; of the input and something else it would be none of both
             times[node] = parts[0] if len(set(parts)) == 1 else 2
+        elif times[node] and _kind(node) not in KEEPING:
+            times[node] = 2  # something else than the input
     found, reached = set[str](), {output}
     for node in reversed(between[1:]):
         if node in reached:
@@ -286,9 +291,13 @@ def _first_parameters(node: Any, names: dict[int, str]) -> set[str]:
     return set(known) if known else set().union(*(_first_parameters(below, names) for below in _operands(node)))
 
 
+def _kind(node: Any) -> str:
+    return node.name().partition("Backward")[0]
+
+
 def _variable(node: Any) -> Tensor | None:
     """Return the leaf that a node hands on, itself or a view of it."""
-    while node is not None and node.name().removesuffix("Backward0") in VIEWS:
+    while node is not None and _kind(node) in VIEWS:
         node = next((below for below, _ in node.next_functions if below is not None), None)
     return getattr(node, "variable", None)
 
