@@ -240,8 +240,8 @@ class TrainingSettings(Frozen):
     min_lr: Annotated[float, Field(ge=0)] = 1e-5  # where the cosine ends; never scaled
     warmup_epochs: Epochs = 1.0  # in which the rate rises linearly
     warmup_lr: Amount | None = None  # at which it begins to rise; none: at lr, divided by the updates of the warm-up
-    warmup: Literal["before", "inside"] = "before"  # the cosine; inside: it runs over all epochs, at first unseen
-    lr_by: Literal["update", "epoch"] = "update"  # how often the rate changes; by epoch it is one late
+    warmup: Literal["before", "inside"] = "before"  # or inside the cosine, which then runs over all epochs
+    lr_by: Literal["update", "epoch"] = "update"  # how often the rate changes; by epoch, it lags one
     weight_decay: Number = 0.05  # not on biases, norms, position embedding, class token
     decay_tokens: bool = False  # weight_decay on position embedding and class token, too
     token_std: Number | None = None  # standard deviation of the class token at the start; none: timm's, 1e-6
@@ -252,7 +252,7 @@ class TrainingSettings(Frozen):
     ema: Share | None = None
     label_smoothing: Share = 0.1  # share of the target that all classes have together
     drop_path: Share = 0.0  # rate of stochastic depth at the last block; it rises linearly from 0 at the first
-    drop_path_over: Literal["target", "hybrid"] = "target"  # whose blocks are counted for that while a module learns
+    drop_path_over: Literal["target", "hybrid"] = "target"  # over whose blocks it rises while a module learns
     frozen: Literal["eval", "train"] = "eval"  # mode of a hybrid's frozen parts; train: with drop-path
     mixup: Number = 0.0  # alpha of its beta distribution; 0: off
     cutmix: Number = 0.0  # alpha of its beta distribution; 0: off
@@ -266,7 +266,7 @@ class TrainingSettings(Frozen):
     erase: Share = 0.0  # probability of a rectangle of noise
     # augmentations of an image within a batch; an epoch then shows 1/repeats of the images
     repeats: Annotated[int, Field(ge=1, le=1_000)] = 1
-    stride_repeats: bool = False  # these fall into different draws of mixup, or micro-batches
+    stride_repeats: bool = False  # an image's repeats fall into different draws of mixup, or micro-batches
     eval_every: Positive = 1  # epochs between evaluations; the last step is always evaluated
 
     @property
