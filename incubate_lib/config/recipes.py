@@ -21,21 +21,28 @@ def expanded(settings: dict[str, Any]) -> dict[str, Any]:
 
     So results and records know fields only, and a recipe by its name is the same as its fields one by one.
     """
-    with suppress(TypeError, ValueError):  # of settings of another shape, which validation tells
-        training, phases = dict(settings.get("training") or {}), dict(settings.get("phases") or {})
-        strategies, given = dict(settings.get("strategies") or {}), set(training)
+    with suppress(TypeError):  # of settings of another shape, which validation tells
+        training, phases, strategies = (_copied(settings.get(name)) for name in ("training", "phases", "strategies"))
+        given = set(training)
         if training.get("recipe") == "released":
             named = [phase for phase in PHASES if PHASES[phase].is_set_by_name]
-            phases |= {phase: {"recipe": "released"} | dict(phases.get(phase) or {}) for phase in named}
+            phases |= {phase: {"recipe": "released"} | _copied(phases.get(phase)) for phase in named}
         if training.get("recipe") in ("ours", "released"):
             del training["recipe"]
         for name, strategy in strategies.items():
-            if own := dict(dict(strategy or {}).get("phases") or {}):
-                both = {phase: given | set(phases.get(phase) or ()) for phase in own}
-                strategies[name] = dict(strategy) | {"phases": {p: _filled(own[p], p, both[p]) for p in own}}
+            if own := _copied(_copied(strategy).get("phases")):
+                filled = {phase: _filled(own[phase], phase, given | set(_copied(phases.get(phase)))) for phase in own}
+                strategies[name] = strategy | {"phases": filled}
         phases = {phase: _filled(changes, phase, given) for phase, changes in phases.items()}
         return settings | {"training": training, "phases": phases, "strategies": strategies}
     return settings
+
+
+def _copied(value: Any) -> dict[str, Any]:
+    """Return a copy of a mapping; TypeError for anything but that and nothing."""
+    if not isinstance(value, dict | None):
+        raise TypeError
+    return dict(value or {})
 
 
 def _filled(changes: Any, phase: str, given: set[str]) -> Any:
