@@ -195,7 +195,7 @@ def their_forward(w, x, heads, last_rate):
 def test_updates_with_everything_released_are_those_of_the_released_code(index):
     batch, epochs, seed = 16, 5, 3
     changes = ["recipe=released", f"batch_size={batch}", "drop_path=0.3", "shift=0", "mixup=0.8", "cutmix=1.0", "mixup_draws=4"]
-    changes += ["repeats=3", "clip_grad=1e-3", "lr=0.01", f"epochs={epochs}", "warmup_epochs=2"]
+    changes += ["repeats=3", "clip_grad=1e-3", "lr=2e-3", f"epochs={epochs}", "warmup_epochs=2"]
     settings = load_settings("smoke", [f"training.{change}" for change in changes])
     recipe = settings.training_of("deep_incubation", "incubate")
     torch.set_default_dtype(torch.float64)
@@ -236,7 +236,7 @@ def updated(weights, learning, images, labels, epochs, batch, seed):
         x, targets = map(torch.cat, zip(*mixed, strict=True))
         loss = -(targets * their_forward(w, x, 2, 0.3).log_softmax(1)).sum(1).mean()
         gradients = torch.autograd.grad(loss, [w[name] for name in sorted(learning)])
-        rate = their_rate(step, epochs, 2, 0.01)
+        rate = their_rate(step, epochs, 2)
         for name, gradient in zip(sorted(learning), gradients, strict=True):
             first[name] = 0.9 * first[name] + 0.1 * gradient
             second[name] = 0.999 * second[name] + 0.001 * gradient**2

@@ -16,7 +16,7 @@ RELEASED = packaged("recipes.yaml")  # phase, or every → field → value
 class TrainingSettings(Frozen):
     """The recipe of one phase: AdamW or SGD, cosine with linear warm-up, timm's mixup and cutmix."""
 
-    # ours or released, for the authors' code: what it says by which fields stands in recipes.yaml; a field that is set wins
+    # ours or released, for the authors' code: what it says by which fields is in recipes.yaml; a field that is set wins
     recipe: Literal["ours", "released"] | None = None
     epochs: Epochs = 10.0  # passes over the training images; fractions are fine; 0: only evaluate
     batch_size: Positive = 32  # images of an update, on all devices together; an epoch's incomplete last one is left out
@@ -26,8 +26,8 @@ class TrainingSettings(Frozen):
     min_lr: Annotated[float, Field(ge=0)] = 1e-5  # where the cosine ends; never scaled
     warmup_epochs: Epochs = 1.0  # in which the rate rises linearly
     warmup_lr: Amount | None = None  # at which it begins to rise; none: at lr, divided by the updates of the warm-up
-    warmup: Literal["before", "inside"] = "before"  # the cosine; inside: it runs over all epochs, at first unseen
-    lr_by: Literal["update", "epoch"] = "update"  # how often the rate changes; by epoch it is one late
+    warmup: Literal["before", "inside"] = "before"  # or inside the cosine, which then runs over all epochs
+    lr_by: Literal["update", "epoch"] = "update"  # how often the rate changes; by epoch, it lags one
     weight_decay: Number = 0.05  # not on biases, norms, position embedding, class token
     decay_tokens: bool = False  # weight_decay on position embedding and class token, too
     token_std: Number | None = None  # standard deviation of the class token at the start; none: timm's, 1e-6
@@ -40,7 +40,7 @@ class TrainingSettings(Frozen):
     ema: Share | None = None
     label_smoothing: Share = 0.1  # share of the target that all classes have together
     drop_path: Share = 0.0  # rate of stochastic depth at the last block; it rises linearly from 0 at the first
-    drop_path_over: Literal["target", "hybrid"] = "target"  # whose blocks are counted for that while a module learns
+    drop_path_over: Literal["target", "hybrid"] = "target"  # over whose blocks it rises while a module learns
     frozen: Literal["eval", "train"] = "eval"  # mode of a hybrid's frozen parts; train: with drop-path
     mixup: Number = 0.0  # alpha of its beta distribution; 0: off
     cutmix: Number = 0.0  # alpha of its beta distribution; 0: off
@@ -54,7 +54,7 @@ class TrainingSettings(Frozen):
     erase: Share = 0.0  # probability of a rectangle of noise
     # augmentations of an image within a batch; an epoch then shows 1/repeats of the images
     repeats: Annotated[int, Field(ge=1, le=1_000)] = 1
-    stride_repeats: bool = False  # these fall into different draws of mixup, or micro-batches
+    stride_repeats: bool = False  # an image's repeats fall into different draws of mixup, or micro-batches
     eval_every: Positive = 1  # epochs between evaluations; the last step is always evaluated
 
     @property
@@ -91,21 +91,28 @@ def expanded(settings: dict[str, Any]) -> dict[str, Any]:
 
     So results and records know fields only, and a recipe by its name is the same as its fields one by one.
     """
-    with suppress(TypeError, ValueError):  # of settings of another shape, which validation tells
-        training, phases = dict(settings.get("training") or {}), dict(settings.get("phases") or {})
-        strategies, given = dict(settings.get("strategies") or {}), set(training)
+    with suppress(TypeError):  # of settings of another shape, which validation tells
+        training, phases, strategies = (_copied(settings.get(name)) for name in ("training", "phases", "strategies"))
+        given = set(training)
         if training.get("recipe") == "released":
             named = [phase for phase in PHASES if PHASES[phase].is_set_by_name]
-            phases |= {phase: {"recipe": "released"} | dict(phases.get(phase) or {}) for phase in named}
+            phases |= {phase: {"recipe": "released"} | _copied(phases.get(phase)) for phase in named}
         if training.get("recipe") in ("ours", "released"):
             del training["recipe"]
         for name, strategy in strategies.items():
-            if own := dict(dict(strategy or {}).get("phases") or {}):
-                both = {phase: given | set(phases.get(phase) or ()) for phase in own}
-                strategies[name] = dict(strategy) | {"phases": {p: _filled(own[p], p, both[p]) for p in own}}
+            if own := _copied(_copied(strategy).get("phases")):
+                filled = {phase: _filled(own[phase], phase, given | set(_copied(phases.get(phase)))) for phase in own}
+                strategies[name] = strategy | {"phases": filled}
         phases = {phase: _filled(changes, phase, given) for phase, changes in phases.items()}
         return settings | {"training": training, "phases": phases, "strategies": strategies}
     return settings
+
+
+def _copied(value: Any) -> dict[str, Any]:
+    """Return a copy of a mapping; TypeError for anything but that and nothing."""
+    if not isinstance(value, dict | None):
+        raise TypeError
+    return dict(value or {})
 
 
 def _filled(changes: Any, phase: str, given: set[str]) -> Any:

@@ -35,7 +35,8 @@ def recipes(preset: str) -> str:
     for name in [name for name in TrainingSettings.model_fields if name in fields_of("released", "")]:
         sides = {recipe: {phase: fields_of(recipe, phase)[name] for phase in kinds} for recipe in ("ours", "released")}
         sides[f"`{preset}`"] = {phase: getattr(of, name) for phase, of in has.items()}
-        rows.append({"field": f"`{name}`"} | {side: _by_phase(values) for side, values in sides.items()})
+        shown = {side: _by_phase(values) for side, values in sides.items()}
+        rows.append({"field": f"`{name}`"} | shown | {"what it is": comments(TrainingSettings)[name]})
     return markdown(rows)
 
 
