@@ -108,7 +108,7 @@ def test_plan_shows_the_anatomy(file, data_folder, capsys):
 
     assert main(["plan", file]) == 0
     output = capsys.readouterr().out
-    assert "in the meta model" in output and " to fc" in output or " to head.fc" in output
+    assert "in the meta model" in output and (" to fc" in output or " to head.fc" in output)
 
 
 @pytest.mark.parametrize(("layers", "parameters"), [(20, 272_474), (32, 466_906), (56, 855_770), (110, 1_730_714)])

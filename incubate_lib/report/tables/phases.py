@@ -41,6 +41,8 @@ def costs_table(node: Node) -> pd.DataFrame:
         kind, _, number = key.partition("-")
         if kind == "target":  # what all kinds cost that train the whole network
             return f"{names['end_to_end']}, {f'{number} pixels' if number else 'fine-tuning'}"
+        if kind == "renewal":
+            return f"{names['assemble']}, statistics renewed"
         return names.get(kind, kind) + (f", module {int(number) + 1}" if number else "")
 
     table.index = [named(key) for key in table.index]
