@@ -5,11 +5,11 @@ import copy
 import pytest
 import timm
 import torch
-from families import NETWORKS, SMALL, K, pair, some_images
+from families import NETWORKS, SMALL, K, build, divided, pair, some_images
 
 from incubate_lib.method.chain import find_chain
 from incubate_lib.method.incubation import Hybrid, start_module
-from incubate_lib.method.network import divide, in_names_of
+from incubate_lib.method.network import divide, in_names_of, without
 
 
 @pytest.fixture
@@ -42,6 +42,30 @@ def test_stack_start_copies_and_does_not_share():
     sources = [small.blocks[i].attn.qkv.weight for i in (0, 0, 1, 1)]
     assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(weights, sources, strict=True))
     assert torch.equal(large.pos_embed, small.pos_embed)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_stack_start_copies_a_meta_block_of_the_same_shapes(name):
+    """Of a module that spans stages the meta model has a block of each."""
+    partition, target, sources = divided(name), build(name, 1), {}
+    for index in range(K):
+        for block in partition.blocks(index):
+            shapes = str([(n, p.shape) for n, p in target.get_submodule(block).named_parameters()])
+            sources[block] = next((b for b, own in sources.items() if own == (index, shapes)), None) or (index, shapes)
+    kept = [block for block, source in sources.items() if isinstance(source, tuple)]
+    meta = without(build(name), [block for block in sources if block not in kept])
+    for index in range(K):
+        start_module(target, meta, partition, index, "stack", inherit_stem=True, inherit_head=True)
+    for block, source in sources.items():
+        own, given = target.get_submodule(block), meta.get_submodule(block if block in kept else source)
+        assert all(torch.equal(tensor, given.state_dict()[n]) for n, tensor in own.state_dict().items()), block
+
+
+def test_a_stack_start_needs_a_meta_block_of_the_same_shapes():
+    meta, target, partition = pair("resnet")
+    with pytest.raises(ValueError, match=r"of module 2 the meta model has no block of the shapes of layer3\.1"):
+        for index in range(K):
+            start_module(target, meta, partition, index, "stack")
 
 
 def test_random_start_changes_nothing_unless_stem_or_head_are_inherited():

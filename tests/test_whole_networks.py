@@ -56,7 +56,7 @@ WHOLE = [  # network, its fields, kind of units → what is told, or nothing
         "swin_tiny_patch4_window7_224",
         "img_size: 64, options: {depths: [1, 1], window_size: 4}",
         "heads",
-        sentences.sees(32),
+        None,
     ),
     ("efficientformer_l1", "img_size: 224", "heads", sentences.UNKNOWN_ROWS),
     ("eva02_tiny_patch14_224", "img_size: 64, patch_size: 16", "heads", r"qkv and proj are not called one after the other"),

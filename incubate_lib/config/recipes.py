@@ -31,9 +31,8 @@ class TrainingSettings(Frozen):
     weight_decay: Number = 0.05  # not on biases, norms, position embedding, class token
     decay_tokens: bool = False  # weight_decay on position embedding and class token, too
     token_std: Number | None = None  # standard deviation of the class token at the start; none: timm's, 1e-6
-    # sgd has Nesterov momentum, of which betas[0] is the decay, and decay within the gradient, as residual networks are trained
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False)  # of AdamW
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd with Nesterov momentum, and with decay within the gradient
+    betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False)  # of AdamW; the first is the momentum of sgd
     clip_grad: Annotated[float, Field(gt=0)] | None = None  # largest norm of the gradient; none: no clipping
     clip_when: Literal["always", "mixed_precision"] = "always"  # whether clip_grad acts in float32, too
     # decay of the moving average of weights, which is evaluated and kept; none: the last weights

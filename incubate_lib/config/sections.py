@@ -157,8 +157,7 @@ class ModelSettings(Frozen):
     def _fits(self) -> "ModelSettings":
         for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
             a, b = getattr(self, whole), getattr(self, part)
-            alone = isinstance(b, int) and a
-            refuse(alone and a % b, f"{whole} {a} is not divisible by {part} {b}")
+            refuse(a and type(b) is int and a % b, f"{whole} {a} is not divisible by {part} {b}")
         for name in sorted(self.options):
             refuse(name in type(self).model_fields, f"options.{name} is a field of its own: set model.{name}")
             refuse(name in ELSEWHERE, f"options.{name} is not set here: {ELSEWHERE.get(name)}")
@@ -207,8 +206,7 @@ def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
 class PartitionSettings(Frozen):
     """How the network is cut: `num_modules` equal parts, the blocks of every part, or the layers behind which it is cut."""
 
-    # cuts the blocks into so many modules of equal size; the first ones of a network whose depth is fixed may have one more
-    num_modules: Blocks | None = None
+    num_modules: Blocks | None = None  # of equal size; where the depth is fixed the first ones may have a block more
     target_depths: list[Blocks] | None = Field(None, min_length=1)  # blocks of each module of the target network
     meta_depths: list[Blocks] | None = Field(None, min_length=1)  # blocks of each module of the meta model; one each if left out
     # what num_modules makes equal: the blocks of each module, or about what each keeps in memory while it learns

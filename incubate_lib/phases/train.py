@@ -7,7 +7,7 @@ from typing import Any
 
 from incubate_lib.config import SettingsError
 from incubate_lib.config.members import PHASES, TASKS
-from incubate_lib.data.schedule import derive_seed
+from incubate_lib.data.schedule import derive_seed, renewal
 from incubate_lib.data.scratch import stage
 from incubate_lib.data.sets import load_data
 from incubate_lib.data.stream import check_shared_memory
@@ -44,7 +44,8 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
             "planned; look at data.folder (machine.data_folder): other images need a folder of another name"
         )
     if s.data.is_streamed:
-        check_shared_memory(eval_set, train, s.training, team.devices)
+        recipe = renewal(len(train)) if s.options.get("renew") else s.training
+        check_shared_memory(eval_set, train, recipe, team.devices)
     model = kind.build(s, job.inputs, job.facts.outputs).to(team.device)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = model

@@ -50,7 +50,7 @@ class Anatomy:
         """Return a row a module, for people."""
         rows = [
             {
-                "pieces": f"{module.first} … {module.last}",
+                "pieces": f"{module.first} to {module.last}",
                 "blocks": module.blocks,
                 "in the meta model": module.meta_blocks,
                 "parameters": f"{module.parameters:,}",

@@ -42,9 +42,10 @@ def costs_table(node: Node) -> pd.DataFrame:
         kind, _, number = key.partition("-")
         if kind == "target":  # what all kinds cost that train the whole network
             return f"{names['end_to_end']}, {f'{number} pixels' if number else 'fine-tuning'}"
-        return names.get(kind, kind) + (
-            f", module {int(number) + 1}" if number.isdigit() else number and f", {number.replace('_', ' ')}"
-        )
+        if kind == "renewal":
+            return f"{names['assemble']}, statistics renewed"
+        what = f"module {int(number) + 1}" if number.isdigit() else number.replace("_", " ")
+        return names.get(kind, kind) + (f", {what}" if what else "")
 
     table.index = [named(key) for key in table.index]
     return table
