@@ -235,7 +235,7 @@ def test_curves_end_where_the_costs_do(recorded, x):
 
 
 DAMAGED = {  # runs of damaged_runs.py, and what is told of them
-    "nothing": "it is empty", "foreign": "it has no run.json", "before": "`incubate migrate` takes over runs of before",
+    "nothing": "it is empty", "foreign": "it has no run.json", "before": "`incubate migrate` takes over runs of an",
     "half": sentences.DAMAGED, "a-list": sentences.DAMAGED, "no-facts": sentences.DAMAGED,
     "no-hash": sentences.DAMAGED, "no-inputs": "no 'inputs'", "other-phase": "phase is missing",
     "other-settings": "other settings than today's", "no-accuracy": "score is missing",

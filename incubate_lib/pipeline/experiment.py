@@ -1,7 +1,7 @@
 """A run: a name below data/runs, and in its run.json which phases it is made of.
 
-The phases themselves lie in data/phases, where every run finds them that is made of the same. What a run was planned as stands
-in run.json under the hash of its settings: called again, nothing is measured or planned. Other settings under the same name get
+The phases themselves lie in data/phases, where every run that is made of them finds them. run.json holds the plan of a run
+under the hash of its settings: called again, nothing is measured or planned. Other settings under the same name get
 a new run.json, and the former is kept as run.<n>.json.
 """
 
