@@ -63,7 +63,7 @@ def test_layers_and_overrides(tmp_path):
 
 def test_a_setting_that_could_have_no_effect_is_refused(tmp_path):
     raw = yaml.safe_load(presets()["smoke"].read_text())
-    raw["phases"] = {phase: {"lr": 1e-3} for phase in ("meta", "incubate", "finetune", "end_to_end")}
+    raw["phases"] = {phase: {"lr": 1e-3} for phase in ("meta", "incubate", "finetune", "end_to_end", "local_learning")}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(SettingsError, match=r"training.lr has no effect: .*phases.<phase>.lr"):
         load_settings(str(tmp_path / "mine.yaml"), ["training.lr=5e-3"])

@@ -26,8 +26,10 @@ SMALL = {
             16, [2, 2, 2]),
     "swin": (
         "swin_tiny_patch4_window7_224",
-        {"img_size": 32, "patch_size": 2, "embed_dim": 12, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4,
-         "drop_path_rate": 0.0},
+        {
+            "img_size": 32, "patch_size": 2, "embed_dim": 12, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4,
+            "drop_path_rate": 0.0,
+        },
         32, [1, 2, 1],
     ),
     "resnet": ("resnet26", {"channels": (4, 8, 4, 4), "stem_width": 8, "zero_init_last": False}, 32, [1, 1, 2]),

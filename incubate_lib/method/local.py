@@ -11,15 +11,16 @@ Letters used for shapes: B batch, N tokens, C channels, H and W pixels.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from incubate_lib.method.incubation import Copied, layers_before
+from incubate_lib.method.incubation import Copied, Replay, layers_before
 from incubate_lib.method.network import Partition, replaced, run_to
 
 Method = Literal["infopro", "dgl"]
@@ -30,13 +31,8 @@ HIDDEN = 128  # features of InfoPro's classifier; own choice: also the channels 
 COLOURS = 12  # channels within the decoder
 TEMPERATURE = 0.07  # of contrast
 # weights of reconstruction and of the task, by the number of modules
-PUBLISHED: dict[int, tuple[Pair, Pair]] = {
-    2: ((5.0, 5.0), (0.5, 0.5)),
-    4: ((1.0, 0.0), (0.0, 1.0)),
-    8: ((5.0, 0.0), (0.0, 1.0)),
-    16: ((5.0, 0.5), (0.0, 1.0)),
-}
-TOKENS = ((5.0, 1.0), (0.5, 1.0))  # own choice, for networks of tokens
+PUBLISHED = {2: ((5, 5), (0.5, 0.5)), 4: ((1, 0), (0, 1)), 8: ((5, 0), (0, 1)), 16: ((5, 0.5), (0, 1))}
+TOKENS = ((5, 1), (0.5, 1))  # own choice, for networks of tokens
 
 
 class Local(NamedTuple):
@@ -204,9 +200,12 @@ class LocalLearning(nn.Module):
         """Map images [B, C, H, W] to an output, or to what one module learns from: see above."""
         if index is None:
             return range(self.partition.num_modules) if self.training else self.network(x)
+        later = [place for replays in self.replays[index + 1 :] for place in replays.items()]
         with ExitStack() as hooks:
-            for path, replays in self._new_after(index):
-                hooks.enter_context(self.parts[index].get_submodule(path).register_forward_hook(_keep(replays)))
+            for path, replay in later:
+                if self.partition.module_of(self.partition.chain.spans[path][1]) == index:
+                    keep = partial(_keep_shape, replay=replay)
+                    hooks.enter_context(self.parts[index].get_submodule(path).register_forward_hook(keep))
             output = run_to(self.parts[index], self.partition, index, x)
         if index == self.partition.num_modules - 1:
             return Local(output)
@@ -228,23 +227,7 @@ class LocalLearning(nn.Module):
             parameters.extend(head.parameters())
         return own
 
-    def _new_after(self, index: int) -> Iterable[tuple[str, list[Copied]]]:
-        """Return the layers that stand for themselves in part `index` and for what they returned in later ones."""
-        known = self.replays[index]
-        later: dict[str, list[Copied]] = {}
-        for replays in self.replays[index + 1 :]:
-            for path, replay in replays.items():
-                if path not in known and self.partition.module_of(self.partition.chain.spans[path][1]) == index:
-                    later.setdefault(path, []).append(replay)
-        return later.items()
 
-
-def _keep(replays: Sequence[Copied]) -> Any:
-    """Return a hook that keeps the shape of what a layer returns: its values are asked for at the cut only."""
-
-    def keep(layer: nn.Module, args: Any, output: Any) -> None:
-        value = output.new_zeros(()).expand(output.shape) if isinstance(output, Tensor) else output
-        for replay in replays:
-            replay.value = value
-
-    return keep
+def _keep_shape(layer: nn.Module, args: Any, output: Any, replay: Replay) -> None:
+    """Have a layer stand for what it returns: its values are asked for at the cut only, and given there."""
+    replay.value = output.new_zeros(()).expand(output.shape) if isinstance(output, Tensor) else output

@@ -49,36 +49,25 @@ class Together(nn.Module):
     def forward(self, x: Tensor, index: int | None = None) -> Any:
         """Map images [B, C, H, W] to logits, or begin to: see above."""
         if index is not None:
-            _set_draws(self.draws, x.device)
+            _generator(x.device).set_state(self.draws)
             return self.hybrids[index](x)
-        self._run_prefix(x)
+        if places := [place for hybrid in self.hybrids for place in hybrid.replays.items()]:
+            with torch.no_grad(), recorded(self.meta, places):
+                run_to(self.meta, self.partition, self.partition.num_modules - 2, x)
         if not self.training:
             return [hybrid(x) for hybrid in self.hybrids]
-        self.draws = _draws(x.device)
+        self.draws = _generator(x.device).get_state()
         return range(len(self.hybrids))
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that the networks want no decay of, as timm's networks say it."""
         return {f"hybrids.{i}.{name}" for i, hybrid in enumerate(self.hybrids) for name in hybrid.no_weight_decay()}
 
-    def module_states(self) -> list[dict[str, Tensor]]:
-        """Return the tensors of each trained module, under the target network's names, as hybrids alone do it."""
-        return [hybrid.module_state() for hybrid in self.hybrids]
-
-    def _run_prefix(self, x: Tensor) -> None:
-        places = [place for hybrid in self.hybrids for place in hybrid.replays.items()]
-        if places:
-            with torch.no_grad(), recorded(self.meta, places):
-                run_to(self.meta, self.partition, self.partition.num_modules - 2, x)
+    def module_state(self) -> dict[str, Tensor]:
+        """Return the tensors of all trained modules, under the target network's names."""
+        return {name: tensor for hybrid in self.hybrids for name, tensor in hybrid.module_state().items()}
 
 
-def _draws(device: torch.device) -> Tensor:
-    """Return the state of the generator that layers on a device draw from."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_draws(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+def _generator(device: torch.device) -> torch.Generator:
+    """Return what layers on a device draw from."""
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator

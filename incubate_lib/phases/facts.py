@@ -39,9 +39,8 @@ class Facts(Frozen):
 
     def flops_at(self, size: int | None) -> dict[str, int]:
         """Return by name the training FLOPs of an image of so many pixels; None: of the network's own."""
-        whole, ending = {name: flops for name, flops in self.flops_per_image.items() if "@" not in name}, f"@{size}"
-        small = {name: flops for name, flops in self.flops_per_image.items() if name.endswith(ending)}
-        return whole | {name.removesuffix(ending): flops for name, flops in small.items()}
+        parts = {name.partition("@")[::2]: flops for name, flops in self.flops_per_image.items()}
+        return {name: flops for of in ("", str(size)) for (name, at), flops in parts.items() if at == of}
 
 
 def usual_units(units: Iterable[str]) -> str:
@@ -150,10 +149,7 @@ def count(settings: Settings, num_images: int, outputs: int) -> Facts:
 
 def _counted(networks: Any) -> dict[str, int]:
     """Return the training FLOPs of an image in all kinds of phases, by name."""
-    flops: dict[str, int] = {}
-    for kind in PHASES:
-        flops |= PHASES[kind].count(networks)
-    return flops
+    return {name: flops for kind in PHASES for name, flops in PHASES[kind].count(networks).items()}
 
 
 def _unsupported_starts(networks: Any) -> dict[str, str]:

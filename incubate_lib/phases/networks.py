@@ -1,6 +1,7 @@
 """The networks that phases train: whole, or cut into modules; freshly initialised from a run's seed."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -175,23 +176,14 @@ def _balanced(settings: Settings, chain: Chain) -> list[int]:
 
 def fair_shares(costs: Sequence[int], number: int) -> list[int]:
     """Return how many of some costs in a row each of `number` shares has, so that the largest share is smallest."""
-
-    def shares(limit: int) -> list[int]:
-        found, filled = [0], 0
-        for i, cost in enumerate(costs):
-            must = len(costs) - i == number - len(found)  # as many are left as there are shares to come
-            if found[-1] and (filled + cost > limit or must):
-                found.append(0)
-                filled = 0
-            found[-1] += 1
-            filled += cost
-        return found
-
-    low, high = max(costs), sum(costs)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(shares(middle)) <= number else (middle + 1, high)
-    return shares(low)
+    upto = list(itertools.accumulate(costs, initial=0))
+    best = {0: (0, [])}  # by how many costs are shared out: the largest share, and how many each has
+    for done in range(1, number + 1):
+        best = {
+            end: min((max(best[i][0], upto[end] - upto[i]), [*best[i][1], end - i]) for i in best if i < end)
+            for end in range(done, len(costs) - number + done + 1)
+        }
+    return best[len(costs)][1]
 
 
 def meta_partition_of(s: PhaseSettings) -> Partition:

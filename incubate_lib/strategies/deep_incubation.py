@@ -31,7 +31,7 @@ class DeepIncubation(StrategySettings):
     incubate: Literal["labels", "features", "none"] = "labels"
     together: bool = False  # all modules learn in one phase, which reads each image once; one process, none side by side
     share_draws: bool = False  # modules that learn apart get the same images and random draws, as they do together
-    # small images for meta model and modules, the network's own size for fine-tuning; {}: half of it, {img_size: 16}: 16 pixels
+    # meta model and modules have small images, fine-tuning those of the network; {}: half as large, {img_size: 16}: of 16 pixels
     low_resolution: SmallImages | None = None
     match: str | None = None  # as long as costs the training FLOPs of that one
     budget: Annotated[float, Field(gt=0)] = 1.0  # share of what is matched that it may cost
@@ -61,9 +61,11 @@ class DeepIncubation(StrategySettings):
         return self.mat_phases or [phase for phase in self.trains if phase != "meta"]
 
     def check(self) -> None:
-        learns = self.incubate == "labels"
         shared = ", ".join(field for field in ("together", "share_draws") if getattr(self, field))
-        refuse(shared and not learns, f"{shared} has no meaning with incubate: {self.incubate}; only labels are learned so")
+        refuse(
+            shared and self.incubate != "labels",
+            f"{shared} has no meaning with incubate: {self.incubate}; only labels are learned so",
+        )
         both = "share_draws has no meaning with together: modules that learn together share their draws anyway"
         refuse(self.together and self.share_draws, both)
         adapts = self.together and self.mat is not None and "incubate" in self.adapts
@@ -107,9 +109,7 @@ def build(made: Any) -> Any:
     return made.node("finetune", training, {"assemble": assembled})
 
 
-def _modules(
-    made: Any, budget: float | None, flops: dict[str, int], inputs: dict[str, Any], how: dict[str, Any]
-) -> dict[str, Any]:
+def _modules(made: Any, budget: float | None, flops: dict[str, int], inputs: Any, how: Any) -> dict[str, Any]:
     """Return the phases in which modules learn: one for each, or one for all."""
     own = made.own
     if own.together:

@@ -8,7 +8,7 @@ from incubate_lib.config import SettingsError, TrainingSettings, refuse
 from incubate_lib.config.members import TASKS
 from incubate_lib.config.strategies import StrategySettings
 from incubate_lib.data.schedule import micro_batches
-from incubate_lib.phases.kinds.local_learning import PHASE, cost_of
+from incubate_lib.phases.kinds.local_learning import cost_of
 from incubate_lib.strategies import Kind
 from incubate_lib.tasks import Task
 
@@ -54,7 +54,7 @@ def build(made: Any) -> Any:
     if name not in facts.flops_per_image:
         what = "what its modules hand on is neither a map nor tokens of a square"
         raise SettingsError(f"strategies.{made.name} is not possible with model.name {made.settings.model.name!r}: {what}")
-    PHASE.check(made.settings.task, facts.outputs)
+    _check_task(made)
     training = made.training("local_learning")
     if made.is_matched:
         training = made.lasting("local_learning", made.budget(), facts.flops_per_image[name])
@@ -62,6 +62,17 @@ def build(made: Any) -> Any:
         _check_pairs(made, training)
     given = {field: getattr(own, field) for field in ("method", "contrast", "reconstruction", "supervision")}
     return made.node("local_learning", training, key=made.name, **given)
+
+
+def _check_task(made: Any) -> None:
+    """Raise SettingsError unless the task learns from a row of outputs, as heads give it."""
+    import torch
+
+    task, outputs = made.settings.task, made.facts.outputs
+    try:
+        TASKS[task].check_output(torch.empty(2, outputs), 2, outputs)
+    except ValueError as error:
+        raise SettingsError(f"strategies.{made.name} has heads, but task {task!r} cannot learn from one, which {error}") from None
 
 
 def _check_pairs(made: Any, training: TrainingSettings) -> None:

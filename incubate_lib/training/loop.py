@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -60,11 +61,6 @@ def evaluate(
     return evaluate_each(model, data, precision, team, task)[0]
 
 
-def output_of(model: nn.Module, x: Tensor) -> list[Any]:
-    """Return the outputs that are evaluated: here one."""
-    return [model(x)]
-
-
 @torch.no_grad()
 def evaluate_each(
     model: nn.Module,
@@ -72,7 +68,7 @@ def evaluate_each(
     precision: str = "float32",
     team: Team = ALONE,
     task: Task = CLASSIFICATION,
-    evaluated: Callable[[nn.Module, Tensor], list[Any]] = output_of,
+    evaluated: Callable[[nn.Module, Tensor], list[Any]] = lambda model, x: [model(x)],
 ) -> list[dict[str, float]]:
     """Return the same for each of a model's outputs, of which `evaluated` returns those of a batch: data are read once."""
     device = next(model.parameters()).device
@@ -178,7 +174,7 @@ def fit(
     folder: PhaseFolder,
     title: str,
     should_stop: Callable[[], bool] = lambda: False,
-    evaluated: Callable[[nn.Module, Tensor], list[Any]] = output_of,
+    evaluated: Callable[[nn.Module, Tensor], list[Any]] = lambda model, x: [model(x)],
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Do all updates of a trainer; return the model to keep (the moving average of its weights if the recipe asks for
     one) and steps, images seen, seconds, the last evaluation; of several modules that learn, the mean, and each by itself.
@@ -222,25 +218,22 @@ def fit(
 
     def read_losses() -> float | None:
         """Read the pending losses and return the last; the first that is not finite ends the phase with its step named."""
-        values = (team.all_reduce(torch.stack(pending)) / team.devices).tolist() if pending else []
-        last = None
+        values = (team.all_reduce(torch.stack(pending)) / team.devices).double().cpu().numpy() if pending else []
         for i, value in enumerate(values):
-            each = value if isinstance(value, list) else []
-            last = sum(each) if each else value
-            if not math.isfinite(last):
-                raise not_finite("loss", last, step - len(pending) + i)
-            counts.loss_sum += last
-            counts.loss_sums = [before + one for before, one in zip(counts.loss_sums or [0.0] * len(each), each, strict=True)]
+            if not np.isfinite(value).all():
+                raise not_finite("loss", float(value.sum()), step - len(pending) + i)
+            counts.loss_sum = (np.asarray(counts.loss_sum) + value).tolist()
             counts.loss_steps += 1
         pending.clear()
-        return last
+        return float(np.mean(values[-1])) if len(values) else None
 
     def evaluate_now() -> None:
         began = time.perf_counter()
         results = evaluate_each(trainer.eval_model, eval_set, trainer.precision, team, trainer.task, evaluated)
         counts.eval_seconds += time.perf_counter() - began
         made: list[dict[str, Any]] = []
-        losses = [counts.loss_sum] if len(results) == 1 else counts.loss_sums or [0.0] * len(results)
+        each = len(results) > 1  # has a loss of its own
+        losses = np.broadcast_to(counts.loss_sum if each else np.sum(counts.loss_sum), len(results)).tolist()
         for i, (result, summed) in enumerate(zip(results, losses, strict=True)):
             if not math.isfinite(result["loss"]):
                 raise not_finite("the evaluated loss", result["loss"], step)
@@ -249,13 +242,13 @@ def fit(
             row["train_loss"] = summed / counts.loss_steps if counts.loss_steps else None
             row["train_seconds"] = counts.train_seconds
             row["lr"] = trainer.optimizer.param_groups[0]["lr"] if step else None
-            if len(results) > 1:
+            if each:
                 row["module_index"] = i
             made.append(row)
         if team.is_first:
             folder.add_metrics(*made)
         rows.extend(made)
-        counts.loss_sum, counts.loss_sums, counts.loss_steps = 0.0, [], 0
+        counts.loss_sum, counts.loss_steps = 0.0, 0
 
     def mean(name: str, at: int) -> float | None:
         """Return a number of the evaluation at an update: of several modules the mean."""
@@ -300,9 +293,7 @@ def fit(
             if due:
                 evaluate_now()
             if progress:
-                modules = sum(row["step"] == rows[-1]["step"] for row in rows)
-                loss = last_loss if modules == 1 else last_loss / modules
-                progress.update(step, epoch=step / per_epoch, loss=loss, score=mean("score", rows[-1]["step"]))
+                progress.update(step, epoch=step / per_epoch, loss=last_loss, score=mean("score", rows[-1]["step"]))
             stop = team.decide(step < steps and should_stop())
             if stop or team.decide(save_due):
                 began = time.monotonic()

@@ -7,13 +7,12 @@ see what one would.
 """
 
 import contextlib
-import math
 import os
 import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +44,10 @@ class Counts:
     """What a trainer has done so far and what that took."""
 
     step: int = 0
-    loss_sum: float = 0.0  # of `loss_steps` updates, those since the last evaluation
+    loss_sum: float | list[float] = (
+        0.0  # of `loss_steps` updates since the last evaluation; of each loss, where there are several
+    )
     loss_steps: int = 0
-    loss_sums: list[float] = field(default_factory=list)  # the same of each loss, where an update has several
     train_seconds: float = 0.0  # of update steps only
     eval_seconds: float = 0.0
     wait_seconds: float = 0.0  # for images
@@ -60,8 +60,8 @@ class Counts:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        for own in fields(self):
-            setattr(self, own.name, state.get(own.name, []) if own.name == "loss_sums" else state[own.name])
+        for field in fields(self):
+            setattr(self, field.name, state[field.name])
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
@@ -286,9 +286,8 @@ class Trainer:
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError, KeyError or TypeError unless a checkpoint's content is that of this model, optimizer and phase."""
         for name in self.counts.state_dict():
-            value = state["counts"].get(name, []) if name == "loss_sums" else state["counts"][name]
-            if not all(map(math.isfinite, value if isinstance(value, list) else [value])):
-                raise ValueError(f"its {name} is {value}")
+            if not np.isfinite(state["counts"][name]).all():
+                raise ValueError(f"its {name} is {state['counts'][name]}")
         if not 0 <= state["counts"]["step"] <= self.steps:
             raise ValueError(f"it is at step {state['counts']['step']} of {self.steps}")
         own = self.state_dict()

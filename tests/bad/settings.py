@@ -185,6 +185,7 @@ TOGETHER = {  # overrides that do not go together, or of which one is none
         "phases.meta.lr=1e-3",
         "phases.incubate.lr=1e-3",
         "phases.finetune.lr=1e-3",
+        "phases.local_learning.lr=1e-3",
         "training.lr=1",
     ],
     "more modules than classes of memory": ["model.depth=300000", "partition.num_modules=300000"],

@@ -87,16 +87,11 @@ class Phase:
         """Return the network that an update goes through, frozen where the phase freezes it, and how it is cut."""
         return networks.target.requires_grad_(True), networks.partition
 
-    def memory(
-        self,
-        networks: "Counted",
-        module_index: int | None,
-        count: Callable[["nn.Module", "Partition | None"], list["StepMemory"]],
-    ) -> "StepMemory":
+    def memory(self, networks: "Counted", index: int | None, count: Callable[..., list["StepMemory"]]) -> "StepMemory":
         """Return the memory of an update, by what `count` says of the modules of a network."""
         from incubate_lib.training.memory import StepMemory
 
-        return sum(count(*self.trains(networks, module_index)), StepMemory())
+        return sum(count(*self.trains(networks, index)), StepMemory())
 
     def about(self, model: "nn.Module", flops_per_image: dict[str, int], cost: str) -> dict[str, Any]:
         """Return what a summary says besides, of a trained model, of what is counted and of the name under which that stands."""

@@ -7,25 +7,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from incubate_lib.config import ModelSettings, PhaseSettings
-from incubate_lib.phases.kinds import Inputs, Phase
-from incubate_lib.phases.kinds.incubate import PHASE as ALONE
-from incubate_lib.phases.kinds.incubate import Start
+from incubate_lib.phases.kinds import Inputs
+from incubate_lib.phases.kinds.incubate import Incubate, Start
 
 
-class IncubateTogether(Phase):
+class IncubateTogether(Incubate):
     name = "incubate_together"
     group = "incubate"
     label = "modules together"
     counted_as = "hybrids together"
-    look = ALONE.look
-    line = ALONE.line
+    notebook = ""
     is_set_by_name = False
     options = Start
     pace = "incubate_together"
-    work = ALONE.work
-
-    def begins(self, steps: int, others: set[str]) -> bool:
-        return False
 
     def title(self, s: PhaseSettings) -> str:
         return f"{len(s.target_depths)} modules together"
@@ -46,13 +40,7 @@ class IncubateTogether(Phase):
         again = sum(sum(flops[:i]) for i, flops in enumerate(by_module))  # the meta modules before each
         return {self.name: sum(map(sum, by_module)) - again + sum(by_module[-1][:-1])}
 
-    def count_modules(self, networks: Any, module_index: int) -> list[int]:
-        return ALONE.count_modules(networks, module_index)
-
-    def trains(self, networks: Any, module_index: int | None) -> tuple[Any, Any]:
-        return ALONE.trains(networks, module_index)
-
-    def memory(self, networks: Any, module_index: int | None, count: Callable[..., Any]) -> Any:
+    def memory(self, networks: Any, index: int | None, count: Callable[..., Any]) -> Any:
         from incubate_lib.training.memory import StepMemory, in_turn
 
         modules = range(networks.partition.num_modules)
@@ -78,11 +66,7 @@ class IncubateTogether(Phase):
         return model(x)
 
     def groups(self, model: Any) -> list[list[Any]]:
-        return [ALONE.groups(hybrid)[0] for hybrid in model.hybrids]
-
-    def results(self, model: Any) -> dict[str, dict[str, Any]]:
-        modules = model.module_states()  # `model` is what puts them together
-        return {"model": {name: tensor for module in modules for name, tensor in module.items()}}
+        return [own for hybrid in model.hybrids for own in super(IncubateTogether, self).groups(hybrid)]
 
 
 PHASE = IncubateTogether()

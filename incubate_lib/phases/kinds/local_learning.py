@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from incubate_lib.config import Frozen, ModelSettings, PhaseSettings, SettingsError
-from incubate_lib.config.members import TASKS
+from incubate_lib.config import Frozen, ModelSettings, PhaseSettings
 from incubate_lib.phases.kinds import Inputs, Phase
 
 Weights = tuple[float, float] | list[float] | None
@@ -28,10 +27,6 @@ class LocalLearning(Phase):
     look = ("#CC79A7", "\\\\")
     options = Options
     counted_apart = True
-    work = ("forward, all gradients",) * 3
-
-    def title(self, s: PhaseSettings) -> str:
-        return "local learning"
 
     def network(self, model: ModelSettings, partition: dict[str, list[Any]], takes_depth: bool) -> dict[str, Any]:
         return {"model": model} | partition | {"meta_depths": []}
@@ -67,7 +62,7 @@ class LocalLearning(Phase):
                 sum(part.sum() for part in (given.output, given.decoded) if part is not None).backward()
         return counter.get_total_flops() // 2
 
-    def memory(self, networks: Any, module_index: int | None, count: Callable[..., Any]) -> Any:
+    def memory(self, networks: Any, index: int | None, count: Callable[..., Any]) -> Any:
         from incubate_lib.training.memory import in_turn
 
         return in_turn(count(*self.trains(networks, None)))
@@ -112,15 +107,6 @@ class LocalLearning(Phase):
     def about(self, model: Any, flops_per_image: dict[str, int], cost: str) -> dict[str, Any]:
         network, heads = (sum(p.numel() for p in part.parameters()) for part in (model.network, model.heads))
         return {"parameters": network, "head_parameters": heads, "head_flops_per_image": flops_per_image[f"{cost}_heads"]}
-
-    def check(self, task: str, outputs: int) -> None:
-        """Raise SettingsError unless a task learns from a row of outputs, as heads give it."""
-        import torch
-
-        try:
-            TASKS[task].check_output(torch.empty(2, outputs), 2, outputs)
-        except ValueError as error:
-            raise SettingsError(f"local learning has heads that give a row of outputs, but task {task!r}: {error}") from None
 
 
 PHASE = LocalLearning()

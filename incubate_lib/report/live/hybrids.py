@@ -73,15 +73,11 @@ class Hybrids:
         if not finals:
             there = ", ".join(dict.fromkeys(name for name, _ in made.finals)) or "none"
             raise SettingsError(f"strategy {strategy} is not part of what was asked for, which is: {there}")
-        nodes = [
-            (node, alone.module_index)
-            for node in closure(finals[:1])
-            for alone in node.kind.alone(node.settings)
-            if alone.module_index is not None
-        ]
+        every = [(node, alone) for node in closure(finals[:1]) for alone in node.kind.alone(node.settings)]
+        nodes = [node for node, alone in every if alone.module_index is not None]  # one as often as modules learn in it
         if not nodes:
             raise SettingsError(f"strategy {strategy} incubates no modules, so it has no hybrids")
-        self.strategy, self.nodes = strategy, [node for node, _ in sorted(nodes, key=lambda pair: pair[1])]
+        self.strategy, self.nodes = strategy, sorted(nodes, key=lambda node: node.settings.module_index or 0)
         first = self.nodes[0]
         depths = first.facts.target_depths, first.facts.meta_depths
         settings = first.experiment.settings.model_copy(update={"model": first.settings.model})  # of small images, maybe
