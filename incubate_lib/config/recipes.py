@@ -118,5 +118,5 @@ def _filled(changes: Any, phase: str, given: set[str]) -> Any:
     """Return a phase's changes with the fields of their recipe, but for those that are given."""
     if not isinstance(changes, dict) or changes.get("recipe") not in ("ours", "released"):
         return changes
-    fields = {name: value for name, value in fields_of(changes["recipe"], phase).items() if name not in given}
+    fields = {name: value for name, value in fields_of(changes["recipe"], phase).items() if not (name in given or value is None)}
     return fields | {name: value for name, value in changes.items() if name != "recipe"}

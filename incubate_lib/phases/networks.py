@@ -42,6 +42,10 @@ def build_model(settings: ModelSettings, depth: int | None, outputs: int, drop_p
         model = _create(settings.name, num_classes=outputs, drop_path_rate=drop_path or None, **arguments)
     except Exception as error:  # timm checks its arguments by asserts and by failing somewhere inside
         raise SettingsError(f"timm cannot build model.name {settings.name!r} with {arguments}: {in_a_line(error)}") from None
+    if not drop_path:
+        for layer in model.modules():
+            if isinstance(layer, DropPath):
+                layer.drop_prob = 0.0  # timm's Swins have 0.1 unless they are told otherwise, and not all networks can be told
     weights = sum(parameter.numel() for parameter in model.parameters())
     many = f"model.name {settings.name!r} with {arguments} has {weights:,} weights; {MOST_WEIGHTS:,} are the most"
     refuse(weights > MOST_WEIGHTS, many)

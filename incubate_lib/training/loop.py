@@ -28,6 +28,13 @@ DATA_SHARE_WARNED = 0.1  # of training time spent waiting for images
 SAVING_SHARE = 0.05  # checkpoints are spaced so that saving takes at most this share of the time
 
 
+Evaluated = Callable[[nn.Module, Tensor], list[Any]]  # of a model and inputs: its outputs that are evaluated
+
+
+def the_output(model: nn.Module, x: Tensor) -> list[Any]:
+    return [model(x)]
+
+
 class Chrono:
     """Counts the seconds of update steps only; the device is synchronised before the clock is read."""
 
@@ -68,7 +75,7 @@ def evaluate_each(
     precision: str = "float32",
     team: Team = ALONE,
     task: Task = CLASSIFICATION,
-    evaluated: Callable[[nn.Module, Tensor], list[Any]] = lambda model, x: [model(x)],
+    evaluated: Evaluated = the_output,
 ) -> list[dict[str, float]]:
     """Return the same for each of a model's outputs, of which `evaluated` returns those of a batch: data are read once."""
     device = next(model.parameters()).device
@@ -103,7 +110,7 @@ def _outputs(
     precision: str,
     team: Team,
     task: Task,
-    evaluated: Callable[[nn.Module, Tensor], list[Any]] = output_of,
+    evaluated: Evaluated = the_output,
 ) -> Iterator[tuple[list[Any], Any]]:
     """Yield the model's outputs for this device's share of the evaluated batches, and each batch."""
     team.broadcast_buffers(model)
@@ -174,7 +181,7 @@ def fit(
     folder: PhaseFolder,
     title: str,
     should_stop: Callable[[], bool] = lambda: False,
-    evaluated: Callable[[nn.Module, Tensor], list[Any]] = lambda model, x: [model(x)],
+    evaluated: Evaluated = the_output,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Do all updates of a trainer; return the model to keep (the moving average of its weights if the recipe asks for
     one) and steps, images seen, seconds, the last evaluation; of several modules that learn, the mean, and each by itself.
