@@ -1,3 +1,4 @@
+# make setup        set up: .venv, about two minutes
 # make run          set up and run the main job: the whole chain on real images (preset digits)
 # make test         set up and run every test
 # make test-fast    those of the method, the loop, data, settings and tables: a part of `make test`, in two minutes
@@ -10,7 +11,9 @@ FAST = method starts training splits data config bad_input cli report
 LOWEST = $(addprefix tests/test_,floors.py adaptive.py augmentation.py data.py stream.py presets.py import.py)
 LOWEST += "tests/test_shipped.py::test_every_preset_trains_two_epochs_through_its_notebooks[smoke]"
 
-.PHONY: run test test-fast test-lowest lab
+.PHONY: setup run test test-fast test-lowest lab
+setup: .venv/ready
+
 run: .venv/ready
 	$(BIN)/incubate run $(PRESET)
 
