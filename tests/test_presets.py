@@ -116,13 +116,8 @@ def planned(preset, overrides=()):
     facts = facts.model_copy(update={"num_images": round(facts.num_images * settings.data.train_share)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "measure", lambda _: facts)
-        left_out = {
-            "mat_multirate",
-            "imitation",
-            "end_to_end_low_resolution",
-            "infopro",
-            "dgl",
-        }  # not to be compiled; not counted above
+        # not to be compiled; not counted above
+        left_out = {"mat_multirate", "imitation", "end_to_end_low_resolution", "infopro", "dgl"}
         names = [name for name in settings.strategies if name not in left_out]
         todo = strategies.plan(settings, names)
     phases = {}

@@ -284,7 +284,7 @@ def test_losses_add_up_and_each_is_gone_through_backward_before_the_next():
     loss = trainer.step(0)
     one, single = steps(PHASES["end_to_end"].losses)
     assert seen[0] is None and torch.equal(seen[1], one.model.weight.grad)
-    assert torch.equal(model.weight.grad, 2 * seen[1]) and loss.item() == pytest.approx(2 * single.item())
+    assert torch.equal(model.weight.grad, 2 * seen[1]) and loss.sum().item() == pytest.approx(2 * single.item())
 
 
 def test_gradients_are_clipped_by_the_norm_of_those_that_learn_together():
