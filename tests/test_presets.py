@@ -353,9 +353,3 @@ def test_the_network_is_the_published_one_and_comes_apart(preset):
             start_module(target, parts[0], parts[2], i, strategy.start, inherit_stem=stem, inherit_head=head)
             trained += sum(p.numel() for p in Hybrid(*parts, i).parameters() if p.requires_grad)
         assert trained == parameters
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_a_node_of_up_to_eight_devices_can_share_a_phase(preset, devices):
-    assert load_settings(preset, [f"machine.devices={devices}"]).machine.devices == devices

@@ -101,3 +101,9 @@ def test_the_images_on_disk_are_laid_out_as_they_are_read(tmp_path, monkeypatch)
     settings = load_settings(written("imagenet-vit-b", tmp_path))
     train, eval_set = load_data(settings.data, shape=model_shape(settings.model))
     assert (len(train), len(eval_set), train.num_classes) == (8, 4, 4)
+
+
+@pytest.mark.parametrize("preset", [name for name in presets() if name.startswith(("imagenet", "cifar"))])
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_a_node_of_up_to_eight_devices_can_share_a_phase(preset, devices):
+    assert load_settings(preset, [f"machine.devices={devices}"]).machine.devices == devices
