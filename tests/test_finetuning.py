@@ -1,12 +1,14 @@
 """Reports say where fine-tuning made a network worse, and what to try; and nothing where it did not."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from incubate_lib import tasks
 from incubate_lib.cli import main
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.tables.verdict import is_worse, lowered
+from incubate_lib.report.tables.verdict import doubts, is_worse, lowered
 
 
 @pytest.mark.parametrize(
@@ -44,3 +46,30 @@ def test_the_report_says_where_fine_tuning_lowers_the_accuracy_and_what_to_try(d
     assert main(["report", "smoke", *overrides]) == 0
     assert output in capsys.readouterr().out
     assert output in (todo.experiment.path / "report.html").read_text()
+
+
+def ended(module=None, before=0.5, after=0.9, images=10_000, modules=()) -> SimpleNamespace:
+    """A finished phase: of a module, or of a whole network with its modules."""
+    summary = {"start_score": before, "score": after, "eval_images": images, "metric": "accuracy"}
+    settings = SimpleNamespace(phase="finetune" if module is None else "incubate", module_index=module)
+    upstream = lambda phase: list(modules)  # noqa: E731
+    return SimpleNamespace(
+        summary=lambda: summary, settings=settings, strategy="recommended", upstream=upstream, digest=str((module, before, after))
+    )
+
+
+def test_a_report_says_which_modules_incubation_made_worse():
+    modules = ended(0, 0.6, 0.8), ended(1, 0.7, 0.6), ended(2, 0.7, 0.699)
+    assert doubts([ended(modules=modules)]) == (
+        "Incubation made modules of Deep Incubation, recommended worse: 2 (70.0 % → 60.0 %). More updates, or a lower "
+        "phases.incubate.lr, may help."
+    )
+    assert doubts([ended(modules=modules[::2])]) == ""
+
+
+def test_a_report_says_what_a_small_test_set_cannot_tell():
+    assert (
+        doubts([ended(after=0.8, images=128)])
+        == "Of 128 samples to evaluate on, chance alone makes differences of up to 10 points."
+    )
+    assert doubts([ended(after=0.8, images=10_000)]) == ""

@@ -117,11 +117,11 @@ def print_table(todo: Plan) -> None:
     """Print the table and the verdict of a run."""
     from incubate_lib.report.tables.comparison import comparison
     from incubate_lib.report.tables.records import from_plan
-    from incubate_lib.report.tables.verdict import lowered
+    from incubate_lib.report.tables.verdict import doubts
 
     results, console = from_plan(todo), Console(highlight=False)
     console.print("", fitted(comparison(results).reset_index(names=""), console), "")
     print(results.verdict())
-    if message := lowered(todo.finals.values()):
+    if message := doubts(todo.finals.values()):
         print(message)
     print(f"report: {todo.experiment.path / 'report.html'}")

@@ -22,7 +22,7 @@ from incubate_lib.report.tables.comparison import by_class, comparison, hardware
 from incubate_lib.report.tables.hardware import mixed_text, places
 from incubate_lib.report.tables.phases import settings_difference
 from incubate_lib.report.tables.records import COLUMNS, Results, as_csv, table_file
-from incubate_lib.report.tables.verdict import lowered
+from incubate_lib.report.tables.verdict import doubts
 from incubate_lib.report.words import flop_unit, label, phase_name
 from incubate_lib.training.files import write_atomic
 
@@ -83,7 +83,7 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
         "settings": settings_file(run.experiment.settings),
         "seed": seed,
         "machines": len(facts.target_depths),
-        "lowered": lowered(run.finals.values()),
+        "doubts": doubts(run.finals.values()),
         "samples": _samples(run),
         "classes": by_class(run, _class_names(run)),
         "graph": draw(one, Reader(one).phases())[0].figure(),

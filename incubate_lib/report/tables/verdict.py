@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean, stdev
+from typing import Any
 
 import pandas as pd
 
@@ -15,6 +16,7 @@ from incubate_lib.report.tables.statistics import compare, family_text, paired, 
 from incubate_lib.report.words import BASELINE, label, metric_of
 from incubate_lib.tasks import Metric
 
+SMALL_DIFFERENCE = 2.5  # points: two in a hundred are what people compare strategies by
 COSTS = ["flops", "critical_flops", "seconds"]
 
 
@@ -40,12 +42,8 @@ def lowered(nodes: Iterable[Node]) -> str:
 
     `nodes` are phases of any kind and number of seeds, such as `Plan.finals.values()`; finished fine-tuning counts.
     """
-    tuned: dict[str, list[Node]] = {}
-    for node in nodes:
-        if node.settings.phase == "finetune" and node.summary():
-            tuned.setdefault(node.strategy, []).append(node)
     lines = []
-    for name, group in tuned.items():
+    for name, group in _by_strategy([node for node in nodes if node.settings.phase == "finetune" and node.summary()]).items():
         summaries = [node.summary() for node in group]
         before, after = ([s[key] for s in summaries] for key in ("start_score", "score"))
         metric = tasks.metric(summaries[0]["metric"])
@@ -59,6 +57,56 @@ def lowered(nodes: Iterable[Node]) -> str:
                 f"{group[0].settings.training.lr:g}), or {shorter.format(name)}."
             )
     return "\n".join(lines)
+
+
+def doubts(nodes: Iterable[Node]) -> str:
+    """Say what to be careful about: fine-tuning or incubation that made a score worse, and a set too small to tell strategies
+    apart; a line each. `nodes` as for `lowered`."""
+    nodes = list(nodes)
+    return "\n".join(filter(None, [lowered(nodes), _worse_modules(nodes), _few_samples(nodes)]))
+
+
+def _worse_modules(nodes: list[Node]) -> str:
+    """Say which modules had a better score before they learned than after."""
+    lines = []
+    for name, group in _by_strategy(nodes).items():
+        found: dict[int, list[dict[str, Any]]] = {}
+        modules = {node.digest: node for final in group for node in final.upstream("incubate")}
+        for node in modules.values():
+            if (summary := node.summary()) and node.settings.module_index is not None:
+                found.setdefault(node.settings.module_index, []).append(summary)
+        worse = []
+        for index, summaries in sorted(found.items()):
+            before, after = ([summary[key] for summary in summaries] for key in ("start_score", "score"))
+            metric = tasks.metric(summaries[0]["metric"])
+            if is_worse(metric, before, after, summaries[0]["eval_images"]):
+                ends = (metric.written(fmean(scores), " ") for scores in (before, after))
+                worse.append(f"{index + 1} ({' → '.join(ends)})")
+        if worse:
+            lines.append(
+                f"Incubation made modules of {label(name)} worse: {', '.join(worse)}. More updates, or a lower "
+                "phases.incubate.lr, may help."
+            )
+    return "\n".join(lines)
+
+
+def _few_samples(nodes: list[Node]) -> str:
+    """Say how far two strategies differ by the choice of the samples alone, where that is more than a point or two."""
+    summaries = [summary for node in nodes if (summary := node.summary())]
+    if not summaries or not (metric := tasks.metric(summaries[0]["metric"])).is_share:
+        return ""
+    number, mean = summaries[0]["eval_images"], fmean(summary["score"] for summary in summaries)
+    error = metric.scale * 2 * math.sqrt(2 * mean * (1 - mean) / number)
+    if error < SMALL_DIFFERENCE:
+        return ""
+    return f"Of {number:,} samples to evaluate on, chance alone makes differences of up to {error:.0f} points."
+
+
+def _by_strategy(nodes: list[Node]) -> dict[str, list[Node]]:
+    groups: dict[str, list[Node]] = {}
+    for node in nodes:
+        groups.setdefault(node.strategy, []).append(node)
+    return groups
 
 
 def _seeds(group: list[Node]) -> str:
