@@ -1,5 +1,7 @@
 """A network of timm for each mechanism that cutting meets passes the battery, as the tracked table says."""
 
+from importlib.util import find_spec
+
 import battery
 import pytest
 import timm
@@ -60,7 +62,8 @@ def test_the_tracked_table_has_every_file_of_this_timm_and_seventy_that_pass():
     assert len(version) == 1
     if version[0] != timm.__version__:
         pytest.skip(f"the table is of timm {version[0]}")
-    assert set(TABLE["file"]) == set(timm.list_modules())
+    theirs = {file for file in timm.list_modules() if find_spec(f"timm.models.{file}")}  # and not those registered here
+    assert set(TABLE["file"]) == theirs
     assert TABLE.loc[TABLE["result"] != FAILS, "file"].nunique() >= 70
     assert (TABLE.loc[TABLE["result"] == FAILS, "why"] != "").all()
     assert set(TABLE["result"]) <= {PASSES, NEARLY, FAILS}

@@ -84,7 +84,7 @@ def test_every_commands_help_has_examples_that_can_be_given(capsys):
     [
         (["sta"], "status"),
         (["run", "--strat"], "--strategies"),
-        (["run", "imagenet-vit-"], "imagenet-vit-b imagenet-vit-h imagenet-vit-l"),
+        (["run", "imagenet-vit-"], "imagenet-vit-b-released imagenet-vit-b imagenet-vit-h imagenet-vit-l"),
         (["run", "digits", "--backend", ""], "local slurm"),
     ],
 )

@@ -230,7 +230,7 @@ def test_curves_end_where_the_costs_do(recorded, x):
     assert drawn(browser.curves_figure(browser.some_of(results, STRATEGIES[:2], [0]), x))
     with pytest.raises(SettingsError, match="x is 'weeks'"):
         browser.curves_figure(results, "weeks")
-    with pytest.raises(SettingsError, match="nothing is finished"):
+    with pytest.raises(SettingsError, match="none of these strategies and seeds is finished"):
         browser.curves_figure(browser.some_of(results, STRATEGIES, [7]), x)
 
 

@@ -270,7 +270,7 @@ def test_what_was_trained_before_there_were_recommended_rates_stays_good(data_fo
     assert {name: final.digest for (name, _), final in todo.finals.items()} == finals
     study = load_study("digits-budget")
     settings = study.settings(next(cell for cell in study.cells() if cell.place == {"budget": "1/4"}))
-    assert settings.digest() == "5c1b9c6138d4"
+    assert settings.digest() == "a417b817d777"  # the study has more strategies than it had; its phases are what they were
     todo = plan(settings, ["deep_incubation_identity"], facts=todo.experiment.facts)
     assert todo.finals["deep_incubation_identity", 0].digest == "13245c3b666c"
 
@@ -302,10 +302,10 @@ def test_an_experiment_is_the_same_whatever_strategies_are_known(monkeypatch):
         ({"deep_incubation.shares": {"meta": 0.5}}, sentences.UNMATCHED),
         ({"deep_incubation.budget": 0.5}, sentences.UNMATCHED),
         ({"stacking.budget": 0}, "greater than 0"),
-        ({"end_to_end_longer.match": "mat"}, "name a deep_incubation or end_to_end strategy without MAT"),
+        ({"end_to_end_longer.match": "mat"}, "name a deep_incubation or end_to_end or local_learning strategy without MAT"),
         ({"end_to_end_longer.match": "end_to_end"}, "with match_on: critical_path name a deep_incubation strategy"),
         ({"mat.low_resolution": {}}, "mat and low_resolution do not go together"),
-        ({"stacking.low_resolution": {}}, sentences.no_meaning("low_resolution", "kind 'deep_incubation'")),
+        ({"infopro.low_resolution": {}}, sentences.no_meaning("low_resolution", "kind 'local_learning'")),
         ({"end_to_end_low_resolution.low_resolution": {"share": 1.0}}, "less than 1"),
         ({"stacking.match": "staking"}, sentences.did_you_mean("stacking")),
         ({"end_to_end.lr_scale": {"finetune": 0.5}}, sentences.no_meaning("lr_scale", "kind 'end_to_end'")),

@@ -176,7 +176,7 @@ class LocalLearning(nn.Module):
         super().__init__()
         self.network, self.partition, self.heads = network, partition, nn.ModuleList(heads)
         before = [layers_before(network, partition, i) for i in range(partition.num_modules)]
-        self.replays = [{path: Copied() for path in paths} for paths in before]
+        self.replays = [{path: Copied(network.get_submodule(path)) for path in paths} for paths in before]
         self._share()
 
     def _share(self) -> None:

@@ -17,7 +17,7 @@ class Behind(Hybrid):
 
     def __init__(self, meta: nn.Module, target: nn.Module, partition: Partition, index: int) -> None:
         super().__init__(meta, target, partition, index)
-        self.replays = {path: Copied() for path in layers_before(self.network, partition, index)}
+        self.replays = {path: Copied(self.network.get_submodule(path)) for path in layers_before(self.network, partition, index)}
         self.network = replaced(self.network, self.replays)
         self.learning = list(layers_of(self.network, partition, index))
         self.train()

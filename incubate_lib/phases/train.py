@@ -84,7 +84,7 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
         kept, numbers = fit(trainer, eval_set, folder=home, title=job.title, should_stop=stop, evaluated=kind.evaluated)
         for module, group in zip(numbers.get("modules", ()), trainer.groups, strict=False):
             module["parameters"] = sum(parameter.numel() for parameter in group)
-    if task.has_classes and not kind.has_modules:  # of a whole network, once: an evaluation more
+    if task.has_classes and not (kind.has_modules or "modules" in numbers):  # of a whole network, once: an evaluation more
         numbers["classes"] = by_class(kept, eval_set, job.facts.outputs, s.precision, team, task)
     if not team.is_first:
         return None
