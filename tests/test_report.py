@@ -31,11 +31,7 @@ from incubate_lib.report.tables.records import Results, from_plan, load_results,
 from incubate_lib.report.tables.statistics import spread
 from incubate_lib.report.words import flop_unit
 
-PUBLISHED = sorted(
-    p.stem
-    for p in (ROOT / "data" / "results").glob("*.csv")
-    if not p.stem.endswith(("_phases", "_curves", "_mntk")) and not p.stem.startswith(("bench_", "study_"))
-)
+PUBLISHED = records.published_runs()
 
 
 def results(accuracies: dict[str, list[float]], flops: dict[str, float]) -> Results:
