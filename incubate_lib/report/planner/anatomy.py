@@ -72,7 +72,7 @@ class Anatomy:
             place, height = numbers.index(index + 1) - 0.5, 1.06 + 0.14 * (index % 3)  # names of neighbours have room
             above.plot([place, place], [0, height], color="black", linewidth=1.6)
             above.text(place, height, module.last, ha="center", va="bottom", fontsize=9)
-        above.set(xlim=(-0.6, len(self.pieces) - 0.4), ylim=(0, 1.5), yticks=[], xticks=[])
+        above.set(xlim=(-0.6, len(self.pieces) - 0.4), ylim=(-0.02, 1.5), yticks=[], xticks=[])
         title = f"{self.network}: {len(self.pieces)} pieces in order, cut into {len(self.modules)} modules behind the ones named"
         above.set_title(title, fontsize=10, loc="left")
         handles = [Patch(label=label, edgecolor="black", **look) for label, look in PIECES.items()]
