@@ -16,6 +16,7 @@ import sentences
 from incubate_lib.cli import main, parser
 from incubate_lib.config import load_settings
 from incubate_lib.pipeline.strategies import plan
+from incubate_lib.pipeline.view import few_updates
 
 
 @pytest.mark.parametrize(
@@ -169,3 +170,12 @@ def test_status_lists_all_runs_and_takes_the_name_of_one(data_folder, capsys, mo
     assert all(f"seed 0 module {i} of 3, deep_incubation_stack  waiting" in output for i in (1, 2, 3)), "a line each"
     assert max(map(len, output.splitlines()[:-1])) <= 80, "the last names the folder"
     assert main(["status", "mine", "--seeds", "7"]) == 2 and "seed 7 was not run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("epochs", "words"),
+    [(2, ["Few updates: meta 24, incubate 24, finetune 24. More epochs or a smaller batch_size teach more."]), (5, [])],
+)
+def test_phases_that_are_too_short_to_say_anything_are_named(epochs, words, data_folder):
+    todo = plan(load_settings("smoke", [f"training.epochs={epochs}"]), ["deep_incubation"])
+    assert few_updates(todo) == words
