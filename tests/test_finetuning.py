@@ -50,7 +50,7 @@ def test_the_report_says_where_fine_tuning_lowers_the_accuracy_and_what_to_try(d
 
 def ended(module=None, before=0.5, after=0.9, images=10_000, modules=()) -> SimpleNamespace:
     """A finished phase: of a module, or of a whole network with its modules."""
-    summary = {"start_score": before, "score": after, "eval_images": images, "metric": "accuracy"}
+    summary = {"start_score": before, "score": after, "eval_images": images, "metric": "accuracy", "module_index": module}
     settings = SimpleNamespace(phase="finetune" if module is None else "incubate", module_index=module)
     upstream = lambda phase: list(modules)  # noqa: E731
     return SimpleNamespace(
@@ -65,6 +65,10 @@ def test_a_report_says_which_modules_incubation_made_worse():
         "phases.incubate.lr, may help."
     )
     assert doubts([ended(modules=modules[::2])]) == ""
+    together = ended()  # the same modules, in one phase
+    together.summary().update(modules=[module.summary() for module in modules], module_index=None)
+    together.settings.phase, together.settings.module_index = "incubate_together", None
+    assert doubts([ended(modules=(together,))]) == doubts([ended(modules=modules)])
 
 
 def test_a_report_says_what_a_small_test_set_cannot_tell():

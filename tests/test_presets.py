@@ -3,7 +3,6 @@
 Nothing is trained and no image is read: networks live on the meta device, and the sizes of the sets are given here.
 """
 
-import functools
 import itertools
 import re
 import shlex
@@ -11,26 +10,18 @@ import shlex
 import pytest
 import torch
 import yaml
-from networks import cut, made_of
+from networks import made_of
+from planned import IMAGENET, VITS, critical, facts_of, networks, planned, total
 from timm.models.vision_transformer import VisionTransformer
 
 from incubate_lib.cli import parser
 from incubate_lib.config import TrainingSettings, load_settings, presets
 from incubate_lib.method.incubation import Hybrid, Imitation, start_module
-from incubate_lib.method.units import count_units
-from incubate_lib.phases.facts import Facts, count
-from incubate_lib.phases.networks import build_model, model_shape
 from incubate_lib.phases.recipes import prepare
-from incubate_lib.pipeline import experiment, graph, strategies
 from incubate_lib.training.costs import FlopCounts, train_flops_per_image
 
 pytestmark = pytest.mark.xdist_group("presets")  # one process, so that each network is counted once
 
-IMAGES = {  # to train on, classes
-    "folder": (1_281_167, 1000), "cifar100": (50_000, 100), "cifar10": (50_000, 10), "fashion_mnist": (60_000, 10),
-}  # fmt: skip
-IMAGENET = ["imagenet-vit-b", "imagenet-vit-l", "imagenet-vit-h"]
-VITS = [*IMAGENET, "imagenet-vit-b-released", "cifar100-deit-t-32", "cifar100-deit-t-128", "fashion-deit-t-32"]
 PRESETS = [*VITS, "cifar100-resnet-110", "cifar10-resnet-110", "imagenet-swin-t"]
 H200, SECONDS, PREFIX = 790e12, {"hours": 3600, "minutes": 60}, {"E": 1e18, "P": 1e15}  # FLOP/s, dense bf16
 
@@ -76,66 +67,6 @@ STRUCTURE = r"description|run\b.*|data\.(source|folder)|strategies\.\w+\.(kind|s
 
 
 # -- counting -------------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def networks(preset):
-    """Return the target network and the meta model on the meta device, and the blocks of their modules."""
-    settings = load_settings(preset)
-    classes = IMAGES[settings.data.source][1]
-    with torch.device("meta"):
-        target = build_model(settings.model, settings.model.depth, classes)
-        target_depths, meta_depths = settings.partition.depths(len(target.blocks))
-        return target, build_model(settings.model, sum(meta_depths), classes), target_depths, meta_depths
-
-
-@functools.cache
-def facts_of(preset):
-    """Return what planning would measure, had it the images. `test_flops_are_the_known_ones` counts a whole ViT-B."""
-    settings = load_settings(preset)
-    images, classes = IMAGES[settings.data.source]
-    if preset not in VITS:
-        return count(settings, images, classes)
-    target, meta, target_depths, meta_depths = networks(preset)
-    counts = FlopCounts(model_shape(settings.model))
-    parts = made_of(meta, meta_depths, target, target_depths)
-    flops = {"meta": counts.per_image(meta.requires_grad_(True), cut(meta, meta_depths))}
-    flops["target"] = counts.per_image(target.requires_grad_(True), parts[2])
-    for i in range(len(target_depths)):
-        flops[f"incubate-{i}"] = sum(counts.hybrid(*parts, i))
-    return Facts(
-        num_images=images, outputs=classes, target_depths=target_depths, meta_depths=meta_depths, flops_per_image=flops,
-        unsupported={}, units=count_units(target),
-    )  # fmt: skip
-
-
-@functools.cache
-def planned(preset, overrides=()):
-    """Return the plan of all strategies of a preset, and for each strategy its nodes by phase."""
-    settings, facts = load_settings(preset, overrides), facts_of(preset)
-    facts = facts.model_copy(update={"num_images": round(facts.num_images * settings.data.train_share)})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "measure", lambda _: facts)
-        # not to be compiled; not counted above
-        left_out = {"mat_multirate", "imitation", "end_to_end_low_resolution", "infopro", "dgl"}
-        names = [name for name in settings.strategies if name not in left_out]
-        todo = strategies.plan(settings, names)
-    phases = {}
-    for name in names:
-        for node in graph.closure([todo.finals[name, 0]]):
-            phases.setdefault(name, {}).setdefault(node.settings.phase, []).append(node)
-    return todo, phases
-
-
-def total(preset, strategy, overrides=()):
-    """Return the FLOPs of all phases of a strategy."""
-    todo, phases = planned(preset, overrides)
-    return sum(todo.flops[node.key] for nodes in phases[strategy].values() for node in nodes)
-
-
-def critical(todo, node):
-    """Return the FLOPs of the longest way to the end of a phase: modules are trained side by side."""
-    return todo.flops[node.key] + max((critical(todo, before) for before in node.inputs.values()), default=0)
 
 
 def expected_table(preset, strategies, unit, label_of_time, reference, share):

@@ -44,9 +44,8 @@ class Counts:
     """What a trainer has done so far and what that took."""
 
     step: int = 0
-    loss_sum: float | list[float] = (
-        0.0  # of `loss_steps` updates since the last evaluation; of each loss, where there are several
-    )
+    # of `loss_steps` updates since the last evaluation; of each loss, where there are several
+    loss_sum: float | list[float] = 0.0
     loss_steps: int = 0
     train_seconds: float = 0.0  # of update steps only
     eval_seconds: float = 0.0

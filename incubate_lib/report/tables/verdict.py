@@ -16,7 +16,7 @@ from incubate_lib.report.tables.statistics import compare, family_text, paired, 
 from incubate_lib.report.words import BASELINE, label, metric_of
 from incubate_lib.tasks import Metric
 
-SMALL_DIFFERENCE = 2.5  # points: two in a hundred are what people compare strategies by
+SMALL_DIFFERENCE = 2.5  # points, about what strategies differ by; a set that tells less apart is named
 COSTS = ["flops", "critical_flops", "seconds"]
 
 
@@ -73,8 +73,10 @@ def _worse_modules(nodes: list[Node]) -> str:
         found: dict[int, list[dict[str, Any]]] = {}
         modules = {node.digest: node for final in group for node in final.upstream("incubate")}
         for node in modules.values():
-            if (summary := node.summary()) and node.settings.module_index is not None:
-                found.setdefault(node.settings.module_index, []).append(summary)
+            summary = node.summary() or {}
+            own = [summary] if node.settings.module_index is not None else []
+            for module in summary.get("modules", own):  # of several that learned in one phase, or the phase's own
+                found.setdefault(module["module_index"], []).append(summary | module)
         worse = []
         for index, summaries in sorted(found.items()):
             before, after = ([summary[key] for summary in summaries] for key in ("start_score", "score"))
