@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,17 @@ def flowers(folder: Path) -> None:
             place.mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (40 + i, 36), tuple(c + 3 * i for c in color)).save(place / f"{i}.png")
+
+
+def test_a_fifth_of_each_class_is_moved_to_be_tested_on(tmp_path):
+    for name in ("poppy", "wild rose"):
+        (place := tmp_path / "data/datasets/flowers/train" / name).mkdir(parents=True)
+        for i in range(20):
+            (place / f"a {i}.png").touch()
+    (command,) = re.findall(r"`(\(cd data/datasets/flowers.*?\))`", PAGES["README.md"])
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    found = {split: len([*tmp_path.rglob(f"{split}/*/*.png")]) for split in ("train", "val")}
+    assert found == {"train": 32, "val": 8} and len([*tmp_path.rglob("val/wild rose/*.png")]) == 4
 
 
 def test_a_data_set_a_network_and_a_strategy_of_ones_own(tmp_path, data_folder):
