@@ -65,6 +65,9 @@ def test_a_report_says_which_modules_incubation_made_worse():
         "phases.incubate.lr, may help."
     )
     assert doubts([ended(modules=modules[::2])]) == ""
+    unfinished = ended(3)
+    unfinished.summary = lambda: None  # the run goes on while it is reported
+    assert doubts([ended(modules=(unfinished, modules[0]))]) == ""
     together = ended()  # the same modules, in one phase
     together.summary().update(modules=[module.summary() for module in modules], module_index=None)
     together.settings.phase, together.settings.module_index = "incubate_together", None

@@ -223,7 +223,8 @@ def test_mouse_and_keyboard_move_widgets_and_a_failing_cell_is_noticed(jupyter):
     cells = [
         "import ipywidgets\nfrom IPython.display import display",
         "epochs = ipywidgets.IntSlider(description='epochs', min=0, max=100)\n"
-        "other = ipywidgets.FloatSlider(description='other')\n"
+        "other = ipywidgets.IntSlider(description='other')\n"
+        "epochs.observe(lambda change: setattr(other, 'value', change.new), 'value')\n"
         "press, said = ipywidgets.Button(description='Double it'), ipywidgets.HTML()\n"
         "press.on_click(lambda _: setattr(said, 'value', f'twice {epochs.value} is {2 * epochs.value}'))\n"
         "display(other, epochs, press, said)",
@@ -237,11 +238,18 @@ def test_mouse_and_keyboard_move_widgets_and_a_failing_cell_is_noticed(jupyter):
 
     def says(words: str) -> None:
         page.press("Double it")
-        wait_for(lambda: page.widget("html").inner_text().strip() == words, words)
+        wait_for(lambda: page.widget("html").inner_text().strip() == words, words, lambda: page.widget("html").inner_text())
+
+    def is_known(value: str) -> None:  # to the kernel: a page that is busy sends a slider's last value after the button's press
+        wait_for(
+            lambda: page.widget("slider", "other").locator(".widget-readout").inner_text() == value, f"the kernel to know {value}"
+        )
 
     assert page.drag(0.5, label="epochs") == "50"
+    is_known("50")
     says("twice 50 is 100")
     page.enter(7, label="epochs")
+    is_known("7")
     says("twice 7 is 14")
     page.screenshot("widgets")
     page.close()

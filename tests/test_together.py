@@ -28,7 +28,7 @@ EVERYTHING = [
     "strategies.joint={kind: deep_incubation, together: true}",
     "strategies.apart={kind: deep_incubation, share_draws: true}",
     "training.epochs=2", "training.mixup=0.4", "training.cutmix=0.5", "training.ema=0.9", "training.micro_batch=8",
-    "training.clip_grad=0.3", "phases.meta.epochs=1", "machine.checkpoint_seconds=0.1",
+    "training.clip_grad=0.3", "phases.meta.epochs=1", "machine.checkpoint_seconds=0",
 ]  # fmt: skip
 
 

@@ -73,7 +73,8 @@ def _worse_modules(nodes: list[Node]) -> str:
         found: dict[int, list[dict[str, Any]]] = {}
         modules = {node.digest: node for final in group for node in final.upstream("incubate")}
         for node in modules.values():
-            summary = node.summary() or {}
+            if not (summary := node.summary()):  # a run is reported before all of it is done
+                continue
             own = [summary] if node.settings.module_index is not None else []
             for module in summary.get("modules", own):  # of several that learned in one phase, or the phase's own
                 found.setdefault(module["module_index"], []).append(summary | module)
