@@ -188,7 +188,7 @@ def bench(
     """Measure each kind of phase that has a speed of its own beside a bare loop, hybrids beside the released code's freezing, and
     all hybrids together beside the same one by one.
 
-    Returns one row a variant. Two variants live at a time; `log` is given a line before each two. Raises SettingsError
+    Returns one row a variant. Two variants live at a time; `log` is given a line before and after each two. Raises SettingsError
     for numbers that make no sense and for a batch that the device cannot hold.
     """
     check_numbers({"--batch": batch, "--rounds": rounds, "--classes": classes})
@@ -227,7 +227,9 @@ def bench(
         for n, (phase, index) in enumerate(pairs):
             what = PHASES[phase].label + ("" if index is None else f" {index + 1}")
             log(f"{n + 1} of {len(pairs)}: {what}, batch {batch}, rounds {rounds}")
-            rows += measure(pair(phase, index), rounds=rounds, device=device, matmul=matmul)
+            measured = measure(pair(phase, index), rounds=rounds, device=device, matmul=matmul)
+            log("  " + ", ".join(f"{row['variant']} {1e3 * row['step_seconds']:,.1f} ms" for row in measured))  # if it is cut off
+            rows += measured
     return [about(settings, device) | {"batch": batch} | row for row in rows]
 
 
