@@ -8,7 +8,7 @@ import torch
 from stopping import stop_after_checkpoints
 from test_devices import train_on
 
-from incubate_lib.config import load_settings
+from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.config.members import PHASES
 from incubate_lib.method.chain import find_chain
 from incubate_lib.method.network import divide, in_names_of
@@ -160,3 +160,17 @@ def test_pieces_on_small_images_are_tuned_at_full_size_and_cost_what_is_counted(
             assert node.job.flops_per_image == train_flops_per_image(alone, (1, 4, 4))
     assert final.summary()["score"] > 0.25  # chance, of four classes
     assert len({step_memory_of(node, {}).activations for node in (nodes[0], usual["meta"])}) == 2
+
+
+def test_images_that_do_not_fit_are_said_with_how_many_would(data_folder, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    joint, _ = made("machine.checkpoint_seconds=20")  # in micro-batches of 8
+    [together] = [node for node in joint.nodes if node.settings.phase == "incubate_together"]
+    for node in together.upstream("meta"):
+        node.run()
+    monkeypatch.setattr("incubate_lib.training.trainer.Trainer.step", full)
+    with pytest.raises(SettingsError, match=r"8 images at once need more than the [\d.]+ GiB of .*; try training.micro_batch=4 "):
+        together.run()
+    assert together.folder.status()["state"] == "failed"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import timm
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,12 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     """Return what a GPU or this machine's processor is called."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of memory that a GPU or this machine has."""
+    is_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).total_memory if is_gpu else psutil.virtual_memory().total
 
 
 def _cpu_name() -> str:
