@@ -10,6 +10,7 @@ import torch
 import yaml
 from families import pair, some_images
 from patience import Hooks, wait_for
+from test_devices import check_two_devices_train_as_one
 
 from incubate_lib.config import load_settings
 from incubate_lib.method.chain import find_chain
@@ -53,6 +54,11 @@ def file(request, tmp_path):
     path = tmp_path / f"{request.param}.yaml"
     path.write_text(yaml.safe_dump(BASE | FAMILIES[request.param]))
     return str(path)
+
+
+@pytest.mark.parametrize("file", ["swin"], indirect=True)
+def test_windows_learn_on_two_devices_as_on_one(file, tmp_path, monkeypatch):
+    check_two_devices_train_as_one("incubate", file, ["training.epochs=4", "phases.meta.epochs=1"], tmp_path, monkeypatch)
 
 
 def weights(folder):
