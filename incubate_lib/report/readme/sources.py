@@ -5,6 +5,7 @@ import functools
 import pandas as pd
 
 from incubate_lib.report.tables import records, studies
+from incubate_lib.report.tables.answers import changes
 from incubate_lib.report.tables.mat import against_others
 from incubate_lib.report.tables.records import Results, published
 from incubate_lib.report.tables.studies import StudyTable
@@ -62,6 +63,14 @@ def comparison(source: str, strategy: str, other: str = BASELINE) -> pd.Series:
     (_, row), *more = own_comparisons(source, strategy, other).iterrows()
     if more:
         raise KeyError(f"{source} is several cells")
+    return row
+
+
+def change(source: str, strategy: str) -> dict:
+    """Return the row of the comparison of a recipe, which the source names, with the first of its study."""
+    name, _, recipe = source.partition(":")
+    found = changes(study_of(name))
+    (row,) = found[(found["of"] == strategy) & (found["strategy"] == recipe)].to_dict("records")
     return row
 
 
