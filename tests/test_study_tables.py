@@ -98,6 +98,7 @@ def test_recipes_are_compared_with_the_first_of_them():
     base, noise = np.array([0.5, 0.6, 0.7, 0.8]), np.array([0.001, -0.001, 0.001, -0.001])
     rows = [(value, name, base + shift * (name == "growing") + noise * (shift > 0), 4, 4)
             for value, shift in (("ours", 0.0), ("theirs", 0.02)) for name in ("end_to_end", "growing")]  # fmt: skip
+    rows += [("of pieces", "end_to_end", base, 4, 4)]  # says nothing of end to end, so it is the same networks
     table = made(rows)
     table = StudyTable("made", table.results.rename(columns={"budget": "recipe"}), table.rates)
     found = changes(table).set_index("of")

@@ -66,12 +66,12 @@ def comparison(source: str, strategy: str, other: str = BASELINE) -> pd.Series:
     return row
 
 
-def change(source: str, strategy: str) -> dict:
-    """Return the row of the comparison of a recipe, which the source names, with the first of its study."""
+def change(source: str, strategy: str) -> dict | None:
+    """Return the row of a recipe, which the source names, against the first of its study; None where they are the same."""
     name, _, recipe = source.partition(":")
     found = changes(study_of(name))
-    (row,) = found[(found["of"] == strategy) & (found["strategy"] == recipe)].to_dict("records")
-    return row
+    rows = found[(found["of"] == strategy) & (found["strategy"] == recipe)].to_dict("records")
+    return rows[0] if rows else None
 
 
 def bench_of(name: str) -> pd.DataFrame:

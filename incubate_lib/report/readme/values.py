@@ -57,7 +57,8 @@ def gain(source: str, strategy: str, other: str = BASELINE) -> str:
 
 def change(source: str, strategy: str) -> str:
     """What a recipe of a study changes against the first, in points with its corrected interval and the verdict."""
-    return _difference(sources.change(source, strategy))
+    row = sources.change(source, strategy)
+    return _difference(row) if row else "says nothing of it"
 
 
 def _difference(row: Mapping[str, Any]) -> str:

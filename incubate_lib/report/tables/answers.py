@@ -42,10 +42,16 @@ def changes(table: StudyTable) -> pd.DataFrame:
     """Return how far each value of the axis `recipe` is ahead of its first, for each strategy, paired by seed.
 
     The columns are those of `differences`, with the strategy as `of`, and values as `strategy` and `other`; all are one family.
+    A recipe that says nothing of a strategy's phases trains the same networks, and is not compared.
     """
-    names = table.results["recipe"].unique()
+    first, *names = table.results["recipe"].unique()
+    axes = [*_other_axes(table, "recipe"), "of"]
     turned = table.results.rename(columns={"strategy": "of", "recipe": "strategy"})
-    return differences(turned, [(name, names[0]) for name in names[1:]], [*_other_axes(table, "recipe"), "of"])
+    parts = []
+    for _, cell in turned.groupby(axes, sort=False):
+        scores = {name: rows.set_index("seed")["score"].to_dict() for name, rows in cell.groupby("strategy", sort=False)}
+        parts.append(cell[[name == first or scores[name] != scores.get(first) for name in cell["strategy"]]])
+    return differences(pd.concat(parts), [(name, first) for name in names], axes)
 
 
 def _other_axes(table: StudyTable, but: str = "budget") -> list[str]:
