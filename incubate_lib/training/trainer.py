@@ -133,7 +133,7 @@ class Trainer:
         flops_per_image: int = 0,
         task: Task = CLASSIFICATION,
         losses: Losses = of_the_output,
-        groups: Sequence[Sequence[nn.Parameter]] | None = None,
+        groups: Sequence[Sequence[nn.Parameter]] | None = None,  # one a loss, whose gradients reach no other
     ) -> None:
         self.model, self.train, self.settings, self.seed, self.team = model, train, settings, seed, team
         self.task, self.losses = task, losses
