@@ -21,6 +21,7 @@ from incubate_lib.report.readme.values import VALUES
 from incubate_lib.report.tables import records
 
 ALIASES = {"paper": "deep_incubation", "recommended": "deep_incubation_identity", "stack": "deep_incubation_stack"}
+ALIASES |= {"recommended_itself": "recommended"}  # the strategy of that name
 COMPARISONS = "data/results/README.md"
 FOLDERS = ("", "figures", "data", "notebooks")  # beside those of the package
 Makers = Mapping[str, Callable[..., str]]
