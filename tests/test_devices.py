@@ -9,6 +9,7 @@ from pathlib import Path
 import command_line
 import pytest
 import torch
+from families import settings_file
 from patience import Hooks, join, wait_for
 from torch import distributed as dist
 
@@ -68,17 +69,13 @@ def losses(folder: PhaseFolder) -> list[tuple]:
     return [(row["step"], row["train_loss"], row["loss"], row["score"]) for row in folder.metrics()]
 
 
-@pytest.mark.parametrize("phase", ["meta", "incubate"])
-def test_two_devices_train_as_one(phase, tmp_path, monkeypatch):
-    """Same batch, same data, everything random on."""
+@pytest.mark.parametrize(("phase", "network"), [("meta", "vit"), ("incubate", "vit"), ("incubate", "swin")])
+def test_two_devices_train_as_one(phase, network, tmp_path, monkeypatch):
+    """Same batch, same data, everything random on: the loss curve of one process, within float32 rounding."""
+    found, index = [], 1 if phase == "incubate" else None
+    preset = "smoke" if network == "vit" else settings_file(tmp_path, network)
     overrides = [*EVERYTHING, "training.epochs=4", "training.eval_every=1"]
     overrides += ["phases.meta.epochs=1", "phases.meta.warmup_epochs=0"] if phase == "incubate" else []
-    check_two_devices_train_as_one(phase, "smoke", overrides, tmp_path, monkeypatch)
-
-
-def check_two_devices_train_as_one(phase, preset, overrides, tmp_path, monkeypatch) -> None:
-    """Over four epochs, the loss curve of one process, within float32 rounding; of incubation that of the second module."""
-    found, index = [], 1 if phase == "incubate" else None
     for devices in (1, 2):
         monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / str(devices)))
         node = open_phase(phase, preset, overrides, module_index=index)
