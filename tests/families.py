@@ -31,7 +31,7 @@ NETWORKS = {  # plain ViTs that differ in where stem and head keep their weights
     "mobilenet": ("mobilenetv2_035", {}),
     "vgg": (VGG, {"cfg": (8, 8, "M", 8, 8, "M", 16, 16, 16, "M")}),
 }  # fmt: skip
-SMALL = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "in_chans": 1, "num_classes": 5}
+PLAIN = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "in_chans": 1, "num_classes": 5}
 K = 3
 SHAPE = (3, 32, 32)
 
