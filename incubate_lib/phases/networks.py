@@ -251,6 +251,7 @@ def model_shape(settings: ModelSettings) -> tuple[int, ...]:
     check_name(settings)
     known = timm.get_pretrained_cfg(settings.name)  # none: of a network that is not timm's own
     if known and len(known.input_size) == 1:
+        refuse(settings.img_size, f"model.img_size has no meaning for {settings.name!r}, which reads text; set model.context")
         return (settings.context or known.input_size[0],)
     channels, height, width = known.input_size if known else (3, 224, 224)
     return (settings.in_chans or channels, settings.img_size or height, settings.img_size or width)

@@ -34,9 +34,7 @@ def open_corpus(
     found = _READ[settings.source](settings, machine)
     if isinstance(found, list):
         every = min(len(found), ONE_IN)
-        few = (
-            f"data.source {settings.source!r} has {len(found)} document(s); to train, validate and test takes 3 at least"
-        )
+        few = f"data.source {settings.source!r} has {len(found)} document(s); to train, validate and test takes 3 at least"
         refuse(every < 3, few)
         kinds = ["train"] * (every - 2) + ["val", "test"]
         found = {kind: [text for i, text in enumerate(found) if kinds[i % every] == kind] for kind in WIKITEXT}
