@@ -18,7 +18,9 @@ from incubate_lib.data.text.contexts import NOT_ASKED, TextSet
 from incubate_lib.data.text.corpora import AUSTEN, open_corpus
 from incubate_lib.data.text.vocabulary import SPECIAL, open_vocabulary
 from incubate_lib.method.chain import find_chain
+from incubate_lib.method.mntk import kernel_by_definition, modular_kernels
 from incubate_lib.method.network import divide, graft, without
+from incubate_lib.method.units import find_units
 from incubate_lib.networks import register_all
 from incubate_lib.pipeline.graph import closure
 from incubate_lib.pipeline.strategies import open_phase, plan
@@ -28,7 +30,7 @@ from incubate_lib.training.loop import evaluate
 from incubate_lib.training.trainer import Trainer
 
 register_all()
-WORDS = ("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliett")
+WORDS = ("alpha", "bravo", "charlie", "delta")
 SMALL = {"num_classes": 40, "context": 12, "embed_dim": 8, "depth": 3, "num_heads": 2}
 RUN = {
     "data": {"source": "text", "folder": "words"},
@@ -46,7 +48,7 @@ def words(monkeypatch, tmp_path):
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "data"))
     (folder := tmp_path / "data/datasets/words").mkdir(parents=True)
     for i in range(20):
-        text = " ".join(f"{WORDS[i % 10]}{i}" if j % 3 else WORDS[(i + j) % 4] for j in range(40))
+        text = " ".join(f"q{i:05b}" if j % 3 else WORDS[(i + j) % 4] for j in range(40))
         (folder / f"{i:02}.txt").write_text(text)
     return folder
 
@@ -118,7 +120,7 @@ def test_every_token_but_the_first_is_asked_for_once_and_split_by_document(words
     texts = {name: part.vocabulary.decode(part.tokens.tolist()) for name, part in (("train", train), ("test", test))}
     val = load_data(DataSettings(source="text", folder="words", eval_split="val"), shape=(12,))[1]
     texts["val"] = val.vocabulary.decode(val.tokens.tolist())
-    found = {name: {int(number) for number in re.findall(r"[a-z](\d+)", text)} for name, text in texts.items()}
+    found = {name: {int(number, 2) for number in re.findall(r"q([01]{5})", text)} for name, text in texts.items()}
     assert found["test"] == {9, 19} and found["val"] == {8, 18} and found["train"] == set(range(20)) - {8, 9, 18, 19}
 
 
@@ -199,6 +201,32 @@ def test_all_strategies_learn_from_text_for_the_same_cost(write, task, share, na
         assert node.summary()["score"] < 0.9 * chance, strategy
     flops = [sum(before.flops for before in closure([node])) for node in made.finals.values()]
     assert max(flops) == pytest.approx(min(flops), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["text_causal", "text_masked"])
+def test_kernels_of_token_outputs_are_those_by_definition(name):
+    torch.manual_seed(0)
+    model, x = timm.create_model(name, **SMALL).double(), torch.randint(40, (3, 12))
+    units = find_units(model, "sublayers")
+    for unit, kernel in zip(units, modular_kernels(model, units, x), strict=True):
+        torch.testing.assert_close(kernel, kernel_by_definition(model, [*unit.rows], x), rtol=1e-8, atol=1e-12)
+    heads = find_units(model, "heads")
+    assert len(heads) == 6 and modular_kernels(model, heads, x).diagonal(dim1=1, dim2=2).gt(0).all()
+
+
+def test_heads_rest_and_modules_learn_locally(write):
+    mat = {"mat": {"kind": "end_to_end", "match": "end_to_end",
+                   "mat": {"units": "heads", "probe": 4, "warmup_epochs": 0.5, "every_epochs": 0.5, "alpha": 0.5}}}  # fmt: skip
+    data = RUN["data"] | {"mask_share": 0.15}
+    model = RUN["model"] | {"name": "text_masked"}
+    file = write(task="masked_language", data=data, model=model, strategies=mat | {"dgl": {"match": "end_to_end"}})
+    made = plan(load_settings(file), ["end_to_end", "mat", "dgl"])
+    made.run()
+    whole, adaptive, local = (node.summary() for node in made.finals.values())
+    assert adaptive["train_flops"] < whole["train_flops"] and local["head_parameters"] > 0
+    assert all(s["score"] < 0.8 * get("masked_language").chance(made.nodes[0].facts.outputs) for s in (whole, adaptive, local))
+    with pytest.raises(SettingsError, match="a text is no image"):
+        plan(load_settings(file, ["strategies.infopro.match=end_to_end"]), ["infopro"])
 
 
 def test_two_processes_train_on_text_as_one(write, tmp_path, monkeypatch, words):

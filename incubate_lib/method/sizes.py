@@ -1,8 +1,8 @@
 """What of a network depends on the size of its images: how weights are resampled for another, and what divides it."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,24 +17,30 @@ def blank(model: nn.Module, number: int, shape: Sequence[int], device: torch.dev
 
 
 @contextmanager
-def differentiable(model: nn.Module, x: Tensor) -> Iterator[list[Tensor]]:
-    """Have gradients reach what goes into a network, as if something before it learned; of tokens, which are no numbers, their
-    embeddings. Yields these leaves, those of tokens once the network has run."""
-    leaves = []
+def embedded(model: nn.Module, x: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change what tokens [N, T] are embedded as, which are no numbers that could be changed themselves."""
 
-    def cut(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if args and args[0].shape != x.shape:  # of positions, which are the same whatever is read
-            return output
+    def changed(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return change(output) if args and args[0].shape == x.shape else output  # those of positions are the same for all
+
+    with ExitStack() as hooks:
+        for layer in model.modules():
+            if isinstance(layer, nn.Embedding):
+                hooks.enter_context(layer.register_forward_hook(changed))
+        yield
+
+
+@contextmanager
+def differentiable(model: nn.Module, x: Tensor) -> Iterator[list[Tensor]]:
+    """Have gradients reach what goes into a network, as if something before it learned: images, or the embeddings of tokens.
+    Yields these leaves, those of tokens once the network has run."""
+    leaves = [x.requires_grad_()] if x.is_floating_point() else []
+
+    def cut(output: Tensor) -> Tensor:
         leaves.append(output.detach().requires_grad_())
         return leaves[-1]
 
-    with ExitStack() as hooks:
-        if x.is_floating_point():
-            leaves.append(x.requires_grad_())
-        else:
-            for layer in model.modules():
-                if isinstance(layer, nn.Embedding):
-                    hooks.enter_context(layer.register_forward_hook(cut))
+    with nullcontext() if leaves else embedded(model, x, cut):
         yield leaves
 
 

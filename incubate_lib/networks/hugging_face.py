@@ -8,6 +8,7 @@ one of them is made.
 from functools import cache
 from typing import Any
 
+import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -36,7 +37,10 @@ def _classes(name: str) -> tuple[Any, Any]:
     }[name]
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return base.forward(self, input_ids=x).logits
+        mask = None
+        if x.is_meta:  # there the library looks for packed sequences, and finds no values
+            mask = torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+        return base.forward(self, input_ids=x, attention_mask=mask).logits
 
     own = {"forward": forward, "is_causal": name == "hf_gpt2", "__module__": __name__}
     return config, type(base.__name__, (base,), own)
@@ -52,7 +56,8 @@ def _made(name: str, arguments: dict[str, Any]) -> nn.Module:
     if name == "hf_bert" and "embed_dim" in given:
         given = {"intermediate_size": 4 * given["embed_dim"]} | given
     fields = {names.get(field, field): value for field, value in given.items()}
-    model = made(config(**{"tie_word_embeddings": False, "use_cache": False} | fields))
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # the vocabulary's are not known here
+    model = made(config(**{"tie_word_embeddings": False, "use_cache": False} | tokens | fields))
     model.num_classes = model.config.vocab_size
     return model
 

@@ -79,8 +79,8 @@ class Language(Task):
         _, loss, tokens, right, characters = sums
         mean = loss / max(1.0, tokens)
         bits = loss / max(1.0, characters) / math.log(2)
-        metrics = {"bits_per_character": bits, "perplexity": math.exp(min(mean, 700.0)), "accuracy": right / max(1.0, tokens)}
-        return {"loss": mean} | {metric.name: metrics[metric.name] for metric in self.metrics}
+        found = {"bits_per_character": bits, "perplexity": math.exp(min(mean, 700.0)), "accuracy": right / max(1.0, tokens)}
+        return {"loss": mean} | {metric.name: found[metric.name.removeprefix("masked_")] for metric in self.metrics}
 
 
 TASK = Language()
