@@ -14,6 +14,7 @@ partition: {{num_modules: 2}}
 training: {{epochs: 1, batch_size: 4, warmup_epochs: 0, label_smoothing: 0}}
 run: [end_to_end]
 """
+PLAIN = "data: {{{}}}\ntask: language\nmodel: {{img_size: 8, patch_size: 4, in_chans: 1}}\nrun: [end_to_end]\n"
 FOLDER = "source: text, folder: words"
 PROSE = "It is a truth universally acknowledged. " * 20
 
@@ -75,10 +76,10 @@ WRONG = {  # what is wrong → what the message must name, and what makes it
     "masked training of a causal network": (
         "is causal", both(words(), settings(f"{FOLDER}, mask_share: 0.15", "masked_language", "text_causal")),
     ),
-    "text for a network of images": ("takes images", both(words(), file("mine.yaml", f"data: {{{FOLDER}}}\ntask: language\n"))),
+    "text for a network of images": ("takes images", both(words(), file("mine.yaml", PLAIN.format(FOLDER)))),
     "images for a network of text": ("takes text", settings("source: digits")),
     "classes of a text": ("'masked_language'", both(words(), settings(task="classification"))),
-    "a language of images": ("not text", file("mine.yaml", "task: language\nmodel: {img_size: 8, patch_size: 4, in_chans: 1}\n")),
+    "a language of images": ("not text", file("mine.yaml", PLAIN.format("source: digits"))),
     "test images of a text": ("test_images", settings("source: austen, test_images: 3")),
     "a text that is shrunk": ("resize", settings("source: austen, resize: 8")),
     "a folder of a corpus that comes along": ("folder", settings("source: austen, folder: words")),
