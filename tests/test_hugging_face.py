@@ -5,16 +5,23 @@ import copy
 import pytest
 import timm
 import torch
+from test_language import RUN, SHARES, words, write
 
-from incubate_lib.config import ModelSettings
+from incubate_lib.config import ModelSettings, load_settings
 from incubate_lib.method.chain import find_chain
 from incubate_lib.method.incubation import Hybrid
+from incubate_lib.method.mntk import kernel_by_definition, modular_kernels
 from incubate_lib.method.network import divide, graft, without
+from incubate_lib.method.units import APART, count_units, find_units
 from incubate_lib.networks import register_all
 from incubate_lib.phases.networks import chain_of, takes_depth
+from incubate_lib.phases.recipes import load_trained
+from incubate_lib.pipeline.strategies import plan
+from incubate_lib.report.export import export
 from incubate_lib.training.costs import train_flops_per_image
 
 transformers = pytest.importorskip("transformers")
+__all__ = ["words", "write"]  # fixtures
 register_all()
 SMALL = {"num_classes": 40, "context": 12, "embed_dim": 8, "depth": 3, "num_heads": 2}
 BLOCKS = {"hf_bert": "bert.encoder.layer", "hf_gpt2": "transformer.h"}
@@ -47,6 +54,33 @@ def test_its_constructor_takes_a_depth_and_it_is_counted(name):
     products = 3 * (12 * 8**2 * 12 + 2 * 12 * 12 * 8) + 12 * 8 * 40 + (12 * 8 * 8 if name == "hf_bert" else 0)
     counted = train_flops_per_image(timm.create_model(name, **SMALL), (12,))
     assert counted == 6 * products
+
+
+def test_heads_of_bert_are_units_whose_kernels_are_those_by_definition():
+    torch.manual_seed(0)
+    model, x = timm.create_model("hf_bert", **SMALL).double(), torch.randint(40, (3, 12))
+    heads = find_units(model, "heads")
+    assert len(heads) == 6 and not count_units(timm.create_model("hf_gpt2", **SMALL)).get("heads")
+    whole = [f"bert.encoder.layer.1.attention.self.{part}.{kind}" for part in APART for kind in ("weight", "bias")]
+    of_block = modular_kernels(model, heads, x)[2:4].sum(0)
+    torch.testing.assert_close(of_block, kernel_by_definition(model, whole, x), rtol=1e-8, atol=1e-12)
+
+
+def test_bert_is_trained_in_pieces_rests_and_is_exported(write, tmp_path):
+    model = {"name": "hf_bert", "context": 12, "embed_dim": 8, "depth": 4, "num_heads": 2}
+    strategies = {"deep_incubation_stack": SHARES, "mat": {"mat": {"units": "heads", "probe": 4, "warmup_epochs": 0.5}}}
+    data = RUN["data"] | {"mask_share": 0.15}
+    file = write(task="masked_language", data=data, model=model, strategies=strategies, run=["deep_incubation_stack", "mat"])
+    made = plan(load_settings(file))
+    made.write()
+    made.run()
+    pieces, adaptive = made.finals.values()
+    assert adaptive.summary()["train_flops"] > 0
+    export(load_settings(file), tmp_path / "out", strategy="deep_incubation_stack")
+    again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out").eval()
+    own = load_trained(pieces.settings, pieces.folder, pieces.facts.outputs)
+    x = pieces.data()[1].some(torch.arange(2))[0]
+    assert torch.equal(again(input_ids=x).logits, own(x))
 
 
 def test_what_is_no_field_of_its_config_is_refused():
