@@ -18,7 +18,7 @@ from incubate_lib.phases.networks import chain_of, takes_depth
 from incubate_lib.phases.recipes import load_trained
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.export import export
-from incubate_lib.training.costs import train_flops_per_image
+from incubate_lib.training.costs import FlopCounts, train_flops_per_image
 
 transformers = pytest.importorskip("transformers")
 __all__ = ["words", "write"]  # fixtures
@@ -54,6 +54,13 @@ def test_its_constructor_takes_a_depth_and_it_is_counted(name):
     products = 3 * (12 * 8**2 * 12 + 2 * 12 * 12 * 8) + 12 * 8 * 40 + (12 * 8 * 8 if name == "hf_bert" else 0)
     counted = train_flops_per_image(timm.create_model(name, **SMALL), (12,))
     assert counted == 6 * products
+
+
+def test_blocks_that_are_cut_within_are_counted_as_often_as_they_are_there():
+    with torch.device("meta"):
+        model = timm.create_model("hf_bert", **SMALL | {"depth": 6})
+    whole = train_flops_per_image(model, (12,))
+    assert FlopCounts((12,)).per_image(model.requires_grad_(True), divide(find_chain(model, (12,)), [5, 1])) == whole
 
 
 def test_heads_of_bert_are_units_whose_kernels_are_those_by_definition():

@@ -70,10 +70,8 @@ def export(
     facts, data = taken.node.facts, settings.data
     network = load_trained(taken.node.settings, taken.node.folder, facts.outputs)
     if data.source in TEXTS:
-        timm_only = (
-            f"{settings.model.name!r} is known here only, so there is nothing to export; its weights: {taken.node.folder.path}"
-        )
-        refuse(not hasattr(network, "save_pretrained"), f"model.name {timm_only}")
+        own = f"model.name {settings.model.name!r} is a network of this package; its weights lie in {taken.node.folder.path}"
+        refuse(not hasattr(network, "save_pretrained"), own)
         network.save_pretrained(folder)
         return taken.strategy
     train, _ = load_data(data, shape=model_shape(settings.model), machine=settings.machine)

@@ -171,7 +171,9 @@ def by_module(network: nn.Module, partition: Partition | None, count: Callable[[
     for stretch, number in enumerate(found):
         sums[partition.module_of(stretch)] += number
     for (module, *_), group in groups.items():
-        sums[module] += sum(found[group[1]] for _ in group[2:])
+        for again in group[1:2] * len(group[2:]):
+            inside = f"{chain.stretches[again].block}."  # where a block's first half is all that its second sees
+            sums[module] += found[again] + sum(found[i] for i, part in enumerate(chain.stretches) if part.name.startswith(inside))
     return sums
 
 
@@ -215,7 +217,7 @@ def by_stretch(
 
     with ExitStack() as hooks:
         for stretch, part in enumerate(stretches[:-1]):
-            if not part.block or has_layer(network, part.block):
+            if has_layer(network, part.name):
                 hook = partial(reached, stretch=stretch)
                 hooks.enter_context(network.get_submodule(part.name).register_forward_hook(hook))
         out = (run or network)(x)
