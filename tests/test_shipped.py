@@ -17,7 +17,7 @@ from incubate_lib.training.files import read_json
 MAY_SHRINK = (
     r"model\.(embed_dim|num_heads|depth|options(\.(layers|channels))?)|partition\.(target_depths|cuts)"
     r"|(\w+\.)+((\w+_)?epochs|mixup_draws)|training\.(batch_size|micro_batch|lr_for_batch)"
-    r"|data\.(train_share|test_images|num_images)|machine\.compile|name"
+    r"|data\.(train_share|test_images|num_images|source|folder)|machine\.compile|name"
 )
 
 
