@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
+from bad.texts import tokenizer
 from test_devices import losses, train_on
 from torch import nn
 
@@ -133,6 +134,19 @@ def test_the_vocabulary_knows_nothing_of_the_text_to_test_on(words):
         text = "\f".join((words / f"{i:02}.txt").read_text() for i in (9, 19)) + "\f"
         assert int(test.lengths.sum()) == len(text), "bits are those of characters, whatever the tokens are"
     assert train.num_classes == 256 + len(SPECIAL)
+
+
+def test_pieces_of_words_are_read_from_a_file_of_tokenizers(words):
+    pytest.importorskip("tokenizers")
+    (words / "own.json").write_text(tokenizer("[UNK]", "[SEP]", "[MASK]", *WORDS))
+    settings = DataSettings(source="text", folder="words", vocabulary="own.json", mask_share=0.15)
+    train, test = load_data(settings, shape=(12,))
+    assert train.num_classes == 7 and train.vocabulary.special == (0, 1, 2) and train.vocabulary.mask == 2
+    text = [(words / f"{i:02}.txt").read_text() for i in (9, 19)]
+    assert int(test.lengths.sum()) == sum(map(len, text)) + len(text), "bits are those of characters"
+    assert test.tokens.tolist().count(1) == 2 and test.tokens[-1] == 1
+    first = [word if word in WORDS else "[UNK]" for word in text[0].split()]
+    assert [train.vocabulary.names[token] for token in test.tokens.tolist()][: len(first)] == first
 
 
 def test_no_token_sees_those_behind_it_and_of_masked_ones_every_one_sees_all():

@@ -30,11 +30,12 @@ class Vocabulary:
     def encode(self, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of documents one behind the other, int32 [S], and of each the number of characters, uint8 [S].
 
-        The end of a document counts as a character.
+        The end of a document counts as a character, and has those for which no token stands.
         """
         parts = [self.encoder(text) for text in documents]
         tokens = [np.append(part, self.end).astype(np.int32) for part, _ in parts]
-        lengths = [np.append(part, 1).astype(np.uint8) for _, part in parts]
+        ends = [1 + len(text) - int(part.sum()) for text, (_, part) in zip(documents, parts, strict=True)]
+        lengths = [np.append(part, end).clip(0, 255).astype(np.uint8) for end, (_, part) in zip(ends, parts, strict=True)]
         return np.concatenate(tokens), np.concatenate(lengths)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -89,7 +90,7 @@ def _of_file(settings: DataSettings, machine: MachineSettings) -> Vocabulary:
     def encode(text: str) -> tuple[np.ndarray, np.ndarray]:
         found = file.encode(text, add_special_tokens=False)
         ends = np.array([after for _, after in found.offsets], dtype=np.int64)
-        return np.array(found.ids, dtype=np.int32), np.diff(ends, prepend=0).clip(0, 255)  # what it passes over goes along
+        return np.array(found.ids, dtype=np.int32), np.diff(ends, prepend=0)  # what it passes over goes along
 
     return Vocabulary(names, special, end[0], mask[0] if mask else None, encode)
 
