@@ -13,6 +13,7 @@ from test_devices import losses, train_on
 from torch import nn
 
 from incubate_lib.config import DataSettings, SettingsError, TrainingSettings, load_settings
+from incubate_lib.config.members import TASKS
 from incubate_lib.data.sets import load_data
 from incubate_lib.data.text import contexts
 from incubate_lib.data.text.contexts import NOT_ASKED, TextSet
@@ -88,6 +89,12 @@ def test_a_model_that_knows_nothing_has_the_logarithm_of_the_vocabulary_as_loss(
     assert found["loss"] == pytest.approx(math.log(30), rel=1e-6)
     assert found["score"] == pytest.approx(get(task).chance(30), rel=1e-6)
     assert get(task).score.sign == -1
+
+
+def test_no_two_tasks_have_a_metric_of_one_name():
+    """Records and tables know a metric by its name alone."""
+    names = [metric.name for task in TASKS for metric in TASKS[task].metrics]
+    assert len(names) == len(set(names)) >= 6
 
 
 def test_masks_are_berts_and_no_special_token_is_asked_for():

@@ -17,7 +17,7 @@ class Language(Task):
     metrics: ClassVar = (
         Metric("bits_per_character", "bits per character", higher_is_better=False),
         Metric("perplexity", "perplexity", digits=2, higher_is_better=False),
-        Metric("accuracy", "next token right", "%", scale=100.0, digits=1, is_share=True),
+        Metric("next_token_accuracy", "next token right", "%", scale=100.0, digits=1, is_share=True),
     )
     num_sums = 5
     network = "A language model"
@@ -79,8 +79,8 @@ class Language(Task):
         _, loss, tokens, right, characters = sums
         mean = loss / max(1.0, tokens)
         bits = loss / max(1.0, characters) / math.log(2)
-        found = {"bits_per_character": bits, "perplexity": math.exp(min(mean, 700.0)), "accuracy": right / max(1.0, tokens)}
-        return {"loss": mean} | {metric.name: found[metric.name.removeprefix("masked_")] for metric in self.metrics}
+        found = {"character": bits, "perplexity": math.exp(min(mean, 700.0)), "accuracy": right / max(1.0, tokens)}
+        return {"loss": mean} | {metric.name: found[metric.name.rpartition("_")[2]] for metric in self.metrics}
 
 
 TASK = Language()
