@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from bad.texts import tokenizer
 from layouts import cifar_files, picture, write_fashion
 from torchvision import datasets
 
@@ -23,6 +24,8 @@ IMAGES = {  # how many, where a preset says so; what lies on disk is small anywa
     "synthetic": {"num_images": 144, "test_images": 48},
     "fashion_mnist": {"train_share": 1.0, "test_images": 20},
 }
+
+CORPORA = {"austen": {"source": "text", "folder": "austen"}}  # thousands of contexts otherwise
 
 
 def shrunk(name: str) -> dict[str, Any]:
@@ -49,6 +52,7 @@ def shrunk(name: str) -> dict[str, Any]:
     recipe["batch_size"] = BATCH
     if "recipe" in recipe:  # which has the draws of a large batch
         recipe["mixup_draws"] = BATCH // MICRO
+    tree["data"] |= CORPORA.get(settings.data.source, {})
     tree["data"] |= {field: value for field, value in IMAGES.get(settings.data.source, {}).items() if field in tree["data"]}
     if "compile" in tree.get("machine", {}):
         tree["machine"]["compile"] = "off"
@@ -73,6 +77,8 @@ def write_images(name: str, folder) -> dict[str, str]:
     source = load_settings(name).data.source
     if source == "folder":
         write_imagenet(folder / "datasets" / "imagenet")
+    elif source in ("austen", "wikitext"):
+        write_texts(folder / "datasets", source)
     elif source == "fashion_mnist":
         write_fashion(folder / "datasets" / source, zipped=False)
     elif source.startswith("cifar"):
@@ -80,6 +86,18 @@ def write_images(name: str, folder) -> dict[str, str]:
         (folder / "cifar.json").write_text(json.dumps(sums))
         return {"TEST_CIFAR": str(folder / "cifar.json")}  # hooks/sitecustomize.py
     return {}
+
+
+def write_texts(folder, source) -> None:
+    """A few pages of words: chapters, or WikiText's three files with a vocabulary of words beside them."""
+    words = ["the", "a", "it", "is", "was", "novel", "truth", "of", "and", "."]
+    pages = [" ".join(words[(i * j) % 10] for j in range(1, 60)) for i in range(1, 31)]
+    (place := folder / {"austen": "austen", "wikitext": "wikitext-2"}[source]).mkdir(parents=True)
+    for i, text in enumerate(pages if source == "austen" else []):
+        (place / f"{i:02}.txt").write_text(text)
+    for split in ("train", "valid", "test") if source == "wikitext" else ():
+        (place / f"wiki.{split}.tokens").write_text("".join(f" = {i} = \n\n {text} \n\n" for i, text in enumerate(pages)))
+    (place / "tokenizer.json").write_text(tokenizer("[UNK]", "[SEP]", "[MASK]", *words))
 
 
 def write_imagenet(root, classes=("n01440764", "n01443537", "n02119789", "n15075141"), train=2, val=1):

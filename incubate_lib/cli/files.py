@@ -37,7 +37,10 @@ def check(options: argparse.Namespace) -> int:
     for what, part in zip(("train", settings.data.eval_split), parts, strict=True):
         opened, broken, turned = part.check() if isinstance(part, StreamedSet) else (len(part), {}, 0)
         read = f"{opened - len(broken)} can be read, {len(broken)} cannot"
-        print(f"{what}: {len(part)} images in {part.num_classes} classes; {read}")
+        counted = f"{len(part)} images in {part.num_classes} classes; {read}"
+        if settings.data.source in config.TEXTS:
+            counted = f"{len(part)} contexts of {part.context} tokens, {part.num_classes} different ones"
+        print(f"{what}: {counted}")
         if what == "train" and (unused := TASKS[settings.task].unlearned(part)):
             print(f"  {unused_in_words(unused, part.num_classes)}")
         if turned:
@@ -97,8 +100,11 @@ def export(options: argparse.Namespace) -> None:
     from incubate_lib.report.export import export
 
     name = export(settings, options.folder, strategy=options.strategy, seed=options.seed, log=print)
-    print(f"wrote strategy {name}, seed {options.seed}: timm.create_model('local-dir:{options.folder}', pretrained=True)")
-    print(f"Before you publish it, read {options.folder}/README.md and fill in the licence.")
+    is_text, folder = settings.data.source in config.TEXTS, options.folder
+    how = f"transformers' from_pretrained({folder!r})" if is_text else f"timm.create_model('local-dir:{folder}', pretrained=True)"
+    print(f"wrote strategy {name}, seed {options.seed}: {how}")
+    if not is_text:
+        print(f"Before you publish it, read {folder}/README.md and fill in the licence.")
 
 
 def figures(options: argparse.Namespace) -> None:

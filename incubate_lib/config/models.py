@@ -16,6 +16,7 @@ from incubate_lib.config.phase import FORMAT, TASK, as_ever, digest
 from incubate_lib.config.recipes import TrainingSettings, expanded
 from incubate_lib.config.sections import (
     ARRAYS,
+    TEXTS,
     DataSettings,
     Frozen,
     MachineSettings,
@@ -103,9 +104,11 @@ class Settings(Frozen):
     def check_fits(self, training: TrainingSettings, where: str) -> None:
         """Raise SettingsError when a recipe asks for what these images or this many devices cannot give."""
         streamed, machine = self.data.is_streamed, self.machine
-        images = f"{'streamed' if streamed else 'held in memory'} (data.source {self.data.source!r})"
-        for field in ["shift"] if streamed else ["randaugment", "color_jitter", "erase"]:
-            refuse(getattr(training, field), f"{field} in {where}: not for images that are {images}")
+        source, is_text = f"(data.source {self.data.source!r})", self.data.source in TEXTS
+        images = f"{'text' if is_text else 'images that are ' + ('streamed' if streamed else 'held in memory')} {source}"
+        of_images = ["hflip", "mixup", "cutmix", "shift"] if is_text else []
+        for field in ["shift"] if streamed else [*of_images, "randaugment", "color_jitter", "erase"]:
+            refuse(getattr(training, field), f"{field} in {where}: not for {images}")
         batch, devices, micro = training.batch_size, machine.team_size, training.micro_batch
         batch_of, whole = f"batch_size {batch} in {where}", (micro or 1) * devices
         many = f"{devices} ({machine.nodes} nodes)" if machine.nodes > 1 else f"{devices}"

@@ -54,21 +54,25 @@ class Frozen(BaseModel):
 
 
 ARRAYS = ("cifar10", "cifar100", "fashion_mnist")  # whole sets of small images, held on the device
-MADE = ("digits", "synthetic")  # need no folder
-WHOLE = (*MADE, *ARRAYS)  # read once
+MADE = ("digits", "synthetic", "austen", "stdlib")  # need no folder
+TEXTS = ("austen", "stdlib", "text", "wikitext")
+WHOLE = (*MADE, *ARRAYS, "text", "wikitext")  # read once
 TIMM = ("torch/", "hfds/", "wds/")  # prefixes of timm's create_dataset
 SPECIAL = {  # fields that only some sources know
     ("num_images", "num_classes", "image_size", "channels"): lambda source: source == "synthetic",
     ("folder",): lambda source: source not in MADE,
     ("image_column", "label_column"): lambda source: source.startswith("hfds/"),
     ("train_split", "test_split", "in_memory", "crop_pct", "skip_broken"): lambda source: source not in WHOLE,
+    ("pad", "resize", "test_images", "val_images", "split_seed"): lambda source: source not in TEXTS,
+    ("vocabulary", "mask_share", "undecodable"): lambda source: source in TEXTS,
 }
 
 
 class DataSettings(Frozen):
-    """Which images there are, and which of them networks are evaluated on. The splits are the same for every seed of a run."""
+    """Which images or texts there are, and which of them networks are evaluated on. The splits are the same for every seed."""
 
-    # digits, synthetic, cifar10, cifar100, fashion_mnist, folder, or timm's torch/…, hfds/…, wds/…
+    # digits, synthetic, cifar10, cifar100, fashion_mnist, folder, or timm's torch/…, hfds/…, wds/…; of text austen, stdlib
+    # (Python's own source files), text (a folder of .txt files), wikitext (its three files)
     source: str = "digits"
     pad: Annotated[int, Field(ge=0, le=20_000)] = 0  # black pixels added on each side of images that are held in memory
     # pixels; images that are held in memory are shrunk to squares of this size
@@ -97,6 +101,12 @@ class DataSettings(Frozen):
     num_classes: Annotated[int, Field(ge=2, le=1_000_000)] = 4  # of generated images
     image_size: Pixels = 8  # pixels of a side, of generated images
     channels: Annotated[int, Field(ge=1, le=1_000)] = 1  # of generated images
+    # text:
+    # what its tokens are: characters, bytes, or a file of the package tokenizers, in `folder` or anywhere
+    vocabulary: Annotated[str, Field(min_length=1)] = "characters"
+    # share of the tokens that masked_language asks for; BERT has 0.15
+    mask_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    undecodable: Literal["refuse", "replace"] = "refuse"  # bytes that are no UTF-8
 
     @model_validator(mode="after")
     def _known(self) -> "DataSettings":
@@ -149,6 +159,7 @@ class ModelSettings(Frozen):
     patch_size: Pixels | None = None  # pixels of a side
     embed_dim: Positive | None = None  # width of a transformer
     depth: Blocks | None = None  # blocks of a transformer
+    context: Pixels | None = None  # tokens of a text that a network reads at once
     num_heads: int | list[int] | None = None  # attention heads of a block, or of the blocks of each stage
     in_chans: Positive | None = None  # channels of an image: 1 for grey
     options: dict[str, Any] = {}  # any further argument of the timm model, e.g. {qkv_bias: false}

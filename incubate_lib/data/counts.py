@@ -1,12 +1,12 @@
-"""How many images there are to train on, and in how many classes, before any of them is opened."""
+"""How many images there are to train on, and in how many classes, before any of them is opened; of text contexts and tokens."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, check_numbers
+from incubate_lib.config import DEFAULT_MACHINE, TEXTS, DataSettings, MachineSettings, SettingsError, check_numbers
 from incubate_lib.data.folders import Source, place_of
-from incubate_lib.data.sets import splits, unused_classes, unused_in_words
+from incubate_lib.data.sets import load_data, splits, unused_classes, unused_in_words
 from incubate_lib.data.sources import open_source
 
 IMAGENET = (1_281_167, 50_000, 1000)  # images to train on, to evaluate on (None: one pool for both), classes
@@ -14,6 +14,8 @@ KNOWN = {
     "digits": (1797, None, 10), "fashion_mnist": (60_000, 10_000, 10), "cifar10": (50_000, 10_000, 10),
     "cifar100": (50_000, 10_000, 100),
 }  # fmt: skip
+# words to train on, of WikiText as its page states them, by a part of the folder's name; and BERT's tokens
+WIKITEXT, BERT_TOKENS = {"103": 103_227_021, "": 2_088_628}, 30_522
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Images:
     num_classes: int
     sentence: str  # a sentence: the numbers, and how they are known
     assumed: bool = False  # because there is no folder to count
+    mask_share: float | None = None
+    is_text: bool = False
 
 
 def count_images(
@@ -32,14 +36,18 @@ def count_images(
     *,
     images: int | None = None,
     classes: int | None = None,
+    shape: tuple[int, ...] = (),
 ) -> Images:
     """Return the given numbers, those of a known set, or those of the folder; ImageNet-1K's, and that, where it is not there.
 
     What a run would train on: images that `data.test_images` and `data.val_images` take from the training images are not
     counted. Image files are listed; of shards the heads and labels are read, of Hugging Face's tables the labels. No image is
-    opened, nothing is downloaded. SettingsError for a folder that is there and wrong.
+    opened, nothing is downloaded. SettingsError for a folder that is there and wrong. Text is read, and counted in contexts of
+    the network's `shape`.
     """
     check_numbers({"images": images, "classes": classes})
+    if settings.source in TEXTS:
+        return _count_contexts(settings, machine, images, classes, shape)
     share = "" if settings.train_share == 1 else f" Of these images a share of {settings.train_share:g} (data.train_share)."
     if images and classes:
         return Images(images, classes, f"{_in_words(images, classes)}, as given.{share}")
@@ -50,6 +58,25 @@ def count_images(
     given = " (images as given)" if images else " (classes as given)" if classes else ""
     sentence = f"{_in_words(images or len(index), classes or found)}{given}, {how}.{share} {unused}".strip()
     return Images(images or len(index), classes or found, f"ASSUMED: {sentence}" if assumed else sentence, assumed)
+
+
+def _count_contexts(
+    settings: DataSettings, machine: MachineSettings, images: int | None, classes: int | None, shape: tuple[int, ...]
+) -> Images:
+    place, words = place_of(settings, machine), f"counted in {settings.source}"
+    if not (images and classes):
+        try:
+            train = load_data(settings.model_copy(update={"train_share": 1.0}), shape=shape, machine=machine)[0]
+            images, classes = images or len(train), classes or train.num_classes
+        except SettingsError as error:
+            if settings.source != "wikitext" or place.exists():
+                raise
+            known = next(number for part, number in WIKITEXT.items() if part in place.name)
+            images, classes = images or known // shape[0], classes or BERT_TOKENS
+            words = f"those of WikiText, because {error}; --images and --classes say others"
+    sentence = f"{images:,} contexts of {shape[0]} tokens to train on, {classes:,} different tokens, {words}"
+    is_assumed = words.startswith("those")
+    return Images(images, classes, f"ASSUMED: {sentence}" if is_assumed else sentence, is_assumed, settings.mask_share, True)
 
 
 def _in_words(images: int, classes: int) -> str:

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings
+from incubate_lib.config import DEFAULT_MACHINE, TEXTS, DataSettings, MachineSettings, SettingsError, TrainingSettings
 from incubate_lib.data.folders import Source
 from incubate_lib.data.order import EVAL_BATCH, Order
 from incubate_lib.data.sources import open_source
 from incubate_lib.data.stream import StreamedSet
+from incubate_lib.data.text.contexts import TextSet, load_texts
 
 Shape = tuple[int, int, int]  # C, H, W
 SHOWN = 5  # of the things that a sentence lists
@@ -78,15 +79,19 @@ class ImageSet:
 def load_data(
     settings: DataSettings,
     device: torch.device | str = "cpu",
-    shape: Shape | None = None,
+    shape: Shape | tuple[int] | None = None,
     machine: MachineSettings = DEFAULT_MACHINE,
-) -> tuple[ImageSet, ImageSet] | tuple[StreamedSet, StreamedSet]:
+) -> tuple[ImageSet, ImageSet] | tuple[StreamedSet, StreamedSet] | tuple[TextSet, TextSet]:
     """Return the images to train on and the images to evaluate on: the test split, or a validation split cut from training.
 
-    `shape` is what the model takes (C, H, W); streamed images are brought to it. Raises SettingsError for anything that
-    is wrong with folder, classes, images or the sizes of splits.
+    `shape` is what the model takes (C, H, W, or the tokens of a context); streamed images are brought to it. Raises
+    SettingsError for anything that is wrong with folder, classes, images, texts or the sizes of splits.
     """
     device = torch.device(device)
+    if settings.source in TEXTS:
+        return load_texts(settings, device, shape, machine)
+    if shape is not None and len(shape) != 3:
+        raise SettingsError(f"data.source {settings.source!r} holds images, but the network takes text (model.name)")
     train, test = open_source(settings, machine)
     classes = len(train.classes)  # a name for each label
     learn, eval_set = splits(settings, train, test)

@@ -13,10 +13,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from incubate_lib.method.sizes import blank, differentiable
 
 Vertex = tuple[Any, int]  # a tensor in the autograd graph: the node that made it, and which of the node's outputs it is
 
@@ -127,15 +128,15 @@ class _Recording(TorchFunctionMode):
 
 
 def find_chain(model: nn.Module, shape: Sequence[int]) -> Chain:
-    """Run `model` once on images of `shape` [C, H, W] and return where it can be cut.
+    """Run `model` once on images of `shape` [C, H, W], or on contexts of [T] tokens, and return where it can be cut.
 
     The model may lie on the meta device; it is left in eval mode with everything trainable. Raises NotAChain if its output
     is not one tensor, or if one parameter works on both sides of a cut.
     """
     model.eval().requires_grad_(True)
-    images = torch.zeros(2, *shape, device=next(model.parameters()).device, requires_grad=True)
+    images = blank(model, 2, shape)
     recording = _Recording(model)
-    with ExitStack() as hooks, recording:
+    with differentiable(model, images) as leaves, ExitStack() as hooks, recording:
         for name, layer in model.named_modules():
             if name:
                 enter = lambda layer, args, kwargs, name=name: recording.enter(name, args, kwargs)  # noqa: E731
@@ -145,7 +146,7 @@ def find_chain(model: nn.Module, shape: Sequence[int]) -> Chain:
         logits = model(images)
     if not isinstance(logits, Tensor):
         raise NotAChain(f"{type(model).__name__} returns a {type(logits).__name__}, not one tensor of logits")
-    is_cut = _narrow_places(logits, images)
+    is_cut = _narrow_places(logits, leaves)
 
     # Tensors that every path goes through, in order of time, each with the layers that returned it.
     places: dict[Vertex, int] = {}
@@ -204,7 +205,7 @@ def _vertex(tensor: Tensor) -> Vertex:
     return (tensor, 0) if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
 
 
-def _narrow_places(logits: Tensor, images: Tensor) -> Callable[[Vertex], bool]:
+def _narrow_places(logits: Tensor, images: Sequence[Tensor]) -> Callable[[Vertex], bool]:
     """Return a function that says whether all paths of the autograd graph from `logits` to `images` go through a tensor.
 
     A tensor lies on (paths from the logits to it) x (paths from it to the images) of them; Python counts exactly.
@@ -221,7 +222,7 @@ def _narrow_places(logits: Tensor, images: Tensor) -> Callable[[Vertex], bool]:
             stack += [(below, False) for below, _ in node.next_functions if below is not None]
     down = {}  # paths from a node to the images
     for node in order:
-        here = 1 if getattr(node, "variable", None) is images else 0
+        here = int(any(getattr(node, "variable", None) is leaf for leaf in images))
         down[node] = here + sum(down[below] for below, _ in node.next_functions if below is not None)
     up, into = {root: 1}, {(root, logits.output_nr): 1}  # paths from the logits to a node, to one output of it
     for node in reversed(order):

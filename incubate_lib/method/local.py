@@ -123,6 +123,18 @@ class DGLHead(nn.Module):
         return Local(self.classify(F.adaptive_avg_pool2d(x, 2).flatten(1)))
 
 
+class TokenHead(nn.Module):
+    """What tells of each token of a text what it is asked for: two layers behind a norm. Own choice; DGL knows images only."""
+
+    def __init__(self, features: Tensor, outputs: int) -> None:
+        super().__init__()
+        width = features.shape[-1]
+        self.classify = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, outputs))
+
+    def forward(self, features: Tensor) -> Local:
+        return Local(self.classify(features))
+
+
 def _conv(inner: int, outer: int, kernel: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
     return nn.Conv2d(inner, outer, kernel, stride, kernel // 2, bias=bias)
 
@@ -148,16 +160,20 @@ def weights_of(partition: Partition, given: tuple[Pair | None, Pair | None] = (N
 def heads_of(
     method: Method,
     partition: Partition,
-    image: tuple[int, int, int],
+    image: tuple[int, ...],
     outputs: int,
     by_contrast: bool = False,
     weights: tuple[Pair | None, Pair | None] = (None, None),
 ) -> list[nn.Module]:
-    """Return the heads of all modules but the last, freshly initialised, for images [C, H, W].
+    """Return the heads of all modules but the last, freshly initialised, for images [C, H, W] or contexts of [T] tokens.
 
-    ValueError where a module hands on what is no map.
+    ValueError where a module hands on what is no map, and for InfoPro of text.
     """
     features = [handed_on(partition, i) for i in range(partition.num_modules - 1)]
+    if len(image) == 1:
+        if method != "dgl":
+            raise ValueError("a text has no pixels that a module could draw again")
+        return [TokenHead(one, outputs) for one in features]
     if method == "dgl":
         return [DGLHead(one, outputs) for one in features]
     both = zip(features, weights_of(partition, weights), strict=True)

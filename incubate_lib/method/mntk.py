@@ -29,6 +29,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from incubate_lib.method.rows import is_matrix
+from incubate_lib.method.sizes import blank, embedded
 from incubate_lib.method.units import Unit, owners_of
 from incubate_lib.method.watch import check_held_alone, eval_mode, watched_parameters
 
@@ -110,8 +111,16 @@ def check_kernels(model: nn.Module, units: Sequence[Unit], images: Tensor) -> No
         windows: dict[tuple[str, str], int] = {}  # of a sample
         for number in (2, 3):
             probe = images[:1].repeat(number, *[1] * (images.ndim - 1))
-            probe[0] = torch.nan
-            _check_pass(model, owners, probe, windows)
+            spoiled = contextlib.nullcontext() if probe.is_floating_point() else embedded(model, probe, _spoil)
+            probe = _spoil(probe) if probe.is_floating_point() else probe
+            with spoiled:
+                _check_pass(model, owners, probe, windows)
+
+
+def _spoil(values: Tensor) -> Tensor:
+    values = values.clone()
+    values[0] = torch.nan
+    return values
 
 
 def _check_pass(
@@ -203,7 +212,8 @@ def probe_bytes(model: nn.Module, units: Sequence[Unit], image_shape: tuple[int,
     for name in owners:
         model.get_submodule(name).register_forward_hook(hook)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.eval()(torch.empty(1, *image_shape, device="meta", dtype=next(model.parameters()).dtype))
+        x = blank(model, 1, image_shape)
+        model.eval()(x.to(next(model.parameters()).dtype) if x.is_floating_point() else x)
     return sum(storage.nbytes() for storage in kept.values()) + max(unfolded)
 
 

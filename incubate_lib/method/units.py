@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from incubate_lib.method.rows import RowConv2d
 
+APART = ("query", "key", "value")
 Ranges = tuple[tuple[int, int], ...]  # first row and one past the last, in a parameter's first dimension
 
 
@@ -97,12 +98,24 @@ def _whole(name: str, module: nn.Module) -> dict[str, None]:
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):
+        if (isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads")) or _is_apart(module):
             yield name, module
+
+
+def _is_apart(module: nn.Module) -> bool:
+    """Whether an attention has a layer for each of q, k and v, as Hugging Face's BERT has them."""
+    layers = all(isinstance(getattr(module, part, None), nn.Linear) for part in APART)
+    return layers and hasattr(module, "num_attention_heads")
 
 
 def _heads(name: str, module: nn.Module) -> Iterator[Unit]:
     """Each head's rows of q, k and v; the output projection and the MLP belong to no head."""
+    if _is_apart(module):
+        size = module.query.out_features // module.num_attention_heads
+        parameters = [own for part in APART for own in _whole(f"{name}.{part}", getattr(module, part))]
+        for head in range(module.num_attention_heads):
+            yield Unit(f"{name} head {head}", dict.fromkeys(parameters, ((head * size, (head + 1) * size),)))
+        return
     heads, width = module.num_heads, module.qkv.out_features // 3
     size = width // heads
     for head in range(heads):
@@ -226,6 +239,8 @@ def _attended(attention: nn.Module) -> Tensor:
 
     tokens = getattr(attention, "window_area", 4)  # windows have a fixed number
     generator = torch.Generator().manual_seed(1)
+    if _is_apart(attention):
+        return attention(torch.randn(2, tokens, attention.query.in_features, generator=generator, dtype=torch.float64))[0]
     with ExitStack() as hooks:
         hooks.enter_context(attention.qkv.register_forward_hook(lambda layer, inputs, output: seen.append(output)))
         for layer in (getattr(attention, "norm", None), attention.proj):

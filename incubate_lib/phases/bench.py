@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from incubate_lib.config import (
     DEFAULT_MACHINE,
+    TEXTS,
     MachineSettings,
     ModelSettings,
     PhaseSettings,
@@ -31,6 +32,7 @@ from incubate_lib.config.peaks import peak_flops
 from incubate_lib.data.counts import IMAGENET, Images, count_images
 from incubate_lib.data.schedule import micro_batches
 from incubate_lib.data.sets import ImageSet
+from incubate_lib.data.text.contexts import invented
 from incubate_lib.method.incubation import Hybrid
 from incubate_lib.method.together import Together
 from incubate_lib.phases.facts import outputs_for
@@ -63,10 +65,13 @@ class Bench:
         self.shape = model_shape(settings.model)
         self.target_depths, self.meta_depths = depths_of(settings)
         self.recipe = TrainingSettings(epochs=1e6, batch_size=batch, lr=LR, warmup_epochs=0.0, label_smoothing=0.0)
-        images = torch.randint(256, (batch, *self.shape), dtype=torch.uint8, device=device)
-        labels = self.task.invented(images, outputs)
-        half = torch.full((self.shape[0], 1, 1), 0.5, device=device)
-        self.data = ImageSet(images, labels, half, half, outputs)
+        if settings.data.source in TEXTS:
+            self.data = invented(batch, self.shape[0], outputs, settings.data.mask_share, device)
+        else:
+            images = torch.randint(256, (batch, *self.shape), dtype=torch.uint8, device=device)
+            labels = self.task.invented(images, outputs)
+            half = torch.full((self.shape[0], 1, 1), 0.5, device=device)
+            self.data = ImageSet(images, labels, half, half, outputs)
         self.counted = networks_of(settings, (self.target_depths, self.meta_depths), outputs)
 
     def options(self, phase: str, index: int | None = None) -> dict[str, Any]:
@@ -194,10 +199,11 @@ def bench(
     check_numbers({"--batch": batch, "--rounds": rounds, "--classes": classes})
     device = pick_device()
     repeat_exactly(device)
-    known = Images(1, classes or IMAGENET[2], "")
+    text = {"is_text": settings.data.source in TEXTS, "mask_share": settings.data.mask_share}
+    known = Images(1, classes or IMAGENET[2], "", **text)
     if classes is None:
         try:
-            known = count_images(settings.data, settings.machine)
+            known = count_images(settings.data, settings.machine, shape=model_shape(settings.model))
             assumed = known.sentence if known.assumed else ""
         except SettingsError as error:  # images that cannot be trained on are no reason not to measure
             assumed = f"ASSUMED: {IMAGENET[2]:,} classes, those of ImageNet-1K, because {error}; --classes says another number."

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field
 
-from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError, in_a_line
+from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError, in_a_line, refuse
 from incubate_lib.config.members import PHASES, TASKS
 
 
@@ -173,6 +173,7 @@ def _tried(settings: Settings, outputs: int) -> tuple[Any, Any]:
     """Return the network on the meta device, and what it gives for two images; SettingsError if the task cannot learn it."""
     import torch
 
+    from incubate_lib.method.sizes import blank
     from incubate_lib.phases.networks import build_model, model_shape
 
     network = f"model.name {settings.model.name!r} with model.options {settings.model.options}"
@@ -180,7 +181,7 @@ def _tried(settings: Settings, outputs: int) -> tuple[Any, Any]:
         shape, model = model_shape(settings.model), build_model(settings.model, settings.model.depth, outputs)
     try:
         with torch.no_grad():
-            output = model.train()(torch.empty(2, *shape, device="meta"))  # batch norm cannot train on one image
+            output = model.train()(blank(model, 2, shape))  # batch norm cannot train on one image
     except Exception as error:  # networks check their images by asserts and by failing somewhere inside
         raise SettingsError(
             f"{network} fails with images of {shape} (channels, height, width: model.in_chans, model.img_size): "
@@ -188,6 +189,7 @@ def _tried(settings: Settings, outputs: int) -> tuple[Any, Any]:
         ) from None
     try:
         TASKS[settings.task].check_output(output, 2, outputs)
+        TASKS[settings.task].check_network(model)
     except ValueError as error:
         raise SettingsError(f"{network} {error}") from None
     return model, output
@@ -211,6 +213,10 @@ def _small_images(
     whole = None if settings.partition is None else in_one_piece(settings.model)
     for name, strategy in settings.strategies.items():
         if not (small_images := strategy.get("low_resolution")):
+            continue
+        if len(shape) != 3:
+            unsupported[name] = "the network reads text, not images"
+            refuse(not strategy.is_as_named(name), f"strategies.{name}.low_resolution: {unsupported[name]}")
             continue
         patch = patch_size(model)
         size = small_images.img_size or max(1, shape[1] // 2 // patch) * patch
@@ -239,13 +245,12 @@ def _unsupported_units(model: Any, kinds: Iterable[str], shape: tuple[int, int, 
     """Return the kinds of units whose kernels or partial updates this network, on the meta device, does not allow, and why."""
     import copy
 
-    import torch
-
     from incubate_lib.method.mat import PartialUpdates
     from incubate_lib.method.mntk import modular_kernels
+    from incubate_lib.method.sizes import blank
     from incubate_lib.method.units import find_units
 
-    unsupported_units, images = {}, torch.empty(2, *shape, device="meta")
+    unsupported_units, images = {}, blank(model, 2, shape)
     for kind in kinds:
         twin = copy.deepcopy(model)
         try:

@@ -246,9 +246,12 @@ def _from_seed(s: PhaseSettings, which: str, depth: int | None, outputs: int) ->
         return model
 
 
-def model_shape(settings: ModelSettings) -> tuple[int, int, int]:
-    """Return the images that a model takes: C, H, W. What is not set is timm's usual."""
+def model_shape(settings: ModelSettings) -> tuple[int, ...]:
+    """Return the images that a model takes: C, H, W; of one that reads text its tokens, T. What is not set is timm's usual."""
     check_name(settings)
     known = timm.get_pretrained_cfg(settings.name)  # none: of a network that is not timm's own
+    if known and len(known.input_size) == 1:
+        refuse(settings.img_size, f"model.img_size has no meaning for {settings.name!r}, which reads text; set model.context")
+        return (settings.context or known.input_size[0],)
     channels, height, width = known.input_size if known else (3, 224, 224)
     return (settings.in_chans or channels, settings.img_size or height, settings.img_size or width)

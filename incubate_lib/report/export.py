@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from incubate_lib import tasks
-from incubate_lib.config import Settings, SettingsError
+from incubate_lib.config import TEXTS, Settings, SettingsError, refuse
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.pipeline.recorded import run_of
 from incubate_lib.report.tables.hardware import mixed_text, mixes
@@ -69,6 +69,11 @@ def export(
     log(f"taken: {taken}, {why}")
     facts, data = taken.node.facts, settings.data
     network = load_trained(taken.node.settings, taken.node.folder, facts.outputs)
+    if data.source in TEXTS:
+        own = f"model.name {settings.model.name!r} is a network of this package; its weights lie in {taken.node.folder.path}"
+        refuse(not hasattr(network, "save_pretrained"), own)
+        network.save_pretrained(folder)
+        return taken.strategy
     train, _ = load_data(data, shape=model_shape(settings.model), machine=settings.machine)
     mean, std = (values.flatten().tolist() for values in (train.mean, train.std))
     task = tasks.get(settings.task)

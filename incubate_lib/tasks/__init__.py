@@ -156,6 +156,9 @@ class Task:
         if found != wanted:
             raise ValueError(f"gives {found} for {samples} samples, where the task needs {wanted}: one row for each")
 
+    def check_network(self, model: Any) -> None:
+        """Raise ValueError where a network, on the meta device, cannot learn this task for another reason."""
+
     def output_names(self, classes: Sequence[str]) -> list[str]:
         """Return what the outputs are called, for data with these classes; nothing where they have no names."""
         return []

@@ -15,6 +15,8 @@ class Classification(Task):
     tags = ("image-classification",)
 
     def outputs(self, data: Any) -> int:
+        if getattr(data, "is_text", False):
+            raise ValueError("it is text; the tasks 'language' and 'masked_language' learn that")
         if data.num_classes < 2:
             raise ValueError(f"there is {data.num_classes} class; telling images apart takes at least 2")
         return data.num_classes

@@ -13,7 +13,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from incubate_lib.method.network import Partition, has_layer, without
+from incubate_lib.method.sizes import blank, differentiable
 from incubate_lib.tasks import Losses, of_the_output
 
 
@@ -46,7 +47,7 @@ def executed_flops_per_image(model: nn.Module, image_shape: tuple[int, int, int]
     Two empty images pass through the model as it is, in its mode and under the caller's autocast; weights, their
     gradients and buffers are left alone. What torch.compile makes of it is not seen.
     """
-    x = torch.zeros(2, *image_shape, device=next(model.parameters()).device)
+    x = blank(model, 2, image_shape)
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # batch norm writes to them
     with all_products() as counter, torch.enable_grad():
@@ -105,7 +106,7 @@ class FlopCounts:
     def forward(self, network: nn.Module) -> int:
         """Return the FLOPs of one image without a backward pass."""
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network.eval()(torch.empty(1, *self.image_shape, device="meta"))
+            network.eval()(blank(network, 1, self.image_shape))
         return counter.get_total_flops()
 
     def hybrid(self, meta: nn.Module, target: nn.Module, partition: Partition, index: int, imitates: bool = False) -> list[int]:
@@ -131,8 +132,9 @@ class FlopCounts:
 
             def count(thinned: nn.Module) -> list[int]:
                 # batch norm cannot train on a single image
-                x = torch.empty(2, *self.image_shape, device="meta", requires_grad=image_grad)
-                with FlopCounterMode(display=False) as counter:
+                x = blank(thinned, 2, self.image_shape)
+                given = differentiable(thinned, x) if image_grad else nullcontext()
+                with given, FlopCounterMode(display=False) as counter:
                     return by_stretch(thinned, partition, x, lambda _: counter.get_total_flops(), apart=apart)
 
             self.known[key] = [flops // 2 for flops in by_module(network, partition, count)]
@@ -169,7 +171,9 @@ def by_module(network: nn.Module, partition: Partition | None, count: Callable[[
     for stretch, number in enumerate(found):
         sums[partition.module_of(stretch)] += number
     for (module, *_), group in groups.items():
-        sums[module] += sum(found[group[1]] for _ in group[2:])
+        for again in group[1:2] * len(group[2:]):
+            inside = f"{chain.stretches[again].block}."  # where a block's first half is all that its second sees
+            sums[module] += found[again] + sum(found[i] for i, part in enumerate(chain.stretches) if part.name.startswith(inside))
     return sums
 
 
@@ -213,7 +217,7 @@ def by_stretch(
 
     with ExitStack() as hooks:
         for stretch, part in enumerate(stretches[:-1]):
-            if not part.block or has_layer(network, part.block):
+            if has_layer(network, part.name):
                 hook = partial(reached, stretch=stretch)
                 hooks.enter_context(network.get_submodule(part.name).register_forward_hook(hook))
         out = (run or network)(x)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from incubate_lib.method.network import Partition
+from incubate_lib.method.sizes import blank
 from incubate_lib.training.costs import by_module, by_stretch, description
 from incubate_lib.training.stopwatch import LiveBytes
 from incubate_lib.training.trainer import autocast
@@ -102,7 +103,7 @@ def _kept(network: nn.Module, shape: Sequence[int], partition: Partition | None,
     """Return the bytes that each stretch keeps for the backward pass."""
     with FakeTensorMode():
         state = {name: _fake(tensor) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
-        x = torch.empty(shape, device=CPU)
+        x = blank(network, shape[0], shape[1:], CPU)
         counted = LiveBytes([x, *state.values()])
 
         kept = counted.live

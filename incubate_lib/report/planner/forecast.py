@@ -20,6 +20,7 @@ from incubate_lib.config.peaks import DEVICE, SHARE, check_stated, peak_flops
 from incubate_lib.data.counts import Images, count_images
 from incubate_lib.data.schedule import micro_batches, total_steps
 from incubate_lib.phases.facts import Facts, count, outputs_for
+from incubate_lib.phases.networks import model_shape
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest, remaining
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.planner.memory import step_memory_of
@@ -103,7 +104,8 @@ def open_plan(
     they are given; the plan's `images` says which numbers it is made for. `images` are those before `data.train_share`.
     """
     settings = open_settings(preset, overrides)
-    counted = count_images(settings.data, settings.machine, images=images, classes=classes)
+    shape = model_shape(settings.model)
+    counted = count_images(settings.data, settings.machine, images=images, classes=classes, shape=shape)
     return plan_of(settings, counted, strategies)
 
 

@@ -13,6 +13,7 @@ from incubate_lib.config import SettingsError, data_folder, refuse
 from incubate_lib.config.members import PHASES
 from incubate_lib.config.peaks import DEVICE, PEAKS, SHARE, peak_flops
 from incubate_lib.data.counts import count_images
+from incubate_lib.phases.networks import model_shape
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.report.planner.forecast import Forecast, forecast, open_settings, plan_of, stated_speed
 from incubate_lib.report.style import Figure
@@ -178,7 +179,8 @@ def planner(
     What cannot be planned becomes a sentence in its place.
     """
     settings = open_settings(preset, overrides)
-    counted = count_images(settings.data, settings.machine, images=images, classes=classes)
+    shape = model_shape(settings.model)
+    counted = count_images(settings.data, settings.machine, images=images, classes=classes, shape=shape)
     todo = plan_of(settings, counted, strategies)
     whole = f"{preset} has no partition: a network in one piece has nothing to slide; forecast() plans it"
     refuse(settings.partition is None, whole)

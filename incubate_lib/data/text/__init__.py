@@ -1,0 +1,1 @@
+"""Text: where it comes from, as which tokens networks read it, and the contexts that they learn from."""
