@@ -83,7 +83,7 @@ def test_export_says_what_is_finished_which_it_takes_and_why_and_names_the_class
     ("taken", "others", "why"),
     [
         ({}, {"end_to_end": 0.5}, sentences.FIRST_OF_RUN),
-        ({}, {"end_to_end": 0.73}, f"{sentences.FIRST_OF_RUN}; end_to_end is 13.00 points better on these images "
+        ({}, {"end_to_end": 0.73}, f"{sentences.FIRST_OF_RUN}; end_to_end is 13.00 points better on this data "
                                    "(--strategy end_to_end takes it)"),
         ({"strategy": "growing"}, {"end_to_end": 0.5}, "as --strategy says"),
         ({}, {}, "the only finished one of this seed"),

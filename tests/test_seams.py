@@ -99,7 +99,7 @@ def test_a_task_without_classes_goes_from_images_to_a_verdict(write, tmp_path):
     result = subprocess.run(export, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "It has 1 output(s) an image, of the task `digit_value`." in card and "class" not in card.partition("## Use")[2]
+    assert "It has 1 output(s) a sample, of the task `digit_value`." in card and "class" not in card.partition("## Use")[2]
 
 
 def test_a_phase_with_two_losses_is_run_and_counted(write, toys):

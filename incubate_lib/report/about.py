@@ -4,6 +4,7 @@ import contextlib
 import shlex
 from typing import Any
 
+from incubate_lib import tasks
 from incubate_lib.config import Settings, SettingsError, load_settings, presets
 from incubate_lib.config.phase import as_given
 from incubate_lib.config.strategies import KNOWN, StrategySettings, as_set, uncut
@@ -22,7 +23,7 @@ def about(run: Plan, results: Results) -> dict[str, str]:
     if settings.partition:
         network += f"; K = {len(facts.target_depths)} modules of {parts[0]} blocks; the meta model has {parts[1]}"
     return {
-        "data": f"{settings.data.source}: {facts.num_images:,} images to train on, {evaluated:,} to "
+        "data": f"{settings.data.source}: {facts.num_images:,} {tasks.get(settings.task).samples} to train on, {evaluated:,} to "
         f"{'test on' if settings.data.eval_split == 'test' else 'choose settings by'}",
         "network": network,
         "command": command(run),

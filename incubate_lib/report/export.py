@@ -130,7 +130,7 @@ def choose(settings: Settings, ready: list[Finished], strategy: str | None, seed
     best = max(here, key=lambda one: metric.sign * one.score)
     ahead = metric.ahead(best.score, taken.score)
     if ahead > 0:
-        why += f"; {best.strategy} is {ahead:.{metric.digits + 1}f} {metric.points} better on these images "
+        why += f"; {best.strategy} is {ahead:.{metric.digits + 1}f} {metric.points} better on this data "
         why += f"(--strategy {best.strategy} takes it)"
     return taken, why
 

@@ -85,6 +85,7 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
         "machines": len(facts.target_depths),
         "doubts": doubts(run.finals.values()),
         "samples": _samples(run),
+        "called": TASKS[run.experiment.settings.task].samples,
         "classes": by_class(run, _class_names(run)),
         "graph": draw(one, Reader(one).phases())[0].figure(),
         "curves": all_curves(results) if len(results.curves) else None,

@@ -137,10 +137,19 @@ class Task:
     has_classes = False  # whether each sample belongs to one class, so that finished networks are tabled class by class
     network = "A network"  # what learns it, for a model card
     tags: tuple[str, ...] = ()  # of model cards
+    sample = "image"  # what one of a batch is called
 
     @property
     def score(self) -> Metric:
         return self.metrics[0]
+
+    @property
+    def samples(self) -> str:
+        return f"{self.sample}s"
+
+    @property
+    def a_sample(self) -> str:
+        return f"{'an' if self.sample[0] in 'aeiou' else 'a'} {self.sample}"
 
     def outputs(self, data: Any) -> int:
         """Return how many outputs the head needs for some data, of images by their `num_classes`; ValueError if it cannot learn

@@ -22,6 +22,7 @@ class Language(Task):
     num_sums = 5
     network = "A language model"
     tags = ("text-generation",)
+    sample = "context"
     is_causal = True  # no token may see those behind it
 
     def outputs(self, data: Any) -> int:

@@ -35,7 +35,9 @@ def costs_table(node: Node) -> pd.DataFrame:
         or (own[PHASES[kind].group] == kind and not (PHASES[kind].counted_apart and node.kind.name != kind))
     }  # fmt: skip
     flops = pd.Series(counted) / 1e6
-    table = pd.DataFrame({"MFLOP an image": flops.round(2), "of end to end": (flops / flops["target"]).round(3)})
+    table = pd.DataFrame(
+        {f"MFLOP {tasks.get(node.settings.task).a_sample}": flops.round(2), "of end to end": (flops / flops["target"]).round(3)}
+    )
     names = {kind: PHASES[kind].counted_as for kind in PHASES}
 
     def named(key: str) -> str:
@@ -54,8 +56,8 @@ def costs_table(node: Node) -> pd.DataFrame:
 def spent(summary: dict) -> str:
     """Say what a phase took, so that neither repeated augmentation nor left-out batches can hide anything."""
     text = f"Cost: {summary['train_flops'] / 1e9:.4g} GFLOP, {summary['train_seconds']:.3g} s "
-    text += f"({summary['data_share']:.0%} of it waiting for images); {summary['steps']:,} updates, "
-    text += f"{summary['images_seen']:,} images seen, "
+    text += f"({summary['data_share']:.0%} of it waiting for data); {summary['steps']:,} updates, "
+    text += f"{summary['images_seen']:,} samples seen, "
     return text + f"{summary['distinct_images_per_epoch']:,} different ones an epoch."
 
 
