@@ -228,9 +228,13 @@ def test_all_strategies_learn_from_text_for_the_same_cost(write, task, share, na
 def test_kernels_of_token_outputs_are_those_by_definition(name):
     torch.manual_seed(0)
     model, x = timm.create_model(name, **SMALL).double(), torch.randint(40, (3, 12))
-    units = find_units(model, "sublayers")
-    for unit, kernel in zip(units, modular_kernels(model, units, x), strict=True):
-        torch.testing.assert_close(kernel, kernel_by_definition(model, [*unit.rows], x), rtol=1e-8, atol=1e-12)
+    units, of_all = find_units(model, "sublayers"), []
+    for outputs in ("sum", "last"):  # of all tokens, and of the last one
+        of_all.append(modular_kernels(model, units, x, outputs=outputs))
+        for unit, kernel in zip(units, of_all[-1], strict=True):
+            expected = kernel_by_definition(model, [*unit.rows], x, outputs=outputs)
+            torch.testing.assert_close(kernel, expected, rtol=1e-8, atol=1e-12)
+    assert not torch.allclose(*of_all)
     heads = find_units(model, "heads")
     assert len(heads) == 6 and modular_kernels(model, heads, x).diagonal(dim1=1, dim2=2).gt(0).all()
 

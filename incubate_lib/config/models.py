@@ -84,7 +84,9 @@ class Settings(Frozen):
             refuse(budget, said)
             for phase in strategy.trains:
                 self.check_fits(self.training_of(name, phase), f"phase {phase} of strategy {name}")
-                self.mat_of(name, phase)  # raises where changes do not fit
+                adaptive = self.mat_of(name, phase)  # raises where changes do not fit
+                last = adaptive and adaptive.outputs == "last" and source not in TEXTS
+                refuse(last, f"mat.outputs 'last' in strategy {name}: data.source {source!r} has no last token; use sum or all")
         return self
 
     def _check_match(self, name: str) -> None:

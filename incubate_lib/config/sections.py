@@ -262,7 +262,8 @@ class MATSettings(Frozen):
     units: UnitKind | None = None
     # training images on which the kernels are computed, the same ones throughout
     probe: Annotated[int, Field(ge=2)] = 32
-    outputs: Literal["sum", "all"] = "sum"  # of the network: the sum of an image's logits, or each logit
+    # of the network: the sum of a sample's logits, of a text those of all its tokens; of its last token's; or each logit
+    outputs: Literal["sum", "last", "all"] = "sum"
     normalised: bool = False  # kernels of gradients scaled to length one
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # in which everything trains
     # between two evaluations of the kernels; the first is at the start

@@ -33,7 +33,8 @@ from incubate_lib.method.sizes import blank, embedded
 from incubate_lib.method.units import Unit, owners_of
 from incubate_lib.method.watch import check_held_alone, eval_mode, watched_parameters
 
-Outputs = Literal["sum", "all"]  # one number a sample, the sum of its logits (the paper's side code), or every logit
+# what a sample gives: one number, the sum of its logits (the paper's side code) or of those of its last token; or every logit
+Outputs = Literal["sum", "last", "all"]
 CHUNK = 2**24  # numbers in a piece of per-sample gradients: 64 MiB in float32
 UNKNOWN = "its kernel is not known here"
 
@@ -83,7 +84,7 @@ def modular_kernels(
             for parameter in learns:
                 parameter.requires_grad_(False)  # their gradients are what must not be computed
                 stack.callback(parameter.requires_grad_, True)
-            logits = model(images)
+            logits = _asked_for(model(images), outputs)
             if outputs == "all":
                 one = torch.eye(number, device=logits.device, dtype=logits.dtype)
                 logits = logits.flatten(1) * one.repeat(len(logits) // number, 1)
@@ -163,6 +164,15 @@ def _check_pass(
         raise ValueError(f"the outputs of samples depend on each other; {UNKNOWN}")
 
 
+def _asked_for(logits: Tensor, outputs: Outputs) -> Tensor:
+    """Return the logits of which a sample's number is the sum, of [N, …, C]."""
+    if outputs != "last":
+        return logits
+    if logits.ndim != 3:
+        raise ValueError(f"its outputs have the shape {tuple(logits.shape)}; only those of a text have a last token")
+    return logits[:, -1]
+
+
 def kernel_by_definition(model: nn.Module, names: Sequence[str], images: Tensor, *, outputs: Outputs = "sum") -> Tensor:
     """Return the kernel [M, M] of some parameters by its definition: the Jacobian, row by row. For small networks."""
     parameters = [model.get_parameter(name).detach().requires_grad_() for name in names]
@@ -171,7 +181,7 @@ def kernel_by_definition(model: nn.Module, names: Sequence[str], images: Tensor,
         for image in images:
             pair = torch.stack([image, image])  # of a single one torch's backward pass can mistake the strides, and be wrong
             logits = functional_call(model, dict(zip(names, parameters, strict=True)), (pair,))[0]
-            for value in [logits.sum()] if outputs == "sum" else logits:
+            for value in logits if outputs == "all" else [_asked_for(logits[None], outputs).sum()]:
                 gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
                 rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     jacobian = torch.stack(rows)

@@ -15,6 +15,7 @@ training: {{epochs: 1, batch_size: 4, warmup_epochs: 0, label_smoothing: 0}}
 run: [end_to_end]
 """
 PLAIN = "data: {{{}}}\ntask: language\nmodel: {{img_size: 8, patch_size: 4, in_chans: 1}}\nrun: [end_to_end]\n"
+LAST = "data: {source: digits}\nmodel: {img_size: 8, patch_size: 4, in_chans: 1}\nmat: {outputs: last}\nrun: [mat]\n"
 FOLDER = "source: text, folder: words"
 PROSE = "It is a truth universally acknowledged. " * 20
 
@@ -80,6 +81,7 @@ WRONG = {  # what is wrong → what the message must name, and what makes it
     "images for a network of text": ("takes text", settings("source: digits")),
     "classes of a text": ("'masked_language'", both(words(), settings(task="classification"))),
     "a language of images": ("not text", file("mine.yaml", PLAIN.format("source: digits"))),
+    "the last token of an image": ("mat.outputs 'last'", file("mine.yaml", LAST)),
     "test images of a text": ("test_images", settings("source: austen, test_images: 3")),
     "a text that is shrunk": ("resize", settings("source: austen, resize: 8")),
     "a folder of a corpus that comes along": ("folder", settings("source: austen, folder: words")),
