@@ -74,11 +74,11 @@ def _shorten(tree: dict[str, Any]) -> None:
 
 def write_images(name: str, folder) -> dict[str, str]:
     """Write a preset's images into a data folder, in the layout of the real ones; return what the environment needs besides."""
-    source = load_settings(name).data.source
+    source, own = load_settings(name).data.source, load_settings(name).data.folder
     if source == "folder":
         write_imagenet(folder / "datasets" / "imagenet")
     elif source in ("austen", "wikitext"):
-        write_texts(folder / "datasets", source)
+        write_texts(folder / "datasets" / (own or source), source)
     elif source == "fashion_mnist":
         write_fashion(folder / "datasets" / source, zipped=False)
     elif source.startswith("cifar"):
@@ -88,11 +88,11 @@ def write_images(name: str, folder) -> dict[str, str]:
     return {}
 
 
-def write_texts(folder, source) -> None:
+def write_texts(place, source) -> None:
     """A few pages of words: chapters, or WikiText's three files with a vocabulary of words beside them."""
     words = ["the", "a", "it", "is", "was", "novel", "truth", "of", "and", "."]
     pages = [" ".join(words[(i * j) % 10] for j in range(1, 60)) for i in range(1, 31)]
-    (place := folder / {"austen": "austen", "wikitext": "wikitext-2"}[source]).mkdir(parents=True)
+    place.mkdir(parents=True)
     for i, text in enumerate(pages if source == "austen" else []):
         (place / f"{i:02}.txt").write_text(text)
     for split in ("train", "valid", "test") if source == "wikitext" else ():

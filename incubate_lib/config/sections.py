@@ -15,7 +15,7 @@ Pixels = Annotated[int, Field(ge=1, le=20_000)]
 Blocks = Annotated[int, Field(ge=1, le=10_000)]
 Epochs = Annotated[float, Field(ge=0, le=1e6)]
 Number = Annotated[float, Field(ge=0, le=1e6)]
-UnitKind = Literal["heads", "sublayers", "blocks", "conv_layers", "filters"]  # method/units.py
+UnitKind = Literal["heads", "experts", "sublayers", "blocks", "conv_layers", "filters"]  # method/units.py
 Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 More = Annotated[float, Field(gt=0)]

@@ -34,9 +34,10 @@ class Unit:
 def find_units(model: nn.Module, kind: str) -> list[Unit]:
     """Return the trainable units of a kind, in the order of the model's layers.
 
-    Kinds: `heads`, `sublayers` (attention, MLP), `blocks`, `conv_layers`, `filters`. Raises ValueError when the model is
-    frozen or has none of that kind, and for rows that are not what they seem: each head's and each filter's rows must
-    reach its own channels, all of them and no others, which a copy of the layer with random weights shows.
+    Kinds: `heads`, `experts` (of a mixture, and its router), `sublayers` (attention, MLP), `blocks`, `conv_layers`, `filters`.
+    Raises ValueError when the model is frozen or has none of that kind, and for rows that are not what they seem: each head's
+    and each filter's rows must reach its own channels, all of them and no others, which a copy of the layer with random
+    weights shows.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("every parameter of the model is frozen: nothing is left that could rest or train")
@@ -123,6 +124,19 @@ def _heads(name: str, module: nn.Module) -> Iterator[Unit]:
         yield Unit(f"{name} head {head}", dict.fromkeys(_whole(f"{name}.qkv", module.qkv), rows))
 
 
+def _mixtures(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "router", None), nn.Linear) and hasattr(module, "experts"):
+            yield name, module
+
+
+def _experts(name: str, mixture: nn.Module) -> Iterator[Unit]:
+    """The router and each expert."""
+    parts = {"router": mixture.router} | {f"experts.{i}": expert for i, expert in enumerate(mixture.experts)}
+    for part, layer in parts.items():
+        yield Unit(f"{name}.{part}", _whole(f"{name}.{part}", layer))
+
+
 def _sublayers(name: str, block: Block) -> Iterator[Unit]:
     for part, layers in {"attn": ("norm1", "attn", "ls1"), "mlp": ("norm2", "mlp", "ls2")}.items():
         rows = {}
@@ -149,6 +163,7 @@ def _filters(name: str, layer: nn.Conv2d) -> Iterator[Unit]:
 _convolutions = partial(_named, classes=nn.Conv2d)
 KINDS = {
     "heads": (_attentions, _heads),
+    "experts": (_mixtures, _experts),
     "sublayers": (partial(_named, classes=Block), _sublayers),
     "blocks": (partial(_named, classes=(Block, BasicBlock, Bottleneck)), _block),
     "conv_layers": (_convolutions, _conv_layer),

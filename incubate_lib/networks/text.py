@@ -15,6 +15,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
+from incubate_lib.networks.experts import SwitchMlp
+
 REACH = 4  # tokens that the first layer sees at once
 default_cfgs = generate_default_cfgs({name: {"input_size": (64,)} for name in ("text_causal", "text_masked")})
 
@@ -61,6 +63,8 @@ class TextTransformer(nn.Module):
         depth: int = 4,
         num_heads: int = 4,
         mlp_ratio: float = 4.0,
+        num_experts: int = 0,  # in the place of each block's MLP; none: a plain one
+        capacity: float = 1.25,  # places of all experts, in tokens of a context
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
@@ -70,6 +74,8 @@ class TextTransformer(nn.Module):
         blocks = [Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=rate) for rate in rates]
         for block in blocks if is_causal else ():
             block.attn = CausalAttention(embed_dim, num_heads, qkv_bias=True)
+        for block in blocks if num_experts else ():
+            block.mlp = SwitchMlp(embed_dim, int(embed_dim * mlp_ratio), num_experts, capacity)
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
@@ -85,7 +91,8 @@ class TextTransformer(nn.Module):
 def _initialised(layer: nn.Module) -> None:
     if isinstance(layer, nn.Linear):
         nn.init.trunc_normal_(layer.weight, std=0.02)
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def _made(arguments: dict[str, Any], is_causal: bool) -> nn.Module:

@@ -143,6 +143,9 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.precision, self.machine = precision, machine
         self.number, self.micro = micro_batches(settings.batch_size, settings.micro_batch, team.devices)
+        for layer in model.modules():
+            if hasattr(layer, "loss_share"):  # it adds a loss of its own
+                layer.loss_share = 1 / self.number
         self.steps = total_steps(settings.epochs, len(train), settings.batch_size)
         self.per_epoch = per_epoch = steps_per_epoch(len(train), settings.batch_size)
         acts = settings.clip_when == "always" or precision != "float32"
