@@ -183,7 +183,7 @@ def test_the_memory_of_a_probe_is_what_its_backward_pass_keeps():
         (
             "vit",
             "conv_filters",
-            "there is no kind of unit 'conv_filters'; there are: heads, sublayers, blocks, conv_layers, filters",
+            "there is no kind of unit 'conv_filters'; there are: heads, experts, sublayers, blocks, conv_layers, filters",
         ),
         ("vgg", "heads", r"VGG has no heads; it has: conv_layers \(10\), filters \(\d+\)"),
         ("resnet", "sublayers", r"ResNet has no sublayers; it has: blocks \(4\), conv_layers"),
