@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -109,7 +109,8 @@ class StreamedSet:
     def _read(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in loader:
             images, labels = self._sound(*batch)
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True) if isinstance(labels, Tensor) else labels
+            yield images.to(self.device, non_blocking=True), labels
 
     def check(self, every: int = 1) -> tuple[int, dict[str, str], int]:
         """Open every n-th image. Return how many were opened, name and reason of those that cannot be read, and how many have
@@ -137,6 +138,9 @@ class StreamedSet:
         skip = self.settings.skip_broken and recipe is not None  # evaluating another would count that one twice
         return _Reader(self.source.opener, self.labels, self.index, transform, mode, skip)
 
+    def _collate(self) -> Callable[[list[Any]], Any]:
+        return _collate
+
     def _workers(self, devices: int) -> int:
         """Return how many processes read for this one."""
         if self.machine.workers is not None:
@@ -160,7 +164,7 @@ class StreamedSet:
         workers, start_method = self._workers(devices), self.machine.start_method
         multiprocessing.set_forkserver_preload([__name__])  # so that workers need not import torch each
         return DataLoader(
-            self._reader(recipe), batch_sampler=batches, num_workers=workers, collate_fn=_collate,
+            self._reader(recipe), batch_sampler=batches, num_workers=workers, collate_fn=self._collate(),
             pin_memory=self.device.type == "cuda", persistent_workers=bool(workers), worker_init_fn=_end_with_reader,
             prefetch_factor=PREFETCH if workers else None, multiprocessing_context=start_method if workers else None,
         )  # fmt: skip
@@ -273,13 +277,17 @@ class _Reader(torch.utils.data.Dataset):
             image, error = self.open(at)
             if image is not None:
                 try:
-                    made = torch.as_tensor(self.transform(image))  # older timm: an array
+                    made, label = self.made(at, image)
                 except Exception as fault:  # whatever other versions of timm and pillow handle differently
                     name = self.opener.name(int(self.index[at]))
                     return None, 0, broken, f"{name} with seed {seed} ({type(fault).__name__}: {fault})"
-                return made, int(self.labels[at]), broken, ""
+                return made, label, broken, ""
             broken.append(error)
         return None, 0, broken, ""
+
+    def made(self, at: int, image: Image.Image) -> tuple[Tensor, Any]:
+        """Return an opened image, augmented, and its label."""
+        return torch.as_tensor(self.transform(image)), int(self.labels[at])  # older timm: an array
 
     def open(self, i: int) -> tuple[Image.Image | None, tuple[str, str] | None]:
         """Return the decoded image, or its name and why it cannot be read."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field
 
-from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError, in_a_line
+from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError, in_a_line, refuse
 from incubate_lib.config.members import PHASES, TASKS
 
 
@@ -118,7 +118,12 @@ def count(settings: Settings, num_images: int, outputs: int) -> Facts:
     from incubate_lib.phases.recipes import networks_of
 
     shape, (model, _) = model_shape(settings.model), _tried(settings, outputs)
-    units, depths, unsupported_units = count_units(model), ([], []), {}
+    units, depths, unsupported_units = {}, ([], []), {}
+    if TASKS[settings.task].is_on_top:
+        cut = f"task {settings.task!r} trains whole networks: leave out partition, and start from weights of a run in pieces"
+        refuse(settings.partition, cut)
+    else:
+        units = count_units(model)
     if settings.partition is None:
         unsupported_units = _unsupported_units(model, units, shape)
     else:
@@ -173,11 +178,11 @@ def _tried(settings: Settings, outputs: int) -> tuple[Any, Any]:
     """Return the network on the meta device, and what it gives for two images; SettingsError if the task cannot learn it."""
     import torch
 
-    from incubate_lib.phases.networks import build_model, model_shape
+    from incubate_lib.phases.networks import build_for, model_shape
 
     network = f"model.name {settings.model.name!r} with model.options {settings.model.options}"
     with torch.device("meta"):
-        shape, model = model_shape(settings.model), build_model(settings.model, settings.model.depth, outputs)
+        shape, model = model_shape(settings.model), build_for(settings.task, settings.model, settings.model.depth, outputs)
     try:
         with torch.no_grad():
             output = model.train()(torch.empty(2, *shape, device="meta"))  # batch norm cannot train on one image
@@ -259,7 +264,7 @@ def _unsupported_units(model: Any, kinds: Iterable[str], shape: tuple[int, int, 
 
 def _weights(settings: Settings, outputs: int, target_depths: list[int], meta_depths: list[int]) -> dict[str, str]:
     """Return the SHA-256 of each file of weights that a strategy starts from; SettingsError for one that does not fit."""
-    from incubate_lib.phases.networks import build_model
+    from incubate_lib.phases.networks import build_for
     from incubate_lib.phases.weights import load_into, sha256, weights_file
 
     weights = {}
@@ -267,7 +272,7 @@ def _weights(settings: Settings, outputs: int, target_depths: list[int], meta_de
         if file := strategy.get("weights"):
             depth = sum(meta_depths if strategy.is_cut else target_depths) or None
             try:
-                model = build_model(settings.model, depth, outputs)
+                model = build_for(settings.task, settings.model, depth, outputs)
                 load_into(model, file)
             except SettingsError as error:
                 raise SettingsError(f"strategies.{name}.weights: {error}") from None
