@@ -12,6 +12,8 @@ from pydantic import AliasChoices, Field
 from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError, in_a_line, refuse
 from incubate_lib.config.members import PHASES, TASKS
 
+SEED = "{seed}"  # in the name of weights: the seed of the run that starts from them
+
 
 class Facts(Frozen):
     """Facts about one experiment's data and networks."""
@@ -104,10 +106,11 @@ def _check_classes(settings: Settings) -> None:
     from incubate_lib.data.sources import open_source
     from incubate_lib.phases.classes import check_order, label_names
 
+    task = TASKS[settings.task]
     for name, strategy in settings.strategies.items():
         weights = strategy.get("weights")
-        if weights and (known := label_names(weights)):
-            names = TASKS[settings.task].output_names(open_source(settings.data, settings.machine)[0].classes)
+        if weights and SEED not in weights and not task.is_on_top and (known := label_names(weights)):
+            names = task.output_names(open_source(settings.data, settings.machine)[0].classes)
             check_order(names, known, f"strategies.{name}.weights")
 
 
@@ -263,18 +266,23 @@ def _unsupported_units(model: Any, kinds: Iterable[str], shape: tuple[int, int, 
 
 
 def _weights(settings: Settings, outputs: int, target_depths: list[int], meta_depths: list[int]) -> dict[str, str]:
-    """Return the SHA-256 of each file of weights that a strategy starts from; SettingsError for one that does not fit."""
+    """Return the SHA-256 of each file of weights that a strategy starts from, whatever the seed; SettingsError for one that does
+    not fit."""
+    files = {name: file for name, strategy in settings.strategies.items() if (file := strategy.get("weights"))}
+    depths = target_depths, meta_depths
+    return {file: weights_of(settings, name, file, outputs, *depths) for name, file in files.items() if SEED not in file}
+
+
+def weights_of(
+    settings: Settings, name: str, file: str, outputs: int, target_depths: list[int], meta_depths: list[int]
+) -> str:
+    """Return the SHA-256 of a file of weights that a strategy starts from; SettingsError for one that does not fit."""
     from incubate_lib.phases.networks import build_for
     from incubate_lib.phases.weights import load_into, sha256, weights_file
 
-    weights = {}
-    for name, strategy in settings.strategies.items():
-        if file := strategy.get("weights"):
-            depth = sum(meta_depths if strategy.is_cut else target_depths) or None
-            try:
-                model = build_for(settings.task, settings.model, depth, outputs)
-                load_into(model, file)
-            except SettingsError as error:
-                raise SettingsError(f"strategies.{name}.weights: {error}") from None
-            weights[file] = sha256(weights_file(file))
-    return weights
+    depth = sum(meta_depths if settings.strategies[name].is_cut else target_depths) or settings.model.depth
+    try:
+        load_into(build_for(settings.task, settings.model, depth, outputs), file)
+    except SettingsError as error:
+        raise SettingsError(f"strategies.{name}.weights: {error}") from None
+    return sha256(weights_file(file))
