@@ -155,7 +155,7 @@ class UPerNet(OnTop):
         self.top = nn.Sequential(_conv(width * (1 + len(bins)), width, 3), nn.ReLU())
         self.smooth = nn.ModuleList(nn.Sequential(_conv(width, width, 3), nn.ReLU()) for _ in range(levels - 1))
         self.fuse = nn.Sequential(_conv(width * levels, width, 3), nn.ReLU())
-        self.head = nn.Conv2d(width, classes, 1)
+        self.classify = nn.Conv2d(width, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         *finer, top = self.pyramid(x).values()
@@ -165,7 +165,7 @@ class UPerNet(OnTop):
             maps.insert(0, features + _resized(maps[0], features))
         maps = [layer(features) for layer, features in zip(self.smooth, maps[:-1], strict=True)] + maps[-1:]
         fused = self.fuse(torch.cat([_resized(features, maps[0]) for features in maps], 1))
-        return _resized(self.head(fused), x)
+        return _resized(self.classify(fused), x)
 
 
 def _resized(features: Tensor, like: Tensor) -> Tensor:

@@ -193,12 +193,16 @@ def _objects(seen: Any, resized: tuple[int, int], top: int, left: int, size: int
     boxes, labels, found = [], [], []
     for one in seen["objects"]:
         x, y, w, h = one["bbox"]
-        box = np.array([x * by[0] - left, y * by[1] - top, (x + w) * by[0] - left, (y + h) * by[1] - top]).clip(0, size)
+        whole = np.array([x * by[0] - left, y * by[1] - top, (x + w) * by[0] - left, (y + h) * by[1] - top])
+        box = whole.clip(0, size)
         if one.get("iscrowd") or min(box[2] - box[0], box[3] - box[1]) < SMALLEST:
             continue
         mask = _cut(masks.decode(masks.scaled(one["segmentation"], *by), height, width), top, left, size, 0)
         if not mask.any():
             continue
+        if (box != whole).any():  # cut off: as large as what is left
+            x, y, w, h = masks.bounds(mask)
+            box = np.array([x, y, x + w, y + h])
         if flips:
             mask, box = mask[:, ::-1], np.array([size - box[2], box[1], size - box[0], box[3]])
         boxes.append(box)
