@@ -1,4 +1,4 @@
-"""Downstream tasks: metrics are those of the field, layouts those of COCO and ADE20K, encoders carry over bit by bit, runs resume."""
+"""Downstream: the metrics of the field, the layouts of COCO and ADE20K, encoders that carry over bit by bit, resumed runs."""
 
 import contextlib
 import io
@@ -25,7 +25,15 @@ from incubate_lib.training.runs import Stopped
 from incubate_lib.training.trainer import Trainer, make_optimizer
 
 HOW = {"num_images": 8, "test_images": 4, "image_size": 32, "num_classes": 3}
-TINY = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "in_chans": 1}
+TINY = {
+    "name": "vit_tiny_patch16_224",
+    "img_size": 32,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "in_chans": 1,
+}
 SMALL = [f"data.{key}={value}" for key, value in HOW.items()] + [
     f"model.{key}={value}" for key, value in TINY.items() if key != "name"
 ] + ["training.batch_size=2", "training.epochs=2", "training.eval_every=1", "run=[from_nothing]",
@@ -125,10 +133,10 @@ def test_scenes_are_the_same_for_a_seed_and_from_files_in_both_layouts(data_fold
     write(folder, 4, 32, 3, 0, {"val": "val"})
     write(folder, 8, 32, 3, 0, {"train": "train"})
     for source, made in (("coco", "digit_boxes"), ("ade20k", "digit_maps")):
-        more = {"num_classes": 3} if source == "ade20k" else {}
+        more = {"num_classes": 4} if source == "ade20k" else {}
         files = load_data(DataSettings(source=source, folder="mine", **more), shape=(1, 32, 32))
         for read, own in zip(files, sets(made), strict=True):
-            assert len(read) == len(own) and read.num_classes == own.num_classes == 3
+            assert len(read) == len(own) and read.num_classes == own.num_classes == 3 + (source == "ade20k")
             (x, seen), (y, same) = (part.some(torch.arange(4)) for part in (read, own))
             assert torch.equal(x, y) and str(seen) == str(same)
     other = load_data(DataSettings(source="digit_maps", **HOW, split_seed=1), shape=(1, 32, 32))
@@ -222,7 +230,11 @@ def pictures(folder, preset):
             if not coco:
                 Image.fromarray(rng.integers(0, 151, size[::-1], np.uint8)).save(folder / "annotations" / split / f"{i:012}.png")
         if coco:
-            read = {"images": entries, "annotations": objects, "categories": [{"id": 3, "name": "cat"}, {"id": 90, "name": "dog"}]}
+            read = {
+                "images": entries,
+                "annotations": objects,
+                "categories": [{"id": 3, "name": "cat"}, {"id": 90, "name": "dog"}],
+            }
             (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(read))
 
 

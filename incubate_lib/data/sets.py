@@ -95,8 +95,7 @@ def load_data(
         if settings.source in SCENES:
             from incubate_lib.downstream.views import SceneSet as kind
         sets = [
-            kind(source, index, shape or (3, 224, 224), classes, settings, device, machine)
-            for source, index in (learn, eval_set)
+            kind(source, index, shape or (3, 224, 224), classes, settings, device, machine) for source, index in (learn, eval_set)
         ]
         for part in sets:
             _, broken, _ = part.check(every=max(1, len(part) // 64))  # all of a large set would take hours

@@ -74,6 +74,7 @@ def generated(settings: DataSettings, split: str, download: bool) -> Scenes:
     opener = scenes.Pictures(images, f"scene of {settings.source}, {split}")
     names = [category["name"] for category in coco["categories"]]
     if settings.source == "digit_maps":
+        names = ["background", *names]
         seen = Maps(scenes.Pictures(maps, f"map of {settings.source}, {split}"), len(names))
         return Scenes(np.zeros(number, np.int64), names, opener=opener, seen=seen)
     return _of_coco(checked(coco, "scenes"), opener)

@@ -146,7 +146,9 @@ class UPerNet(OnTop):
     Layer norm stands where the paper has batch norm, whose statistics of a few images a device are poor.
     """
 
-    def __init__(self, backbone: nn.Module, shape: Sequence[int], classes: int, width: int = 512, bins: Sequence[int] = (1, 2, 3, 6)):
+    def __init__(
+        self, backbone: nn.Module, shape: Sequence[int], classes: int, width: int = 512, bins: Sequence[int] = (1, 2, 3, 6)
+    ):
         super().__init__()
         width = _width(backbone, width)
         self.pyramid, self.bins = Pyramid(backbone, shape, width), bins
@@ -159,7 +161,9 @@ class UPerNet(OnTop):
 
     def forward(self, x: Tensor) -> Tensor:
         *finer, top = self.pyramid(x).values()
-        pooled = [_resized(layer(F.adaptive_avg_pool2d(top, side)), top) for layer, side in zip(self.pooled, self.bins, strict=True)]
+        pooled = [
+            _resized(layer(F.adaptive_avg_pool2d(top, side)), top) for layer, side in zip(self.pooled, self.bins, strict=True)
+        ]
         maps = [self.top(torch.cat([top, *pooled], 1))]
         for features in reversed(finer):  # what the coarser level says is added
             maps.insert(0, features + _resized(maps[0], features))
@@ -192,7 +196,9 @@ class Detector(OnTop):
         features = Pooled(Pyramid(backbone, shape, width))
         strides = features.pyramid.strides
         if any(stride != 2 ** round(math.log2(stride)) for stride in strides):
-            raise ValueError(f"has maps with strides {strides}; those of Mask R-CNN must be powers of two: another patch_size does")
+            raise ValueError(
+                f"has maps with strides {strides}; those of Mask R-CNN must be powers of two: another patch_size does"
+            )
         names = [str(i) for i in range(len(strides))]
         before, after, self.sampled = LARGE if self.size >= FEW else SMALL
         sizes = tuple((int(ANCHOR * stride),) for stride in [*strides, 2 * strides[-1]])

@@ -38,9 +38,9 @@ class Pictures:
 
 @cache
 def scenes(number: int, size: int, classes: int, seed: int, split: str) -> tuple[np.ndarray, dict[str, Any], np.ndarray]:
-    """Return images [N, S, S] uint8, COCO's annotations, and ADE20K's maps [N, S, S] uint8, in which 0 is no class.
+    """Return images [N, S, S] uint8, COCO's annotations, and ADE20K's maps [N, S, S] uint8.
 
-    Shown are the digits 0 … classes - 1. Digits of the split "train" are in no scene of another split.
+    In maps 0 is no class: pieces of digits. 1 is the background, and 2 the digit 0. Shown are the digits 0 … classes - 1. Digits of the split "train" are in no scene of another split.
     """
     pixels, labels = _digits()
     own = np.arange(len(labels)) % 3 < 2 if split == "train" else np.arange(len(labels)) % 3 == 2
@@ -48,26 +48,28 @@ def scenes(number: int, size: int, classes: int, seed: int, split: str) -> tuple
     rng = np.random.default_rng([seed, split == "train"])
     made = [_scene(rng, pixels[own], labels[own], size) for _ in range(number)]
     annotations = []
-    for image, (_, objects) in enumerate(made):
+    for image, (_, _, objects) in enumerate(made):
         for label, mask in objects:
             annotations.append({
                 "id": len(annotations) + 1, "image_id": image + 1, "category_id": label + 1, "iscrowd": 0,
                 "segmentation": encode(mask), "bbox": bounds(mask), "area": float(mask.sum()),
             })  # fmt: skip
-    maps = np.zeros((number, size, size), np.uint8)
-    for image, (_, objects) in enumerate(made):
+    maps = np.stack([np.where(pieces, 0, 1).astype(np.uint8) for _, pieces, _ in made])
+    for image, (_, _, objects) in enumerate(made):
         for label, mask in objects:
-            maps[image][mask] = label + 1
+            maps[image][mask] = label + 2
     coco = {
         "images": [{"id": i + 1, "width": size, "height": size, "file_name": f"{i + 1:06}.png"} for i in range(number)],
         "annotations": annotations,
         "categories": [{"id": i + 1, "name": str(i)} for i in range(classes)],
     }
-    return np.stack([image for image, _ in made]), coco, maps
+    return np.stack([image for image, _, _ in made]), coco, maps
 
 
-def _scene(rng: np.random.Generator, pixels: np.ndarray, labels: np.ndarray, size: int) -> tuple[np.ndarray, list[Any]]:
-    """Return an image and its objects, each a class and the mask of what is seen of it."""
+def _scene(
+    rng: np.random.Generator, pixels: np.ndarray, labels: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+    """Return an image, where pieces are, and its objects, each a class and the mask of what is seen of it."""
     canvas = rng.uniform(0, 0.15, (size, size))
     for _ in range(rng.integers(PIECES + 1)):  # a quarter of a digit is none
         part = np.zeros((8, 8))
@@ -75,6 +77,7 @@ def _scene(rng: np.random.Generator, pixels: np.ndarray, labels: np.ndarray, siz
         shape, (y, x) = _placed(rng, part, size)
         area = canvas[y : y + len(shape), x : x + len(shape)]
         np.maximum(area, 0.7 * shape, out=area)
+    pieces = canvas > INK
     objects: list[tuple[int, np.ndarray, float]] = []  # class, mask, pixels before something covered it
     for _ in range(rng.integers(1, MOST_OBJECTS + 1)):
         which = rng.integers(len(pixels))
@@ -87,7 +90,7 @@ def _scene(rng: np.random.Generator, pixels: np.ndarray, labels: np.ndarray, siz
         objects.append((int(labels[which]), mask, mask.sum()))
         area, seen = canvas[y : y + len(shape), x : x + len(shape)], shape > INK
         area[seen] = shape[seen]
-    return (255 * canvas).round().astype(np.uint8), [(label, mask) for label, mask, _ in objects]
+    return (255 * canvas).round().astype(np.uint8), pieces, [(label, mask) for label, mask, _ in objects]
 
 
 def _placed(rng: np.random.Generator, shape: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -273,9 +273,7 @@ def _weights(settings: Settings, outputs: int, target_depths: list[int], meta_de
     return {file: weights_of(settings, name, file, outputs, *depths) for name, file in files.items() if SEED not in file}
 
 
-def weights_of(
-    settings: Settings, name: str, file: str, outputs: int, target_depths: list[int], meta_depths: list[int]
-) -> str:
+def weights_of(settings: Settings, name: str, file: str, outputs: int, target_depths: list[int], meta_depths: list[int]) -> str:
     """Return the SHA-256 of a file of weights that a strategy starts from; SettingsError for one that does not fit."""
     from incubate_lib.phases.networks import build_for
     from incubate_lib.phases.weights import load_into, sha256, weights_file

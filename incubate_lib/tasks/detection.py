@@ -65,7 +65,10 @@ class Detection(Task):
         if not isinstance(output, list):
             return []
         size = batch[0].shape[-1]
-        return [json.dumps({"truth": seen.truth, "found": _found(seen, one, size)}) for seen, one in zip(batch[1], output, strict=True)]
+        return [
+            json.dumps({"truth": seen.truth, "found": _found(seen, one, size)})
+            for seen, one in zip(batch[1], output, strict=True)
+        ]
 
     def evaluated(self, sums: list[float], noted: Collection[str] = ()) -> dict[str, float]:
         from incubate_lib.downstream.precision import average_precision
