@@ -40,7 +40,8 @@ class Pictures:
 def scenes(number: int, size: int, classes: int, seed: int, split: str) -> tuple[np.ndarray, dict[str, Any], np.ndarray]:
     """Return images [N, S, S] uint8, COCO's annotations, and ADE20K's maps [N, S, S] uint8.
 
-    In maps 0 is no class: pieces of digits. 1 is the background, and 2 the digit 0. Shown are the digits 0 … classes - 1. Digits of the split "train" are in no scene of another split.
+    In maps 0 is no class: pieces of digits. 1 is the background, and 2 the digit 0. Shown are the digits 0 … classes - 1;
+    those of the split "train" are in no scene of another split.
     """
     pixels, labels = _digits()
     own = np.arange(len(labels)) % 3 < 2 if split == "train" else np.arange(len(labels)) % 3 == 2
