@@ -21,11 +21,14 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
+from incubate_lib.config import in_a_line
+
 FINEST = 2  # pixels, the smallest stride of a level
 MOST_LEVELS = 4
 ANCHOR = 8  # times the stride: the side of an anchor, as in torchvision
 FEW = 256  # pixels; smaller images have fewer regions
-LARGE, SMALL = (2000, 1000, 512), (200, 100, 64)  # regions before and after suppression, and sampled to learn from
+# regions before and after suppression, and sampled to learn from; objects found at most
+LARGE, SMALL = (2000, 1000, 512, 100), (200, 100, 64, 20)
 ALL_REGIONS, MASKED = 7, 14  # side of a region's map: for its class and box, and for its mask
 POSITIVE = 4  # one in so many sampled regions shows an object, at most
 
@@ -103,8 +106,8 @@ def _all_maps(backbone: nn.Module, shape: Sequence[int]) -> list[Tensor]:
     """Return all maps of features of an image, on the meta device; ValueError where there are none."""
     try:
         maps = _on_meta(backbone, shape, None, False)
-    except (AttributeError, AssertionError, TypeError, NotImplementedError) as error:
-        raise ValueError(f"gives no maps of features ({type(error).__name__}: {str(error)[:80]})") from None
+    except Exception as error:  # what knows of no maps fails somewhere inside
+        raise ValueError(f"gives no maps of features ({type(error).__name__}: {in_a_line(error)[:80]})") from None
     if not maps or any(features.ndim != 4 or min(features.shape[2:]) < 2 for features in maps[-1:]):
         raise ValueError(f"gives features of shape {tuple(maps[-1].shape[1:]) if maps else ()}, which are no grid of places")
     return maps
@@ -200,7 +203,7 @@ class Detector(OnTop):
                 f"has maps with strides {strides}; those of Mask R-CNN must be powers of two: another patch_size does"
             )
         names = [str(i) for i in range(len(strides))]
-        before, after, self.sampled = LARGE if self.size >= FEW else SMALL
+        before, after, self.sampled, most = LARGE if self.size >= FEW else SMALL
         sizes = tuple((int(ANCHOR * stride),) for stride in [*strides, 2 * strides[-1]])
         network = MaskRCNN(
             features,
@@ -209,6 +212,7 @@ class Detector(OnTop):
             rpn_pre_nms_top_n_train=before, rpn_pre_nms_top_n_test=before // 2,
             rpn_post_nms_top_n_train=after, rpn_post_nms_top_n_test=after,
             box_batch_size_per_image=self.sampled,
+            box_detections_per_img=most,
             box_roi_pool=MultiScaleRoIAlign(names, ALL_REGIONS, 2), mask_roi_pool=MultiScaleRoIAlign(names, MASKED, 2),
             box_head=TwoMLPHead(width * ALL_REGIONS**2, 4 * width), box_predictor=FastRCNNPredictor(4 * width, classes + 1),
             mask_head=MaskRCNNHeads(width, (width,) * 4, 1), mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
