@@ -6,11 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from incubate_lib.config import DataSettings, ModelSettings, TrainingSettings, load_settings
+from incubate_lib.config import DataSettings, ModelSettings, SettingsError, TrainingSettings, load_settings
 from incubate_lib.config.members import TASKS
 from incubate_lib.data.sets import load_data
 from incubate_lib.downstream.masks import bounds, decode, encode
@@ -20,6 +21,7 @@ from incubate_lib.downstream.views import Seen, view
 from incubate_lib.phases.networks import build_for, build_model
 from incubate_lib.phases.weights import load_into
 from incubate_lib.pipeline.strategies import plan
+from incubate_lib.report.export import export
 from incubate_lib.training.loop import evaluate
 from incubate_lib.training.runs import Stopped
 from incubate_lib.training.trainer import Trainer, make_optimizer
@@ -181,6 +183,27 @@ def test_the_rate_falls_layer_by_layer_and_is_whole_on_top():
     parts = ("backbone.patch_embed", "blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight", "classify.weight")
     found = [next(value for name, value in named.items() if part in name) for part in parts]
     assert found == [0.25, 0.5, 1.0, 1.0] and len(named) == len(scale)
+
+
+def test_a_run_starts_from_the_network_of_its_own_seed(data_folder):
+    tiny = ["model.embed_dim=16", "model.depth=3", "model.num_heads=2", "training.eval_every=1", "training.warmup_epochs=0"]
+    short = ["data.test_images=1700", "strategies.end_to_end.phases.end_to_end.epochs=1"]
+    before = plan(load_settings("scenes-networks", [*tiny, *short]), ["end_to_end"], [3]).finals["end_to_end", 3]
+    before.run()
+    small = [line for line in SMALL if not line.startswith(("strategies", "run", "model"))]
+    settings = load_settings("scenes-segmentation", [*tiny, *small, "model.img_size=32"])
+    todo = plan(settings, ["from_end_to_end"], [3])
+    node = todo.finals["from_end_to_end", 3]
+    assert node.settings.inputs == {"weights": before.summary()["weights_sha256"]}
+    todo.run()
+    assert node.summary()["score"] > 0
+    with pytest.raises(SettingsError, match="seed-4"):
+        plan(settings, ["from_end_to_end"], [4])
+    exported = data_folder / "mine"
+    assert export(settings, exported, strategy="from_end_to_end", seed=3) == "from_end_to_end"
+    backbone = timm.create_model(f"local-dir:{exported}", pretrained=True)
+    trained = load_file(node.folder.weights)
+    assert all(torch.equal(trained[f"pyramid.backbone.{name}"], tensor) for name, tensor in backbone.state_dict().items())
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
