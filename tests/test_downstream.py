@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from incubate_lib.config import DataSettings, ModelSettings, SettingsError, TrainingSettings, load_settings
 from incubate_lib.config.members import TASKS
+from incubate_lib.data.scenes.digits import scenes, write
+from incubate_lib.data.scenes.masks import bounds, decode, encode
+from incubate_lib.data.scenes.views import Seen, view
 from incubate_lib.data.sets import load_data
-from incubate_lib.downstream.masks import bounds, decode, encode
 from incubate_lib.downstream.precision import average_precision
-from incubate_lib.downstream.scenes import scenes, write
-from incubate_lib.downstream.views import Seen, view
 from incubate_lib.phases.networks import build_for, build_model
 from incubate_lib.phases.weights import load_into
 from incubate_lib.pipeline.strategies import plan

@@ -93,7 +93,7 @@ def load_data(
     if settings.is_streamed:
         kind = StreamedSet
         if settings.source in SCENES:
-            from incubate_lib.downstream.views import SceneSet as kind
+            from incubate_lib.data.scenes.views import SceneSet as kind
         sets = [
             kind(source, index, shape or (3, 224, 224), classes, settings, device, machine) for source, index in (learn, eval_set)
         ]

@@ -165,7 +165,7 @@ def _hugging_face(settings: DataSettings, split: str, download: bool) -> Source:
 
 
 def _scenes(settings: DataSettings, split: str, download: bool) -> Source:
-    from incubate_lib.downstream import layouts
+    from incubate_lib.data.scenes import layouts
 
     read = {"coco": layouts.coco, "ade20k": layouts.ade20k}.get(settings.source, layouts.generated)
     return read(settings, split, download)

@@ -1,1 +1,1 @@
-"""What carries over: networks on top of a finished one, and images with what is seen where in them."""
+"""What stands on a finished network: pyramids, UPerNet, Mask R-CNN; average precision."""

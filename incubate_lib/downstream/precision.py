@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from incubate_lib.downstream.masks import tools
+from incubate_lib.data.scenes.masks import tools
 
 FAILED = {f"{of}_ap{at}": 0.0 for of in ("box", "mask") for at in ("", "50")}
 

@@ -37,7 +37,7 @@ class Detection(Task):
         import numpy as np
         import torch
 
-        from incubate_lib.downstream.masks import decode
+        from incubate_lib.data.scenes.masks import decode
 
         images, size = data.finish(batch[0], recipe), batch[0].shape[-1]
         targets = []
@@ -52,9 +52,9 @@ class Detection(Task):
         return (images, targets) if isinstance(targets[0], dict) else images
 
     def loss(self, output: Any, batch: Any, recipe: Any = None) -> Any:
-        from incubate_lib.training.costs import total
+        from torch.utils._pytree import tree_leaves
 
-        return total(output)
+        return sum(tensor.float().sum() for tensor in tree_leaves(output))  # Mask R-CNN's losses, each of weight one
 
     def sums(self, output: Any, batch: Any) -> Any:
         import torch
@@ -85,7 +85,7 @@ def _found(seen: Any, output: Any, size: int) -> list[dict[str, Any]]:
     import torch
     from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-    from incubate_lib.downstream.masks import encode
+    from incubate_lib.data.scenes.masks import encode
 
     height, width = seen.truth["height"], seen.truth["width"]
     by = output["boxes"].new_tensor([width / seen.size[1], height / seen.size[0]] * 2)

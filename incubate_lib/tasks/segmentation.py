@@ -1,7 +1,7 @@
 """Which class each pixel of an image belongs to, by UPerNet on top of a network.
 
 A batch is images [B, C, S, S] and maps [B, S, S] in which 255 is no class; an evaluated one the squares of its images
-[N, C, S, S], which may be several for each, and what each image shows and where its squares lie (`downstream/views.py`).
+[N, C, S, S], which may be several for each, and what each image shows and where its squares lie (`data/scenes/views.py`).
 """
 
 from collections.abc import Mapping

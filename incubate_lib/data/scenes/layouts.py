@@ -18,7 +18,7 @@ import numpy as np
 from incubate_lib.config import DataSettings, SettingsError, refuse
 from incubate_lib.data.decode import Files, Names, Opener
 from incubate_lib.data.folders import Source, folder_of, is_left_behind
-from incubate_lib.downstream import masks, scenes
+from incubate_lib.data.scenes import digits, masks
 
 UNLABELLED = 255  # in maps, once read
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -70,12 +70,12 @@ def generated(settings: DataSettings, split: str, download: bool) -> Scenes:
     how = number, settings.image_size, settings.num_classes, settings.split_seed
     refuse(settings.num_classes > 10, f"data.num_classes is {settings.num_classes}, but there are ten digits")
     refuse(settings.image_size < 32, f"data.image_size is {settings.image_size}; scenes of digits have 32 pixels at least")
-    images, coco, maps = scenes.scenes(*how, "train" if is_train else "val")
-    opener = scenes.Pictures(images, f"scene of {settings.source}, {split}")
+    images, coco, maps = digits.scenes(*how, "train" if is_train else "val")
+    opener = digits.Pictures(images, f"scene of {settings.source}, {split}")
     names = [category["name"] for category in coco["categories"]]
     if settings.source == "digit_maps":
         names = ["background", *names]
-        seen = Maps(scenes.Pictures(maps, f"map of {settings.source}, {split}"), len(names))
+        seen = Maps(digits.Pictures(maps, f"map of {settings.source}, {split}"), len(names))
         return Scenes(np.zeros(number, np.int64), names, opener=opener, seen=seen)
     return _of_coco(checked(coco, "scenes"), opener)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from incubate_lib.downstream.masks import bounds, encode
+from incubate_lib.data.scenes.masks import bounds, encode
 
 INK = 0.3  # of full white; what is darker is background
 MOST_OBJECTS, PIECES = 4, 4

@@ -19,9 +19,9 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter
 
 from incubate_lib.config import SettingsError, TrainingSettings
+from incubate_lib.data.scenes import masks
+from incubate_lib.data.scenes.layouts import UNLABELLED, Scenes
 from incubate_lib.data.stream import StreamedSet, _Reader
-from incubate_lib.downstream import masks
-from incubate_lib.downstream.layouts import UNLABELLED, Scenes
 
 EVALUATED = 2**20  # pixels evaluated at once, or one image
 STRIDE = 2 / 3  # of a square: how far it slides
