@@ -1,9 +1,11 @@
 """Small networks of many families, divided into modules, and the meta models that are left of them."""
 
 import functools
+from pathlib import Path
 
 import timm
 import torch
+import yaml
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.vgg import VGG
 
@@ -29,7 +31,7 @@ NETWORKS = {  # plain ViTs that differ in where stem and head keep their weights
     "mobilenet": ("mobilenetv2_035", {}),
     "vgg": (VGG, {"cfg": (8, 8, "M", 8, 8, "M", 16, 16, 16, "M")}),
 }  # fmt: skip
-SMALL = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "in_chans": 1, "num_classes": 5}
+PLAIN = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "in_chans": 1, "num_classes": 5}
 K = 3
 SHAPE = (3, 32, 32)
 
@@ -63,3 +65,34 @@ def pair(name, seed=0, **options):
 
 def some_images():
     return torch.randn(7, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+BASE = {
+    "data": {"source": "digits", "test_images": 100, "train_share": 0.08},
+    "training": {"epochs": 2, "batch_size": 32, "lr": 3e-3, "warmup_epochs": 0},
+    "machine": {"checkpoint_seconds": 0},
+    "run": ["deep_incubation_identity"],
+}
+SMALL = {  # settings of small networks that learn on digits
+    "resnet": {
+        "model": {
+            "name": "cifar_resnet20", "img_size": 8, "in_chans": 1, "options": {"channels": [4, 8, 8], "layers": [2, 3, 2]},
+        },
+        "partition": {"cuts": ["layer2.1"]},
+        "training": BASE["training"] | {"optimizer": "sgd", "lr": 0.1},
+    },
+    "swin": {
+        "model": {
+            "name": "swin_tiny_patch4_window7_224", "img_size": 8, "patch_size": 1, "in_chans": 1, "embed_dim": 8,
+            "num_heads": [2, 2], "options": {"depths": [2, 3], "window_size": 4},
+        },
+        "partition": {"num_modules": 2},
+    },
+}  # fmt: skip
+
+
+def settings_file(folder: Path, name: str) -> str:
+    """Write the settings of one of SMALL; return the file."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(BASE | SMALL[name]))
+    return str(path)

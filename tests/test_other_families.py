@@ -7,8 +7,7 @@ import command_line
 import pytest
 import timm
 import torch
-import yaml
-from families import pair, some_images
+from families import SMALL, pair, settings_file, some_images
 from patience import Hooks, wait_for
 
 from incubate_lib.config import load_settings
@@ -24,35 +23,10 @@ from incubate_lib.report.live.representations import similarity
 from incubate_lib.report.planner.anatomy import PIECES, anatomy
 from incubate_lib.training.trainer import compiled
 
-BASE = {
-    "data": {"source": "digits", "test_images": 100, "train_share": 0.08},
-    "training": {"epochs": 2, "batch_size": 32, "lr": 3e-3, "warmup_epochs": 0},
-    "machine": {"checkpoint_seconds": 0},
-    "run": ["deep_incubation_identity"],
-}
-FAMILIES = {
-    "resnet": {
-        "model": {
-            "name": "cifar_resnet20", "img_size": 8, "in_chans": 1, "options": {"channels": [4, 8, 8], "layers": [2, 3, 2]},
-        },
-        "partition": {"cuts": ["layer2.1"]},
-        "training": BASE["training"] | {"optimizer": "sgd", "lr": 0.1},
-    },
-    "swin": {
-        "model": {
-            "name": "swin_tiny_patch4_window7_224", "img_size": 8, "patch_size": 1, "in_chans": 1, "embed_dim": 8,
-            "num_heads": [2, 2], "options": {"depths": [2, 3], "window_size": 4},
-        },
-        "partition": {"num_modules": 2},
-    },
-}  # fmt: skip
 
-
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=SMALL)
 def file(request, tmp_path):
-    path = tmp_path / f"{request.param}.yaml"
-    path.write_text(yaml.safe_dump(BASE | FAMILIES[request.param]))
-    return str(path)
+    return settings_file(tmp_path, request.param)
 
 
 def weights(folder):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from families import NETWORKS, SMALL, K, build, divided, pair, some_images
+from families import NETWORKS, PLAIN, K, build, divided, pair, some_images
 
 from incubate_lib.method.chain import find_chain
 from incubate_lib.method.incubation import Hybrid, start_module
@@ -34,7 +34,7 @@ def test_an_identity_start_needs_ways_around_the_weights():
 
 
 def test_stack_start_copies_and_does_not_share():
-    small, large = (timm.create_model("vit_tiny_patch16_224", depth=depth, **SMALL) for depth in (4, 8))
+    small, large = (timm.create_model("vit_tiny_patch16_224", depth=depth, **PLAIN) for depth in (4, 8))
     own, partition = (divide(find_chain(copy.deepcopy(m), (1, 8, 8)), d) for m, d in ((small, [2, 2]), (large, [4, 4])))
     meta = in_names_of(small, own, large, partition)
     start_module(large, meta, partition, 0, "stack", inherit_stem=True)

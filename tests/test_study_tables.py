@@ -12,7 +12,7 @@ from project import block
 
 from incubate_lib.config.study import COLUMNS, load_study, studies
 from incubate_lib.report.tables import studies as report
-from incubate_lib.report.tables.answers import answer, reached
+from incubate_lib.report.tables.answers import answer, changes, reached
 from incubate_lib.report.tables.studies import StudyTable, gains, published, summary
 from incubate_lib.report.tables.study_plots import fronts, gain_map, ranking
 
@@ -91,6 +91,20 @@ def test_two_cells_are_compared_on_the_seeds_that_both_have():
     table = made([("1", "end_to_end", [0.5, 0.9], 4, 4), ("1", "growing", [0.6], 4, 4)])
     found = reached(table)
     assert found["best"].tolist() == [0.5] and found["gain"].iloc[0] == pytest.approx(10.0) and found["seeds"].tolist() == [1]
+
+
+def test_recipes_are_compared_with_the_first_of_them():
+    """For each strategy, seed by seed: it says which fields of a recipe matter."""
+    base, noise = np.array([0.5, 0.6, 0.7, 0.8]), np.array([0.001, -0.001, 0.001, -0.001])
+    rows = [(value, name, base + shift * (name == "growing") + noise * (shift > 0), 4, 4)
+            for value, shift in (("ours", 0.0), ("theirs", 0.02)) for name in ("end_to_end", "growing")]  # fmt: skip
+    rows += [("of pieces", "end_to_end", base, 4, 4)]  # says nothing of end to end, so it is the same networks
+    table = made(rows)
+    table = StudyTable("made", table.results.rename(columns={"budget": "recipe"}), table.rates)
+    found = changes(table).set_index("of")
+    assert found["gain"].to_dict() == pytest.approx({"end_to_end": 0.0, "growing": 2.0}) and set(found["other"]) == {"ours"}
+    assert found["clear"].to_dict() == {"end_to_end": False, "growing": True} and set(found["comparisons"]) == {2}
+    assert "no incubation: recipes against ours, in points: theirs +2.0 [" in "\n".join(answer(table))
 
 
 def test_gains_are_corrected_for_how_many_a_study_compares():

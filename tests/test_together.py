@@ -8,12 +8,13 @@ import torch
 from stopping import stop_after_checkpoints
 from test_devices import train_on
 
-from incubate_lib.config import load_settings
+from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.config.members import PHASES
 from incubate_lib.method.chain import find_chain
 from incubate_lib.method.network import divide, in_names_of
 from incubate_lib.method.together import Together
-from incubate_lib.pipeline.graph import Plan, closure
+from incubate_lib.phases.bench import Bench
+from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.live.hybrids import Hybrids
 from incubate_lib.report.live.phase_graph import draw
@@ -21,7 +22,8 @@ from incubate_lib.report.live.progress import Reader
 from incubate_lib.report.live.representations import similarity
 from incubate_lib.report.planner.memory import step_memory_of
 from incubate_lib.report.tables.records import from_plan
-from incubate_lib.training.costs import Counted, FlopCounts, train_flops_per_image
+from incubate_lib.training.costs import Counted, FlopCounts
+from incubate_lib.training.stopwatch import Variant, step_memory
 
 # everything at once: drop-path (preset), mixup, cutmix, shift (preset), moving average, micro-batches, clipping that clips
 EVERYTHING = [
@@ -138,25 +140,33 @@ def test_memory_is_that_of_one_hybrid_and_the_states_of_all(data_folder):
     for images in (8, 512):
         assert max(one.peak(images) for one in alone) < together.peak(images)
         assert together.peak(images) <= max(one.peak(images) for one in alone) + states
+        waiting = together.peak(images, adds_up=True) - together.peak(images)
+        assert 0 < waiting <= sum(part.gradients for part in alone)
 
 
-@pytest.mark.parametrize("more", ["together: true", "start: identity", "incubate: none, start: stack"])
-def test_pieces_on_small_images_are_tuned_at_full_size_and_cost_what_is_counted(more, data_folder):
-    way = f"strategies.small={{kind: deep_incubation, low_resolution: {{img_size: 4}}, {more}}}"
-    settings = load_settings("smoke", [way, "training.epochs=1", "model.patch_size=2"])
-    whole = plan(settings, ["small", "deep_incubation"])
-    final = whole.finals["small", 0]
-    nodes, usual = closure([final]), {node.settings.seeded_as: node for node in closure([whole.finals["deep_incubation", 0]])}
-    final.run()
-    sizes = {node.settings.seeded_as: node.settings.model.img_size for node in nodes}
-    assert sizes.pop("finetune") == 8 and set(sizes.values()) == {4} and final.settings.data.resize is None
-    for node in nodes:
-        summary = node.summary()
-        assert summary["train_flops"] == node.flops, node.title
-        if node.settings.seeded_as == "meta":
-            assert 0 < node.job.flops_per_image < usual["meta"].job.flops_per_image / 2
-        if node.settings.phase == "incubate":
-            alone = PHASES["incubate"].build(node.settings, {}, 4)
-            assert node.job.flops_per_image == train_flops_per_image(alone, (1, 4, 4))
-    assert final.summary()["score"] > 0.25  # chance, of four classes
-    assert len({step_memory_of(node, {}).activations for node in (nodes[0], usual["meta"])}) == 2
+def test_a_real_step_keeps_the_gradients_of_one_module_at_a_time():
+    """Its peak over live tensors: a hybrid's, weights and moments of all modules, and at most 5 % more."""
+    made = Bench(load_settings("digits"), batch=8, outputs=10, device=torch.device("cpu"))
+
+    def peak(variant: Variant) -> int:
+        variant.step()  # makes the optimiser's states
+        variant.optimizer.zero_grad(set_to_none=True)
+        return step_memory(variant, made.device)
+
+    alone = [made.ours("incubate", index) for index in range(len(made.target_depths))]
+    trained = sum(p.numel() for variant in alone for p in variant.model.parameters() if p.requires_grad)
+    assert peak(made.ours("incubate_together")) <= 1.05 * (max(map(peak, alone)) + 4 * 3 * trained)
+
+
+def test_images_that_do_not_fit_are_said_with_how_many_would(data_folder, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    joint, _ = made("machine.checkpoint_seconds=20")  # in micro-batches of 8
+    [together] = [node for node in joint.nodes if node.settings.phase == "incubate_together"]
+    for node in together.upstream("meta"):
+        node.run()
+    monkeypatch.setattr("incubate_lib.training.trainer.Trainer.step", full)
+    with pytest.raises(SettingsError, match=r"8 images at once need more than the [\d.]+ GiB of .*; try training.micro_batch=4 "):
+        together.run()
+    assert together.folder.status()["state"] == "failed"

@@ -6,7 +6,6 @@ one device and in turn, on random images that lie there. What only some recipes 
 is off in all of them. Nothing is printed; of the data only the names are read, to count the classes.
 """
 
-import contextlib
 import copy
 import itertools
 from collections import ChainMap
@@ -40,7 +39,7 @@ from incubate_lib.phases.recipes import networks_of, prepare
 from incubate_lib.tasks import Losses
 from incubate_lib.training.costs import train_flops_per_image
 from incubate_lib.training.stopwatch import Variant, measure, yardstick
-from incubate_lib.training.team import pick_device, provenance, repeat_exactly
+from incubate_lib.training.team import explain_out_of_memory, pick_device, provenance, repeat_exactly
 from incubate_lib.training.trainer import Trainer, autocast, compiled, make_optimizer
 
 GPU_BATCH = 256  # images of a step, unless the settings have fewer
@@ -49,6 +48,7 @@ LR = 1e-5  # so small that random labels do no harm
 NARROW = ModelSettings(name="vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=96, depth=8, num_heads=3)
 DEPTHS = (12, 24, 48, 96, 128)  # blocks
 SIZES = (32, 64, 96, 128, 160, 224)  # pixels: 17 to 785 tokens, where attention has 3 to 58 % of the FLOPs
+TOO_LARGE = "a batch of {} does not fit into the device's memory; give a smaller one with --batch"
 Log = Callable[[str], None]
 
 
@@ -188,7 +188,7 @@ def bench(
     """Measure each kind of phase that has a speed of its own beside a bare loop, hybrids beside the released code's freezing, and
     all hybrids together beside the same one by one.
 
-    Returns one row a variant. Two variants live at a time; `log` is given a line before each two. Raises SettingsError
+    Returns one row a variant. Two variants live at a time; `log` is given a line before and after each two. Raises SettingsError
     for numbers that make no sense and for a batch that the device cannot hold.
     """
     check_numbers({"--batch": batch, "--rounds": rounds, "--classes": classes})
@@ -222,12 +222,14 @@ def bench(
     modules = range(len(made.target_depths))
     pairs = [(kind, index) for kind in kinds for index in (modules if PHASES[kind].has_modules else [None])]
     rows = []
-    with _explain_out_of_memory(batch):
+    with explain_out_of_memory(TOO_LARGE.format(batch)):
         matmul = yardstick(device, settings.precision)
         for n, (phase, index) in enumerate(pairs):
             what = PHASES[phase].label + ("" if index is None else f" {index + 1}")
             log(f"{n + 1} of {len(pairs)}: {what}, batch {batch}, rounds {rounds}")
-            rows += measure(pair(phase, index), rounds=rounds, device=device, matmul=matmul)
+            measured = measure(pair(phase, index), rounds=rounds, device=device, matmul=matmul)
+            log("  " + ", ".join(f"{row['variant']} {1e3 * row['step_seconds']:,.1f} ms" for row in measured))  # if it is cut off
+            rows += measured
     return [about(settings, device) | {"batch": batch} | row for row in rows]
 
 
@@ -261,7 +263,7 @@ def growth(
             yield made.ours("incubate", 1)  # which has a prefix and a suffix
 
     rows = []
-    with _explain_out_of_memory(batch):
+    with explain_out_of_memory(TOO_LARGE.format(batch)):
         matmul = yardstick(device, precision)
         for series, field, values in (("depth", "depth", depths), ("image_size", "img_size", sizes)):
             log(f"{series} {', '.join(map(str, values))}: batch {batch}, rounds {rounds}")
@@ -280,13 +282,3 @@ def about(settings: Settings, device: torch.device) -> dict[str, Any]:
         "device": where["device"], "threads": where["threads"], "torch": where["versions"]["torch"], "date": where["date"],
         "commit": (where["commit"] or "")[:10] + ("+" if where["dirty"] else ""),
     }  # fmt: skip
-
-
-@contextlib.contextmanager
-def _explain_out_of_memory(batch: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise SettingsError(
-            f"a batch of {batch} does not fit into the device's memory; give a smaller one with --batch"
-        ) from None

@@ -7,7 +7,7 @@ from typing import Any
 
 from incubate_lib.config import SettingsError
 from incubate_lib.config.members import PHASES, TASKS
-from incubate_lib.data.schedule import derive_seed, renewal
+from incubate_lib.data.schedule import derive_seed, micro_batches, renewal
 from incubate_lib.data.scratch import stage
 from incubate_lib.data.sets import load_data
 from incubate_lib.data.stream import check_shared_memory
@@ -17,7 +17,7 @@ from incubate_lib.phases.networks import model_shape
 from incubate_lib.training.lease import Lease
 from incubate_lib.training.loop import by_class, evaluate, fit, renew_statistics
 from incubate_lib.training.runs import PhaseFolder, whose
-from incubate_lib.training.team import Team, provenance, repeat_exactly
+from incubate_lib.training.team import Team, device_memory, device_name, explain_out_of_memory, provenance, repeat_exactly
 from incubate_lib.training.trainer import Trainer
 
 NONE_DONE = ["steps", "images_seen", "distinct_images_per_epoch", "broken_images", "train_flops", "train_flops_executed"]
@@ -81,7 +81,8 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
             groups=kind.groups(model),
         )
         stop = _stop_asked(job.stop_files)
-        kept, numbers = fit(trainer, eval_set, folder=home, title=job.title, should_stop=stop, evaluated=kind.evaluated)
+        with explain_out_of_memory(_too_many(s.training.batch_size, s.training.micro_batch, team)):
+            kept, numbers = fit(trainer, eval_set, folder=home, title=job.title, should_stop=stop, evaluated=kind.evaluated)
         for module, group in zip(numbers.get("modules", ()), trainer.groups, strict=False):
             module["parameters"] = sum(parameter.numel() for parameter in group)
     if task.has_classes and not (kind.has_modules or "modules" in numbers):  # of a whole network, once: an evaluation more
@@ -101,6 +102,17 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
         where["device"] = " then ".join(home.status()["devices"])
     identity = {"phase": s.seeded_as, "module_index": s.module_index, "seed": s.seed, "strategy": job.strategy}
     return home.finish(identity | about | numbers | {"provenance": where}, kind.results(kept))
+
+
+def _too_many(batch_size: int, micro_batch: int | None, team: Team) -> str:
+    """Say that so many images at once need more memory than a device has, and how many to try."""
+    images = micro_batches(batch_size, micro_batch, team.devices)[1]
+    less = next((n for n in range(images // 2, 0, -1) if images % n == 0), None)
+    fewer = f"try training.micro_batch={less}" if less else "no fewer can be had"
+    return (
+        f"{images} images at once need more than the {device_memory(team.device) / 2**30:.1f} GiB of {device_name(team.device)}; "
+        f"{fewer} (`incubate plan` counts what each phase needs)"
+    )
 
 
 def _stop_asked(stop_files: dict[str, int | None]) -> Callable[[], bool]:

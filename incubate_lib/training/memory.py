@@ -29,25 +29,33 @@ class StepMemory:
     optimizer: int = 0
     casts: int = 0  # weights once more in lower precision, kept for the backward pass
     activations: int = 0  # of one image, kept for the backward pass
+    resting: int = 0  # gradients of modules whose turn is over or comes: they wait only where micro-batches are added up
 
     def __add__(self, other: "StepMemory") -> "StepMemory":
         return StepMemory(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
-    def peak(self, images: int) -> int:
-        """Return the peak of a step with so many images at once: before the backward pass, or after it, with all gradients."""
-        return self.weights + self.optimizer + max(self.casts + images * self.activations, self.gradients)
+    def peak(self, images: int, adds_up: bool = False) -> int:
+        """Return the peak of a step with so many images at once: before the backward pass, or after it, with all gradients.
+
+        Where micro-batches are added up, the gradients of those before wait beside the next one.
+        """
+        kept = self.casts + images * self.activations
+        waiting = self.gradients + self.resting + kept if adds_up else max(kept, self.gradients)
+        return self.weights + self.optimizer + waiting
 
 
 def in_turn(parts: Sequence[StepMemory]) -> StepMemory:
     """Return the memory of modules that learn in turn in one update, each from a loss that is gone through backward before the
-    next: all that is learned is there at once with its moments, but what waits for the backward pass of one at a time."""
-    learned, before = sum(part.gradients for part in parts), 0
-    casts = []
-    for part in parts:
-        casts.append(part.casts + before)  # beside it wait the gradients of those that had their turn
-        before += part.gradients
-    moments = sum(part.optimizer for part in parts)
-    return StepMemory(learned, learned, moments, max(casts), max(part.activations for part in parts))
+    next: all that is learned is there at once with its moments, but gradients and what waits for them of one at a time."""
+    learned, most = sum(part.gradients for part in parts), max(part.gradients for part in parts)
+    return StepMemory(
+        weights=learned,
+        gradients=most,
+        optimizer=sum(part.optimizer for part in parts),
+        casts=max(part.casts for part in parts),
+        activations=max(part.activations for part in parts),
+        resting=learned - most,
+    )
 
 
 def memory_by_part(

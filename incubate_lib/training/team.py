@@ -1,19 +1,22 @@
 """The devices that train one phase together, one process each, all with the same weights; and what a device is."""
 
+import contextlib
 import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import timm
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from incubate_lib.config import checkout
+from incubate_lib.config import SettingsError, checkout
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,21 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     """Return what a GPU or this machine's processor is called."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of memory that a GPU or this machine has."""
+    is_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).total_memory if is_gpu else psutil.virtual_memory().total
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(message: str) -> Iterator[None]:
+    """Say what would fit, as a SettingsError, where torch says that a device's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise SettingsError(message) from None
 
 
 def _cpu_name() -> str:

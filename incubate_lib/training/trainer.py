@@ -147,7 +147,7 @@ class Trainer:
         flops_per_image: int = 0,
         task: Task = CLASSIFICATION,
         losses: Losses = of_the_output,
-        groups: Sequence[Sequence[nn.Parameter]] | None = None,
+        groups: Sequence[Sequence[nn.Parameter]] | None = None,  # one a loss, whose gradients reach no other
     ) -> None:
         self.model, self.train, self.settings, self.seed, self.team = model, train, settings, seed, team
         self.task, self.losses = task, losses
@@ -213,8 +213,10 @@ class Trainer:
 
     def step(self, step: int) -> Tensor:
         """Do update `step` (0-based) and return this device's mean loss, or losses [L], without waiting for the device."""
-        losses = []
+        losses, in_turn = [], len(self.groups) > 1 and self.number == 1  # gradients of one module at a time take less memory
         self.apply(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(self.settings, step, self.steps, self.per_epoch) * group.get("lr_scale", 1.0)
         (self.model if self.mat else self.optimizer).zero_grad(set_to_none=True)  # of divided parameters it holds views only
         for k in range(self.number):
             began = time.perf_counter()
@@ -228,19 +230,13 @@ class Trainer:
             last = k == self.number - 1  # gradients travel once, after the last micro-batch
             is_wrapped = isinstance(self.replica, DistributedDataParallel)
             with self.replica.no_sync() if is_wrapped and not last else contextlib.nullcontext():
-                for loss in self.losses(self._run, self.task.inputs(batch), self._loss(batch)):
+                for number, loss in enumerate(self.losses(self._run, self.task.inputs(batch), self._loss(batch))):
                     (loss / self.number).backward()
                     losses.append(loss.detach().clone())  # a captured graph would overwrite it
-        for group in self.groups if len(self.groups) > 1 else ():
-            self.team.average([parameter.grad for parameter in group if parameter.grad is not None])
-        if self.clip_grad is not None:
-            for group in self.groups:
-                nn.utils.clip_grad_norm_(group, self.clip_grad)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(self.settings, step, self.steps, self.per_epoch) * group.get("lr_scale", 1.0)
-        if self.mat:
-            self.mat.updates.hand_over()
-        self.optimizer.step()
+                    if in_turn:
+                        self._learn([self.groups[number]])
+        if not in_turn:
+            self._learn(self.groups)
         if self.mat and self.mat.settings.slow_every:
             self.mat.updates.drift(self.optimizer)
         if self.team.is_first:
@@ -251,6 +247,19 @@ class Trainer:
         if len(losses) == self.number:
             return losses[0] if self.number == 1 else torch.stack(losses).mean()
         return torch.stack(losses).view(self.number, -1).mean(0)
+
+    def _learn(self, groups: Sequence[Sequence[nn.Parameter]]) -> None:
+        """Change these parameters by their gradients; where there are several groups, those are gone then."""
+        for group in groups:
+            if len(self.groups) > 1:
+                self.team.average([parameter.grad for parameter in group if parameter.grad is not None])
+            if self.clip_grad is not None:
+                nn.utils.clip_grad_norm_(group, self.clip_grad)
+        if self.mat:
+            self.mat.updates.hand_over()
+        self.optimizer.step()
+        if len(self.groups) > 1:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def flops_now(self) -> int:
         """Return the FLOPs of a training image with what trains at present, counted as budgets are: on the meta device."""

@@ -186,9 +186,9 @@ def forecast(
         places = _schedule(nodes, {key: time / devices for key, time in hours.items()}, machines)
         own = []
         for node in nodes:
-            phase, training, images, steps = node.settings, node.settings.training, 0, 0
+            phase, training, number, images, steps = node.settings, node.settings.training, 1, 0, 0
             if training:
-                images = micro_batches(training.batch_size, training.micro_batch, devices)[1]
+                number, images = micro_batches(training.batch_size, training.micro_batch, devices)
                 steps = total_steps(training.epochs, todo.experiment.facts.num_images, training.batch_size)
             own.append(
                 {
@@ -201,7 +201,7 @@ def forecast(
                     "device_hours": hours[node.key],
                     **dict(zip(("begin", "end", "machine"), places[node.key], strict=True)),
                     "images": images,
-                    "memory": step_memory_of(node, known).peak(images) if images else 0,
+                    "memory": step_memory_of(node, known).peak(images, adds_up=number > 1) if images else 0,
                 }
             )
         rows += own

@@ -1,12 +1,14 @@
 """Every comparison that README speaks of, a section a table, a table a family."""
 
 import itertools
+from collections.abc import Callable
 
 import pandas as pd
 
 from incubate_lib.report.readme.sources import run_of, study_of
 from incubate_lib.report.readme.text import markdown, with_minus
 from incubate_lib.report.tables import studies
+from incubate_lib.report.tables.answers import changes
 from incubate_lib.report.tables.mat import against_others
 from incubate_lib.report.tables.records import published_runs
 from incubate_lib.report.tables.statistics import interval_text, rounded
@@ -45,10 +47,15 @@ def comparisons() -> str:
         families += [against_others(run_of(name))] if "mat" in there else []
         families += [differences(table.results, pairs) for pairs in MORE.get(name, ())]
         parts += [f"## {name}\n", *(_table(found, table.axes) for found in families)]
+        if "recipe" in table.axes:
+            found = changes(table)
+            axes = [axis for axis in table.axes if axis != "recipe"]
+            parts.append(_table(found.assign(of=found["of"].map(label)), [*axes, "of"], ("recipe", str)))
     return "\n".join(parts)
 
 
-def _table(found: pd.DataFrame, axes: list[str]) -> str:
+def _table(found: pd.DataFrame, axes: list[str], compared: tuple[str, Callable[[str], str]] = ("strategy", label)) -> str:
+    heading, named = compared
     metric, rows = metric_of(found), []
     digits = metric.digits + 1
     for row in found.to_dict("records"):
@@ -56,8 +63,8 @@ def _table(found: pd.DataFrame, axes: list[str]) -> str:
         rows.append(
             {axis: row[axis] for axis in axes}
             | {
-                "strategy": label(row["strategy"]),
-                "against": label(row["other"]),
+                heading: named(row["strategy"]),
+                "against": named(row["other"]),
                 "seeds": str(row["seeds"]),
                 metric.points: rounded(gain, digits, "+"),
                 "95 % alone": interval_text(gain - half, gain + half, digits),

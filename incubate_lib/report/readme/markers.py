@@ -20,7 +20,12 @@ from incubate_lib.report.readme.text import with_minus
 from incubate_lib.report.readme.values import VALUES
 from incubate_lib.report.tables import records
 
-ALIASES = {"paper": "deep_incubation", "recommended": "deep_incubation_identity", "stack": "deep_incubation_stack"}
+ALIASES = {
+    "paper": "deep_incubation",
+    "recommended": "deep_incubation_identity",
+    "recommended_itself": "recommended",
+    "stack": "deep_incubation_stack",
+}
 COMPARISONS = "data/results/README.md"
 FOLDERS = ("", "figures", "data", "notebooks")  # beside those of the package
 Makers = Mapping[str, Callable[..., str]]

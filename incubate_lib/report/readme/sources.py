@@ -5,6 +5,7 @@ import functools
 import pandas as pd
 
 from incubate_lib.report.tables import records, studies
+from incubate_lib.report.tables.answers import changes
 from incubate_lib.report.tables.mat import against_others
 from incubate_lib.report.tables.records import Results, published
 from incubate_lib.report.tables.studies import StudyTable
@@ -63,6 +64,14 @@ def comparison(source: str, strategy: str, other: str = BASELINE) -> pd.Series:
     if more:
         raise KeyError(f"{source} is several cells")
     return row
+
+
+def change(source: str, strategy: str) -> dict | None:
+    """Return the row of a recipe, which the source names, against the first of its study; None where they are the same."""
+    name, _, recipe = source.partition(":")
+    found = changes(study_of(name))
+    rows = found[(found["of"] == strategy) & (found["strategy"] == recipe)].to_dict("records")
+    return rows[0] if rows else None
 
 
 def bench_of(name: str) -> pd.DataFrame:

@@ -9,9 +9,10 @@ from incubate_lib.report.readme import sources
 from incubate_lib.report.readme.fields import fields, recipes
 from incubate_lib.report.readme.sources import bench_of, comparison, rows_of, run_of, study_of
 from incubate_lib.report.readme.text import markdown
-from incubate_lib.report.readme.values import NUMBERS, gain
+from incubate_lib.report.readme.values import NUMBERS, change, gain
 from incubate_lib.report.tables.hardware import mixes
 from incubate_lib.report.tables.statistics import rounded, spread
+from incubate_lib.report.tables.verdict import cells
 from incubate_lib.report.words import BASELINE, label, seconds_text
 
 BUDGETED = (BASELINE, "deep_incubation", "deep_incubation_identity", "growing")
@@ -19,19 +20,43 @@ BUDGETED = (BASELINE, "deep_incubation", "deep_incubation_identity", "growing")
 
 def budget(study: str) -> str:
     """A study over budgets: a row a budget, the score and the critical path; the best mean of a row is bold."""
-    metric, whole = study_of(study).metric, rows_of(study, BASELINE).groupby("budget")[["flops", "critical_flops"]].mean()
+    whole = rows_of(study, BASELINE).groupby("budget")[["flops", "critical_flops"]].mean()
     rows = []
     for place, cell in study_of(study).results.groupby("budget", sort=False):
-        groups = {name: cell[cell["strategy"] == name] for name in BUDGETED}
-        best = max((group["score"].mean() for group in groups.values()), key=lambda mean: metric.sign * mean)
         is_largest = whole["flops"][place] == whole["flops"].max()
         row = {"budget": f"{place} ({rounded(whole['flops'].max() / 1e12)} TFLOP)" if is_largest else place}
-        for name, group in groups.items():
-            bold = "**" if metric.written(group["score"].mean()) == metric.written(best) else ""
-            path = rounded(group["critical_flops"].mean() / whole["critical_flops"].max(), 2)
-            row[label(name)] = f"{bold}{spread(group['score'], metric)}{bold} ({path})"
+        for name, score in _scores(study, cell[cell["strategy"].isin(BUDGETED)]).items():
+            path = cell.loc[cell["strategy"] == name, "critical_flops"].mean() / whole["critical_flops"].max()
+            row[label(name)] = f"{score} ({rounded(path, 2)})"
         rows.append(row)
     return markdown(rows)
+
+
+def scores(study: str) -> str:
+    """A study of other axes: a row a cell, a column a strategy; the best mean of a row is bold."""
+    rows = []
+    for place, cell in cells(study_of(study).results, study_of(study).axes):
+        rows.append(place | {label(name): score for name, score in _scores(study, cell).items()})
+    return markdown(rows)
+
+
+def changed(study: str) -> str:
+    """A study of recipes: what each changes against the first, a row a recipe, a column a strategy."""
+    first, *others = study_of(study).results["recipe"].unique()
+    names = study_of(study).results["strategy"].unique()
+    return markdown(
+        [{f"against {first}": other} | {label(name): change(f"{study}:{other}", name) for name in names} for other in others]
+    )
+
+
+def _scores(study: str, cell: pd.DataFrame) -> dict[str, str]:
+    """Return the score of each strategy of a cell, mean ± standard deviation; the best mean is bold."""
+    metric, means = study_of(study).metric, cell.groupby("strategy", sort=False)["score"].mean()
+    best = metric.written(max(means, key=lambda mean: metric.sign * mean))
+    bold = {name: "**" * (metric.written(mean) == best) for name, mean in means.items()}
+    return {
+        name: f"{bold[name]}{spread(cell.loc[cell['strategy'] == name, 'score'], metric)}{bold[name]}" for name in means.index
+    }
 
 
 def _tera(flops: float) -> str:
@@ -137,4 +162,6 @@ def networks() -> str:
     return markdown(rows)
 
 
-TABLES: dict[str, Callable[..., str]] = {f.__name__: f for f in (budget, chain, adaptive, speed, fields, recipes, networks)}
+TABLES: dict[str, Callable[..., str]] = {
+    f.__name__: f for f in (budget, scores, changed, chain, adaptive, speed, fields, recipes, networks)
+}

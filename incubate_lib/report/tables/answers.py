@@ -14,7 +14,14 @@ def answer(table: StudyTable) -> list[str]:
     """Say in sentences what a study says about training in pieces, whatever the numbers are."""
     if BASELINE not in set(table.results["strategy"]):
         return ["There is no end-to-end training in this study to compare with."]
-    lines = [*_cheapest(table), *_largest_gain(table), *_against_controls(table), *_against_workers(table), *_assembled(table)]
+    lines = [
+        *_changes(table),
+        *_cheapest(table),
+        *_largest_gain(table),
+        *_against_controls(table),
+        *_against_workers(table),
+        *_assembled(table),
+    ]
     lines = [*lines, *filter(None, [mixed_text(table.results)])]
     return lines or ["Nothing is finished yet."]
 
@@ -31,8 +38,24 @@ def reached(table: StudyTable) -> pd.DataFrame:
     return good.drop_duplicates([*_other_axes(table), "strategy"]).sort_index().reset_index(drop=True)
 
 
-def _other_axes(table: StudyTable) -> list[str]:
-    return [axis for axis in table.axes if axis != "budget"]
+def changes(table: StudyTable) -> pd.DataFrame:
+    """Return how far each value of the axis `recipe` is ahead of its first, for each strategy, paired by seed.
+
+    The columns are those of `differences`, with the strategy as `of`, and values as `strategy` and `other`; all are one family.
+    A recipe that says nothing of a strategy's phases trains the same networks, and is not compared.
+    """
+    first, *names = table.results["recipe"].unique()
+    axes = [*_other_axes(table, "recipe"), "of"]
+    turned = table.results.rename(columns={"strategy": "of", "recipe": "strategy"})
+    parts = []
+    for _, cell in turned.groupby(axes, sort=False):
+        scores = {name: rows.set_index("seed")["score"].to_dict() for name, rows in cell.groupby("strategy", sort=False)}
+        parts.append(cell[[name == first or scores[name] != scores.get(first) for name in cell["strategy"]]])
+    return differences(pd.concat(parts), [(name, first) for name in names], axes)
+
+
+def _other_axes(table: StudyTable, but: str = "budget") -> list[str]:
+    return [axis for axis in table.axes if axis != but]
 
 
 def _against_best(table: StudyTable) -> pd.DataFrame:
@@ -52,6 +75,18 @@ def _against_best(table: StudyTable) -> pd.DataFrame:
     order = {column: list(table.results[column].unique()).index for column in (*others, "strategy")}
     found = found.sort_values(list(order), key=lambda c: c.map(order[c.name]), kind="stable", ignore_index=True)
     return found.drop(columns="other").rename(columns={"other_score": "best"})
+
+
+def _changes(table: StudyTable) -> list[str]:
+    """Say what each other recipe changes."""
+    if "recipe" not in table.axes or (found := changes(table)).empty:
+        return []
+    lines = []
+    for place, rows in cells(found, [*_other_axes(table, "recipe"), "of"]):
+        texts = "; ".join(f"{row['strategy']} {gain_text(row)}" for row in rows.to_dict("records"))
+        where = "".join(f", {axis} {value}" for axis, value in place.items() if axis != "of")
+        lines.append(f"{label(place['of'])}{where}: recipes against {rows['other'].iloc[0]}, in {table.metric.points}: {texts}.")
+    return [*lines, *filter(None, [family_text(found["comparisons"].max())])]
 
 
 def _cheapest(table: StudyTable) -> list[str]:
