@@ -39,6 +39,7 @@ SERIES = {  # parameters other than the committed ones, so that it takes seconds
     "08_planner": (SMOKE, "vit-h"),
     "09_studies": ({}, "digits-budget"),
     "10_dashboard": (SMOKE, "only meta model right"),
+    "12_downstream": ({"epochs": 0.1}, "Weights read from a file"),
 }
 
 

@@ -23,12 +23,11 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from incubate_lib.config import in_a_line
 
-FINEST = 2  # pixels, the smallest stride of a level
+FINEST = 4  # pixels, the smallest stride of a level
 MOST_LEVELS = 4
-ANCHOR = 8  # times the stride: the side of an anchor, as in torchvision
 FEW = 256  # pixels; smaller images have fewer regions
-# regions before and after suppression, and sampled to learn from; objects found at most
-LARGE, SMALL = (2000, 1000, 512, 100), (200, 100, 64, 20)
+# regions before and after suppression, and sampled to learn from; objects found at most; side of an anchor, in strides
+LARGE, SMALL = (2000, 1000, 512, 100, 8), (200, 100, 32, 20, 4)
 ALL_REGIONS, MASKED = 7, 14  # side of a region's map: for its class and box, and for its mask
 POSITIVE = 4  # one in so many sampled regions shows an object, at most
 
@@ -203,8 +202,8 @@ class Detector(OnTop):
                 f"has maps with strides {strides}; those of Mask R-CNN must be powers of two: another patch_size does"
             )
         names = [str(i) for i in range(len(strides))]
-        before, after, self.sampled, most = LARGE if self.size >= FEW else SMALL
-        sizes = tuple((int(ANCHOR * stride),) for stride in [*strides, 2 * strides[-1]])
+        before, after, self.sampled, most, anchor = LARGE if self.size >= FEW else SMALL
+        sizes = tuple((anchor * int(stride),) for stride in [*strides, 2 * strides[-1]])
         network = MaskRCNN(
             features,
             rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),

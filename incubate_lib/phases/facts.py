@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field
 
-from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError, in_a_line, refuse
+from incubate_lib.config import SCENES, Frozen, PhaseSettings, Settings, SettingsError, in_a_line, refuse
 from incubate_lib.config.members import PHASES, TASKS
 
 SEED = "{seed}"  # in the name of weights: the seed of the run that starts from them
@@ -57,7 +57,13 @@ def measure(settings: Settings) -> Facts:
     from incubate_lib.phases.networks import model_shape
 
     shape = model_shape(settings.model)
-    task = TASKS[settings.task]  # an unknown name is reported before images are read
+    task, source = TASKS[settings.task], settings.data.source  # an unknown name is reported before images are read
+    is_scenes = source in SCENES
+    refuse(
+        task.has_classes if is_scenes else task.is_on_top,
+        f"task {settings.task!r} does not fit data.source {source!r}, whose images show "
+        + ("several things" if is_scenes else "one thing"),
+    )
     train, _ = load_data(settings.data, shape=shape, machine=settings.machine)
     if train.shape != shape:
         raise SettingsError(

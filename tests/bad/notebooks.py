@@ -3,7 +3,15 @@
 from bad.case import Bad, file, parameters
 
 PHASES = ("01_meta_model", "02_incubate_module", "03_assemble", "04_finetune", "05_end_to_end")
-OTHERS = ("00_quickstart", "06_analysis", "07_modular_adaptive_training", "08_planner", "09_studies", "10_dashboard")
+OTHERS = (
+    "00_quickstart",
+    "06_analysis",
+    "07_modular_adaptive_training",
+    "08_planner",
+    "09_studies",
+    "10_dashboard",
+    "12_downstream",
+)
 UNKNOWN = {  # notebook → a parameter that is nearly one of its own
     "00_quickstart": "meta_epoch",
     "01_meta_model": "seeds",
@@ -16,6 +24,7 @@ UNKNOWN = {  # notebook → a parameter that is nearly one of its own
     "08_planner": "machine",
     "09_studies": "name",
     "10_dashboard": "begin",
+    "12_downstream": "network",
 }
 WRONG = [  # notebook, parameter, value of another type
     ("00_quickstart", "depth", "12"),
@@ -42,6 +51,7 @@ WRONG = [  # notebook, parameter, value of another type
     ("09_studies", "names", {}),
     ("10_dashboard", "start", "yes"),
     ("10_dashboard", "start", 1),
+    ("12_downstream", "epochs", "5"),
 ]
 VALUES = {  # what is wrong → notebook and parameters
     "an unknown preset": ("01_meta_model", {"preset": "smokee"}),
