@@ -5,6 +5,7 @@ import io
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -22,6 +23,8 @@ from incubate_lib.phases.networks import build_for, build_model
 from incubate_lib.phases.weights import load_into
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.export import export
+from incubate_lib.report.live.scenes import scene_figure
+from incubate_lib.report.tables.verdict import against_baseline
 from incubate_lib.training.loop import evaluate
 from incubate_lib.training.runs import Stopped
 from incubate_lib.training.trainer import Trainer, make_optimizer
@@ -229,6 +232,20 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(task, data_folder, monkeyp
     assert again.folder.status()["resumed_at"] > 0
     assert all(torch.equal(tensor, bits[name]) for name, tensor in load_file(again.folder.weights).items())
     assert [row["score"] for row in again.folder.metrics()] == curve
+    drawn = scene_figure({"said": again}, 3).axes
+    shown = len(again.data()[1].some(torch.arange(1))[1][0].truth.get("objects", ())) if task == "detection" else 1
+    assert [axis.get_title("left") for axis in drawn[::3]] == ["image", "what it shows", "said"]
+    assert [len(axis.images) for axis in drawn[:4:3]] == [1, 1 + shown]  # what covers the image
+
+
+def test_starts_are_compared_with_that_from_end_to_end():
+    """Whatever they are of: the report's sentences and the table of a study say it."""
+    means = {"nothing": 0.4, "end_to_end": 0.5, "growing": 0.52}
+    rows = [{"strategy": f"from_{name}", "seed": seed, "metric": "mean_iou", "score": mean + 0.01 * seed, "flops": 2.0,
+             "critical_flops": 2.0} for name, mean in means.items() for seed in (0, 1, 2)]  # fmt: skip
+    nothing, grown, _ = against_baseline(pd.DataFrame(rows))
+    assert nothing.startswith("from nothing: 10.0 points worse than from end to end's network")
+    assert grown.startswith("from growing's network: 2.0 points better than from end to end's network")
 
 
 # -- published recipes ----------------------------------------------------------------------------------------------------------

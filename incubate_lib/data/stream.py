@@ -63,7 +63,7 @@ class StreamedSet:
     def preview(self, num: int, recipe: TrainingSettings | None = None) -> Tensor:
         """Return the first images as uint8 [num, C, H, W], as evaluated, or augmented as in training."""
         reader = self._reader(recipe)
-        return self._sound(*_collate([reader[i, i] for i in range(min(num, len(self)))]))[0]
+        return self._sound(*self._collate()([reader[i, i] for i in range(min(num, len(self)))]))[0][:num]
 
     def normalise(self, images: Tensor) -> Tensor:
         return (images.float() / 255 - self.mean) / self.std
@@ -90,6 +90,11 @@ class StreamedSet:
             images = RandomErasing(recipe.erase, mode="pixel", device=images.device)(images)
         return images
 
+    @property
+    def evaluated_at_once(self) -> int:
+        """How many images make a batch that is evaluated."""
+        return EVAL_BATCH
+
     def eval_batches(self, rank: int = 0, devices: int = 1, keep: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised batches of every image that falls to this rank: each image once over all ranks.
 
@@ -99,8 +104,8 @@ class StreamedSet:
         loader = self.eval_loader
         if loader is None:
             check_shared_memory(self, devices=devices)
-            mine = range(rank, len(self), devices)
-            batches = [[(i, 0) for i in mine[k : k + EVAL_BATCH]] for k in range(0, len(mine), EVAL_BATCH)]
+            mine, at_once = range(rank, len(self), devices), self.evaluated_at_once
+            batches = [[(i, 0) for i in mine[k : k + at_once]] for k in range(0, len(mine), at_once)]
             loader = self.loader(None, batches, devices)
         self.eval_loader = loader if keep else None
         for images, labels in self._read(loader):

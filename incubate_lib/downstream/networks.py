@@ -3,6 +3,7 @@
 Letters: B images, C channels, S pixels of a side, K classes, W width of a pyramid.
 """
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
-from torch.func import functional_call
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -23,8 +23,9 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from incubate_lib.config import in_a_line
 
-FINEST = 4  # pixels, the smallest stride of a level
+FINEST = 3  # pixels, the smallest stride of a level: a quarter of 14 is one
 MOST_LEVELS = 4
+GROUP = 16  # channels with a norm in common
 FEW = 256  # pixels; smaller images have fewer regions
 # regions before and after suppression, and sampled to learn from; objects found at most; side of an anchor, in strides
 LARGE, SMALL = (2000, 1000, 512, 100, 8), (200, 100, 32, 20, 4)
@@ -78,9 +79,8 @@ class OnTop(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the backbone's embeddings and tokens, by their names here."""
-        own = {id(self.backbone.get_parameter(name)) for name in getattr(self.backbone, "no_weight_decay", set)()
-               if any(name == known for known, _ in self.backbone.named_parameters())}  # fmt: skip
-        return {name for name, parameter in self.named_parameters() if id(parameter) in own}
+        path = next(path for path, module in self.named_modules() if module is self.backbone)
+        return {f"{path}.{name}" for name in getattr(self.backbone, "no_weight_decay", set)()}
 
 
 def _level(features: int, width: int, scale: float) -> nn.Sequential:
@@ -104,7 +104,7 @@ def _maps(backbone: nn.Module, x: Tensor, places: list[int] | None, norm: bool) 
 def _all_maps(backbone: nn.Module, shape: Sequence[int]) -> list[Tensor]:
     """Return all maps of features of an image, on the meta device; ValueError where there are none."""
     try:
-        maps = _on_meta(backbone, shape, None, False)
+        maps = _on_meta(backbone, shape, None, False)[1]
     except Exception as error:  # what knows of no maps fails somewhere inside
         raise ValueError(f"gives no maps of features ({type(error).__name__}: {in_a_line(error)[:80]})") from None
     if not maps or any(features.ndim != 4 or min(features.shape[2:]) < 2 for features in maps[-1:]):
@@ -112,40 +112,24 @@ def _all_maps(backbone: nn.Module, shape: Sequence[int]) -> list[Tensor]:
     return maps
 
 
+@torch.enable_grad()
 def _unused(backbone: nn.Module, shape: Sequence[int], places: list[int], norm: bool) -> list[nn.Parameter]:
     """Return the parameters that no map depends on; distributed training would wait for their gradients."""
-    tensors = {name: parameter.detach().to("meta").requires_grad_() for name, parameter in backbone.named_parameters()}
-    total = sum(features.sum() for features in _on_meta(backbone, shape, places, norm, tensors))
-    found = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
+    twin, maps = _on_meta(backbone, shape, places, norm)
+    found = torch.autograd.grad(sum(features.sum() for features in maps), list(twin.parameters()), allow_unused=True)
     return [parameter for parameter, gradient in zip(backbone.parameters(), found, strict=True) if gradient is None]
 
 
-def _on_meta(
-    backbone: nn.Module, shape: Sequence[int], places: list[int] | None, norm: bool, own: dict[str, Tensor] | None = None
-) -> list[Tensor]:
-    state = {name: tensor.to("meta") for name, tensor in backbone.state_dict(keep_vars=False).items()}
-    state |= {name: tensor.to("meta") for name, tensor in backbone.named_buffers()}
-
-    class Features(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.of = backbone
-
-        def forward(self, x: Tensor) -> list[Tensor]:
-            return _maps(self.of, x, places, norm)
-
-    was_training = backbone.training
-    try:
-        named = {f"of.{name}": tensor for name, tensor in (state | (own or {})).items()}
-        return functional_call(Features().eval(), named, (torch.empty(1, *shape, device="meta"),))
-    finally:
-        backbone.train(was_training)
+def _on_meta(backbone: nn.Module, shape: Sequence[int], places: list[int] | None, norm: bool) -> tuple[nn.Module, list[Tensor]]:
+    """Return a copy of a network, and its maps of an image."""
+    twin = copy.deepcopy(backbone).to("meta").requires_grad_(True).eval()
+    return twin, _maps(twin, torch.empty(1, *shape, device="meta"), places, norm)
 
 
 class UPerNet(OnTop):
     """Unified perceptual parsing (arXiv 1807.10221): [B, C, S, S] → class scores [B, K, S, S].
 
-    Layer norm stands where the paper has batch norm, whose statistics of a few images a device are poor.
+    Group norm (arXiv 1803.08494) stands where the paper has batch norm, whose statistics of a few images a device are poor.
     """
 
     def __init__(
@@ -155,10 +139,10 @@ class UPerNet(OnTop):
         width = _width(backbone, width)
         self.pyramid, self.bins = Pyramid(backbone, shape, width), bins
         levels = len(self.pyramid.strides)
-        self.pooled = nn.ModuleList(nn.Sequential(_conv(width, width, 1), nn.ReLU()) for _ in bins)
-        self.top = nn.Sequential(_conv(width * (1 + len(bins)), width, 3), nn.ReLU())
-        self.smooth = nn.ModuleList(nn.Sequential(_conv(width, width, 3), nn.ReLU()) for _ in range(levels - 1))
-        self.fuse = nn.Sequential(_conv(width * levels, width, 3), nn.ReLU())
+        self.pooled = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU()) for _ in bins)
+        self.top = _block(width * (1 + len(bins)), width)
+        self.smooth = nn.ModuleList(_block(width, width) for _ in range(levels - 1))
+        self.fuse = _block(width * levels, width)
         self.classify = nn.Conv2d(width, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,6 +156,11 @@ class UPerNet(OnTop):
         maps = [layer(features) for layer, features in zip(self.smooth, maps[:-1], strict=True)] + maps[-1:]
         fused = self.fuse(torch.cat([_resized(features, maps[0]) for features in maps], 1))
         return _resized(self.classify(fused), x)
+
+
+def _block(features: int, width: int) -> nn.Sequential:
+    norm = nn.GroupNorm(math.gcd(width, max(1, width // GROUP)), width)
+    return nn.Sequential(nn.Conv2d(features, width, 3, padding=1, bias=False), norm, nn.ReLU())
 
 
 def _resized(features: Tensor, like: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from PIL import Image
 
 from incubate_lib.data.scenes.masks import bounds, encode
 
-INK = 0.3  # of full white; what is darker is background
+INK = 0.2  # of full white; what is darker is background
 MOST_OBJECTS, PIECES = 4, 4
-SIZES = 0.3, 0.5  # a digit's side, as shares of the scene's
+SIZES = 0.4, 0.6  # a digit's side, as shares of the scene's
 STAYS = 0.6  # of a digit is to be seen, or the one that would cover it is left out
 
 

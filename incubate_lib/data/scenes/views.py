@@ -7,7 +7,6 @@ square, which slides over the rest; what squares say where they overlap is avera
 
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from torchvision.transforms import ColorJitter
 
 from incubate_lib.config import SettingsError, TrainingSettings
 from incubate_lib.data.scenes import masks
-from incubate_lib.data.scenes.layouts import UNLABELLED, Scenes
+from incubate_lib.data.scenes.layouts import UNLABELLED
 from incubate_lib.data.stream import StreamedSet, _Reader
 
 EVALUATED = 2**20  # pixels evaluated at once, or one image
@@ -48,10 +47,6 @@ class SceneSet(StreamedSet):
             raise SettingsError(f"the model takes images of {self.shape[1]} × {self.shape[2]} pixels; scenes are made squares")
         super().__post_init__()
 
-    @property
-    def source_scenes(self) -> Scenes:
-        return self.source
-
     def some(self, index: Tensor) -> tuple[Tensor, Any]:
         reader = self._reader(None)
         items = [reader[i, 0] for i in index.tolist()]
@@ -60,19 +55,9 @@ class SceneSet(StreamedSet):
         seen = [Seen(one.truth, one.size, one.places[:1]) for one in seen]
         return self.normalise(images[first].to(self.device)), seen
 
-    def preview(self, num: int, recipe: TrainingSettings | None = None) -> Tensor:
-        reader = self._reader(recipe)
-        return self._sound(*_collated([reader[i, i] for i in range(min(num, len(self)))]))[0][:num]
-
-    def eval_batches(self, rank: int = 0, devices: int = 1, keep: bool = True) -> Iterator[tuple[Tensor, Any]]:
-        mine, at_once = range(rank, len(self), devices), max(1, EVALUATED // self.shape[1] ** 2)
-        loader = self.eval_loader
-        if loader is None:
-            batches = [[(i, 0) for i in mine[k : k + at_once]] for k in range(0, len(mine), at_once)]
-            loader = self.loader(None, batches, devices)
-        self.eval_loader = loader if keep else None
-        for images, seen in self._read(loader):
-            yield self.normalise(images), seen
+    @property
+    def evaluated_at_once(self) -> int:
+        return max(1, EVALUATED // self.shape[1] ** 2)
 
     def read_ahead(self, batch: int, batches: int, workers: int) -> int:
         return 2 * super().read_ahead(batch, batches, workers)  # maps, and more squares than images
