@@ -97,7 +97,8 @@ def _shown(output: Any) -> Any:
     kind = next((kind for kind in SHOWN if kind in output.data), "text/plain")
     if "application/vnd.jupyter.widget-view+json" in output.data or kind not in output.data:
         return None
-    output.data = {kind: _small(output.data[kind]) if kind == "image/png" else output.data[kind]}
+    smaller = {"image/png": _small, "text/html": lambda text: "\n".join(line.strip() for line in text.splitlines())}
+    output.data = {kind: smaller.get(kind, str)(output.data[kind])}
     output.metadata = {}
     if "execution_count" in output:
         output.execution_count = None

@@ -10,7 +10,6 @@ from matplotlib.ticker import LogLocator
 
 from incubate_lib import tasks
 from incubate_lib.report.style import Figure, style
-from incubate_lib.report.tables.hardware import MIXED, mixes
 from incubate_lib.report.tables.plots import legend_below, mean_curve
 from incubate_lib.report.tables.records import write_figure
 from incubate_lib.report.tables.statistics import rounded
@@ -18,15 +17,11 @@ from incubate_lib.report.tables.studies import StudyTable, at_equal_cost, seeds_
 from incubate_lib.report.tables.verdict import cells
 from incubate_lib.report.words import about, flop_unit, label
 
-COSTS = {
-    "flops": "all phases, one machine",
-    "critical_flops": "critical path, modules side by side",
-    "seconds": "measured, phases one after another",
-}
+COSTS = {"flops": "all phases, one machine", "critical_flops": "critical path, modules side by side"}
 
 
 def fronts(table: StudyTable) -> Figure | None:
-    """Draw the score against total FLOPs, the critical path and seconds: a line a strategy over the axis `budget`.
+    """Draw the score against total FLOPs and the critical path: a line a strategy over the axis `budget`.
 
     A row of panels is a value of other axes. None for a study without budgets: its points would lie above one another.
     """
@@ -39,8 +34,7 @@ def fronts(table: StudyTable) -> Figure | None:
     for line, (place, rows) in zip(axes, groups, strict=True):
         where = ", ".join(f"{axis} {value}" for axis, value in place.items())
         for axis, (cost, title) in zip(line, COSTS.items(), strict=True):
-            unit, factor = ("s", 1.0) if cost == "seconds" else flop_unit(rows[cost].max())
-            title += f", {MIXED} on several devices" if cost == "seconds" and mixes(rows) else ""
+            unit, factor = flop_unit(rows[cost].max())
             for name, group in rows.groupby("strategy", sort=False):
                 curve = mean_curve(group, cost, by="budget").sort_values("cost")
                 look = style(name) | {"label": label(name), "markersize": 5, "capsize": 3}
