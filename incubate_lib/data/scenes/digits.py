@@ -16,7 +16,7 @@ from PIL import Image
 
 from incubate_lib.data.scenes.masks import bounds, encode
 
-INK = 0.2  # of full white; what is darker is background
+NOISE, INK = 0.1, 0.12  # of full white: the background is up to the one, and what is darker than the other
 SHOWN = 0, 1, 7, 4, 6, 3, 2, 5, 9, 8  # of so many classes the first: those that differ most
 MOST_OBJECTS, PIECES = 3, 3
 SIZES = 0.4, 0.6  # a digit's side, as shares of the scene's
@@ -73,7 +73,7 @@ def _scene(
     rng: np.random.Generator, pixels: np.ndarray, labels: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray, list[Any]]:
     """Return an image, where pieces are, and its objects, each a class and the mask of what is seen of it."""
-    canvas = rng.uniform(0, 0.15, (size, size))
+    canvas = rng.uniform(0, NOISE, (size, size))
     for _ in range(rng.integers(PIECES + 1)):  # a quarter of a digit is none
         part = np.zeros((8, 8))
         part[:4, :4] = pixels[rng.integers(len(pixels))][:4, :4]
