@@ -18,10 +18,11 @@ from incubate_lib.report.style import Figure
 
 SURE = 0.5  # the score from which on an object that was found is drawn
 COLOURS = colormaps["tab10"].colors
+DARK = 26  # of 255; darker grey is drawn black: the noise of generated scenes would fill files
 
 
 @torch.no_grad()
-def scene_figure(nodes: dict[str, Node], num: int = 6) -> Figure:
+def scene_figure(nodes: dict[str, Node], num: int = 5) -> Figure:
     """Draw images that are evaluated on, what they show, and what each finished network finds in them; a row each."""
     first = next(iter(nodes.values()))
     data, task = first.data()[1], tasks.get(first.settings.task)
@@ -49,7 +50,7 @@ def _draw(axis: Axes, pixels: np.ndarray, seen: Seen, shown: Any, names: list[st
     truth, size = seen.truth, len(pixels)
     height, width = truth.shape if isinstance(truth, np.ndarray) else (truth["height"], truth["width"])
     square = (0, size * width / seen.size[1], size * height / seen.size[0], 0)  # in the image's own pixels
-    axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=square)
+    axis.imshow(pixels, cmap="gray", vmin=DARK, vmax=255, extent=square)
     if isinstance(shown, np.ndarray):
         _cover(axis, shown, (0, width, height, 0) if shown is truth else square, names)
     for one in shown["objects"] if isinstance(shown, dict) else shown if isinstance(shown, list) else ():
