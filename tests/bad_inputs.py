@@ -28,12 +28,12 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import NoReturn
 
-from bad import cluster, commands, images, networks, notebooks, records, settings, studies, texts, together, weights
+from bad import cluster, commands, downstream, images, networks, notebooks, records, settings, studies, texts, together, weights
 from bad.case import NOTEBOOK, Bad
 
 CATALOGUE = [
     case
-    for room in (commands, settings, together, networks, images, texts, weights, cluster, studies, notebooks, records)
+    for room in (commands, settings, together, networks, images, texts, downstream, weights, cluster, studies, notebooks, records)
     for case in room.catalogue()
 ]
 TIMEOUT, SECONDS, SECONDS_TORCH, MEMORY = 60.0, 2.0, 20.0, 1e9

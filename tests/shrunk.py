@@ -23,6 +23,8 @@ IMAGES = {  # how many, where a preset says so; what lies on disk is small anywa
     "digits": {"test_images": 1700},  # of 1,797
     "synthetic": {"num_images": 144, "test_images": 48},
     "fashion_mnist": {"train_share": 1.0, "test_images": 20},
+    "digit_boxes": {"num_images": 8, "test_images": 4},
+    "digit_maps": {"num_images": 8, "test_images": 4},
 }
 
 CORPORA = {"austen": {"source": "text", "folder": "austen"}}  # thousands of contexts otherwise
@@ -45,6 +47,8 @@ def shrunk(name: str) -> dict[str, Any]:
         tree["model"] |= {"embed_dim": 16, "num_heads": 2, "depth": PER_MODULE * modules}
         if "target_depths" in partition:
             partition["target_depths"] = [PER_MODULE] * modules
+    if settings.partition is None:
+        tree["model"] |= {"embed_dim": 16, "num_heads": 2, "depth": PER_MODULE}
     if "lr_for_batch" in recipe:
         recipe["lr_for_batch"] = recipe["lr_for_batch"] * BATCH // recipe["batch_size"]
     if "micro_batch" in recipe:

@@ -40,7 +40,7 @@ def code_cells(nb):
 
 
 def test_the_series_is_complete_and_nbmake_sees_all_of_it():
-    assert [p.split("/")[-1][:2] for p in TRACKED] == [f"{i:02}" for i in range(12)]
+    assert [p.split("/")[-1][:2] for p in TRACKED] == [f"{i:02}" for i in range(13)]
     assert all(p.startswith("notebooks/") for p in TRACKED)
     assert {PHASES[kind].notebook for kind in PHASES} - {""} <= {p.split("/")[-1].removesuffix(".ipynb") for p in TRACKED}
 
@@ -149,6 +149,7 @@ def test_parameters_cell_is_what_papermill_sees(nb, path):
         "08_planner": {"preset": '"imagenet-vit-b"'},
         "09_studies": {"names": "[]"},
         "11_language": {"preset": '"austen"'},
+        "12_downstream": {"segmentation": '"scenes-segmentation"'},
     }
     for name, default in own.get(path.stem, {"preset": '"digits"'}).items():
         assert seen[name]["default"] == default, "the committed default is the one that CI runs"

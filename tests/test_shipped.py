@@ -72,7 +72,8 @@ def executed(notebook: str, parameters: dict[str, str], folder: Path) -> None:
     assert join(job, notebook) == 0, (folder / "log.txt").read_text()[-3000:]
 
 
-@pytest.mark.parametrize("name", presets())
+# those of large scenes do an update in test_downstream.py
+@pytest.mark.parametrize("name", [name for name in presets() if not name.startswith(("coco", "ade20k"))])
 def test_every_preset_trains_two_epochs_through_its_notebooks(name, tmp_path, monkeypatch):
     data = tmp_path / "data"
     data.mkdir()

@@ -28,6 +28,8 @@ class TrainingSettings(Frozen):
     warmup_lr: Amount | None = None  # at which it begins to rise; none: at lr, divided by the updates of the warm-up
     warmup: Literal["before", "inside"] = "before"  # or inside the cosine, which then runs over all epochs
     lr_by: Literal["update", "epoch"] = "update"  # how often the rate changes; by epoch, it lags one
+    # by which the rate falls from each layer of a backbone to the one before, with what stands on top at lr; none: one rate
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     weight_decay: Number = 0.05  # not on biases, norms, position embedding, class token
     decay_tokens: bool = False  # weight_decay on position embedding and class token, too
     token_std: Number | None = None  # standard deviation of the class token at the start; none: timm's, 1e-6
@@ -45,6 +47,8 @@ class TrainingSettings(Frozen):
     cutmix: Number = 0.0  # alpha of its beta distribution; 0: off
     mixup_draws: Positive | None = None  # of mixup or cutmix, for an update; none: one for each micro-batch
     hflip: bool = False  # random mirroring of each image
+    # factors between which an image is scaled at random before it is cropped; only for coco and ade20k
+    scale: tuple[Annotated[float, Field(gt=0, le=10)], Annotated[float, Field(gt=0, le=10)]] | None = Field(None, strict=False)
     shift: Annotated[int, Field(ge=0, le=20_000)] = 0  # pixels; random translation; images held in memory only
     # timm's notation, e.g. rand-m9-mstd0.5-inc1; streamed images only, as the next two
     randaugment: str | None = None
@@ -73,6 +77,7 @@ class TrainingSettings(Frozen):
         refuse(batch % micro, f"batch_size {batch} is not divisible by micro_batch {micro}")
         mixed, paired = self.mixup or self.cutmix, "is odd; mixup and cutmix pair the images of a batch"
         refuse(mixed and micro % 2, f"{field} {micro} {paired}")
+        refuse(self.scale and self.scale[0] > self.scale[1], f"scale {self.scale} must be the smaller factor, then the larger")
         refuse((self.warmup_lr or 0) > self.peak_lr, f"warmup_lr {self.warmup_lr} is larger than lr {self.peak_lr:g}")
         refuse(batch % draws, f"batch_size {batch} is not divisible by mixup_draws {draws}")
         refuse(mixed and batch // draws % 2, f"batch_size {batch} divided by mixup_draws {draws} {paired}")

@@ -57,12 +57,17 @@ ARRAYS = ("cifar10", "cifar100", "fashion_mnist")  # whole sets of small images,
 MADE = ("digits", "synthetic", "austen", "stdlib")  # need no folder
 TEXTS = ("austen", "stdlib", "text", "wikitext")
 WHOLE = (*MADE, *ARRAYS, "text", "wikitext")  # read once
+COMPOSED = ("digit_boxes", "digit_maps")  # scenes generated of digits, with COCO's objects or ADE20K's maps
+SCENES = ("coco", "ade20k", *COMPOSED)  # show several things at once
 TIMM = ("torch/", "hfds/", "wds/")  # prefixes of timm's create_dataset
 SPECIAL = {  # fields that only some sources know
-    ("num_images", "num_classes", "image_size", "channels"): lambda source: source == "synthetic",
-    ("folder",): lambda source: source not in MADE,
+    ("channels",): lambda source: source == "synthetic",
+    ("num_images", "image_size"): lambda source: source in ("synthetic", *COMPOSED),
+    ("num_classes",): lambda source: source in ("synthetic", "ade20k", *COMPOSED),
+    ("folder",): lambda source: source not in (*MADE, *COMPOSED),
     ("image_column", "label_column"): lambda source: source.startswith("hfds/"),
-    ("train_split", "test_split", "in_memory", "crop_pct", "skip_broken"): lambda source: source not in WHOLE,
+    ("train_split", "test_split", "skip_broken"): lambda source: source not in (*WHOLE, *COMPOSED),
+    ("in_memory", "crop_pct"): lambda source: source not in (*WHOLE, *SCENES),
     ("pad", "resize", "test_images", "val_images", "split_seed"): lambda source: source not in TEXTS,
     ("vocabulary", "mask_share", "undecodable"): lambda source: source in TEXTS,
 }
@@ -72,7 +77,8 @@ class DataSettings(Frozen):
     """Which images or texts there are, and which of them networks are evaluated on. The splits are the same for every seed."""
 
     # digits, synthetic, cifar10, cifar100, fashion_mnist, folder, or timm's torch/…, hfds/…, wds/…; of text austen, stdlib
-    # (Python's own source files), text (a folder of .txt files), wikitext (its three files)
+    # (Python's own source files), text (a folder of .txt files), wikitext (its three files); of tasks that look for several
+    # things in an image coco, ade20k, digit_boxes, digit_maps
     source: str = "digits"
     pad: Annotated[int, Field(ge=0, le=20_000)] = 0  # black pixels added on each side of images that are held in memory
     # pixels; images that are held in memory are shrunk to squares of this size
@@ -96,7 +102,7 @@ class DataSettings(Frozen):
     skip_broken: bool = False  # take the next image in place of one that cannot be read, and count it
     image_column: str = "image"  # of Hugging Face's tables; some sets have img, for example
     label_column: str = "label"  # likewise; some have fine_label
-    # generated images:
+    # generated images, and num_classes of ade20k:
     num_images: Positive = 384  # generated, to train and to test on together
     num_classes: Annotated[int, Field(ge=2, le=1_000_000)] = 4  # of generated images
     image_size: Pixels = 8  # pixels of a side, of generated images
@@ -110,8 +116,8 @@ class DataSettings(Frozen):
 
     @model_validator(mode="after")
     def _known(self) -> "DataSettings":
-        if self.source not in (*WHOLE, "folder") and not self.source.startswith(TIMM):
-            known = f"{nearest(self.source, [*WHOLE, 'folder', *TIMM])} ({', '.join(TIMM)} are followed by timm's name)"
+        if self.source not in (*WHOLE, "folder", *SCENES) and not self.source.startswith(TIMM):
+            known = f"{nearest(self.source, [*WHOLE, 'folder', *SCENES, *TIMM])} ({', '.join(TIMM)} are followed by timm's name)"
             raise ValueError(f"unknown source {self.source!r}; {known}")
         unused = ", ".join(sorted(self.unused_fields & self.model_fields_set))
         resized = self.is_streamed and ("pad" if self.pad else self.resize and "resize")

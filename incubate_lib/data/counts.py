@@ -11,6 +11,8 @@ from incubate_lib.data.sources import open_source
 
 IMAGENET = (1_281_167, 50_000, 1000)  # images to train on, to evaluate on (None: one pool for both), classes
 KNOWN = {
+    "coco": (117_266, 5_000, 80),  # that show an object
+    "ade20k": (20_210, 2_000, 150),
     "digits": (1797, None, 10), "fashion_mnist": (60_000, 10_000, 10), "cifar10": (50_000, 10_000, 10),
     "cifar100": (50_000, 10_000, 100),
 }  # fmt: skip
@@ -86,6 +88,8 @@ def _in_words(images: int, classes: int) -> str:
 def _sources(settings: DataSettings, machine: MachineSettings) -> tuple[Source, Source | None, str, bool]:
     """Return training and test images, of which only labels count, where the numbers are from, and whether that is a guess."""
     made = {"synthetic": (settings.num_images, None, settings.num_classes)}
+    for source, background in (("digit_boxes", 0), ("digit_maps", 1)):
+        made[source] = (settings.num_images, settings.test_images, settings.num_classes + background)
     if sizes := (KNOWN | made).get(settings.source.removeprefix("torch/")):
         return *_like(*sizes), f"those of {settings.source}", False
     place, is_cached = place_of(settings, machine), settings.source.startswith("hfds/")

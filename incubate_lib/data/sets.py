@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from incubate_lib.config import DEFAULT_MACHINE, TEXTS, DataSettings, MachineSettings, SettingsError, TrainingSettings
+from incubate_lib.config import DEFAULT_MACHINE, SCENES, TEXTS, DataSettings, MachineSettings, SettingsError, TrainingSettings
 from incubate_lib.data.folders import Source
 from incubate_lib.data.order import EVAL_BATCH, Order
 from incubate_lib.data.sources import open_source
@@ -96,9 +96,11 @@ def load_data(
     classes = len(train.classes)  # a name for each label
     learn, eval_set = splits(settings, train, test)
     if settings.is_streamed:
+        kind = StreamedSet
+        if settings.source in SCENES:
+            from incubate_lib.data.scenes.views import SceneSet as kind
         sets = [
-            StreamedSet(source, index, shape or (3, 224, 224), classes, settings, device, machine)
-            for source, index in (learn, eval_set)
+            kind(source, index, shape or (3, 224, 224), classes, settings, device, machine) for source, index in (learn, eval_set)
         ]
         for part in sets:
             _, broken, _ = part.check(every=max(1, len(part) // 64))  # all of a large set would take hours

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from timm.data import create_dataset
 from torchvision.datasets import FashionMNIST
 
-from incubate_lib.config import DEFAULT_MACHINE, TEXTS, DataSettings, MachineSettings, SettingsError, data_folder, refuse
+from incubate_lib.config import DEFAULT_MACHINE, SCENES, TEXTS, DataSettings, MachineSettings, SettingsError, data_folder, refuse
 from incubate_lib.data.decode import Files, Names, Rows, open_regular
 from incubate_lib.data.folders import Source, folder_of, image_folder, numbered
 from incubate_lib.data.shards import wds
@@ -166,5 +166,12 @@ def _hugging_face(settings: DataSettings, split: str, download: bool) -> Source:
     return Source(*numbered(labels, what, names), opener=Rows(table, settings.image_column, what))
 
 
+def _scenes(settings: DataSettings, split: str, download: bool) -> Source:
+    from incubate_lib.data.scenes import layouts
+
+    read = {"coco": layouts.coco, "ade20k": layouts.ade20k}.get(settings.source, layouts.generated)
+    return read(settings, split, download)
+
+
 _MADE = {"digits": _digits, "synthetic": _synthetic}
-_READ = {"folder": image_folder, "hfds": _hugging_face, "wds": wds}  # others are torchvision's
+_READ = {"folder": image_folder, "hfds": _hugging_face, "wds": wds} | dict.fromkeys(SCENES, _scenes)  # others are torchvision's

@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -63,7 +63,7 @@ class StreamedSet:
     def preview(self, num: int, recipe: TrainingSettings | None = None) -> Tensor:
         """Return the first images as uint8 [num, C, H, W], as evaluated, or augmented as in training."""
         reader = self._reader(recipe)
-        return self._sound(*_collate([reader[i, i] for i in range(min(num, len(self)))]))[0]
+        return self._sound(*self._collate()([reader[i, i] for i in range(min(num, len(self)))]))[0][:num]
 
     def normalise(self, images: Tensor) -> Tensor:
         return (images.float() / 255 - self.mean) / self.std
@@ -90,6 +90,11 @@ class StreamedSet:
             images = RandomErasing(recipe.erase, mode="pixel", device=images.device)(images)
         return images
 
+    @property
+    def evaluated_at_once(self) -> int:
+        """How many images make a batch that is evaluated."""
+        return EVAL_BATCH
+
     def eval_batches(self, rank: int = 0, devices: int = 1, keep: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised batches of every image that falls to this rank: each image once over all ranks.
 
@@ -99,8 +104,8 @@ class StreamedSet:
         loader = self.eval_loader
         if loader is None:
             check_shared_memory(self, devices=devices)
-            mine = range(rank, len(self), devices)
-            batches = [[(i, 0) for i in mine[k : k + EVAL_BATCH]] for k in range(0, len(mine), EVAL_BATCH)]
+            mine, at_once = range(rank, len(self), devices), self.evaluated_at_once
+            batches = [[(i, 0) for i in mine[k : k + at_once]] for k in range(0, len(mine), at_once)]
             loader = self.loader(None, batches, devices)
         self.eval_loader = loader if keep else None
         for images, labels in self._read(loader):
@@ -109,7 +114,8 @@ class StreamedSet:
     def _read(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in loader:
             images, labels = self._sound(*batch)
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True) if isinstance(labels, Tensor) else labels
+            yield images.to(self.device, non_blocking=True), labels
 
     def check(self, every: int = 1) -> tuple[int, dict[str, str], int]:
         """Open every n-th image. Return how many were opened, name and reason of those that cannot be read, and how many have
@@ -137,6 +143,9 @@ class StreamedSet:
         skip = self.settings.skip_broken and recipe is not None  # evaluating another would count that one twice
         return _Reader(self.source.opener, self.labels, self.index, transform, mode, skip)
 
+    def _collate(self) -> Callable[[list[Any]], Any]:
+        return _collate
+
     def _workers(self, devices: int) -> int:
         """Return how many processes read for this one."""
         if self.machine.workers is not None:
@@ -160,7 +169,7 @@ class StreamedSet:
         workers, start_method = self._workers(devices), self.machine.start_method
         multiprocessing.set_forkserver_preload([__name__])  # so that workers need not import torch each
         return DataLoader(
-            self._reader(recipe), batch_sampler=batches, num_workers=workers, collate_fn=_collate,
+            self._reader(recipe), batch_sampler=batches, num_workers=workers, collate_fn=self._collate(),
             pin_memory=self.device.type == "cuda", persistent_workers=bool(workers), worker_init_fn=_end_with_reader,
             prefetch_factor=PREFETCH if workers else None, multiprocessing_context=start_method if workers else None,
         )  # fmt: skip
@@ -273,13 +282,17 @@ class _Reader(torch.utils.data.Dataset):
             image, error = self.open(at)
             if image is not None:
                 try:
-                    made = torch.as_tensor(self.transform(image))  # older timm: an array
+                    made, label = self.made(at, image)
                 except Exception as fault:  # whatever other versions of timm and pillow handle differently
                     name = self.opener.name(int(self.index[at]))
                     return None, 0, broken, f"{name} with seed {seed} ({type(fault).__name__}: {fault})"
-                return made, int(self.labels[at]), broken, ""
+                return made, label, broken, ""
             broken.append(error)
         return None, 0, broken, ""
+
+    def made(self, at: int, image: Image.Image) -> tuple[Tensor, Any]:
+        """Return an opened image, augmented, and its label."""
+        return torch.as_tensor(self.transform(image)), int(self.labels[at])  # older timm: an array
 
     def open(self, i: int) -> tuple[Image.Image | None, tuple[str, str] | None]:
         """Return the decoded image, or its name and why it cannot be read."""

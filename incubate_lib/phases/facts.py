@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field
 
-from incubate_lib.config import Frozen, PhaseSettings, Settings, SettingsError, in_a_line, refuse
+from incubate_lib.config import SCENES, Frozen, PhaseSettings, Settings, SettingsError, in_a_line, refuse
 from incubate_lib.config.members import PHASES, TASKS
+
+SEED = "{seed}"  # in the name of weights: the seed of the run that starts from them
 
 
 class Facts(Frozen):
@@ -55,7 +57,13 @@ def measure(settings: Settings) -> Facts:
     from incubate_lib.phases.networks import model_shape
 
     shape = model_shape(settings.model)
-    task = TASKS[settings.task]  # an unknown name is reported before images are read
+    task, source = TASKS[settings.task], settings.data.source  # an unknown name is reported before images are read
+    is_scenes = source in SCENES
+    refuse(
+        task.has_classes if is_scenes else task.is_on_top,
+        f"task {settings.task!r} does not fit data.source {source!r}, whose images show "
+        + ("several things" if is_scenes else "one thing"),
+    )
     train, _ = load_data(settings.data, shape=shape, machine=settings.machine)
     if train.shape != shape:
         raise SettingsError(
@@ -104,10 +112,11 @@ def _check_classes(settings: Settings) -> None:
     from incubate_lib.data.sources import open_source
     from incubate_lib.phases.classes import check_order, label_names
 
+    task = TASKS[settings.task]
     for name, strategy in settings.strategies.items():
         weights = strategy.get("weights")
-        if weights and (known := label_names(weights)):
-            names = TASKS[settings.task].output_names(open_source(settings.data, settings.machine)[0].classes)
+        if weights and SEED not in weights and not task.is_on_top and (known := label_names(weights)):
+            names = task.output_names(open_source(settings.data, settings.machine)[0].classes)
             check_order(names, known, f"strategies.{name}.weights")
 
 
@@ -118,7 +127,12 @@ def count(settings: Settings, num_images: int, outputs: int) -> Facts:
     from incubate_lib.phases.recipes import networks_of
 
     shape, (model, _) = model_shape(settings.model), _tried(settings, outputs)
-    units, depths, unsupported_units = count_units(model), ([], []), {}
+    units, depths, unsupported_units = {}, ([], []), {}
+    if TASKS[settings.task].is_on_top:
+        cut = f"task {settings.task!r} trains whole networks: leave out partition, and start from weights of a run in pieces"
+        refuse(settings.partition, cut)
+    else:
+        units = count_units(model)
     if settings.partition is None:
         unsupported_units = _unsupported_units(model, units, shape)
     else:
@@ -174,11 +188,11 @@ def _tried(settings: Settings, outputs: int) -> tuple[Any, Any]:
     import torch
 
     from incubate_lib.method.sizes import blank
-    from incubate_lib.phases.networks import build_model, model_shape
+    from incubate_lib.phases.networks import build_for, model_shape
 
     network = f"model.name {settings.model.name!r} with model.options {settings.model.options}"
     with torch.device("meta"):
-        shape, model = model_shape(settings.model), build_model(settings.model, settings.model.depth, outputs)
+        shape, model = model_shape(settings.model), build_for(settings.task, settings.model, settings.model.depth, outputs)
     try:
         with torch.no_grad():
             output = model.train()(blank(model, 2, shape))  # batch norm cannot train on one image
@@ -263,18 +277,21 @@ def _unsupported_units(model: Any, kinds: Iterable[str], shape: tuple[int, int, 
 
 
 def _weights(settings: Settings, outputs: int, target_depths: list[int], meta_depths: list[int]) -> dict[str, str]:
-    """Return the SHA-256 of each file of weights that a strategy starts from; SettingsError for one that does not fit."""
-    from incubate_lib.phases.networks import build_model
+    """Return the SHA-256 of each file of weights that a strategy starts from, whatever the seed; SettingsError for one that does
+    not fit."""
+    files = {name: file for name, strategy in settings.strategies.items() if (file := strategy.get("weights"))}
+    depths = target_depths, meta_depths
+    return {file: weights_of(settings, name, file, outputs, *depths) for name, file in files.items() if SEED not in file}
+
+
+def weights_of(settings: Settings, name: str, file: str, outputs: int, target_depths: list[int], meta_depths: list[int]) -> str:
+    """Return the SHA-256 of a file of weights that a strategy starts from; SettingsError for one that does not fit."""
+    from incubate_lib.phases.networks import build_for
     from incubate_lib.phases.weights import load_into, sha256, weights_file
 
-    weights = {}
-    for name, strategy in settings.strategies.items():
-        if file := strategy.get("weights"):
-            depth = sum(meta_depths if strategy.is_cut else target_depths) or None
-            try:
-                model = build_model(settings.model, depth, outputs)
-                load_into(model, file)
-            except SettingsError as error:
-                raise SettingsError(f"strategies.{name}.weights: {error}") from None
-            weights[file] = sha256(weights_file(file))
-    return weights
+    depth = sum(meta_depths if settings.strategies[name].is_cut else target_depths) or settings.model.depth
+    try:
+        load_into(build_for(settings.task, settings.model, depth, outputs), file)
+    except SettingsError as error:
+        raise SettingsError(f"strategies.{name}.weights: {error}") from None
+    return sha256(weights_file(file))

@@ -12,6 +12,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from incubate_lib.config import ModelSettings, PhaseSettings, Settings, SettingsError, in_a_line, nearest, refuse
+from incubate_lib.config.members import TASKS
 from incubate_lib.data.schedule import derive_seed
 from incubate_lib.method.chain import Chain, NotAChain, find_chain
 from incubate_lib.method.network import Partition, divide, divide_at, in_names_of, without
@@ -55,6 +56,18 @@ def build_model(settings: ModelSettings, depth: int | None, outputs: int, drop_p
             f"first: {unset[0]}; change model.options"
         )
     return model
+
+
+def build_for(task: str, settings: ModelSettings, depth: int | None, outputs: int, drop_path: float = 0.0) -> nn.Module:
+    """Return what learns a task: a timm model with as many outputs, or what stands on one without its classifier."""
+    on_top = TASKS[task].is_on_top
+    model = build_model(settings, depth, 0 if on_top else outputs, drop_path)
+    if not on_top:
+        return model
+    try:
+        return TASKS[task].over(model, model_shape(settings), outputs)
+    except ValueError as error:
+        raise SettingsError(f"model.name {settings.name!r} {error}; task {task!r} cannot stand on it") from None
 
 
 def _create(name: str, **arguments: Any) -> nn.Module:
@@ -240,7 +253,7 @@ def _from_seed(s: PhaseSettings, which: str, depth: int | None, outputs: int) ->
     drop_path = s.training.drop_path if s.training else 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(s.seed, "init", which))
-        model = build_model(s.model, depth, outputs, drop_path)
+        model = build_for(s.task, s.model, depth, outputs, drop_path)
         if s.training and s.training.token_std is not None and getattr(model, "cls_token", None) is not None:
             nn.init.trunc_normal_(model.cls_token, std=s.training.token_std)  # last, so that all else begins as ever
         return model

@@ -38,6 +38,7 @@ def sha256(path: Path) -> str:
 def load_into(model: Any, path: str | Path, expected_sha256: str | None = None) -> Any:
     """Load weights into a network, resampled as its file in timm does it if images are of another size.
 
+    What stands on a backbone gets its backbone's weights, all but those of the classifier, unless the file has all of it.
     Raises SettingsError when the file is not the one that was planned with, is damaged, holds what cannot be weights, or
     does not fit, with the first names.
     """
@@ -58,13 +59,18 @@ def load_into(model: Any, path: str | Path, expected_sha256: str | None = None) 
         given = load_file(file)
     except SafetensorError as error:
         raise SettingsError(f"{file} is not a sound .safetensors file: {error}") from None
+    whole, backbone = model, getattr(model, "backbone", None)
+    if backbone is not None and not given.keys() & (model.state_dict().keys() - backbone.state_dict().keys()):
+        heads = backbone.pretrained_cfg.get("classifier") or ()
+        heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
+        given, model = {name: tensor for name, tensor in given.items() if not name.startswith(heads)}, backbone
     check_values(given, str(file), model.state_dict())
     with contextlib.suppress(Exception):  # of other weights than those of this network, which the next line reports
         given = at_size(given, model)
     check_fits(model.state_dict(), given, str(file))
     _check_config(model, file)
     model.load_state_dict(given)
-    return model
+    return whole
 
 
 def check_fits(own: dict[str, Any], given: dict[str, Any], what: str, whose: str = "the model") -> None:
@@ -146,6 +152,8 @@ def _unseen(model: Any) -> dict[str, Any]:
     unseen = {}
     for path, layer in model.named_modules():
         unseen |= {f"{path}.{key}".lstrip("."): vars(layer)[key] for key in UNSEEN if key in vars(layer)}
+        if vars(layer).get("stride", 0) == vars(layer).get("kernel_size", 1) and hasattr(layer, "weight"):
+            unseen[f"{path}.stride"] = "as its kernel"  # of patches, which are resampled
         if "activation" in type(layer).__module__:
             unseen[path] = type(layer).__name__
     return unseen

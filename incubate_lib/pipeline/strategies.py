@@ -26,7 +26,7 @@ from incubate_lib.config import (
 from incubate_lib.config.members import PHASES, STRATEGIES
 from incubate_lib.config.strategies import KNOWN, StrategySettings
 from incubate_lib.data.schedule import steps_per_epoch
-from incubate_lib.phases.facts import Facts, usual_units
+from incubate_lib.phases.facts import SEED, Facts, usual_units, weights_of
 from incubate_lib.phases.job import FILE, Job, read_job
 from incubate_lib.phases.kinds import Phase
 from incubate_lib.pipeline.experiment import Experiment, check_asked
@@ -225,6 +225,12 @@ class Builder:
         are not those of the settings. What a phase does not depend on is no part of its identity.
         """
         phase, inputs, facts = PHASES[kind], inputs or {}, self.facts
+        given = {}
+        if weights:
+            weights = weights.replace(SEED, str(self.seed))
+            depths = facts.target_depths, facts.meta_depths
+            found = facts.weights.get(weights) or weights_of(self.settings, self.name, weights, facts.outputs, *depths)
+            given = {"weights": found}
         cuts = self.settings.partition.cuts if self.settings.partition else None
         partition = {"target_depths": facts.target_depths, "meta_depths": facts.meta_depths, "cuts": cuts or []}
         mat = None
@@ -242,8 +248,7 @@ class Builder:
             precision=self.settings.precision,
             training=training,
             mat=mat and self._with_units(mat, phase, training),
-            inputs={name: node.digest for name, node in inputs.items()}
-            | ({"weights": facts.weights[weights]} if weights else {}),
+            inputs={name: node.digest for name, node in inputs.items()} | given,
         )
         key = f"seed-{self.seed}/" + (key or f"{self.name}/{kind}")
         run = {"machine": self.settings.machine, "strategy": self.name, "run": self.experiment.path.name}

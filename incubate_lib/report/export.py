@@ -68,17 +68,18 @@ def export(
         log(f"  {one}")
     log(f"taken: {taken}, {why}")
     facts, data = taken.node.facts, settings.data
-    network = load_trained(taken.node.settings, taken.node.folder, facts.outputs)
+    whole = load_trained(taken.node.settings, taken.node.folder, facts.outputs)
     if data.source in TEXTS:
         own = f"model.name {settings.model.name!r} is a network of this package; its weights lie in {taken.node.folder.path}"
-        refuse(not hasattr(network, "save_pretrained"), own)
-        network.save_pretrained(folder)
+        refuse(not hasattr(whole, "save_pretrained"), own)
+        whole.save_pretrained(folder)
         return taken.strategy
+    network = getattr(whole, "backbone", whole)  # what stands on a timm network is no network of timm's
     train, _ = load_data(data, shape=model_shape(settings.model), machine=settings.machine)
     mean, std = (values.flatten().tolist() for values in (train.mean, train.std))
     task = tasks.get(settings.task)
-    names = task.output_names(open_source(data, settings.machine)[0].classes)
-    arguments = timm_arguments(settings.model) | {"num_classes": facts.outputs}
+    names = task.output_names(open_source(data, settings.machine)[0].classes) if network is whole else []
+    arguments = timm_arguments(settings.model) | {"num_classes": facts.outputs if network is whole else 0}
     if facts.target_depths and takes_depth(settings.model):
         arguments["depth"] = sum(facts.target_depths)
     crop_pct = data.crop_pct if data.is_streamed else 1.0

@@ -11,7 +11,7 @@ class Finetune(StrategySettings):
     can_be_matched: ClassVar[bool] = False
 
     kind: Literal["finetune"]  # needed: no strategy of this kind is known by name
-    weights: str | None = None  # the network, relative to data/
+    weights: str | None = None  # the network, relative to data/; {seed} in it is the run's seed
 
     @property
     def trains(self) -> list[str]:

@@ -4,7 +4,7 @@ Files of tasks import torch where they compute only: the names of metrics are as
 """
 
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -135,6 +135,7 @@ class Task:
     metrics: tuple[Metric, ...] = ()  # the first is the score, by which rates, modules and strategies are compared
     num_sums = 0  # S, see `sums`
     has_classes = False  # whether each sample belongs to one class, so that finished networks are tabled class by class
+    is_on_top = False  # whether more stands on a network's features than its own head, see `over`
     network = "A network"  # what learns it, for a model card
     tags: tuple[str, ...] = ()  # of model cards
     sample = "image"  # what one of a batch is called
@@ -154,6 +155,11 @@ class Task:
     def outputs(self, data: Any) -> int:
         """Return how many outputs the head needs for some data, of images by their `num_classes`; ValueError if it cannot learn
         them. Asked of a set to train on, or of no more than its counts."""
+        raise NotImplementedError
+
+    def over(self, backbone: Any, shape: Any, outputs: int) -> Any:
+        """Return what learns this on top of a timm network without its classifier, for images of a shape (C, H, W). Asked only
+        where the task `is_on_top`; ValueError for a network that nothing can stand on."""
         raise NotImplementedError
 
     def check_output(self, output: Any, samples: int, outputs: int) -> None:
@@ -232,8 +238,12 @@ class Task:
         """
         return [None] * len(self.inputs(batch))
 
-    def evaluated(self, sums: list[float]) -> dict[str, float]:
-        """Return the mean loss, the score under that name, and the other metrics under theirs, of all sums [S]."""
+    def noted(self, output: Any, batch: Any) -> list[str]:
+        """Return a line for each sample of an evaluated batch, no two alike, where no sums give a metric."""
+        return []
+
+    def evaluated(self, sums: list[float], noted: Collection[str] = ()) -> dict[str, float]:
+        """Return the mean loss, the score under that name, and the other metrics under theirs, of all sums [S] and lines."""
         found = dict(self.divided(sums))
         return {"loss": found.pop("loss"), "score": found.pop(self.score.name)} | found
 

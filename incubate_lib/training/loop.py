@@ -80,15 +80,18 @@ def evaluate_each(
     """Return the same for each of a model's outputs, of which `evaluated` returns those of a batch: data are read once."""
     device = next(model.parameters()).device
     sums: list[Tensor] = []  # of each output
+    noted: list[str] = []
     for outputs, batch in _outputs(model, data, precision, team, task, evaluated):
         sums = sums or [torch.zeros(task.num_sums, dtype=torch.float64, device=device) for _ in outputs]
         for summed, output in zip(sums, outputs, strict=True):
             summed += task.sums(output, batch)
+        noted += task.noted(outputs[-1], batch)
     modules = team.gather([str(i) for i in range(len(sums))])  # there may be devices to which no image falls
     sums += [torch.zeros(task.num_sums, dtype=torch.float64, device=device) for _ in range(len(modules) - len(sums))]
     found = team.all_reduce(torch.stack(sums)).tolist()
     assert all(number == len(data) for number, *_ in found), f"{found[0][0]} samples evaluated, not {len(data)}"
-    return [task.evaluated(of_one) for of_one in found]
+    lines = team.gather(noted)
+    return [task.evaluated(of_one, lines) for of_one in found]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -82,6 +82,8 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequenc
     if settings.decay_tokens:
         own = {name for name in own if not name.endswith(("pos_embed", "cls_token"))}
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=own)
+    if settings.layer_decay:
+        groups = _layer_groups(model, settings)
     leaves: dict[int, list[nn.Parameter]] = {}
     for piece in pieces:
         leaves.setdefault(id(piece.parameter), []).append(piece.leaf)
@@ -91,6 +93,18 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequenc
         momentum = settings.betas[0]
         return torch.optim.SGD(groups, lr=settings.peak_lr, momentum=momentum, nesterov=momentum > 0, fused=True)
     return torch.optim.AdamW(groups, lr=settings.peak_lr, betas=settings.betas, weight_decay=0.0, fused=True)
+
+
+def _layer_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """Return groups of parameters: the rate of a layer is a share of that of the next. What stands on a backbone has it whole."""
+    backbone, decay = getattr(model, "backbone", model), settings.weight_decay
+    own = getattr(backbone, "no_weight_decay", set)()
+    groups = param_groups_layer_decay(backbone, decay, own, layer_decay=settings.layer_decay)
+    layers = [{name: group[name] for name in ("params", "weight_decay", "lr_scale")} for group in groups]
+    inside = {id(parameter) for parameter in backbone.parameters()}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in inside and parameter.requires_grad]
+    on_top = ([p for p in rest if p.ndim > 1], decay), ([p for p in rest if p.ndim <= 1], 0.0)
+    return layers + [{"params": some, "weight_decay": own} for some, own in on_top if some]
 
 
 def compiled(model: nn.Module, mode: str, backend: str = "inductor") -> nn.Module:
@@ -205,7 +219,7 @@ class Trainer:
         losses, in_turn = [], len(self.groups) > 1 and self.number == 1  # gradients of one module at a time take less memory
         self.apply(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(self.settings, step, self.steps, self.per_epoch)
+            group["lr"] = lr_at(self.settings, step, self.steps, self.per_epoch) * group.get("lr_scale", 1.0)
         (self.model if self.mat else self.optimizer).zero_grad(set_to_none=True)  # of divided parameters it holds views only
         for k in range(self.number):
             began = time.perf_counter()

@@ -11,6 +11,7 @@ OTHERS = (
     "09_studies",
     "10_dashboard",
     "11_language",
+    "12_downstream",
 )
 UNKNOWN = {  # notebook → a parameter that is nearly one of its own
     "00_quickstart": "meta_epoch",
@@ -25,6 +26,7 @@ UNKNOWN = {  # notebook → a parameter that is nearly one of its own
     "09_studies": "name",
     "10_dashboard": "begin",
     "11_language": "epoch",
+    "12_downstream": "network",
 }
 WRONG = [  # notebook, parameter, value of another type
     ("00_quickstart", "depth", "12"),
@@ -52,6 +54,7 @@ WRONG = [  # notebook, parameter, value of another type
     ("10_dashboard", "start", "yes"),
     ("10_dashboard", "start", 1),
     ("11_language", "epochs", "0.1"),
+    ("12_downstream", "epochs", "5"),
 ]
 VALUES = {  # what is wrong → notebook and parameters
     "an unknown preset": ("01_meta_model", {"preset": "smokee"}),

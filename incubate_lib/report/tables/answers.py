@@ -6,14 +6,14 @@ from incubate_lib.config.study import BASELINE
 from incubate_lib.report.tables.hardware import mixed_text
 from incubate_lib.report.tables.statistics import family_text, gain_text
 from incubate_lib.report.tables.studies import WITHOUT, StudyTable, at_equal_cost, gains
-from incubate_lib.report.tables.verdict import cells, differences
+from incubate_lib.report.tables.verdict import against_baseline, cells, differences
 from incubate_lib.report.words import label
 
 
 def answer(table: StudyTable) -> list[str]:
     """Say in sentences what a study says about training in pieces, whatever the numbers are."""
     if BASELINE not in set(table.results["strategy"]):
-        return ["There is no end-to-end training in this study to compare with."]
+        return against_baseline(table.results) or ["There is no end-to-end training in this study to compare with."]
     lines = [
         *_changes(table),
         *_cheapest(table),

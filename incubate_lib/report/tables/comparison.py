@@ -8,13 +8,14 @@ from incubate_lib.pipeline.graph import Plan
 from incubate_lib.report.tables.hardware import hardware_of, mixes
 from incubate_lib.report.tables.records import Results
 from incubate_lib.report.tables.statistics import spread
-from incubate_lib.report.words import BASELINE, flop_unit, label, seconds_text
+from incubate_lib.report.tables.verdict import baseline_of
+from incubate_lib.report.words import flop_unit, label, seconds_text
 
 
 def comparison(results: Results) -> pd.DataFrame:
     """Return the table people look at: a column a strategy, mean ± std over seeds, costs relative to end-to-end."""
     table, metric, rows = results.strategies, results.metric, []
-    base = table[table["strategy"] == BASELINE]
+    base = table[table["strategy"] == baseline_of(table)]
     unit, factor = flop_unit(table["flops"].max() if len(table) else 1)
     headings = {"flops": unit, "critical_flops": f"critical path {unit}"}
     headings |= {"seconds": "training s", "critical_seconds": "critical path s"}

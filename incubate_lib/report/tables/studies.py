@@ -8,13 +8,13 @@ from pathlib import Path
 import pandas as pd
 
 from incubate_lib.config import SettingsError, data_folder, nearest
-from incubate_lib.config.study import BASELINE, COLUMNS, RATE, is_column, load_study, studies
+from incubate_lib.config.study import COLUMNS, RATE, is_column, load_study, studies
 from incubate_lib.pipeline.study import Cost, Walk
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import hardware_of, mixes
 from incubate_lib.report.tables.records import from_plan, read_table, write_table
 from incubate_lib.report.tables.statistics import gain_text, spread
-from incubate_lib.report.tables.verdict import cells, differences
+from incubate_lib.report.tables.verdict import baseline_of, cells, differences
 from incubate_lib.report.words import flop_unit, label, metric_of, seconds_text
 from incubate_lib.tasks import Metric
 
@@ -98,9 +98,9 @@ def described(table: StudyTable) -> str:
 # -- what they say --------------------------------------------------------------------------------------------------------
 
 
-def gains(table: StudyTable, baseline: str = BASELINE, only: Sequence[str] = ()) -> pd.DataFrame:
+def gains(table: StudyTable, baseline: str = "", only: Sequence[str] = ()) -> pd.DataFrame:
     """Return each strategy's `differences` from the baseline in the same cell; `only` some strategies', left out: all."""
-    names = only or table.results["strategy"].unique()
+    names, baseline = only or table.results["strategy"].unique(), baseline or baseline_of(table.results)
     return differences(table.results, [(name, baseline) for name in names if name != baseline], table.axes)
 
 

@@ -146,11 +146,17 @@ def cells(rows: pd.DataFrame, axes: Sequence[str]) -> Iterator[tuple[dict[str, s
         yield dict(zip(axes, values, strict=True)), cell
 
 
+def baseline_of(table: pd.DataFrame) -> str:
+    """Return what others are compared with: end to end or, where all is trained further, what starts from its network."""
+    return next((name for name in (BASELINE, f"from_{BASELINE}") if name in set(table["strategy"])), BASELINE)
+
+
 def against_baseline(table: pd.DataFrame) -> list[str]:
     """Say of each strategy how it does against end to end, and what was corrected for."""
-    found = differences(table, [(name, BASELINE) for name in table["strategy"].unique() if name != BASELINE])
+    base = baseline_of(table)
+    found = differences(table, [(name, base) for name in table["strategy"].unique() if name != base])
     text = [
-        f"{label(row['strategy'])}: {points_text(row)} than end to end ({verdict_text(row)}), for "
+        f"{label(row['strategy'])}: {points_text(row)} than {label(base)} ({verdict_text(row)}), for "
         f"{row['flops']:.2f} times its training FLOPs, {row['critical_flops']:.2f} times on the critical path."
         for row in found.to_dict("records")
     ]
