@@ -40,7 +40,7 @@ lab: .venv/ready
 	touch $@
 
 .venv/tests: .venv/ready
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[test]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[test,text]'
 	touch $@
 
 # torch is downloaded once more. fsspec is named so that its lowest version is taken too: datasets allows only a few.

@@ -48,6 +48,13 @@ def test_logits_of_a_network_that_was_cut_and_put_together_are_equal(name, tmp_p
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+def test_every_weight_learns_as_several_devices_need_it(name):
+    model = timm.create_model(name, **SMALL)
+    model(torch.randint(40, (2, 12))).square().sum().backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
 def test_its_constructor_takes_a_depth_and_it_is_counted(name):
     settings = ModelSettings(name=name, context=12, embed_dim=8, depth=3, num_heads=2)
     assert takes_depth(settings) and len(chain_of(settings, 2).blocks) == 2

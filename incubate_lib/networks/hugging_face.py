@@ -58,6 +58,8 @@ def _made(name: str, arguments: dict[str, Any]) -> nn.Module:
     fields = {names.get(field, field): value for field, value in given.items()}
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # the vocabulary's are not known here
     model = made(config(**{"tie_word_embeddings": False, "use_cache": False} | tokens | fields))
+    if name == "hf_bert":  # the library's copy of the decoder's bias: without weights that are shared nothing uses it
+        model.cls.predictions.bias = None
     model.num_classes = model.config.vocab_size
     return model
 
