@@ -254,9 +254,12 @@ def test_heads_rest_and_modules_learn_locally(write):
         plan(load_settings(file, ["strategies.infopro.match=end_to_end"]), ["infopro"])
 
 
-def test_two_processes_train_on_text_as_one(write, tmp_path, monkeypatch, words):
+@pytest.mark.parametrize("name", ["text_masked", "hf_bert"])
+def test_two_processes_train_on_text_as_one(write, tmp_path, monkeypatch, words, name):
+    if name == "hf_bert":
+        pytest.importorskip("transformers")
     found, data = [], RUN["data"] | {"mask_share": 0.15}
-    file = write(task="masked_language", data=data, model=RUN["model"] | {"name": "text_masked"}, run=["end_to_end"])
+    file = write(task="masked_language", data=data, model=RUN["model"] | {"name": name}, run=["end_to_end"])
     for devices in (1, 2):
         monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / str(devices)))
         (tmp_path / str(devices) / "datasets").mkdir(parents=True)
