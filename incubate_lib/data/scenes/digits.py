@@ -99,7 +99,7 @@ def _scene(
 def _placed(rng: np.random.Generator, shape: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a digit [8, 8] enlarged, in 0 … 1, and where it is put."""
     side = int(rng.integers(*(round(share * size) for share in SIZES)))
-    large = Image.fromarray((16 * shape).astype(np.uint8).clip(0, 255)).resize((side, side), Image.Resampling.BILINEAR)
+    large = Image.fromarray((16 * shape).clip(0, 255).astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR)
     return np.asarray(large) / 255, rng.integers(0, size - side + 1, 2)
 
 
