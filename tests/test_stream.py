@@ -10,6 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import layouts
+import numpy as np
 import pytest
 import sentences
 import torch
@@ -132,13 +134,14 @@ def test_every_image_is_judged_once_whatever_the_number_of_devices(tmp_path):
     assert isinstance(train, StreamedSet)
 
 
-def test_training_on_a_folder_learns_and_reports_what_it_saw(tmp_path, data_folder):
+def test_training_on_a_folder_learns_and_reports_what_it_saw(tmp_path, data_folder, monkeypatch):
+    monkeypatch.setattr(layouts, "RNG", np.random.default_rng(0))  # the same images whichever tests ran before
     write_folder(tmp_path / "set", train=16)
     (tmp_path / "mine.yaml").write_text(settings_file(tmp_path / "set", ", crop_pct: 1.0"))
-    changes = ["training.epochs=25", "training.lr=1e-3", "training.warmup_epochs=2", "training.clip_grad=1.0"]
+    changes = ["training.epochs=25", "training.lr=5e-4", "training.warmup_epochs=2", "training.clip_grad=1.0"]
     changes += ["training.repeats=2", "training.erase=0.2", "precision=bfloat16"]
     summary = open_phase("meta", str(tmp_path / "mine.yaml"), changes).run()
-    # Chance is a third, and brightness tells the class. At twice this rate one seed in six never tells two of them apart.
+    # Chance is a third, and brightness tells the class. At twice this rate two sets of images in ten end with two classes as one.
     assert summary["score"] > 0.9
     assert summary["images_seen"] == 25 * 48 and summary["steps"] == 300
     assert summary["distinct_images_per_epoch"] == 24 and summary["broken_images"] == 0
