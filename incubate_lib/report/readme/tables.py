@@ -15,8 +15,6 @@ from incubate_lib.report.tables.statistics import rounded, spread
 from incubate_lib.report.tables.verdict import cells
 from incubate_lib.report.words import BASELINE, label, seconds_text
 
-BUDGETED = (BASELINE, "deep_incubation", "deep_incubation_identity", "growing")
-
 
 def budget(study: str) -> str:
     """A study over budgets: a row a budget, the score and the critical path; the best mean of a row is bold."""
@@ -25,7 +23,7 @@ def budget(study: str) -> str:
     for place, cell in study_of(study).results.groupby("budget", sort=False):
         is_largest = whole["flops"][place] == whole["flops"].max()
         row = {"budget": f"{place} ({rounded(whole['flops'].max() / 1e12)} TFLOP)" if is_largest else place}
-        for name, score in _scores(study, cell[cell["strategy"].isin(BUDGETED)]).items():
+        for name, score in _scores(study, cell).items():
             path = cell.loc[cell["strategy"] == name, "critical_flops"].mean() / whole["critical_flops"].max()
             row[label(name)] = f"{score} ({rounded(path, 2)})"
         rows.append(row)
