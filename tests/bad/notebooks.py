@@ -26,7 +26,7 @@ UNKNOWN = {  # notebook → a parameter that is nearly one of its own
     "09_studies": "name",
     "10_dashboard": "begin",
     "11_language": "epoch",
-    "12_downstream": "network",
+    "12_downstream": "presets",
 }
 WRONG = [  # notebook, parameter, value of another type
     ("00_quickstart", "depth", "12"),
