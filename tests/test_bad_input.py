@@ -44,7 +44,7 @@ BAD = [  # command line → what the message must name
     ([*MAT, "--set", "mat.aplha=0.1"], sentences.unknown("field", "mat.aplha", "alpha")),
     (
         [*MAT, "--set", "mat.units=filter"],
-        "mat.units is 'filter': Input should be 'heads', 'sublayers', 'blocks'",
+        "mat.units is 'filter': Input should be 'heads', 'experts', 'sublayers', 'blocks'",
     ),
     ([*MAT, "--set", "mat.units=conv_layers"], "stop_error needs a way around resting units"),
     ([*MAT, "--set", "strategies.mat.mat.alpha=2"], "strategies.mat.mat.alpha is 2"),

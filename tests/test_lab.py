@@ -40,7 +40,7 @@ SERIES = {  # parameters other than the committed ones, so that it takes seconds
     "09_studies": ({}, "digits-budget"),
     "10_dashboard": (SMOKE, "only meta model right"),
     "11_language": ({"epochs": 0.02, "masked": ""}, "contexts of 64 tokens"),
-    "12_downstream": ({"epochs": 0.1}, "Weights read from a file"),
+    "12_downstream": ({"epochs": 0.1, "detection": ""}, "Measured on"),
 }
 
 
