@@ -36,10 +36,11 @@ class Pipeline:
 
 
 def pipelines() -> list[Pipeline]:
-    """Return every distinct pipeline of every phase of every strategy of every preset."""
+    """Return every distinct pipeline of every phase of every strategy of every preset that tells images apart."""
     found = {}
-    for name in presets():
-        settings = load_settings(name)
+    for settings in map(load_settings, presets()):
+        if settings.task != "classification":
+            continue
         shape = model_shape(settings.model)
         for strategy, how in settings.strategies.items():
             for phase in how.trains:

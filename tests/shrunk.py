@@ -47,7 +47,7 @@ def shrunk(name: str) -> dict[str, Any]:
         tree["model"] |= {"embed_dim": 16, "num_heads": 2, "depth": PER_MODULE * modules}
         if "target_depths" in partition:
             partition["target_depths"] = [PER_MODULE] * modules
-    if settings.partition is None:
+    elif settings.task != "classification":  # a network on top of a transformer
         tree["model"] |= {"embed_dim": 16, "num_heads": 2, "depth": PER_MODULE}
     if "lr_for_batch" in recipe:
         recipe["lr_for_batch"] = recipe["lr_for_batch"] * BATCH // recipe["batch_size"]
