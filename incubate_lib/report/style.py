@@ -17,7 +17,7 @@ PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
 class Figure(mpl_figure.Figure):
     """A figure that shows itself in a notebook, without pyplot and its global state."""
 
-    def png(self, dpi: int = 90) -> bytes:
+    def png(self, dpi: int = 100) -> bytes:
         """Return the figure as a PNG file."""
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=dpi)
