@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from incubate_lib.data.text import NOT_ASKED
 from incubate_lib.tasks import Metric, Task
-
-NOT_ASKED = -100  # what stands in the place of a token that is not asked for
 
 
 class Language(Task):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings, refuse
 from incubate_lib.data.order import EVAL_BATCH, Order
+from incubate_lib.data.text import NOT_ASKED
 from incubate_lib.data.text.corpora import open_corpus
 from incubate_lib.data.text.vocabulary import Vocabulary, open_vocabulary
 
-NOT_ASKED = -100  # in the place of a token that nobody asks for, as torch's cross_entropy has it
 REPLACED, SWAPPED = 0.8, 0.1  # of the tokens that are asked for: a mask stands there, or any token; all others stay (BERT)
 MOST_LOGITS = 2**26  # that evaluation makes at once
 LINE = 16  # characters of a line, where a context is drawn
