@@ -335,7 +335,7 @@ def test_what_full_trainings_accuracy_cost_is_read_off_the_mean_curves():
 def test_a_mat_that_loses_is_told_so():
     made = mat_results({"end_to_end": [[0.1, 0.9]], "mat": [[0.1, 0.8]], "end_to_end_short": [[0.1, 0.85]]})
     output = mat.verdict(made)
-    assert "never reaches full training's final accuracy" in output and "5.0 points worse, one seed only" in output
+    assert "never reaches full training's best accuracy" in output and "5.0 points worse, one seed only" in output
     assert "takes end_to_end and mat" in mat.verdict(mat_results({"mat": [[0.1, 0.8]]}))
 
 

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainSerializer, model_validator
 
 from incubate_lib.config.errors import refuse
 from incubate_lib.config.members import PHASES
@@ -11,6 +11,11 @@ from incubate_lib.config.packaged import packaged
 from incubate_lib.config.sections import Amount, Epochs, Frozen, Number, Positive, Share
 
 RELEASED = packaged("recipes.yaml")  # phase, or every → field → value
+
+
+def _whole(number: float) -> int | float:
+    """Write whole numbers without a point, as identities of phases always had them."""
+    return int(number) if number.is_integer() else number
 
 
 class TrainingSettings(Frozen):
@@ -58,7 +63,8 @@ class TrainingSettings(Frozen):
     # augmentations of an image within a batch; an epoch then shows 1/repeats of the images
     repeats: Annotated[int, Field(ge=1, le=1_000)] = 1
     stride_repeats: bool = False  # an image's repeats fall into different draws of mixup, or micro-batches
-    eval_every: Positive = 1  # epochs between evaluations; the last step is always evaluated
+    # epochs between evaluations, fractions are fine; the last step is always evaluated
+    eval_every: Annotated[float, Field(gt=0, le=1e6), PlainSerializer(_whole)] = 1.0
 
     @property
     def peak_lr(self) -> float:

@@ -172,7 +172,7 @@ class PartialUpdates:
         if torch.equal(active, self.active):
             return False
         self.active = active
-        lowest = self.heights[active].min()
+        lowest = self.heights[active].min() if active.any() else self.heights.max()
         if not self.cut or lowest == self.heights.min():
             lowest = -math.inf
         for name in self.learns:

@@ -292,7 +292,7 @@ def fit(
             before = counts.train_seconds
             counts.startup_seconds += clock.lap() - before
         # record
-        due = step == steps or step % (settings.eval_every * per_epoch) == 0
+        due = step == steps or step % max(1, round(settings.eval_every * per_epoch)) == 0
         if not due and step % team.sync_every:
             continue
         now = time.monotonic()
@@ -336,6 +336,9 @@ def fit(
         probes = folder.metrics(MNTK)
         numbers["mat"] = {"units": [unit.name for unit in trainer.mat.units], "evaluations": len(probes)}
         numbers["mat"] |= {name: sum(row[name] for row in probes) for name in ("seconds", "flops")}
+        bounds = {"full_flops": torch.ones_like(trainer.mat.active), "least_flops": torch.zeros_like(trainer.mat.active)}
+        images = steps * settings.batch_size
+        numbers["mat"] |= {name: images * trainer.mat.flops_per_image(active) for name, active in bounds.items()}
     numbers |= {name: getattr(counts, name) for name in ("train_seconds", "eval_seconds", "startup_seconds")}
     return trainer.eval_model, numbers | {
         "steps": steps,

@@ -112,6 +112,8 @@ def _phase_row(node: Node, summary: dict) -> dict:
         "probes": mat.get("evaluations", math.nan),
         "probe_seconds": mat.get("seconds", math.nan),
         "probe_flops": mat.get("flops", math.nan),
+        "full_flops": mat.get("full_flops", math.nan),  # while all units train, and while all rest
+        "least_flops": mat.get("least_flops", math.nan),
         "device": where["device"],
         "threads": where["threads"],
         "precision": node.settings.precision,
