@@ -14,6 +14,7 @@ from incubate_lib.report.planner.bench import OURS
 from incubate_lib.report.planner.published import PUBLISHED_HOURS
 from incubate_lib.report.readme import sources
 from incubate_lib.report.readme.sources import comparison, own_comparisons, rows_of, run_of
+from incubate_lib.report.tables import overview
 from incubate_lib.report.tables.hardware import mixes, places
 from incubate_lib.report.tables.statistics import gain_text, interval_text, paired, rounded, spread
 from incubate_lib.report.tables.verdict import differences
@@ -146,6 +147,11 @@ def over_meta(study: str, strategy: str) -> str:
     """How far the finished network is above its meta model, in points."""
     rows = rows_of(study, strategy)
     return _score(rows, (rows["score"] - rows["meta_score"]).mean(), "+")
+
+
+def in_short(*studies: str) -> str:
+    """What some studies say in three sentences."""
+    return overview.in_short(map(sources.study_of, studies))
 
 
 # -- Modular Adaptive Training --------------------------------------------------------------------------------------------

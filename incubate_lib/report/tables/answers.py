@@ -33,7 +33,7 @@ def reached(table: StudyTable) -> pd.DataFrame:
     strategy, metric, score, best (end to end's), flops, critical_flops and seconds relative to end to end's best, then
     `statistics.COLUMNS`; the family is every cell that was compared.
     """
-    candidates = _against_best(table)
+    candidates = against_best(table)
     good = candidates[table.metric.ahead(candidates["score"], candidates["best"]) >= 0].sort_values("flops", kind="stable")
     return good.drop_duplicates([*_other_axes(table), "strategy"]).sort_index().reset_index(drop=True)
 
@@ -58,7 +58,7 @@ def _other_axes(table: StudyTable, but: str = "budget") -> list[str]:
     return [axis for axis in table.axes if axis != but]
 
 
-def _against_best(table: StudyTable) -> pd.DataFrame:
+def against_best(table: StudyTable) -> pd.DataFrame:
     """Compare every cell of every strategy with end to end's best cell, on the seeds that both have; what is not finished is
     left out. The columns are those of `reached`.
     """
@@ -92,7 +92,7 @@ def _changes(table: StudyTable) -> list[str]:
 def _cheapest(table: StudyTable) -> list[str]:
     if "budget" not in table.axes:
         return []
-    candidates, found, others = _against_best(table), reached(table), _other_axes(table)
+    candidates, found, others = against_best(table), reached(table), _other_axes(table)
     written = table.metric.written
 
     def named(row: dict) -> str:

@@ -1,0 +1,86 @@
+"""Over studies: the best way to train in pieces against the best end-to-end training, and what the same score costs."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from statistics import median
+
+import pandas as pd
+
+from incubate_lib.report.tables.answers import against_best
+from incubate_lib.report.tables.statistics import gain_text, rounded, spread
+from incubate_lib.report.tables.studies import StudyTable
+from incubate_lib.report.tables.verdict import cells
+from incubate_lib.report.words import BASELINE, label
+
+NO_PIECES = ("end_to_end", "mat", "meta_alone", "from_", "random_modules", "imitation")  # how strategies begin that are none
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One network on one set of data: what is best at any budget."""
+
+    study: str
+    place: str
+    shown: dict[str, str]  # for people: heading → text
+    gain: float  # of the strategy of pieces with the best mean over end to end's best mean, in points
+    is_clear: bool  # after correction for all strategies of pieces and budgets, as it is the best of so many
+    path: float  # share of end to end's critical path that suffices for its best mean; NaN where none does
+    is_meta_best: bool  # whether the meta model alone, for its part of the cost, has a better mean than all whole networks
+
+
+def settings(table: StudyTable) -> list[Setting]:
+    """Return a study's settings: one for each combination of its axes but the budget."""
+    metric, found = table.metric, []
+    results = table.results if "budget" in table.axes else table.results.assign(budget="")
+    results = results[~results["strategy"].str.startswith(NO_PIECES) | (results["strategy"] == BASELINE)]
+    axes = [axis for axis in table.axes if axis != "budget"]
+    for place, group in cells(results, axes):
+        compared = against_best(replace(table, results=group.drop(columns=axes)))
+        if compared.empty:
+            continue
+        means = metric.sign * group.groupby(["strategy", "budget"])["score"].mean()
+
+        def written(strategy: str, budget: str, group: pd.DataFrame = group) -> str:
+            rows = group[(group["strategy"] == strategy) & (group["budget"] == budget)]
+            return metric.headed(spread(rows["score"], metric)) + (f" at {budget}" if budget else "")
+
+        best = compared.loc[(metric.sign * compared["score"]).idxmax()]
+        enough = compared[metric.ahead(compared["score"], compared["best"]) >= 0].sort_values("critical_flops", kind="stable")
+        path = enough["critical_flops"].iloc[0] if len(enough) else math.nan
+        meta = metric.best(group.groupby(["strategy", "budget"])["meta_score"].mean())
+        shown = {
+            "end to end's best": written(BASELINE, means[BASELINE].idxmax()),
+            "best in pieces": f"{written(best['strategy'], best['budget'])}: {label(best['strategy'])}",
+            "ahead by": gain_text(best) + (", clear" if best["clear"] else ""),
+            "path to end to end's best": f"{rounded(path, 2)}: {label(enough['strategy'].iloc[0])}" if len(enough) else "longer",
+            "meta model alone": "–" if pd.isna(meta) else rounded(metric.scale * meta, metric.digits),
+        }
+        found.append(
+            Setting(
+                study=table.name,
+                place=", ".join(place.values()),
+                shown=shown,
+                gain=best["gain"],
+                is_clear=bool(best["clear"]),
+                path=path,
+                is_meta_best=bool(metric.sign * meta > means.max()),
+            )
+        )
+    return found
+
+
+def in_short(tables: Iterable[StudyTable]) -> str:
+    """Say in three sentences what all settings of some studies say, whatever the numbers are."""
+    every = [setting for table in tables for setting in settings(table)]
+    ahead = [setting for setting in every if setting.gain > 0]
+    clear, behind = sum(s.is_clear for s in ahead), sum(s.is_clear for s in every if s.gain < 0)
+    paths = [setting.path for setting in every if not math.isnan(setting.path)]
+    least, middle = (rounded(of(paths), 2) for of in (min, median)) if paths else ("", "")
+    shares = f", for {least} of its critical path at least and {middle} in the median" if paths else ""
+    return (
+        f"In {len(ahead)} of {len(every)} settings the best strategy of pieces is ahead of the best end-to-end training (clearly "
+        f"in {clear}), and clearly behind in {behind}. It reaches end to end's best score in {len(paths)} of {len(every)}"
+        f"{shares}. In {sum(s.is_meta_best for s in every)} of {len(every)} the shallow meta model alone is better than any "
+        "whole network, for a part of the cost."
+    )

@@ -1,0 +1,59 @@
+"""What is best over studies: picked by its mean, corrected for all that it was picked from, said as the tables have it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_study_tables import made
+
+from incubate_lib.report.tables import overview
+from incubate_lib.report.tables.studies import StudyTable, published, published_studies
+
+WHOLE = [("1/2", "end_to_end", [0.60, 0.61, 0.62], 2, 2), ("1", "end_to_end", [0.70, 0.71, 0.72], 4, 4)]
+PIECES = [("1/2", "growing", [0.71, 0.72, 0.73], 2, 2), ("1", "growing", [0.75, 0.77, 0.76], 4, 4),
+          ("1/2", "deep_incubation", [0.70, 0.71, 0.72], 2, 1), ("1", "deep_incubation", [0.74, 0.74, 0.75], 4, 3)]  # fmt: skip
+CONTROLS = [("1", "end_to_end_longer", [0.9, 0.9, 0.9], 12, 4), ("1", "meta_alone", [0.9, 0.9, 0.9], 4, 4)]
+
+
+def test_the_best_of_pieces_is_compared_with_the_best_end_to_end():
+    (found,) = overview.settings(made(WHOLE + PIECES))
+    assert found.gain == pytest.approx(5.0) and found.shown["best in pieces"].startswith("76.0 ± 1.0 % at 1: meta model, grown")
+    assert found.shown["end to end's best"] == "71.0 ± 1.0 % at 1"
+    assert found.path == 0.25 and found.shown["path to end to end's best"].startswith("0.25: Deep Incubation")
+
+
+def test_it_is_corrected_for_all_that_it_was_picked_from():
+    """More candidates that are worse widen the interval and change nothing else; controls are no candidates."""
+    few, many, with_controls = (overview.settings(made(WHOLE + rows))[0] for rows in (PIECES[1:2], PIECES, PIECES + CONTROLS))
+    assert few.gain == many.gain and few.shown["ahead by"] != many.shown["ahead by"]
+    assert with_controls == many
+
+
+def test_less_is_better_where_it_is():
+    table = made(WHOLE + PIECES)
+    turned = StudyTable("it", table.results.assign(metric="perplexity", score=1 / table.results["score"]), table.rates)
+    (found,) = overview.settings(turned)
+    assert found.gain > 0 and "grown" in found.shown["best in pieces"] and found.path == 0.25
+
+
+def test_each_value_of_other_axes_is_a_setting_and_a_study_needs_no_budget():
+    table = made([row for row in WHOLE + PIECES if row[0] == "1"])
+    parts = [table.results.rename(columns={"budget": "depth"}).assign(depth=depth) for depth in ("4", "8")]
+    found = overview.settings(StudyTable("it", pd.concat(parts), table.rates))
+    assert [setting.place for setting in found] == ["4", "8"] and " at " not in found[0].shown["best in pieces"]
+
+
+def test_sentences_follow_the_numbers():
+    table = made(WHOLE + PIECES)
+    said = overview.in_short([table])
+    assert said.startswith("In 1 of 1 settings") and "for 0.25 of its critical path" in said
+    worse = made(WHOLE + [(budget, name, np.subtract(scores, 0.3), *costs) for budget, name, scores, *costs in PIECES])
+    said = overview.in_short([worse])
+    assert said.startswith("In 0 of 1 settings") and "clearly behind in 1" in said and "score in 0 of 1. " in said
+    meta = StudyTable("it", table.results.assign(meta_score=0.9), table.rates)
+    assert "In 1 of 1 the shallow meta model alone is better" in overview.in_short([meta])
+
+
+@pytest.mark.parametrize("name", published_studies())
+def test_every_tracked_study_with_end_to_end_has_a_best(name):
+    table = published(name)
+    assert bool(overview.settings(table)) is ("end_to_end" in set(table.results["strategy"]))
