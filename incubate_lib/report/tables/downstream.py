@@ -11,7 +11,7 @@ from incubate_lib.config.study import Cell
 from incubate_lib.phases.job import FILE
 from incubate_lib.pipeline.experiment import INDEX, is_record
 from incubate_lib.pipeline.graph import Plan
-from incubate_lib.pipeline.recorded import recorded_plan
+from incubate_lib.pipeline.recorded import DAMAGE, recorded_plan
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.tables.statistics import family_text, gain_text, spread
 from incubate_lib.report.tables.studies import read_tables
@@ -68,13 +68,12 @@ def _named(table: pd.DataFrame, starts: dict[str, str]) -> pd.DataFrame:
 def _of_runs(run: Plan, starts: dict[str, str]) -> Iterator[pd.DataFrame]:
     """Yield the finished strategies of the other runs that start from these weights."""
     for file in sorted(data_folder().glob(f"runs/*/{INDEX}")):
-        record = read_json(file)
-        if file.parent == run.experiment.path or not is_record(record):
+        if file.parent == run.experiment.path or not is_record(record := read_json(file)):
             continue
-        inputs = {key: phase.get("settings", {}).get("inputs", {}) for key, phase in record["phases"].items()}
-        if not any(given.get("weights") in starts for given in inputs.values()):
-            continue
-        with suppress(OSError, ValueError):  # what is damaged elsewhere is told when that is reported
+        with suppress(*DAMAGE):  # what is damaged elsewhere is told when that is reported
+            inputs = {key: phase["settings"].get("inputs", {}) for key, phase in record["phases"].items()}
+            if not any(given.get("weights") in starts for given in inputs.values()):
+                continue
             table = from_plan(recorded_plan(file.parent)).strategies
             ends = {(name, seed): inputs[key] for name, seed, key in record["finals"]}
             given = [ends[end] for end in zip(table["strategy"], table["seed"], strict=True)]
@@ -82,23 +81,21 @@ def _of_runs(run: Plan, starts: dict[str, str]) -> Iterator[pd.DataFrame]:
 
 
 def _of_studies() -> Iterator[pd.DataFrame]:
-    """Yield the results of studies that have a table."""
+    """Yield the results of studies that have a table, cell by cell."""
     for file in sorted(data_folder().glob(f"studies/*/{INDEX}")):
-        name, record = file.parent.name, read_json(file)
-        if not is_record(record) or not file.parents[1].joinpath(f"{name}.csv").exists():
+        folder, name = file.parents[1], file.parent.name
+        if not (folder / f"{name}.csv").exists() or not is_record(record := read_json(file)):
             continue
         digests = {key: phase["digest"] for key, phase in record["phases"].items()}
-        digests = {key[key.rfind("/seed-") :]: digest for key, digest in digests.items()} | digests  # cells may share a phase
-        with suppress(OSError, ValueError):  # as above
-            study = read_tables(file.parents[1], name, name)
+        digests |= {key[key.rfind("/seed-") :]: digest for key, digest in digests.items()}  # of a phase that cells share
+        with suppress(*DAMAGE):  # as above
+            study = read_tables(folder, name, name)
             for place, cell in cells(study.results, study.axes):
                 where = Cell(place=place, overrides=[]).label
                 ends = [f"/seed-{row.seed}/{row.strategy}" for row in cell.itertuples()]
-                given = [
-                    _inputs(digests.get(where + end) or digests.get(end), score)
-                    for end, score in zip(ends, cell["score"], strict=True)
-                ]
-                yield cell.assign(inputs=given, **{WHERE: ", ".join([name, *([where] if place else [])])})
+                found = [digests.get(where + end) or digests.get(end) for end in ends]
+                given = [_inputs(*of) for of in zip(found, cell["score"], strict=True)]
+                yield cell.assign(inputs=given, **{WHERE: f"{name}, {where}" if place else name})
 
 
 def _inputs(digest: str | None, score: float) -> dict[str, Any] | None:
