@@ -17,6 +17,7 @@ from incubate_lib.report.tables import statistics
 from incubate_lib.report.tables.downstream import carried_over
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.tables.studies import read_tables
+from incubate_lib.report.tables.verdict import differences
 
 pytestmark = pytest.mark.xdist_group("carried_over")  # one process, so that all is trained once
 SEEDS = [0, 1]
@@ -107,6 +108,20 @@ def test_differences_are_paired_with_end_to_ends_network_and_are_one_family(runs
     gains = rows(networks)["over end to end's"]
     assert gains[gains != ""].tolist() == [statistics.gain_text(row) for row in judged]
     assert (gains.xs("end to end", level="from") == "").all()
+
+
+def test_scores_of_several_tasks_are_judged_as_one_family_each_by_its_metric():
+    scores = {
+        ("mean_iou", "a"): [0.5, 0.6],
+        ("mean_iou", "b"): [0.6, 0.71],
+        ("perplexity", "a"): [9.0, 8.0],
+        ("perplexity", "b"): [7.0, 7.5],
+    }
+    table = pd.DataFrame([{"in": metric, "metric": metric, "strategy": name, "seed": seed, "score": score}
+                          for (metric, name), values in scores.items() for seed, score in enumerate(values)])  # fmt: skip
+    found = differences(table, [("b", "a")], ["in"])
+    assert found["metric"].tolist() == ["mean_iou", "perplexity"] and set(found["comparisons"]) == {2}
+    assert found["gain"].tolist() == pytest.approx([10.5, 1.25]), "less perplexity is better"
 
 
 def test_the_report_has_them_from_then_on(runs, tmp_path):
