@@ -120,8 +120,8 @@ def differences(table: pd.DataFrame, pairs: Iterable[tuple[str, str]], axes: Seq
     """Return how far the first strategy of each pair is ahead of the second, paired by seed; all are one family.
 
     A row a cell and pair that have a seed in common; cells are those of a study with these axes, without axes there is one.
-    Columns: the axes, strategy, other, metric (of the cell), score and other_score (means over the common seeds), flops, critical_flops and
-    seconds (the first's over the second's; seconds NaN where devices differ), then `statistics.COLUMNS`.
+    Columns: the axes, strategy, other, metric (the cell's), score and other_score (means over the common seeds), flops,
+    critical_flops and seconds (the first's over the second's; seconds NaN where devices differ), then `statistics.COLUMNS`.
     """
     rows, found = [], []
     for (place, cell), (name, other) in itertools.product(cells(table, axes), pairs):
