@@ -3,15 +3,19 @@
 # make test         set up and run every test
 # make test-fast    those of the method, the loop, data, settings and tables: a part of `make test`, in two minutes
 # make test-lowest  the lowest versions that pyproject.toml allows, in an environment of their own: images, presets, costs
+# make scale        on a GPU, hours: the speed of ViT-B's phases, then the study fashion-scale; called again it goes on
 # make lab          set up and open JupyterLab on the notebooks
 PYTHON ?= python3
 PRESET ?= digits
+GPU ?= gpu
+BENCH ?= imagenet-vit-b
+STUDY ?= fashion-scale
 BIN = .venv/bin
 FAST = method starts training splits data config bad_input cli report
 LOWEST = $(addprefix tests/test_,floors.py adaptive.py augmentation.py data.py stream.py presets.py import.py)
 LOWEST += "tests/test_shipped.py::test_every_preset_trains_two_epochs_through_its_notebooks[smoke]"
 
-.PHONY: setup run test test-fast test-lowest lab
+.PHONY: setup run test test-fast test-lowest scale lab
 setup: .venv/ready
 
 run: .venv/ready
@@ -26,6 +30,13 @@ test-fast: .venv/tests
 # Tests that meet other packages most closely: images and their transforms, recipes, networks, weights of others, notebooks.
 test-lowest: .venv-lowest/ready
 	INCUBATE_LOWEST=1 .venv-lowest/bin/python -m pytest $(LOWEST)
+
+# Both write tracked tables. GPU is what that of the speeds is called by, and OPTIONS are those of `incubate study`.
+scale: data/results/bench_vit-b-$(GPU).csv
+	$(BIN)/incubate study $(STUDY) --publish $(OPTIONS)
+
+data/results/bench_vit-b-$(GPU).csv: | .venv/ready
+	$(BIN)/incubate bench $(BENCH) --save vit-b-$(GPU)
 
 lab: .venv/ready
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks

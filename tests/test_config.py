@@ -121,6 +121,17 @@ def test_identities_stay_what_they_were_and_can_be_read_again():
     assert other.digest() not in {node.digest for node in nodes.values()}, "and so not taken for that"
 
 
+def test_other_scenes_make_other_phases(monkeypatch):
+    """The generator's version is in the identity of what is trained on its scenes alone, and the first one in none."""
+    scenes, digits = (PhaseSettings(phase="end_to_end", seed=0, data=DataSettings(**data), model=ModelSettings(depth=2),
+                      target_depths=[], meta_depths=[]) for data in ({"source": "digit_maps", "image_size": 64}, {}))  # fmt: skip
+    before = scenes.digest(), digits.digest()
+    assert before[0] == "3a5b7242594b"
+    monkeypatch.setattr("incubate_lib.config.phase.SCENES_FORMAT", 2)
+    assert (scenes.digest() != before[0], digits.digest()) == (True, before[1])
+    assert of_identity(identity(scenes)).digest() == scenes.digest()
+
+
 def test_an_explicit_null_switches_clipping_off():
     settings = load_settings("digits", ["phases.meta.clip_grad=null"])
     assert settings.training_of("deep_incubation", "meta").clip_grad is None

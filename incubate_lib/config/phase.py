@@ -10,11 +10,12 @@ from pydantic_core import to_jsonable_python
 from incubate_lib.config.members import PHASES
 from incubate_lib.config.packaged import packaged
 from incubate_lib.config.recipes import TrainingSettings
-from incubate_lib.config.sections import DataSettings, Frozen, MATSettings, ModelSettings, Seed
+from incubate_lib.config.sections import COMPOSED, DataSettings, Frozen, MATSettings, ModelSettings, Seed
 
 TASK = "classification"
 # of everything a phase's result depends on besides its settings; raise it when old results must not be reused
 FORMAT = 3
+SCENES_FORMAT = 1  # of generated scenes alone; 1 is in no identity
 ALWAYS = packaged("identity.yaml")  # section → the fields that an identity has whatever they are
 
 
@@ -67,6 +68,8 @@ def identity(phase: PhaseSettings) -> dict[str, Any]:
     values.pop("group", None)
     if phase.phase != phase.seeded_as and not values.get("imitate"):  # whose identity never said its kind otherwise
         values["kind"] = phase.phase
+    if phase.data.source in COMPOSED and SCENES_FORMAT > 1:
+        values["scenes"] = SCENES_FORMAT
     return values
 
 
@@ -77,7 +80,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 def of_identity(values: dict[str, Any]) -> PhaseSettings:
     """Return the phase that has this identity; ValidationError if it is none of today's settings."""
     kind = values.get("kind") or ("imitate" if values.get("imitate") else None)
-    values = {name: value for name, value in values.items() if name != "kind"}
+    values = {name: value for name, value in values.items() if name not in ("kind", "scenes")}
     options = _given({name: value for name, value in values.items() if name not in PhaseSettings.model_fields})
     own = as_given(PhaseSettings, {name: value for name, value in values.items() if name in PhaseSettings.model_fields})
     if kind:

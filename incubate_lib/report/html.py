@@ -19,6 +19,7 @@ from incubate_lib.report.pages import page
 from incubate_lib.report.style import Figure
 from incubate_lib.report.tables import mat, plots
 from incubate_lib.report.tables.comparison import by_class, comparison, hardware
+from incubate_lib.report.tables.downstream import carried_over
 from incubate_lib.report.tables.hardware import mixed_text, places
 from incubate_lib.report.tables.phases import settings_difference
 from incubate_lib.report.tables.records import COLUMNS, Results, as_csv, table_file
@@ -87,6 +88,7 @@ def _the_run(results: Results, run: Plan) -> dict[str, Any]:
         "samples": _samples(run),
         "called": TASKS[run.experiment.settings.task].samples,
         "classes": by_class(run, _class_names(run)),
+        "carried": carried_over(run),
         "graph": draw(one, Reader(one).phases())[0].figure(),
         "curves": all_curves(results) if len(results.curves) else None,
         "hybrids": {name: Hybrids(one, name).figure() for name in kinds.values()},

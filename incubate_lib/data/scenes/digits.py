@@ -1,6 +1,7 @@
 """Scenes made of real images: scikit-learn's handwritten digits, of many sizes, over each other, among pieces of other digits.
 
 They are a small task, real and for minutes on a laptop, and no benchmark. Everything follows from a seed.
+Whoever has other scenes follow from it raises `SCENES_FORMAT` in config/phase.py: else phases trained on the former ones count.
 What is seen in them is in the form of COCO's and of ADE20K's files, and `write` makes a folder that has these.
 """
 

@@ -56,11 +56,11 @@ def collect(walk: Walk) -> StudyTable:
 
 
 def save(table: StudyTable, *, publish: bool) -> list[Path]:
-    """Write the tables to data/studies, or if they are to be published to data/results; return the files."""
-    folder = records.results_folder() if publish else data_folder() / "studies"
-    prefix = "study_" if publish else ""
+    """Write the tables to data/studies, and if they are to be published to data/results, too; return the files."""
+    places = [data_folder() / "studies" / table.name]
+    places += [records.results_folder() / f"study_{table.name}"] if publish else []
     parts = {"": table.results, "_rates": table.rates}
-    return [write_table(rows, folder / f"{prefix}{table.name}{part}.csv") for part, rows in parts.items()]
+    return [write_table(rows, Path(f"{place}{part}.csv")) for place in places for part, rows in parts.items()]
 
 
 def published_studies() -> list[str]:

@@ -120,17 +120,17 @@ def differences(table: pd.DataFrame, pairs: Iterable[tuple[str, str]], axes: Seq
     """Return how far the first strategy of each pair is ahead of the second, paired by seed; all are one family.
 
     A row a cell and pair that have a seed in common; cells are those of a study with these axes, without axes there is one.
-    Columns: the axes, strategy, other, metric, score and other_score (means over the common seeds), flops, critical_flops and
-    seconds (the first's over the second's; seconds NaN where devices differ), then `statistics.COLUMNS`.
+    Columns: the axes, strategy, other, metric (the cell's), score and other_score (means over the common seeds), flops,
+    critical_flops and seconds (the first's over the second's; seconds NaN where devices differ), then `statistics.COLUMNS`.
     """
-    metric, rows, found = metric_of(table).name, [], []
+    rows, found = [], []
     for (place, cell), (name, other) in itertools.product(cells(table, axes), pairs):
         gain = paired(cell, name, other)
         if gain.empty:
             continue
         cell = cell[cell["seed"].isin(gain.index)]
         mine, theirs = (cell[cell["strategy"] == each] for each in (name, other))
-        means = {"metric": metric, "score": mine["score"].mean(), "other_score": theirs["score"].mean()}
+        means = {"metric": metric_of(cell).name, "score": mine["score"].mean(), "other_score": theirs["score"].mean()}
         costs = mine.reindex(columns=COSTS).mean() / theirs.reindex(columns=COSTS).mean()
         if mixes(mine, theirs):
             costs["seconds"] = math.nan
