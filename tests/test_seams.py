@@ -23,6 +23,7 @@ from incubate_lib.networks import register_all
 from incubate_lib.phases import bench
 from incubate_lib.phases.recipes import load_trained
 from incubate_lib.pipeline.strategies import open_phase, plan
+from incubate_lib.report.about import about
 from incubate_lib.report.live.representations import disagreements, similarity
 from incubate_lib.report.planner.bench import bench_table
 from incubate_lib.report.planner.forecast import forecast, open_plan, stated_speed
@@ -152,6 +153,20 @@ def test_a_task_whose_batch_is_no_pair_and_whose_output_is_a_row_a_token_goes_al
     assert flops["two_losses"] == flops["two_losses-bare"] == 2 * flops["end_to_end"]
     probed, task = whole.data()[0].some(torch.arange(6)), get("digit_bits")
     assert task.inputs(probed)[task.side_by_side(probed)].shape == (6, 1, 8, 8)
+
+
+def test_a_task_over_text_is_told_of_in_its_own_words(write, toys, tmp_path, capsys):
+    (folder := tmp_path / "data" / "datasets" / "letters").mkdir(parents=True)
+    for i in range(20):
+        (folder / f"{i:02}.txt").write_text(f"dear {chr(97 + i)}, " + "it rains here. " * 9)
+    model = {"name": "text_causal", "context": 8, "embed_dim": 8, "depth": 4, "num_heads": 2}
+    file = write(task="copied_text", data={"source": "text", "folder": "letters"}, model=model, partition={"num_modules": 2},
+                 strategies={"dgl": {"match": "end_to_end"}}, run=["end_to_end", "dgl"])  # fmt: skip
+    made = plan(load_settings(file))
+    made.run()
+    assert all(node.summary()["score"] > 2 * node.summary()["start_score"] for node in made.finals.values())
+    assert " lines to train on" in about(made, from_plan(made))["data"]
+    assert main(["check", file]) == 0 and " lines of 8 tokens, " in capsys.readouterr().out
 
 
 def test_a_task_with_several_outputs_is_trained_end_to_end(write, toys):

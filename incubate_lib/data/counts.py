@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from incubate_lib.config import DEFAULT_MACHINE, TEXTS, DataSettings, MachineSettings, SettingsError, check_numbers
+from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, check_numbers
 from incubate_lib.data.folders import Source, place_of
 from incubate_lib.data.sets import load_data, splits, unused_classes, unused_in_words
 from incubate_lib.data.sources import open_source
@@ -48,7 +48,7 @@ def count_images(
     the network's `shape`.
     """
     check_numbers({"images": images, "classes": classes})
-    if settings.source in TEXTS:
+    if settings.is_text:
         return _count_contexts(settings, machine, images, classes, shape)
     share = "" if settings.train_share == 1 else f" Of these images a share of {settings.train_share:g} (data.train_share)."
     if images and classes:
