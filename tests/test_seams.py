@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from incubate_lib.cli import main
-from incubate_lib.config import TrainingSettings, load_settings
+from incubate_lib.config import MATSettings, SettingsError, TrainingSettings, load_settings
 from incubate_lib.config.members import PHASES
 from incubate_lib.data.order import Order
 from incubate_lib.data.sets import ImageSet
@@ -33,7 +33,7 @@ from incubate_lib.report.tables.comparison import comparison
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.words import phase_name
 from incubate_lib.tasks import Metric, Task, get
-from incubate_lib.training import stopwatch
+from incubate_lib.training import adaptive, stopwatch
 from incubate_lib.training.loop import evaluate
 from incubate_lib.training.trainer import Trainer
 
@@ -155,7 +155,7 @@ def test_a_task_whose_batch_is_no_pair_and_whose_output_is_a_row_a_token_goes_al
     assert task.inputs(probed)[task.side_by_side(probed)].shape == (6, 1, 8, 8)
 
 
-def test_a_task_over_text_is_told_of_in_its_own_words(write, toys, tmp_path, capsys):
+def test_a_task_over_text_is_told_of_in_its_own_words(write, toys, tmp_path, capsys, monkeypatch):
     (folder := tmp_path / "data" / "datasets" / "letters").mkdir(parents=True)
     for i in range(20):
         (folder / f"{i:02}.txt").write_text(f"dear {chr(97 + i)}, " + "it rains here. " * 9)
@@ -167,6 +167,11 @@ def test_a_task_over_text_is_told_of_in_its_own_words(write, toys, tmp_path, cap
     assert all(node.summary()["score"] > 2 * node.summary()["start_score"] for node in made.finals.values())
     assert " lines to train on" in about(made, from_plan(made))["data"]
     assert main(["check", file]) == 0 and " lines of 8 tokens, " in capsys.readouterr().out
+    monkeypatch.setattr(adaptive, "free_memory", lambda device: 1000)
+    node, mat = made.nodes[0], MATSettings(units="sublayers", probe=4)
+    model = load_trained(node.settings, node.folder, node.facts.outputs)
+    with pytest.raises(SettingsError, match=r"kernels of so many lines need .*, and so do those of two lines"):
+        Trainer(model, node.data()[0], TrainingSettings(epochs=1), seed=0, mat=mat, task=get("copied_text"))
 
 
 def test_a_task_with_several_outputs_is_trained_end_to_end(write, toys):
