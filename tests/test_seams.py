@@ -25,7 +25,7 @@ from incubate_lib.phases.recipes import load_trained
 from incubate_lib.pipeline.strategies import open_phase, plan
 from incubate_lib.report.about import about
 from incubate_lib.report.live.representations import disagreements, similarity
-from incubate_lib.report.planner.bench import bench_table
+from incubate_lib.report.planner.bench import bench_table, ratios_in_words
 from incubate_lib.report.planner.forecast import forecast, open_plan, stated_speed
 from incubate_lib.report.planner.memory import step_memory_of
 from incubate_lib.report.style import style
@@ -167,6 +167,11 @@ def test_a_task_over_text_is_told_of_in_its_own_words(write, toys, tmp_path, cap
     assert all(node.summary()["score"] > 2 * node.summary()["start_score"] for node in made.finals.values())
     assert " lines to train on" in about(made, from_plan(made))["data"]
     assert main(["check", file]) == 0 and " lines of 8 tokens, " in capsys.readouterr().out
+    monkeypatch.setattr(stopwatch, "PIECE_SECONDS", 1e-3)
+    monkeypatch.setattr(stopwatch, "MATMUL_SIZE", {"cpu": 64, "cuda": 64})
+    measured = pd.DataFrame(bench.bench(load_settings(file), batch=2, rounds=1))
+    assert {"lines/s", "tokens/s", "GFLOP/line"} <= {column.header for column in bench_table(measured).columns}
+    assert "In pieces: a line costs" in "\n".join(ratios_in_words(measured))
     monkeypatch.setattr(adaptive, "free_memory", lambda device: 1000)
     node, mat = made.nodes[0], MATSettings(units="sublayers", probe=4)
     model = load_trained(node.settings, node.folder, node.facts.outputs)

@@ -228,7 +228,8 @@ def bench(
             measured = measure(pair(phase, index), rounds=rounds, device=device, matmul=matmul)
             log("  " + ", ".join(f"{row['variant']} {1e3 * row['step_seconds']:,.1f} ms" for row in measured))  # if it is cut off
             rows += measured
-    return [about(settings, device) | {"batch": batch} | row for row in rows]
+    each = {"task": settings.task, "batch": batch, "tokens": known.tokens, "characters": known.characters}  # of a sample
+    return [about(settings, device) | each | row for row in rows]
 
 
 def growth(
