@@ -187,8 +187,8 @@ def test_what_is_gone_through_in_a_second_is_named_as_the_task_names_it(monkeypa
     table = pd.DataFrame(bench.bench(load_settings("austen"), batch=4, rounds=1))
     found = {name: speed.unique().tolist() for name, speed in text.a_second(table).items()}
     assert found == {"contexts": [8], "tokens": [512], "characters": [512]}
-    for path in records.results_folder().glob("bench_*.csv"):
-        assert list(text.a_second(pd.read_csv(path))) == ["images"]
+    tables = [pd.read_csv(path) for path in records.results_folder().glob("bench_*.csv")]
+    assert [list(text.a_second(table)) for table in tables if "task" not in table] == 5 * [["images"]]
 
 
 def test_growth_has_every_size_and_a_finite_exponent(tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from incubate_lib.report.live.representations import disagreements, similarity
 from incubate_lib.report.planner.bench import bench_table, ratios_in_words
 from incubate_lib.report.planner.forecast import forecast, open_plan, stated_speed
 from incubate_lib.report.planner.memory import step_memory_of
+from incubate_lib.report.planner.planner import phases_table
 from incubate_lib.report.style import style
 from incubate_lib.report.tables.comparison import comparison
 from incubate_lib.report.tables.records import from_plan
@@ -166,6 +167,7 @@ def test_a_task_over_text_is_told_of_in_its_own_words(write, toys, tmp_path, cap
     made.run()
     assert all(node.summary()["score"] > 2 * node.summary()["start_score"] for node in made.finals.values())
     assert " lines to train on" in about(made, from_plan(made))["data"]
+    assert "lines at once" in phases_table(forecast(made, stated_speed()))
     assert main(["check", file]) == 0 and " lines of 8 tokens, " in capsys.readouterr().out
     monkeypatch.setattr(stopwatch, "PIECE_SECONDS", 1e-3)
     monkeypatch.setattr(stopwatch, "MATMUL_SIZE", {"cpu": 64, "cuda": 64})

@@ -113,11 +113,13 @@ def adaptive(run: str) -> str:
 def speed(name: str) -> str:
     """A bench of one network: a row a kind of step."""
     bench = bench_of(name)
+    sample, speeds = task_of(bench).a_sample, {f"{name} a second": speed for name, speed in a_second(bench).items()}
+    bench = bench.assign(**speeds)
     ours, twins = (bench[bench.index.str.fullmatch(pattern)] for pattern in (OURS, TWIN))
     share = ours["step_flops"].to_numpy() / ours["step_flops"].sum()
     titles = {
         "end to end": ["end_to_end"],
-        "the same in a bare loop over stock timm": ["end_to_end-bare"],
+        "the same in a bare loop": ["end_to_end-bare"],
         "meta model": ["meta"],
         f"hybrids, modules 1 to {len(ours)}": ours.index,
     }
@@ -127,14 +129,9 @@ def speed(name: str) -> str:
         rows.append(
             {
                 "": title,
-                f"GFLOP {task_of(bench).a_sample}": ", ".join(
-                    rounded(value, 2) for value in those["step_flops"] / those["batch"] / 1e9
-                ),
+                f"GFLOP {sample}": ", ".join(rounded(v, 2 if v > 1 else 4) for v in those["step_flops"] / those["batch"] / 1e9),
                 "seconds a step": ", ".join(f"{value:#.3g}" for value in those["step_seconds"]),
-                **{
-                    f"{what} a second": ", ".join(rounded(v, 2 if v < 10 else 0) for v in values)
-                    for what, values in a_second(those).items()
-                },
+                **{of: ", ".join(rounded(v, 2 if v < 10 else 0) for v in those[of]) for of in speeds},
                 "peak memory of a step": ", ".join(rounded(value / 2**20, 0) for value in those["peak_memory_bytes"]) + " MiB",
             }
         )
@@ -143,7 +140,7 @@ def speed(name: str) -> str:
     time, flops = (rounded(float((share * twins[column]).sum()), 3) for column in ("ratio", "flops_ratio"))
     most = (twins["peak_memory_bytes"].to_numpy() / ours["peak_memory_bytes"].to_numpy()).max()
     together = f"the {NUMBERS[len(ours)]} together, released freezing against ours"
-    last = together, f"{flops} times", f"{time} times", *[""] * len(a_second(bench)), f"up to {rounded(most, 2)} times"
+    last = together, f"{flops} times", f"{time} times", *[""] * len(speeds), f"up to {rounded(most, 2)} times"
     return markdown([*rows, dict(zip(rows[0], last, strict=True))])
 
 
