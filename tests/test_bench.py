@@ -166,7 +166,8 @@ def test_the_command_measures_every_variant(tiny, tmp_path, monkeypatch, capsys)
     for row, end in zip(rows, ends):
         assert any(line.startswith(f"{row}  ") for line in output.splitlines()), row
         assert any(line.startswith(row + end) for line in output.splitlines()), row + end
-    assert "at most 1.03 is allowed" in output and "Right freezing: " in output and "In pieces: " in output
+    assert "at most 1.03 is allowed" in output and "Speed: end to end goes through " in output and "images a second" in output
+    assert "Right freezing: " in output and "In pieces: " in output
     table = pd.read_csv(tmp_path / "data" / "results" / "bench_t.csv")
     assert "Together: an update of all modules" in output and "hybrids together, one by one" in output
     pair = table.set_index("variant").loc[["incubate_together", "incubate_together-apart"], "step_flops"]
@@ -178,6 +179,16 @@ def test_the_command_measures_every_variant(tiny, tmp_path, monkeypatch, capsys)
     assert twins["against"].tolist() == ["incubate-0", "incubate-1"]
     assert (twins["flops_ratio"] > 1).tolist() == [True, False]
     assert table["date"].notna().all() and table["torch"].eq(torch.__version__).all()
+
+
+def test_what_is_gone_through_in_a_second_is_named_as_the_task_names_it(monkeypatch):
+    """Of Austen's text a token is a character; of tables from before, which name no task, samples are images."""
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: [{"variant": "end_to_end", "step_seconds": 0.5}])
+    table = pd.DataFrame(bench.bench(load_settings("austen"), batch=4, rounds=1))
+    found = {name: speed.unique().tolist() for name, speed in text.a_second(table).items()}
+    assert found == {"contexts": [8], "tokens": [512], "characters": [512]}
+    tables = [pd.read_csv(path) for path in records.results_folder().glob("bench_*.csv")]
+    assert [list(text.a_second(table)) for table in tables if "task" not in table] == 5 * [["images"]]
 
 
 def test_growth_has_every_size_and_a_finite_exponent(tmp_path, monkeypatch):

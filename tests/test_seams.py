@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from incubate_lib.cli import main
-from incubate_lib.config import TrainingSettings, load_settings
+from incubate_lib.config import MATSettings, SettingsError, TrainingSettings, load_settings
 from incubate_lib.config.members import PHASES
 from incubate_lib.data.order import Order
 from incubate_lib.data.sets import ImageSet
@@ -23,16 +23,18 @@ from incubate_lib.networks import register_all
 from incubate_lib.phases import bench
 from incubate_lib.phases.recipes import load_trained
 from incubate_lib.pipeline.strategies import open_phase, plan
+from incubate_lib.report.html import write_report
 from incubate_lib.report.live.representations import disagreements, similarity
-from incubate_lib.report.planner.bench import bench_table
+from incubate_lib.report.planner.bench import bench_table, ratios_in_words
 from incubate_lib.report.planner.forecast import forecast, open_plan, stated_speed
 from incubate_lib.report.planner.memory import step_memory_of
+from incubate_lib.report.planner.planner import phases_table
 from incubate_lib.report.style import style
 from incubate_lib.report.tables.comparison import comparison
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.words import phase_name
 from incubate_lib.tasks import Metric, Task, get
-from incubate_lib.training import stopwatch
+from incubate_lib.training import adaptive, stopwatch
 from incubate_lib.training.loop import evaluate
 from incubate_lib.training.trainer import Trainer
 
@@ -152,6 +154,32 @@ def test_a_task_whose_batch_is_no_pair_and_whose_output_is_a_row_a_token_goes_al
     assert flops["two_losses"] == flops["two_losses-bare"] == 2 * flops["end_to_end"]
     probed, task = whole.data()[0].some(torch.arange(6)), get("digit_bits")
     assert task.inputs(probed)[task.side_by_side(probed)].shape == (6, 1, 8, 8)
+
+
+def test_a_task_over_text_is_told_of_in_its_own_words(write, toys, tmp_path, capsys, monkeypatch):
+    (folder := tmp_path / "data" / "datasets" / "letters").mkdir(parents=True)
+    for i in range(20):
+        (folder / f"{i:02}.txt").write_text(f"dear {chr(97 + i)}, " + "it rains here. " * 9)
+    model = {"name": "text_causal", "context": 8, "embed_dim": 8, "depth": 4, "num_heads": 2}
+    file = write(task="copied_text", data={"source": "text", "folder": "letters"}, model=model, partition={"num_modules": 2},
+                 strategies={"dgl": {"match": "end_to_end"}}, run=["end_to_end", "dgl"])  # fmt: skip
+    made = plan(load_settings(file))
+    made.run()
+    assert all(node.summary()["score"] > 2 * node.summary()["start_score"] for node in made.finals.values())
+    page = write_report(from_plan(made), tmp_path / "report.html", made).read_text()
+    assert all(f" lines {words}" in page for words in ("to train on, ", "that no phase trains on"))
+    assert "lines at once" in phases_table(forecast(made, stated_speed()))
+    assert main(["check", file]) == 0 and " lines of 8 tokens, " in capsys.readouterr().out
+    monkeypatch.setattr(stopwatch, "PIECE_SECONDS", 1e-3)
+    monkeypatch.setattr(stopwatch, "MATMUL_SIZE", {"cpu": 64, "cuda": 64})
+    measured = pd.DataFrame(bench.bench(load_settings(file), batch=2, rounds=1))
+    assert {"lines/s", "tokens/s", "GFLOP/line"} <= {column.header for column in bench_table(measured).columns}
+    assert "In pieces: a line costs" in "\n".join(ratios_in_words(measured))
+    monkeypatch.setattr(adaptive, "free_memory", lambda device: 1000)
+    node, mat = made.nodes[0], MATSettings(units="sublayers", probe=4)
+    model = load_trained(node.settings, node.folder, node.facts.outputs)
+    with pytest.raises(SettingsError, match=r"kernels of so many lines need .*, and so do those of two lines"):
+        Trainer(model, node.data()[0], TrainingSettings(epochs=1), seed=0, mat=mat, task=get("copied_text"))
 
 
 def test_a_task_with_several_outputs_is_trained_end_to_end(write, toys):

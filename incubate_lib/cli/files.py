@@ -33,15 +33,15 @@ def check(options: argparse.Namespace) -> int:
     links = links_out(place) if settings.data.source not in config.MADE and place.is_dir() else []
     how = {"shape": model_shape(settings.model), "machine": settings.machine}
     one_by_one = settings.data.model_copy(update={"in_memory": False, "skip_broken": True})  # so that all are opened
-    parts, bad = load_data(one_by_one, **how), 0
+    parts, task, bad = load_data(one_by_one, **how), TASKS[settings.task], 0
     for what, part in zip(("train", settings.data.eval_split), parts, strict=True):
         opened, broken, turned = part.check() if isinstance(part, StreamedSet) else (len(part), {}, 0)
         read = f"{opened - len(broken)} can be read, {len(broken)} cannot"
-        counted = f"{len(part)} images in {part.num_classes} classes; {read}"
-        if settings.data.source in config.TEXTS:
-            counted = f"{len(part)} contexts of {part.context} tokens, {part.num_classes} different ones"
+        counted = f"{len(part)} {task.samples} in {part.num_classes} classes; {read}"
+        if settings.data.is_text:
+            counted = f"{len(part)} {task.samples} of {part.context} tokens, {part.num_classes} different ones"
         print(f"{what}: {counted}")
-        if what == "train" and (unused := TASKS[settings.task].unlearned(part)):
+        if what == "train" and (unused := task.unlearned(part)):
             print(f"  {unused_in_words(unused, part.num_classes)}")
         if turned:
             print(f"  {turned} have a camera's orientation tag (EXIF), which is not followed: they are used as they are stored")
@@ -100,7 +100,7 @@ def export(options: argparse.Namespace) -> None:
     from incubate_lib.report.export import export
 
     name = export(settings, options.folder, strategy=options.strategy, seed=options.seed, log=print)
-    is_text, folder = settings.data.source in config.TEXTS, options.folder
+    is_text, folder = settings.data.is_text, options.folder
     how = f"transformers' from_pretrained({folder!r})" if is_text else f"timm.create_model('local-dir:{folder}', pretrained=True)"
     print(f"wrote strategy {name}, seed {options.seed}: {how}")
     if not is_text:

@@ -23,7 +23,6 @@ from incubate_lib.config.recipes import TrainingSettings as TrainingSettings
 from incubate_lib.config.sections import LARGEST_SEED as LARGEST_SEED
 from incubate_lib.config.sections import MADE as MADE
 from incubate_lib.config.sections import SCENES as SCENES
-from incubate_lib.config.sections import TEXTS as TEXTS
 from incubate_lib.config.sections import DataSettings as DataSettings
 from incubate_lib.config.sections import Frozen as Frozen
 from incubate_lib.config.sections import MachineSettings as MachineSettings

@@ -16,7 +16,6 @@ from incubate_lib.config.phase import FORMAT, TASK, as_ever, digest
 from incubate_lib.config.recipes import TrainingSettings, expanded
 from incubate_lib.config.sections import (
     ARRAYS,
-    TEXTS,
     DataSettings,
     Frozen,
     MachineSettings,
@@ -85,7 +84,7 @@ class Settings(Frozen):
             for phase in strategy.trains:
                 self.check_fits(self.training_of(name, phase), f"phase {phase} of strategy {name}")
                 adaptive = self.mat_of(name, phase)  # raises where changes do not fit
-                last = adaptive and adaptive.outputs == "last" and source not in TEXTS
+                last = adaptive and adaptive.outputs == "last" and not self.data.is_text
                 refuse(last, f"mat.outputs 'last' in strategy {name}: data.source {source!r} has no last token; use sum or all")
         return self
 
@@ -106,7 +105,7 @@ class Settings(Frozen):
     def check_fits(self, training: TrainingSettings, where: str) -> None:
         """Raise SettingsError when a recipe asks for what these images or this many devices cannot give."""
         streamed, machine = self.data.is_streamed, self.machine
-        source, is_text = f"(data.source {self.data.source!r})", self.data.source in TEXTS
+        source, is_text = f"(data.source {self.data.source!r})", self.data.is_text
         images = f"{'text' if is_text else 'images that are ' + ('streamed' if streamed else 'held in memory')} {source}"
         of_images = ["hflip", "mixup", "cutmix", "shift"] if is_text else []
         for field in ["shift"] if streamed else [*of_images, "randaugment", "color_jitter", "erase"]:

@@ -137,6 +137,11 @@ class DataSettings(Frozen):
         return {field for fields, belong in SPECIAL.items() if not belong(self.source) for field in fields}
 
     @property
+    def is_text(self) -> bool:
+        """Whether samples are contexts of tokens instead of images."""
+        return self.source in TEXTS
+
+    @property
     def is_streamed(self) -> bool:
         """Whether worker processes read the images as they are needed, instead of once."""
         return self.source not in WHOLE and not self.in_memory

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from incubate_lib.config import DEFAULT_MACHINE, TEXTS, DataSettings, MachineSettings, SettingsError, check_numbers
+from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, check_numbers
 from incubate_lib.data.folders import Source, place_of
 from incubate_lib.data.sets import load_data, splits, unused_classes, unused_in_words
 from incubate_lib.data.sources import open_source
@@ -29,7 +29,12 @@ class Images:
     sentence: str  # a sentence: the numbers, and how they are known
     assumed: bool = False  # because there is no folder to count
     mask_share: float | None = None
-    is_text: bool = False
+    tokens: int | None = None  # of a context of text
+    characters: float | None = None  # for which these stand, on average; where the text was read
+
+    @property
+    def is_text(self) -> bool:
+        return self.tokens is not None
 
 
 def count_images(
@@ -48,7 +53,7 @@ def count_images(
     the network's `shape`.
     """
     check_numbers({"images": images, "classes": classes})
-    if settings.source in TEXTS:
+    if settings.is_text:
         return _count_contexts(settings, machine, images, classes, shape)
     share = "" if settings.train_share == 1 else f" Of these images a share of {settings.train_share:g} (data.train_share)."
     if images and classes:
@@ -65,11 +70,11 @@ def count_images(
 def _count_contexts(
     settings: DataSettings, machine: MachineSettings, images: int | None, classes: int | None, shape: tuple[int, ...]
 ) -> Images:
-    place, words = place_of(settings, machine), f"counted in {settings.source}"
+    place, words, characters = place_of(settings, machine), f"counted in {settings.source}", None
     if not (images and classes):
         try:
             train = load_data(settings.model_copy(update={"train_share": 1.0}), shape=shape, machine=machine)[0]
-            images, classes = images or len(train), classes or train.num_classes
+            images, classes, characters = images or len(train), classes or train.num_classes, train.characters
         except SettingsError as error:
             if settings.source != "wikitext" or place.exists():
                 raise
@@ -78,7 +83,8 @@ def _count_contexts(
             words = f"those of WikiText, because {error}; --images and --classes say others"
     sentence = f"{images:,} contexts of {shape[0]} tokens to train on, {classes:,} different tokens, {words}"
     is_assumed = words.startswith("those")
-    return Images(images, classes, f"ASSUMED: {sentence}" if is_assumed else sentence, is_assumed, settings.mask_share, True)
+    told = f"ASSUMED: {sentence}" if is_assumed else sentence
+    return Images(images, classes, told, is_assumed, settings.mask_share, shape[0], characters)
 
 
 def _in_words(images: int, classes: int) -> str:

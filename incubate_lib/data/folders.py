@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from incubate_lib.config import DEFAULT_MACHINE, MOST_CLASSES, TEXTS, DataSettings, MachineSettings, SettingsError, data_folder
+from incubate_lib.config import DEFAULT_MACHINE, MOST_CLASSES, DataSettings, MachineSettings, SettingsError, data_folder
 from incubate_lib.data.decode import Files, Names
 
 # By operating systems and tools; what begins with a dot is left behind, too.
@@ -40,7 +40,7 @@ def folder_of(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHINE
         message = "is not there" if not folder.exists() else "is not a folder"
         beside = "" if machine.data_folder else " or beside the settings file"
         where = f"a relative name begins in {data_folder() / 'datasets'}{beside}"
-        kind = "text" if settings.source in TEXTS else "images"
+        kind = "text" if settings.is_text else "images"
         hint = f"it must hold the {kind} of data.source {settings.source!r}; {where}"
         raise SettingsError(f"data.folder {folder} {message}; {hint}")
     return folder

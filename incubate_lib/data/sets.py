@@ -5,7 +5,7 @@ Python call per image; large ones are `stream.StreamedSet`. Here both are made o
 Letters: B batch, C channels, H and W pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from incubate_lib.config import DEFAULT_MACHINE, SCENES, TEXTS, DataSettings, MachineSettings, SettingsError, TrainingSettings
+from incubate_lib.config import DEFAULT_MACHINE, SCENES, DataSettings, MachineSettings, SettingsError, TrainingSettings
 from incubate_lib.data.folders import Source
 from incubate_lib.data.order import EVAL_BATCH, Order
 from incubate_lib.data.sources import open_source
 from incubate_lib.data.stream import StreamedSet
+from incubate_lib.data.text import contexts
 from incubate_lib.data.text.contexts import TextSet, load_texts
 
 Shape = tuple[int, int, int]  # C, H, W
@@ -88,7 +89,7 @@ def load_data(
     SettingsError for anything that is wrong with folder, classes, images, texts or the sizes of splits.
     """
     device = torch.device(device)
-    if settings.source in TEXTS:
+    if settings.is_text:
         return load_texts(settings, device, shape, machine)
     if shape is not None and len(shape) != 3:
         raise SettingsError(f"data.source {settings.source!r} holds images, but the network takes text (model.name)")
@@ -119,6 +120,23 @@ def load_data(
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (mean, std))
     x, y, eval_x, eval_y = (torch.from_numpy(v).to(device) for v in (x, y, eval_x, eval_y))
     return ImageSet(x, y, mean, std, classes), ImageSet(eval_x, eval_y, mean, std, classes)
+
+
+def invented(
+    settings: DataSettings,
+    number: int,
+    shape: Shape | tuple[int],
+    outputs: int,
+    device: torch.device,
+    asked: Callable[..., Tensor],
+) -> ImageSet | TextSet:
+    """Return so many random samples like those of a source, to measure how long an update takes; of images `asked`, given them
+    and `outputs`, returns the labels."""
+    if settings.is_text:
+        return contexts.invented(number, shape[0], outputs, settings.mask_share, device)
+    images = torch.randint(256, (number, *shape), dtype=torch.uint8, device=device)
+    half = torch.full((shape[0], 1, 1), 0.5, device=device)
+    return ImageSet(images, asked(images, outputs), half, half, outputs)
 
 
 def unused_classes(labels: np.ndarray | Tensor, count: int) -> list[int]:

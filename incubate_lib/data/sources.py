@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from timm.data import create_dataset
 from torchvision.datasets import FashionMNIST
 
-from incubate_lib.config import DEFAULT_MACHINE, SCENES, TEXTS, DataSettings, MachineSettings, SettingsError, data_folder, refuse
+from incubate_lib.config import DEFAULT_MACHINE, SCENES, DataSettings, MachineSettings, SettingsError, data_folder, refuse
 from incubate_lib.data.decode import Files, Names, Rows, open_regular
 from incubate_lib.data.folders import Source, folder_of, image_folder, numbered
 from incubate_lib.data.shards import wds
@@ -33,7 +33,7 @@ def open_source(settings: DataSettings, machine: MachineSettings = DEFAULT_MACHI
     are not what they must be.
     """
     kind = settings.source.split("/")[0]
-    if kind in TEXTS:
+    if settings.is_text:
         return Source(np.zeros(1, dtype=np.int64), []), None  # no classes; `text.contexts` reads it
     what = f"data.source {settings.source!r}: the"
     if machine.data_folder:

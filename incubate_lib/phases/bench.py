@@ -10,6 +10,7 @@ import copy
 import itertools
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 from incubate_lib.config import (
     DEFAULT_MACHINE,
-    TEXTS,
     MachineSettings,
     ModelSettings,
     PhaseSettings,
@@ -29,10 +29,9 @@ from incubate_lib.config import (
 )
 from incubate_lib.config.members import PHASES, TASKS
 from incubate_lib.config.peaks import peak_flops
-from incubate_lib.data.counts import IMAGENET, Images, count_images
+from incubate_lib.data.counts import IMAGENET, count_images
 from incubate_lib.data.schedule import micro_batches
-from incubate_lib.data.sets import ImageSet
-from incubate_lib.data.text.contexts import invented
+from incubate_lib.data.sets import invented
 from incubate_lib.method.incubation import Hybrid
 from incubate_lib.method.together import Together
 from incubate_lib.phases.facts import outputs_for
@@ -65,13 +64,7 @@ class Bench:
         self.shape = model_shape(settings.model)
         self.target_depths, self.meta_depths = depths_of(settings)
         self.recipe = TrainingSettings(epochs=1e6, batch_size=batch, lr=LR, warmup_epochs=0.0, label_smoothing=0.0)
-        if settings.data.source in TEXTS:
-            self.data = invented(batch, self.shape[0], outputs, settings.data.mask_share, device)
-        else:
-            images = torch.randint(256, (batch, *self.shape), dtype=torch.uint8, device=device)
-            labels = self.task.invented(images, outputs)
-            half = torch.full((self.shape[0], 1, 1), 0.5, device=device)
-            self.data = ImageSet(images, labels, half, half, outputs)
+        self.data = invented(settings.data, batch, self.shape, outputs, device, self.task.invented)
         self.counted = networks_of(settings, (self.target_depths, self.meta_depths), outputs)
 
     def options(self, phase: str, index: int | None = None) -> dict[str, Any]:
@@ -199,16 +192,15 @@ def bench(
     check_numbers({"--batch": batch, "--rounds": rounds, "--classes": classes})
     device = pick_device()
     repeat_exactly(device)
-    text = {"is_text": settings.data.source in TEXTS, "mask_share": settings.data.mask_share}
-    known = Images(1, classes or IMAGENET[2], "", **text)
-    if classes is None:
-        try:
-            known = count_images(settings.data, settings.machine, shape=model_shape(settings.model))
-            assumed = known.sentence if known.assumed else ""
-        except SettingsError as error:  # images that cannot be trained on are no reason not to measure
-            assumed = f"ASSUMED: {IMAGENET[2]:,} classes, those of ImageNet-1K, because {error}; --classes says another number."
-        if assumed:
-            log(assumed)
+    count = partial(count_images, settings.data, settings.machine, shape=model_shape(settings.model))
+    try:
+        known = count(images=classes and 1, classes=classes)
+        assumed = known.sentence if known.assumed else ""
+    except SettingsError as error:  # images that cannot be trained on are no reason not to measure
+        known = count(images=1, classes=IMAGENET[2])
+        assumed = f"ASSUMED: {IMAGENET[2]:,} classes, those of ImageNet-1K, because {error}; --classes says another number."
+    if assumed:
+        log(assumed)
     outputs = outputs_for(settings, known)
     if batch is None:
         fits = GPU_BATCH
@@ -236,7 +228,8 @@ def bench(
             measured = measure(pair(phase, index), rounds=rounds, device=device, matmul=matmul)
             log("  " + ", ".join(f"{row['variant']} {1e3 * row['step_seconds']:,.1f} ms" for row in measured))  # if it is cut off
             rows += measured
-    return [about(settings, device) | {"batch": batch} | row for row in rows]
+    each = {"task": settings.task, "batch": batch, "tokens": known.tokens, "characters": known.characters}  # of a sample
+    return [about(settings, device) | each | row for row in rows]
 
 
 def growth(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from incubate_lib.config import Frozen, MachineSettings, PhaseSettings, SettingsError, data_folder, error_message
-from incubate_lib.config.members import PHASES
+from incubate_lib.config.members import PHASES, TASKS
 from incubate_lib.phases.facts import Facts
 from incubate_lib.training.files import read_json, write_atomic
 from incubate_lib.training.runs import PhaseFolder
@@ -83,7 +83,7 @@ class Job(Frozen):
         done = self.folder.finished(self.digest, self.used())
         images = done and done.get("train_images", self.facts.num_images)
         if done and images != self.facts.num_images:
-            what = f"was trained on {images} images, but there are {self.facts.num_images} now"
+            what = f"was trained on {images} {TASKS[self.settings.task].samples}, but there are {self.facts.num_images} now"
             raise SettingsError(f"{self.title} ({self.folder.path}) {what}; give data.folder another name, or delete that folder")
         return done
 

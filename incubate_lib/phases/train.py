@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from incubate_lib.config import SettingsError
+from incubate_lib.config import SettingsError, TrainingSettings
 from incubate_lib.config.members import PHASES, TASKS
 from incubate_lib.data.schedule import derive_seed, micro_batches, renewal
 from incubate_lib.data.scratch import stage
@@ -40,8 +40,8 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
     found, expected = (len(train), outputs_for(s, train)), (job.facts.num_images, job.facts.outputs)
     if found != expected:
         raise SettingsError(
-            f"there are {found[0]} training images for {found[1]} outputs, but {expected[0]} for {expected[1]} when this run was "
-            "planned; look at data.folder (machine.data_folder): other images need a folder of another name"
+            f"there are {found[0]} training {task.samples} for {found[1]} outputs, but {expected[0]} for {expected[1]} when this "
+            f"run was planned; look at data.folder (machine.data_folder): other {task.samples} need a folder of another name"
         )
     if s.data.is_streamed:
         recipe = renewal(len(train)) if s.options.get("renew") else s.training
@@ -81,7 +81,7 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
             groups=kind.groups(model),
         )
         stop = _stop_asked(job.stop_files)
-        with explain_out_of_memory(_too_many(s.training.batch_size, s.training.micro_batch, team)):
+        with explain_out_of_memory(_too_many(task.samples, s.training, team)):
             kept, numbers = fit(trainer, eval_set, folder=home, title=job.title, should_stop=stop, evaluated=kind.evaluated)
         for module, group in zip(numbers.get("modules", ()), trainer.groups, strict=False):
             module["parameters"] = sum(parameter.numel() for parameter in group)
@@ -104,14 +104,14 @@ def train_phase(job: Job, team: Team) -> dict[str, Any] | None:
     return home.finish(identity | about | numbers | {"provenance": where}, kind.results(kept))
 
 
-def _too_many(batch_size: int, micro_batch: int | None, team: Team) -> str:
-    """Say that so many images at once need more memory than a device has, and how many to try."""
-    images = micro_batches(batch_size, micro_batch, team.devices)[1]
-    less = next((n for n in range(images // 2, 0, -1) if images % n == 0), None)
+def _too_many(samples: str, recipe: TrainingSettings, team: Team) -> str:
+    """Say that so many samples at once need more memory than a device has, and how many to try."""
+    many = micro_batches(recipe.batch_size, recipe.micro_batch, team.devices)[1]
+    less = next((n for n in range(many // 2, 0, -1) if many % n == 0), None)
     fewer = f"try training.micro_batch={less}" if less else "no fewer can be had"
     return (
-        f"{images} images at once need more than the {device_memory(team.device) / 2**30:.1f} GiB of {device_name(team.device)}; "
-        f"{fewer} (`incubate plan` counts what each phase needs)"
+        f"{many} {samples} at once need more than the {device_memory(team.device) / 2**30:.1f} GiB of {device_name(team.device)}"
+        f"; {fewer} (`incubate plan` counts what each phase needs)"
     )
 
 

@@ -23,7 +23,7 @@ from incubate_lib.config import (
     load_settings,
     refuse,
 )
-from incubate_lib.config.members import PHASES, STRATEGIES
+from incubate_lib.config.members import PHASES, STRATEGIES, TASKS
 from incubate_lib.config.strategies import KNOWN, StrategySettings
 from incubate_lib.data.schedule import steps_per_epoch
 from incubate_lib.phases.facts import SEED, Facts, usual_units, weights_of
@@ -262,7 +262,7 @@ class Builder:
         units = mat.units or usual_units(found)
         kinds = ", ".join(f"{kind} ({count})" for kind, count in found.items())
         has, reason = kinds or "no units that are known here", self.facts.unsupported_units.get(units)
-        strategy, images = f"strategy {self.name}", self.facts.num_images
+        strategy, few = f"strategy {self.name}", self._only()
         kind = f"mat.units is {units!r} in {strategy}"
         lasts = f"phase {phase.group} of {strategy} lasts {training.epochs:g} epochs: nothing would ever rest"
         is_short = mat.warmup_epochs >= training.epochs
@@ -279,7 +279,7 @@ class Builder:
             f"mat.warmup_epochs is {mat.warmup_epochs:g}, but {lasts}": is_short,
             f"{control}, but machine.devices × {compiled}": mat.slow_every and wrapped,
             f"mat.slow_every of {strategy} is made for AdamW's moments, but its optimizer is sgd": mat.slow_every and is_sgd,
-            f"mat.probe is {mat.probe}, but there are only {images} training images": mat.probe > images,
+            f"mat.probe is {mat.probe}, {few}": mat.probe > self.facts.num_images,
         }
         for problem, is_there in problems.items():
             if is_there:
@@ -290,7 +290,8 @@ class Builder:
             raise SettingsError(f"mat of {strategy}: {error_message(error)}") from None
 
     def check_batch(self, phase: str, training: TrainingSettings) -> None:
-        size, images = training.batch_size, self.facts.num_images
-        if size > images:
-            what = f"training.batch_size is {size} in phase {phase}"
-            raise SettingsError(f"{what}, but there are only {images} training images")
+        what = f"training.batch_size is {training.batch_size} in phase {phase}"
+        refuse(training.batch_size > self.facts.num_images, f"{what}, {self._only()}")
+
+    def _only(self) -> str:
+        return f"but there are only {self.facts.num_images} training {TASKS[self.settings.task].samples}"

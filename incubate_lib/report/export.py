@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from incubate_lib import tasks
-from incubate_lib.config import TEXTS, Settings, SettingsError, refuse
+from incubate_lib.config import Settings, SettingsError, refuse
 from incubate_lib.pipeline.graph import Node
 from incubate_lib.pipeline.recorded import run_of
 from incubate_lib.report.tables.hardware import mixed_text, mixes
@@ -69,7 +69,7 @@ def export(
     log(f"taken: {taken}, {why}")
     facts, data = taken.node.facts, settings.data
     whole = load_trained(taken.node.settings, taken.node.folder, facts.outputs)
-    if data.source in TEXTS:
+    if data.is_text:
         own = f"model.name {settings.model.name!r} is a network of this package; its weights lie in {taken.node.folder.path}"
         refuse(not hasattr(whole, "save_pretrained"), own)
         whole.save_pretrained(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from incubate_lib.config import TEXTS, SettingsError
+from incubate_lib.config import SettingsError
 from incubate_lib.config.members import TASKS
 from incubate_lib.pipeline.graph import Plan
 from incubate_lib.pipeline.recorded import of_ends
@@ -124,7 +124,7 @@ def _samples(run: Plan) -> Figure | None:
 
     try:
         train, _ = next(iter(run.finals.values())).data()
-        if run.experiment.settings.data.source in TEXTS:
+        if run.experiment.settings.data.is_text:
             return plots.image_rows({"": train.preview(SHOWN).numpy()}, SHOWN)
         x, _ = train.some(torch.linspace(0, len(train) - 1, SHOWN).long())  # of all classes, where they follow one another
     except SettingsError:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from incubate_lib.config import TEXTS, SettingsError, TrainingSettings, refuse
+from incubate_lib.config import SettingsError, TrainingSettings, refuse
 from incubate_lib.config.members import TASKS
 from incubate_lib.config.strategies import StrategySettings
 from incubate_lib.data.schedule import micro_batches
@@ -52,8 +52,11 @@ def build(made: Any) -> Any:
     if modules < 2:
         raise SettingsError(f"strategies.{made.name} needs at least 2 modules, but partition has {modules}")
     if name not in facts.flops_per_image:
-        is_text = made.settings.data.source in TEXTS
-        what = "a text is no image" if is_text else "what its modules hand on is neither a map nor tokens of a square"
+        what = (
+            "a text is no image"
+            if made.settings.data.is_text
+            else "what its modules hand on is neither a map nor tokens of a square"
+        )
         raise SettingsError(f"strategies.{made.name} is not possible with model.name {made.settings.model.name!r}: {what}")
     _check_task(made)
     training = made.training("local_learning")
@@ -70,7 +73,7 @@ def _check_task(made: Any) -> None:
     import torch
 
     task, outputs = made.settings.task, made.facts.outputs
-    row = (2, 1, outputs) if made.settings.data.source in TEXTS else (2, outputs)
+    row = (2, 1, outputs) if made.settings.data.is_text else (2, outputs)
     try:
         TASKS[task].check_output(torch.empty(row), 2, outputs)
     except ValueError as error:

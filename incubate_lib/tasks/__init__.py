@@ -183,7 +183,8 @@ class Task:
         return []
 
     def invented(self, inputs: "Tensor", outputs: int) -> "Tensor":
-        """Return what could belong to invented inputs [N, …], to measure how long an update takes: by default classes [N]."""
+        """Return what could belong to invented images [N, C, H, W], to measure how long an update takes: by default classes [N].
+        Invented text is asked for as any text is."""
         import torch
 
         return torch.randint(outputs, (len(inputs),), device=inputs.device)

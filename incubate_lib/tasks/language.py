@@ -44,11 +44,6 @@ class Language(Task):
         if len(found) != 3 or (found[0], found[2]) != (samples, outputs):
             raise ValueError(f"gives {found} for {samples} contexts; the task needs {outputs} logits for each of their tokens")
 
-    def invented(self, inputs: Any, outputs: int) -> Any:
-        import torch
-
-        return torch.randint(outputs, inputs.shape, device=inputs.device)
-
     def chance(self, outputs: int) -> float:
         return math.log2(outputs)  # of characters
 

@@ -57,7 +57,7 @@ class Adaptive:
             self.updates = PartialUpdates(model, self.units, self.images[:1], cut=settings.cut, stop_error=settings.stop_error)
         except ValueError as error:
             raise SettingsError(f"mat.units {settings.units!r}: {error}") from None
-        check_probe(model, self.units, self.images, settings)
+        check_probe(model, self.units, self.images, settings, task.samples)
         self.active = torch.ones(len(self.units), dtype=torch.bool)
         self.history: list[list[float]] = []  # principal eigenvalues [E][U]
         self.flops_of: dict[tuple[bool, ...], int] = {tuple(self.active.tolist()): flops_per_image}
@@ -160,8 +160,8 @@ class Adaptive:
         self.history, self.active = state["history"], torch.tensor(state["active"], dtype=torch.bool)
 
 
-def check_probe(model: nn.Module, units: Sequence[Unit], images: Tensor, settings: MATSettings) -> None:
-    """Raise SettingsError when a probe needs more memory than is free, and say how many images would do."""
+def check_probe(model: nn.Module, units: Sequence[Unit], images: Tensor, settings: MATSettings, samples: str) -> None:
+    """Raise SettingsError when a probe needs more memory than is free, and say how many `samples` would do."""
     free = free_memory(images.device)
     rows = outputs_of(model, images) if settings.outputs == "all" else 1  # of the kernels, an image
     per_image = rows * probe_bytes(model, units, tuple(images.shape[1:]))
@@ -169,11 +169,11 @@ def check_probe(model: nn.Module, units: Sequence[Unit], images: Tensor, setting
     while most and most * per_image + len(units) * (most * rows) ** 2 * 4 > MEMORY_SHARE * free:
         most -= 1
     if most < len(images):
-        message = (
-            f"mat.probe is {len(images)}; with mat.units {settings.units} and mat.outputs {settings.outputs} the kernels of so "
-        )
-        message += f"many images need more memory than is free ({free / 2**30:.1f} GiB)"
-        raise SettingsError(f"{message}; it may be {most} at most" if most > 1 else f"{message}, and so do those of two images")
+        how = f"mat.units {settings.units} and mat.outputs {settings.outputs}"
+        message = f"mat.probe is {len(images)}; with {how} the kernels of so many {samples} need more memory than is free "
+        message += f"({free / 2**30:.1f} GiB)"
+        rest = f"; it may be {most} at most" if most > 1 else f", and so do those of two {samples}"
+        raise SettingsError(message + rest)
 
 
 def free_memory(device: torch.device) -> int:

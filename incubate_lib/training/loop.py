@@ -24,7 +24,7 @@ from incubate_lib.training.runs import MNTK, STATUS_SECONDS, PhaseFolder, Stoppe
 from incubate_lib.training.team import ALONE, Team, device_name
 from incubate_lib.training.trainer import Counts, DataSet, Trainer, autocast, seed_everything
 
-DATA_SHARE_WARNED = 0.1  # of training time spent waiting for images
+DATA_SHARE_WARNED = 0.1  # of training time spent waiting for samples
 SAVING_SHARE = 0.05  # checkpoints are spaced so that saving takes at most this share of the time
 
 
@@ -323,8 +323,8 @@ def fit(
     data_share = (counts.wait_seconds - counts.startup_wait) / steady if steady > 0 else 0.0
     broken = team.gather(sorted(getattr(train, "broken", ())))
     if data_share > DATA_SHARE_WARNED and team.is_first and isinstance(train, StreamedSet):  # of others nothing would help
-        print(f"{title}: {data_share:.0%} of the training time was spent waiting for images; more machine.workers, a faster "
-              "disk or data.in_memory would help", flush=True)  # fmt: skip
+        print(f"{title}: {data_share:.0%} of the training time was spent waiting for {trainer.task.samples}; more "
+              "machine.workers, a faster disk or data.in_memory would help", flush=True)  # fmt: skip
     numbers: dict[str, Any] = {name: mean(name, steps) for name in ("score", "loss", "train_loss")}
     numbers["start_score"] = mean("score", rows[0]["step"])
     if "module_index" in rows[-1]:

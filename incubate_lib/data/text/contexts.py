@@ -48,6 +48,11 @@ class TextSet:
         return len(self.vocabulary.names)
 
     @property
+    def characters(self) -> float:
+        """For how many characters a context stands, on average."""
+        return self.context * self.lengths.double().mean().item()
+
+    @property
     def mean(self) -> Tensor:
         return torch.zeros(())  # nothing is normalised
 

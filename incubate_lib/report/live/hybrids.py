@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from torch import nn
 
 from incubate_lib.config import Settings, SettingsError
-from incubate_lib.config.members import PHASES
+from incubate_lib.config.members import PHASES, TASKS
 from incubate_lib.data.schedule import micro_batches
 from incubate_lib.method.network import has_layer
 from incubate_lib.phases.recipes import networks_of
@@ -23,6 +23,7 @@ from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.style import PAPER, Figure, filling, trained_and_frozen
 from incubate_lib.report.widgets import or_sentence, with_picture, with_twin
 from incubate_lib.report.words import LOOKS, label
+from incubate_lib.tasks import Task
 from incubate_lib.training.memory import StepMemory, memory_by_part
 
 KINDS = LOOKS["memory"]
@@ -123,7 +124,7 @@ class Hybrids:
         figure = Figure(figsize=(11, 2.3 + 1.25 * len(rows)), layout="constrained")
         figure.suptitle(label(self.strategy), fontsize=11)
         for axis, bars in zip(figure.subplots(2, 1), (_flop_bars, _memory_bars), strict=True):
-            bars(axis, rows)
+            bars(axis, rows, TASKS[self.nodes[0].settings.task])
             axis.set_yticks(range(len(rows)), [row.title for row in rows], fontsize=10)
             axis.set_ylim(len(rows) - 0.45, -0.55)
             axis.spines[["top", "right", "left"]].set_visible(False)
@@ -156,7 +157,7 @@ def hybrid_viewer(given: Settings | Plan, strategy: str) -> Any:
 # -- drawing: a bar a network, the last of which is the whole one -------------------------------------------------------------
 
 
-def _flop_bars(axis: Axes, rows: Sequence[Costs]) -> None:
+def _flop_bars(axis: Axes, rows: Sequence[Costs], task: Task) -> None:
     unit, factor = ("GFLOP", 1e9) if rows[-1].flops >= 1e9 else ("MFLOP", 1e6)
     widest = max(row.flops for row in rows) / factor
     for y, row in enumerate(rows):
@@ -173,10 +174,10 @@ def _flop_bars(axis: Axes, rows: Sequence[Costs]) -> None:
             left += width
         share = "" if row is rows[-1] else f" ({row.flops / rows[-1].flops:.0%})"
         axis.text(left + 0.01 * widest, y, f"{row.flops / factor:.3g}{share}", va="center", fontsize=10)
-    _explain(axis, f"{unit} of one image, forward and backward", widest, trained_and_frozen())
+    _explain(axis, f"{unit} of one {task.sample}, forward and backward", widest, trained_and_frozen())
 
 
-def _memory_bars(axis: Axes, rows: Sequence[Costs]) -> None:
+def _memory_bars(axis: Axes, rows: Sequence[Costs], task: Task) -> None:
     largest = max(sum(sum(part.bytes(row.images).values()) for part in row.parts) for row in rows)
     unit, factor = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
     widest = largest / factor
@@ -196,7 +197,7 @@ def _memory_bars(axis: Axes, rows: Sequence[Costs]) -> None:
             axis.text((begin + left) / 2, y - 0.38, name, ha="center", va="bottom", fontsize=9)
         words = f"{left:.3g}\n(peak {row.peak / factor:.3g})"
         axis.text(left + 0.01 * widest, y, words, va="center", fontsize=9)
-    words = f"{unit} of a training step, {rows[0].images} images at once"
+    words = f"{unit} of a training step, {rows[0].images} {task.samples} at once"
     words += "; the peak is below the sum: gradients come as activations go"
     _explain(axis, words, widest, [Patch(edgecolor="black", **look) for look in KINDS.values()])
 

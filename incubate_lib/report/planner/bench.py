@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
+from incubate_lib import tasks
 from incubate_lib.config.members import PHASES
 from incubate_lib.report.style import Figure, style
 from incubate_lib.report.words import flop_unit
+from incubate_lib.tasks import Task
 
 LOOP_LIMIT = 1.03  # what our loop may cost end to end, against a bare one
 BUSY = 1.3  # slowest round against fastest
@@ -23,6 +25,18 @@ def label(variant: str) -> str:
     """Return a variant's name for people, modules counted from one."""
     name, number, end = re.fullmatch(r"(\w+)(?:-(\d+))?(?:-([a-z]+))?", variant).groups()
     return PHASES[name].counted_as + (f", module {int(number) + 1}" if number else "") + ENDS[end]
+
+
+def task_of(table: pd.DataFrame) -> Task:
+    """Return what the networks of a table learn; tables from before other tasks do not say it."""
+    return tasks.get(table["task"].iloc[0]) if "task" in table else tasks.get()
+
+
+def a_second(table: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return what steps go through in a second: samples, by what their task calls them, and of text tokens and characters."""
+    parts = {name: table[name] for name in ("tokens", "characters") if name in table and table[name].notna().all()}
+    speed = table["batch"] / table["step_seconds"]
+    return {task_of(table).samples: speed} | {name: speed * each for name, each in parts.items()}
 
 
 def machine_line(table: pd.DataFrame) -> str:
@@ -49,8 +63,8 @@ def bench_table(table: pd.DataFrame) -> Table:
     beside = table["against"].map({name: ends.get(str(name).rpartition("-")[2], "ours") for name in table["against"]})
     cells = {
         "": table["variant"].map(label),
-        "images/s": (table["batch"] / table["step_seconds"]).map("{:,.1f}".format),
-        "GFLOP/image": (table["step_flops"] / table["batch"] / 1e9).map("{:,.5g}".format),
+        **{f"{name}/s": speed.map("{:,.1f}".format) for name, speed in a_second(table).items() if name != "characters"},
+        f"GFLOP/{task_of(table).sample}": (table["step_flops"] / table["batch"] / 1e9).map("{:,.5g}".format),
         **_shared(table),
         "time": (table["ratio"].map("{:.3f} × ".format) + beside).where(table["ratio"].notna(), ""),
     }
@@ -125,13 +139,15 @@ def ratios_in_words(table: pd.DataFrame) -> list[str]:
         f"(FLOPs {part['step_flops'] / whole['step_flops']:.3f})"
         for name, part in parts.items()
     ]
+    speed = ", ".join(f"{each['end_to_end']:,.1f} {name}" for name, each in a_second(rows).items())
     return [
+        f"Speed: end to end goes through {speed} a second, at {whole['flops_per_second'] / 1e9:,.4g} GFLOP/s.",
         f"Our loop: end to end takes {_span(whole)} times as long as a bare loop over the same network, the meta model "
         f"{_span(meta)} times; end to end at most {LOOP_LIMIT} is allowed: {verdict}.",
         f"Right freezing: with the released code's freezing all {len(ours)} hybrids together take {seconds:.3f} times as long as "
         f"ours (FLOPs {flops:.3f}){memory}; {modules}.",
-        f"In pieces: an image costs, against end to end, {'; '.join(costs)}. Time above FLOPs means that small pieces use this "
-        "machine less well.",
+        f"In pieces: {task_of(table).a_sample} costs, against end to end, {'; '.join(costs)}. Time above FLOPs means that small "
+        "pieces use this machine less well.",
         *(
             f"Together: an update of all modules in one phase takes {_span(row)} times as long as one by one, reading and "
             f"augmenting apart (FLOPs {row['flops_ratio']:.3f})."

@@ -15,7 +15,7 @@ import pandas as pd
 
 from incubate_lib.config import Settings, SettingsError, check_numbers, load_settings, nearest, presets, refuse
 from incubate_lib.config.errors import shortened
-from incubate_lib.config.members import PHASES
+from incubate_lib.config.members import PHASES, TASKS
 from incubate_lib.config.peaks import DEVICE, SHARE, check_stated, peak_flops
 from incubate_lib.data.counts import Images, count_images
 from incubate_lib.data.schedule import micro_batches, total_steps
@@ -153,6 +153,7 @@ class Forecast:
 
     network: str
     images: str  # for how many images and classes it is, in words
+    samples: str  # what its task calls them
     speed: Speed
     machines: int
     devices: int  # of each machine, that train one phase together
@@ -225,6 +226,7 @@ def forecast(
     return Forecast(
         network=str(settings.model),
         images=todo.images,
+        samples=TASKS[settings.task].samples,
         speed=speed,
         machines=machines,
         devices=devices,

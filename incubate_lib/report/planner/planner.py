@@ -69,7 +69,7 @@ def phases_table(costs: Forecast) -> pd.DataFrame:
         "begin": (f"begins ({time})", hours, "{:,.3g}"),
         "end": (f"ends ({time})", hours, "{:,.3g}"),
         "machine": ("machine", 1, ""),
-        "images": ("images at once", 1, ""),
+        "images": (f"{costs.samples} at once", 1, ""),
         "memory": (f"{memory} a device", bytes_, "{:,.2f}"),
     }
     names = [_phase_name(row) for row in table.itertuples()]

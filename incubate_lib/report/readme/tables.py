@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from incubate_lib.report.planner.bench import OURS, TWIN
+from incubate_lib.report.planner.bench import OURS, TWIN, a_second, task_of
 from incubate_lib.report.readme import sources
 from incubate_lib.report.readme.fields import fields, recipes
 from incubate_lib.report.readme.sources import bench_of, comparison, rows_of, run_of, study_of
@@ -120,11 +120,13 @@ def adaptive(run: str) -> str:
 def speed(name: str) -> str:
     """A bench of one network: a row a kind of step."""
     bench = bench_of(name)
+    sample, speeds = task_of(bench).a_sample, {f"{name} a second": speed for name, speed in a_second(bench).items()}
+    bench = bench.assign(**speeds)
     ours, twins = (bench[bench.index.str.fullmatch(pattern)] for pattern in (OURS, TWIN))
     share = ours["step_flops"].to_numpy() / ours["step_flops"].sum()
     titles = {
         "end to end": ["end_to_end"],
-        "the same in a bare loop over stock timm": ["end_to_end-bare"],
+        "the same in a bare loop": ["end_to_end-bare"],
         "meta model": ["meta"],
         f"hybrids, modules 1 to {len(ours)}": ours.index,
     }
@@ -134,9 +136,9 @@ def speed(name: str) -> str:
         rows.append(
             {
                 "": title,
-                "GFLOP an image": ", ".join(rounded(value, 2) for value in those["step_flops"] / those["batch"] / 1e9),
+                f"GFLOP {sample}": ", ".join(rounded(v, 2 if v > 1 else 4) for v in those["step_flops"] / those["batch"] / 1e9),
                 "seconds a step": ", ".join(f"{value:#.3g}" for value in those["step_seconds"]),
-                "images a second": ", ".join(rounded(v, 2 if v < 10 else 0) for v in those["batch"] / those["step_seconds"]),
+                **{of: ", ".join(rounded(v, 2 if v < 10 else 0) for v in those[of]) for of in speeds},
                 "peak memory of a step": ", ".join(rounded(value / 2**20, 0) for value in those["peak_memory_bytes"]) + " MiB",
             }
         )
@@ -145,7 +147,7 @@ def speed(name: str) -> str:
     time, flops = (rounded(float((share * twins[column]).sum()), 3) for column in ("ratio", "flops_ratio"))
     most = (twins["peak_memory_bytes"].to_numpy() / ours["peak_memory_bytes"].to_numpy()).max()
     together = f"the {NUMBERS[len(ours)]} together, released freezing against ours"
-    last = together, f"{flops} times", f"{time} times", "", f"up to {rounded(most, 2)} times"
+    last = together, f"{flops} times", f"{time} times", *[""] * len(speeds), f"up to {rounded(most, 2)} times"
     return markdown([*rows, dict(zip(rows[0], last, strict=True))])
 
 
