@@ -13,7 +13,7 @@ from incubate_lib.report.words import label
 def answer(table: StudyTable) -> list[str]:
     """Say in sentences what a study says about training in pieces, whatever the numbers are."""
     if BASELINE not in set(table.results["strategy"]):
-        return against_baseline(table.results) or ["There is no end-to-end training in this study to compare with."]
+        return against_baseline(table.results, table.axes) or ["There is no end-to-end training in this study to compare with."]
     lines = [
         *_changes(table),
         *_cheapest(table),

@@ -151,15 +151,17 @@ def baseline_of(table: pd.DataFrame) -> str:
     return next((name for name in (BASELINE, f"from_{BASELINE}") if name in set(table["strategy"])), BASELINE)
 
 
-def against_baseline(table: pd.DataFrame) -> list[str]:
-    """Say of each strategy how it does against end to end, and what was corrected for."""
+def against_baseline(table: pd.DataFrame, axes: Sequence[str] = ()) -> list[str]:
+    """Say of each strategy, in each cell of the axes, how it does against end to end, and what was corrected for."""
     base = baseline_of(table)
-    found = differences(table, [(name, base) for name in table["strategy"].unique() if name != base])
-    text = [
-        f"{label(row['strategy'])}: {points_text(row)} than {label(base)} ({verdict_text(row)}), for "
-        f"{row['flops']:.2f} times its training FLOPs, {row['critical_flops']:.2f} times on the critical path."
-        for row in found.to_dict("records")
-    ]
+    found = differences(table, [(name, base) for name in table["strategy"].unique() if name != base], axes)
+    text = []
+    for row in found.to_dict("records"):
+        what = ", ".join([label(row["strategy"]), *(f"{axis} {row[axis]}" for axis in axes)])
+        text.append(
+            f"{what}: {points_text(row)} than {label(base)} ({verdict_text(row)}), for {row['flops']:.2f} times its training "
+            f"FLOPs, {row['critical_flops']:.2f} times on the critical path."
+        )
     return [*text, family_text(found["comparisons"].max())] if text else []
 
 
