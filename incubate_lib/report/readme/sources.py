@@ -45,10 +45,13 @@ def rows_of(source: str, strategy: str | None = None) -> pd.DataFrame:
 
 @functools.cache
 def compared_with(name: str, other: str, only: str | None = None) -> pd.DataFrame:
-    """Return the comparisons of a family: of everything with `other`, of one strategy with it, or of MAT with everything."""
+    """Return the comparisons of a family: of everything with `other`, of one strategy with it, or of MAT with everything.
+
+    Where networks are trained further, what starts from end to end's is what end to end is elsewhere.
+    """
     if only == "mat" and other != BASELINE:
         return against_others(run_of(name)).query("other == @other")
-    return studies.gains(study_of(name), other, (only,) if only else ())
+    return studies.gains(study_of(name), "" if other == BASELINE else other, (only,) if only else ())
 
 
 def own_comparisons(source: str, strategy: str, other: str) -> pd.DataFrame:
