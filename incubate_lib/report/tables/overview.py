@@ -33,9 +33,9 @@ def settings(table: StudyTable) -> list[Setting]:
     """Return a study's settings: one for each combination of its axes but the budget."""
     metric, found = table.metric, []
     results = table.results if "budget" in table.axes else table.results.assign(budget="")
-    results = results[~results["strategy"].str.startswith(NO_PIECES) | (results["strategy"] == BASELINE)]
     axes = [axis for axis in table.axes if axis != "budget"]
-    for place, group in cells(results, axes):
+    for place, every in cells(results, axes):
+        group = every[~every["strategy"].str.startswith(NO_PIECES) | (every["strategy"] == BASELINE)]
         compared = against_best(replace(table, results=group.drop(columns=axes)))
         if compared.empty:
             continue
@@ -48,7 +48,7 @@ def settings(table: StudyTable) -> list[Setting]:
         best = compared.loc[(metric.sign * compared["score"]).idxmax()]
         enough = compared[metric.ahead(compared["score"], compared["best"]) >= 0].sort_values("critical_flops", kind="stable")
         path = enough["critical_flops"].iloc[0] if len(enough) else math.nan
-        meta = metric.best(group.groupby(["strategy", "budget"])["meta_score"].mean())
+        meta = metric.best(every.groupby(["strategy", "budget"])["meta_score"].mean())
         shown = {
             "end to end's best": written(BASELINE, means[BASELINE].idxmax()),
             "best in pieces": f"{written(best['strategy'], best['budget'])}: {label(best['strategy'])}",
