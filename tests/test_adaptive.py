@@ -219,6 +219,14 @@ def test_a_resting_head_saves_its_rows_of_the_weight_gradient_and_nothing_else()
     assert full - trainer.flops_now() == 2 * tokens * width * 3 * head
 
 
+def test_heads_alone_can_save_no_more_than_their_rows():
+    """What updates cost while all units rest: without `cut` the weight gradients of all heads are saved, and nothing else."""
+    mat = trainer_of("heads", {"cut": False}).mat
+    before, numbers, tokens, width, head = mat.updates.active.clone(), mat.summary([], 10), 5, 24, 8
+    assert numbers["full_flops"] - numbers["least_flops"] == 10 * len(mat.units) * 2 * tokens * width * 3 * head
+    assert numbers["full_flops"] == 10 * mat.flops_per_image(before) and torch.equal(mat.updates.active, before)
+
+
 @pytest.mark.parametrize(("kind", "outputs"), [*((kind, "sum") for kind in NETWORKS), ("sublayers", "all")])
 def test_the_evaluations_own_cost_is_counted(kind, outputs, monkeypatch):
     """Products in place, too, which torch's counter passes over: here they are made anew, so that it sees them."""

@@ -130,6 +130,17 @@ class Adaptive:
             self.updates.apply(before)
         return self.flops_of[key]
 
+    def summary(self, probes: Sequence[dict[str, Any]], samples: int) -> dict[str, Any]:
+        """Return the units, what the records of all evaluations add up to, and the FLOPs of training on so many samples while
+        all units train, and while all rest: the updates of no choice of units cost less."""
+        bounds = {"full_flops": torch.ones_like(self.active), "least_flops": torch.zeros_like(self.active)}
+        return {
+            "units": [unit.name for unit in self.units],
+            "evaluations": len(probes),
+            **{name: sum(row[name] for row in probes) for name in ("seconds", "flops")},
+            **{name: samples * self.flops_per_image(active) for name, active in bounds.items()},
+        }
+
     def _count_on_meta(self) -> tuple[int, int]:
         """Return the FLOPs of a look and of a ranking as budgets are counted: attention not fused."""
         model = copy.deepcopy(self.model).to("meta")

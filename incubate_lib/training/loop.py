@@ -333,12 +333,7 @@ def fit(
         ends = [{name: row[name] for name in own} for row in rows if row["step"] == steps]
         numbers["modules"] = [end | {"start_score": start} for end, start in zip(ends, starts, strict=True)]
     if trainer.mat:
-        probes = folder.metrics(MNTK)
-        numbers["mat"] = {"units": [unit.name for unit in trainer.mat.units], "evaluations": len(probes)}
-        numbers["mat"] |= {name: sum(row[name] for row in probes) for name in ("seconds", "flops")}
-        bounds = {"full_flops": torch.ones_like(trainer.mat.active), "least_flops": torch.zeros_like(trainer.mat.active)}
-        images = steps * settings.batch_size
-        numbers["mat"] |= {name: images * trainer.mat.flops_per_image(active) for name, active in bounds.items()}
+        numbers["mat"] = trainer.mat.summary(folder.metrics(MNTK), steps * settings.batch_size)
     numbers |= {name: getattr(counts, name) for name in ("train_seconds", "eval_seconds", "startup_seconds")}
     return trainer.eval_model, numbers | {
         "steps": steps,

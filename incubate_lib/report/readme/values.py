@@ -3,8 +3,6 @@
 import functools
 import itertools
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import pandas as pd
 
@@ -16,7 +14,7 @@ from incubate_lib.report.readme import sources
 from incubate_lib.report.readme.sources import comparison, own_comparisons, rows_of, run_of
 from incubate_lib.report.tables import overview
 from incubate_lib.report.tables.hardware import mixes, places
-from incubate_lib.report.tables.statistics import gain_text, interval_text, paired, rounded, spread
+from incubate_lib.report.tables.statistics import interval_text, judged_text, paired, rounded, spread
 from incubate_lib.report.tables.verdict import differences
 from incubate_lib.report.words import BASELINE, metric_of
 
@@ -53,17 +51,13 @@ def most_of_others(source: str, *strategies: str) -> str:
 
 def gain(source: str, strategy: str, other: str = BASELINE) -> str:
     """A difference in points with its corrected interval and the verdict."""
-    return _difference(comparison(source, strategy, other))
+    return judged_text(comparison(source, strategy, other))
 
 
 def change(source: str, strategy: str) -> str:
     """What a recipe of a study changes against the first, in points with its corrected interval and the verdict."""
     row = sources.change(source, strategy)
-    return _difference(row) if row else "says nothing of it"
-
-
-def _difference(row: Mapping[str, Any]) -> str:
-    return gain_text(row) + (", clear" if row["clear"] else "")
+    return judged_text(row) if row else "says nothing of it"
 
 
 def points(source: str, strategy: str, other: str = BASELINE) -> str:

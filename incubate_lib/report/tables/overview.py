@@ -8,7 +8,7 @@ from statistics import median
 import pandas as pd
 
 from incubate_lib.report.tables.answers import against_best
-from incubate_lib.report.tables.statistics import gain_text, rounded, spread
+from incubate_lib.report.tables.statistics import judged_text, rounded, spread
 from incubate_lib.report.tables.studies import StudyTable
 from incubate_lib.report.tables.verdict import cells
 from incubate_lib.report.words import BASELINE, label
@@ -52,7 +52,7 @@ def settings(table: StudyTable) -> list[Setting]:
         shown = {
             "end to end's best": written(BASELINE, means[BASELINE].idxmax()),
             "best in pieces": f"{written(best['strategy'], best['budget'])}: {label(best['strategy'])}",
-            "ahead by": gain_text(best) + (", clear" if best["clear"] else ""),
+            "ahead by": judged_text(best),
             "path to end to end's best": f"{rounded(path, 2)}: {label(enough['strategy'].iloc[0])}" if len(enough) else "longer",
             "meta model alone": "–" if pd.isna(meta) else rounded(metric.scale * meta, metric.digits),
         }

@@ -7,8 +7,9 @@ at which Holm's procedure tests it, at least 95 %, and excludes zero exactly whe
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -78,6 +79,11 @@ def gain_text(row: pd.Series) -> str:
     if math.isnan(row["low"]):
         return f"{gain} (one seed)"
     return f"{gain} {interval_text(row['low'], row['high'], digits)}" + ("" if row["clear"] else ", inside the noise")
+
+
+def judged_text(row: Mapping[str, Any]) -> str:
+    """Return a difference with its interval and the verdict, also where that is "clear"."""
+    return gain_text(row) + (", clear" if row["clear"] else "")
 
 
 def interval_text(low: float, high: float, digits: int = 1) -> str:
