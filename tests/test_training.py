@@ -102,6 +102,14 @@ def run_fit(folder, settings, model=None, **more):
     return fit(made, image_set(), folder=PhaseFolder(folder), title="t", **more)
 
 
+def test_evaluations_are_a_fraction_of_an_epoch_apart(tmp_path):
+    """image_set() has five updates of ten an epoch; between two evaluations lies at least one update."""
+    for every, steps in {0.4: [0, 2, 4, 6, 8, 10], 1.0: [0, 5, 10], 0.01: list(range(11))}.items():
+        (folder := tmp_path / str(every)).mkdir()
+        run_fit(folder, TrainingSettings(epochs=2.0, batch_size=10, eval_every=every))
+        assert [row["step"] for row in PhaseFolder(folder).metrics()] == steps
+
+
 def test_clipping_clips(tmp_path, monkeypatch):
     norms, original = [], torch.optim.AdamW.step
 
