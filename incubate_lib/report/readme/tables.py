@@ -11,7 +11,7 @@ from incubate_lib.report.readme.sources import bench_of, comparison, rows_of, ru
 from incubate_lib.report.readme.text import markdown
 from incubate_lib.report.readme.values import NUMBERS, change, gain
 from incubate_lib.report.tables.hardware import mixes
-from incubate_lib.report.tables.overview import settings
+from incubate_lib.report.tables.overview import APART, settings
 from incubate_lib.report.tables.statistics import rounded, spread
 from incubate_lib.report.tables.verdict import cells
 from incubate_lib.report.words import BASELINE, label, seconds_text
@@ -31,9 +31,9 @@ def budget(study: str) -> str:
     return markdown(rows)
 
 
-def overview(*studies: str) -> str:
-    """Several studies: a row a setting, the best of pieces against the best end to end."""
-    found = [setting for name in studies for setting in settings(study_of(name))]
+def overview() -> str:
+    """The studies that stand apart: a row a setting, the best of pieces against the best end to end."""
+    found = [setting for name in APART for setting in settings(study_of(name))]
     return markdown([{"": f"{s.study}{f', {s.place}' if s.place else ''}"} | s.shown for s in found])
 
 

@@ -143,9 +143,9 @@ def over_meta(study: str, strategy: str) -> str:
     return _score(rows, (rows["score"] - rows["meta_score"]).mean(), "+")
 
 
-def in_short(*studies: str) -> str:
-    """What some studies say in three sentences."""
-    return overview.in_short(map(sources.study_of, studies))
+def in_short() -> str:
+    """What the studies that stand apart say in three sentences."""
+    return overview.in_short(map(sources.study_of, overview.APART))
 
 
 # -- Modular Adaptive Training --------------------------------------------------------------------------------------------

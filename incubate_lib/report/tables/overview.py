@@ -13,6 +13,8 @@ from incubate_lib.report.tables.studies import StudyTable
 from incubate_lib.report.tables.verdict import cells
 from incubate_lib.report.words import BASELINE, label
 
+# a network and a data set each; other studies vary one of these, and would count it several times
+APART = ("digits-budget", "fashion-budget", "fashion-families", "fashion-whole", "austen-budget")
 NO_PIECES = ("end_to_end", "mat", "meta_alone", "from_", "random_modules", "imitation")  # how strategies begin that are none
 
 
