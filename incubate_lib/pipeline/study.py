@@ -77,8 +77,7 @@ class Walk:
     tried: list[dict[str, Any]] = field(default_factory=list)  # a row a rate and seed
     chosen: dict[tuple[str, str], RunRates] = field(default_factory=dict)  # (cell, strategy) → rates
     facts: dict[str, Facts] = field(init=False)  # of cells' images and networks, by the settings they depend on
-    # false from the first stage on that is not finished: its choices are stand-ins, to count costs
-    is_known: bool = True
+    stand_ins: set[tuple[str, str]] = field(default_factory=set)  # whose rates are not all tried: the first ones, to count costs
 
     def __post_init__(self) -> None:
         known = read_json(self.file)
@@ -126,13 +125,14 @@ class Walk:
 
     def _choose(self, trials: list[Trial]) -> None:
         """Note the best rate of each strategy's phase in each cell; the first one while some are not trained."""
-        self.is_known = self.is_known and all(is_over(node) for trial in trials for node in trial.nodes)
         groups: dict[tuple[str, str], list[Trial]] = {}
         for trial in trials:
             groups.setdefault((trial.cell.label, trial.strategy), []).append(trial)
         for (cell, name), group in groups.items():
             phase, best = group[0].phase, group[0].rate
-            if self.is_known:
+            if not all(is_over(node) for trial in group for node in trial.nodes):
+                self.stand_ins.add((cell, name))
+            if (cell, name) not in self.stand_ins:
                 results, metric = {trial.rate: trial.scores() for trial in group}, group[0].metric
                 means = {rate: metric.sign * fmean(by_seed.values()) for rate, by_seed in results.items()}
                 best = max(means, key=means.get)  # of equal ones the first

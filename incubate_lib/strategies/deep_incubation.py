@@ -4,12 +4,13 @@ deep_incubation*      meta ─→ incubate-0 … incubate-K-1 ─→ assemble �
 stacking, growing     meta ─→ assemble ─→ finetune; random_modules: without meta
 """
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from incubate_lib.config import SettingsError, refuse
-from incubate_lib.config.strategies import Inner, SmallImages, StrategySettings, TrainingChanges, epochs_in
+from incubate_lib.config.strategies import SmallImages, StrategySettings, TrainingChanges, epochs_in
 from incubate_lib.phases.kinds.incubate import StartName
 from incubate_lib.strategies import Kind
 
@@ -35,7 +36,8 @@ class DeepIncubation(StrategySettings):
     low_resolution: SmallImages | None = None
     match: str | None = None  # as long as costs the training FLOPs of that one
     budget: Annotated[float, Field(gt=0)] = 1.0  # share of what is matched that it may cost
-    shares: dict[Literal["meta", "incubate"], Inner] | None = None  # of that budget; fine-tuning has the rest
+    # of that budget; fine-tuning has the rest. Where they add up to 1 the assembled network is only evaluated
+    shares: dict[Literal["meta", "incubate"], Annotated[float, Field(gt=0, le=1)]] | None = None
     # multiplies training.lr in these phases, unless phases.<phase> has a rate of its own
     lr_scale: dict[Part, Annotated[float, Field(gt=0)]] | None = None
     # warm-up of these phases as a share of their epochs, unless phases.<phase> has warmup_epochs
@@ -47,13 +49,18 @@ class DeepIncubation(StrategySettings):
         return self.incubate != "none" or self.start != "random" or self.inherit_stem or self.inherit_head
 
     @property
+    def ends_assembled(self) -> bool:
+        """Whether all is spent before fine-tuning."""
+        return math.isclose(sum((self.shares or {}).values()), 1)
+
+    @property
     def all_phases(self) -> list[str]:
         modules = ["incubate"] if self.incubate != "none" else []
         return [*(["meta"] if self.needs_meta else []), *modules, "assemble", "finetune"]
 
     @property
     def trains(self) -> list[str]:
-        read = {"assemble", "meta"} if self.weights else {"assemble"}
+        read = {"assemble"} | ({"meta"} if self.weights else set()) | ({"finetune"} if self.ends_assembled else set())
         return [phase for phase in self.all_phases if phase not in read]
 
     @property
@@ -82,7 +89,10 @@ class DeepIncubation(StrategySettings):
         unread = self.weights and not self.needs_meta
         refuse(unread, "weights are those of a meta model, which this strategy does without")
         spent = sum((self.shares or {}).values())
-        refuse(spent >= 1, f"shares add up to {spent:g}, which leaves nothing for fine-tuning")
+        without = ", ".join(sorted(set(self.trains) - set(self.shares or ())))
+        all_but = f"shares add up to 1, which leaves nothing for {without}"
+        refuse(self.ends_assembled and without, all_but)
+        refuse(spent > 1 and not self.ends_assembled, f"shares add up to {spent:g}, more than the whole budget")
 
 
 def build(made: Any) -> Any:
@@ -104,7 +114,9 @@ def build(made: Any) -> Any:
         inputs, start = _modules(made, budget, flops, inputs, start | small), {}
     assembled = made.node("assemble", None, inputs, renew="renewal" in facts.flops_per_image, **start, **small)
     training = made.training("finetune")
-    if budget:
+    if budget and own.ends_assembled:
+        training = training.model_copy(update={"epochs": 0.0, "warmup_epochs": 0.0})
+    elif budget:
         training = made.lasting("finetune", budget - made.spent(assembled), facts.flops_per_image["target"])
     return made.node("finetune", training, {"assemble": assembled})
 
