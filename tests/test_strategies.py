@@ -15,6 +15,7 @@ from incubate_lib.data.sets import load_data
 from incubate_lib.method.incubation import Hybrid, Imitation, start_module
 from incubate_lib.method.sizes import at_size
 from incubate_lib.phases.recipes import load_trained
+from incubate_lib.pipeline.graph import closure
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.tables.studies import published
@@ -182,6 +183,18 @@ def test_shares_of_a_budget(tmp_path, monkeypatch):
     whole = by["end_to_end"]
     assert by["meta"] / whole == pytest.approx(0.3, abs=0.02) and by["incubate"] / whole == pytest.approx(0.5, abs=0.02)
     assert sum(by.values()) == pytest.approx(2 * whole, rel=0.02)
+
+
+def test_a_budget_may_be_spent_before_fine_tuning(tmp_path, monkeypatch):
+    """With the identity start that is the meta model's network alone: the assembled network computes what it does."""
+    monkeypatch.setenv("INCUBATE_DATA", str(tmp_path))
+    change = ["phases.end_to_end.epochs=2", "strategies.growing.match=end_to_end", "strategies.growing.shares={meta: 1}"]
+    todo = plan(load_settings("smoke", change), ["end_to_end", "growing"])
+    meta, _, finetune = closure([todo.finals["growing", 0]])
+    assert todo.flops[meta.key] == pytest.approx(todo.flops[todo.finals["end_to_end", 0].key], rel=0.02)
+    meta, finetune = (node.run() for node in (meta, finetune))
+    assert (finetune["steps"], finetune["train_flops"]) == (0, 0) and meta["steps"] > 0
+    assert finetune["score"] == meta["score"] and finetune["loss"] == pytest.approx(meta["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["recommended", "growing", "end_to_end_longer", "mat"])
