@@ -162,6 +162,24 @@ def test_it_is_told_what_is_left(trained, tmp_path):
     assert not (tmp_path / "runs").exists() and not (tmp_path / "phases").exists()
 
 
+def test_a_study_with_one_strategy_more_costs_no_more_than_that(trained, tmp_path, monkeypatch):
+    """What is trained is known by the rates that were chosen, and what is left takes as long as what is finished took."""
+    folder, *_ = trained
+    monkeypatch.setenv("INCUBATE_DATA", str(folder))
+    file = tmp_path / "trial.yaml"
+    file.write_text(STUDY.replace("deep_incubation, growing]", "deep_incubation, growing, stacking]"))
+    costs = walks.costs(load_study(str(file)))
+    own = [trial for _, trials in walks.Walk(load_study(str(file))).stages() for trial in trials]
+    missing = {n.digest: n for trial in own for n in trial.plan.nodes if not n.finished()}
+    assert {node.strategy for node in missing.values()} == {"stacking"}
+    assert sum(cost.missing for cost in costs) == len(missing)
+    pace = walks.measured_pace()
+    done = [s for path in folder.glob("phases/*") if (s := PhaseFolder(path).summary())["train_seconds"]]
+    flops, seconds, besides = (sum(one[name] for one in done) for name in ("train_flops", "train_seconds", "eval_seconds"))
+    every = [walks.Cost("", 0, 0, len(done), flops, frozenset())]
+    assert pace.seconds(every) == pytest.approx(seconds + besides) and besides > 0
+
+
 def test_the_tables_make_figures_and_sentences(trained):
     table = tables(trained[0])
     assert len(summary(table)) == 6 and len(answer(table)) >= 2

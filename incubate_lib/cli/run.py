@@ -84,8 +84,8 @@ def study(options: argparse.Namespace) -> int | None:
         backend.prepare()
     print(PLANNING, flush=True)
     costs = grid.costs(about)
-    speed = grid.measured_speed({digest for cost in costs for digest in cost.digests})
-    print(report.costs_text(costs, speed, jobs), flush=True)
+    pace = grid.measured_pace({digest for cost in costs for digest in cost.digests})
+    print(report.costs_text(costs, pace, jobs), flush=True)
     if options.dry_run:
         return None
     steps, status = grid.run(about, backend, asked, Console())

@@ -208,8 +208,20 @@ def costs(study: Study) -> list[Cost]:
     return costs
 
 
-def measured_speed(of: Collection[str] = ()) -> float | None:
-    """Return the FLOP/s of one process in finished phases with these digests, else in any here; None if there is none.
+@dataclass(frozen=True)
+class Pace:
+    """What one process took for finished phases."""
+
+    flops_per_second: float  # of updates
+    seconds_besides: float  # of each phase: evaluation, most of it
+
+    def seconds(self, costs: list[Cost]) -> float:
+        """Return the seconds of one process for what is missing."""
+        return sum(cost.flops / self.flops_per_second + cost.missing * self.seconds_besides for cost in costs)
+
+
+def measured_pace(of: Collection[str] = ()) -> Pace | None:
+    """Return the pace of finished phases with these digests, else of any here; None if there are none.
 
     Of phases from several devices those of the device that trained last count.
     """
@@ -223,7 +235,8 @@ def measured_speed(of: Collection[str] = ()) -> float | None:
                 trained.setdefault((where["device"], where["threads"]), []).append(summary)
         if trained:
             last = max(trained.values(), key=lambda group: max(one["provenance"]["date"] for one in group))
-            return sum(one["train_flops"] for one in last) / sum(one["train_seconds"] for one in last)
+            flops, seconds = (sum(one[name] for one in last) for name in ("train_flops", "train_seconds"))
+            return Pace(flops / seconds, fmean(one.get("eval_seconds") or 0.0 for one in last))
     return None
 
 

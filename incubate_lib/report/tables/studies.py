@@ -9,7 +9,7 @@ import pandas as pd
 
 from incubate_lib.config import SettingsError, data_folder, nearest
 from incubate_lib.config.study import COLUMNS, RATE, is_column, load_study, studies
-from incubate_lib.pipeline.study import Cost, Walk
+from incubate_lib.pipeline.study import Cost, Pace, Walk
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import hardware_of, mixes
 from incubate_lib.report.tables.records import from_plan, read_table, write_table
@@ -148,8 +148,8 @@ def summary(table: StudyTable) -> pd.DataFrame:
 WITHOUT = {"recommended": "growing", "deep_incubation_identity": "growing", "deep_incubation_stack": "stacking"}
 
 
-def costs_text(costs: list[Cost], speed: float | None, jobs: int) -> str:
-    """Say what a study will cost: a line a stage and one for all; hours from the speed that phases had here, if that is known."""
+def costs_text(costs: list[Cost], pace: Pace | None, jobs: int) -> str:
+    """Say what a study will cost: a line a stage and one for all; hours from the pace that phases had here, if that is known."""
     unit, factor = flop_unit(max(cost.flops for cost in costs) or 1)
     lines = []
     for cost in costs:
@@ -159,12 +159,12 @@ def costs_text(costs: list[Cost], speed: float | None, jobs: int) -> str:
     if not total:
         return "\n".join([*lines, "Everything is trained."])
     lines.append(f"Altogether {total / factor:.3g} {unit}")
-    if not speed:
+    if not pace:
         return "\n".join(lines) + "; no speed was measured here yet, so hours are not known."
-    hours = total / speed / jobs / 3600
+    hours = pace.seconds(costs) / jobs / 3600
     time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
-    speed_text = f"{speed / 1e9:.3g} GFLOP/s that finished ones had here, without evaluation."
-    return "\n".join(lines) + f", about {time} for {jobs} phases side by side, at the {speed_text}"
+    measured = f"{pace.flops_per_second / 1e9:.3g} GFLOP/s and {pace.seconds_besides:.2g} s of evaluation a phase"
+    return "\n".join(lines) + f", about {time} for {jobs} phases side by side; finished ones had {measured}."
 
 
 def doubts(table: StudyTable) -> list[str]:
