@@ -15,7 +15,7 @@ class Language(Task):
     name = "language"
     metrics: ClassVar = (
         Metric("bits_per_character", "bits per character", higher_is_better=False),
-        Metric("perplexity", "perplexity", digits=2, higher_is_better=False),
+        Metric("perplexity", "perplexity", digits=2, higher_is_better=False, is_log=True),
         Metric("next_token_accuracy", "next token right", "%", scale=100.0, digits=1, is_share=True),
     )
     num_sums = 5

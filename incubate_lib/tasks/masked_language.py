@@ -9,7 +9,7 @@ from incubate_lib.tasks.language import Language
 class MaskedLanguage(Language):
     name = "masked_language"
     metrics: ClassVar = (
-        Metric("masked_perplexity", "masked perplexity", digits=2, higher_is_better=False),
+        Metric("masked_perplexity", "masked perplexity", digits=2, higher_is_better=False, is_log=True),
         Metric("masked_accuracy", "masked tokens right", "%", scale=100.0, digits=1, is_share=True),
     )
     tags = ("fill-mask",)

@@ -10,6 +10,7 @@ from incubate_lib.report.readme.fields import fields, recipes
 from incubate_lib.report.readme.sources import bench_of, comparison, rows_of, run_of, study_of
 from incubate_lib.report.readme.text import markdown
 from incubate_lib.report.readme.values import NUMBERS, change, gain
+from incubate_lib.report.tables import mat
 from incubate_lib.report.tables.hardware import mixes
 from incubate_lib.report.tables.overview import APART, settings
 from incubate_lib.report.tables.statistics import rounded, spread
@@ -117,6 +118,15 @@ def adaptive(run: str) -> str:
     return markdown(rows)
 
 
+def updates(run: str) -> str:
+    """A run with MAT: what each strategy spent until its mean score was full training's best, and what its updates cost beside
+    the least that they could; relative to full training."""
+    results = run_of(run)
+    reached, costs = mat.reach(results), mat.estimator_costs(results).set_index("strategy")
+    table = reached.iloc[:, [2]].join(costs[["updates' FLOPs", "if all units rested"]]).fillna("")
+    return markdown([{"": name} | row.to_dict() for name, row in table.iterrows()])
+
+
 def speed(name: str) -> str:
     """A bench of one network: a row a kind of step."""
     bench = bench_of(name)
@@ -170,5 +180,5 @@ def networks() -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    f.__name__: f for f in (budget, scores, changed, overview, chain, adaptive, speed, fields, recipes, networks)
+    f.__name__: f for f in (budget, scores, changed, overview, chain, adaptive, updates, speed, fields, recipes, networks)
 }

@@ -1,5 +1,7 @@
 """Modular Adaptive Training in tables and figures: what full training's best score cost each, and how the kernels looked."""
 
+import math
+
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
@@ -179,7 +181,9 @@ def eigenvalue_map(table: pd.DataFrame, strategy: str = "mat", seed: int | None 
     left.scatter(columns, rows, s=5, color="white", edgecolors="black", linewidths=0.3)
     every = max(1, -(-len(names) // 16))  # labels that do not touch
     left.set_yticks(range(0, len(names), every), names[::every], fontsize=9)
-    epochs = [f"{epoch:g}" for epoch in values.columns.to_numpy().round(1)]
+    times = values.columns.to_numpy()
+    digits = max(1, -math.floor(math.log10(np.diff(times).min()))) if len(times) > 1 else 1  # so that no two look alike
+    epochs = [f"{epoch:g}" for epoch in times.round(digits)]
     left.set_xticks(range(len(epochs)), epochs, fontsize=10, rotation=90)
     left.set(xlabel="epoch (a dot: rests from here on)", title="largest eigenvalue of each unit's kernel")
     figure.colorbar(picture, ax=left, label="λ max")

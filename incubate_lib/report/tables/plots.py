@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import LogFormatter
 
 from incubate_lib.config.members import PHASES
 from incubate_lib.report.style import FROZEN, ONE_BY_ONE, PAPER, TRAINED, Figure, filling, style, trained_and_frozen
@@ -212,6 +213,10 @@ def mean_curve(curves: pd.DataFrame, cost: str, by: str = "step") -> pd.DataFram
 def draw_curve(axis, x: pd.Series, curve: pd.DataFrame, metric: Metric, look: dict, alpha: float) -> None:
     """Draw a `mean_curve` as people read its metric, with a band of one standard deviation."""
     mean, deviation = metric.scale * curve["score"], metric.scale * curve["std"].fillna(0)
+    if metric.is_log:
+        axis.set_yscale("log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(LogFormatter(minor_thresholds=(2, 0.5)))
     axis.plot(x, mean, **look)
     axis.fill_between(x, mean - deviation, mean + deviation, color=look["color"], alpha=alpha, linewidth=0)
 
