@@ -256,7 +256,8 @@ def test_tracked_figures_can_be_drawn_from_tracked_tables(name, tmp_path):
     for figure, draw in plots.PUBLISHED.items():
         axes = draw(tracked).axes
         assert all(axis.get_xlabel() or axis.get_shared_x_axes().joined(axis, axes[-1]) for axis in axes)
-        assert "(" in axes[-1].get_xlabel() and "(%)" in axes[0].get_ylabel(), "units on every axis"
+        unit = f"({tracked.metric.unit})" if tracked.metric.unit else ""  # perplexity has none
+        assert "(" in axes[-1].get_xlabel() and unit in axes[0].get_ylabel(), "units on every axis"
         assert (ROOT / "figures" / f"{name}_{figure}.png").exists()
     if len(tracked.mntk):
         for figure, draw in mat.PUBLISHED.items():
