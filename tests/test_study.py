@@ -69,6 +69,9 @@ def test_every_cell_has_every_strategy_and_seed_once_at_equal_cost(trained):
         (b, s, seed) for b in ("half", "whole") for s in ("end_to_end", "deep_incubation", "growing") for seed in (0, 1)
     )
     assert set(results["split"]) == {"test"}
+    modules, largest = (results.groupby("strategy")[column].max() for column in ("module_memory", "memory"))
+    assert largest.nunique() == 1 and modules.dropna().index.tolist() == ["deep_incubation"]  # the others train no module alone
+    assert 0 < modules["deep_incubation"] < largest["deep_incubation"]
     means = results.groupby(["budget", "strategy"])["flops"].mean().unstack()
     assert (means.div(means["end_to_end"], axis=0) - 1).abs().max().max() < 0.04  # half an update of 22
     assert means.loc["whole", "end_to_end"] == pytest.approx(2 * means.loc["half", "end_to_end"], rel=0.01)

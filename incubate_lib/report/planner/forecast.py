@@ -23,7 +23,7 @@ from incubate_lib.phases.facts import Facts, count, outputs_for
 from incubate_lib.phases.networks import model_shape
 from incubate_lib.pipeline.graph import Node, Plan, closure, longest, remaining
 from incubate_lib.pipeline.strategies import plan
-from incubate_lib.report.planner.memory import step_memory_of
+from incubate_lib.report.planner.memory import peak_bytes
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import places
 from incubate_lib.report.tables.records import Results
@@ -189,9 +189,9 @@ def forecast(
         places = _schedule(nodes, {key: time / devices for key, time in hours.items()}, machines)
         own = []
         for node in nodes:
-            phase, training, number, images, steps = node.settings, node.settings.training, 1, 0, 0
+            phase, training, images, steps = node.settings, node.settings.training, 0, 0
             if training:
-                number, images = micro_batches(training.batch_size, training.micro_batch, devices)
+                _, images = micro_batches(training.batch_size, training.micro_batch, devices)
                 steps = total_steps(training.epochs, todo.experiment.facts.num_images, training.batch_size)
             own.append(
                 {
@@ -204,7 +204,7 @@ def forecast(
                     "device_hours": hours[node.key],
                     **dict(zip(("begin", "end", "machine"), places[node.key], strict=True)),
                     "images": images,
-                    "memory": step_memory_of(node, known).peak(images, adds_up=number > 1) if images else 0,
+                    "memory": peak_bytes(node, known),
                 }
             )
         rows += own

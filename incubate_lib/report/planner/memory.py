@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from incubate_lib.data.schedule import micro_batches
 from incubate_lib.method.network import Partition
 from incubate_lib.phases.networks import model_shape
 from incubate_lib.phases.recipes import networks_of
@@ -9,6 +10,15 @@ from incubate_lib.pipeline.graph import Node
 from incubate_lib.training.memory import StepMemory, memory_by_part
 
 _PARTS: dict = {}  # memory of parts that were gone through; sliders ask often
+
+
+def peak_bytes(node: Node, known: dict) -> int:
+    """Return the peak of a phase's step on each of its devices; 0 where nothing is trained. `known`: as below."""
+    if not node.settings.training:
+        return 0
+    recipe, devices = node.settings.training, node.experiment.settings.machine.team_size
+    number, samples = micro_batches(recipe.batch_size, recipe.micro_batch, devices)
+    return step_memory_of(node, known).peak(samples, adds_up=number > 1)
 
 
 def step_memory_of(node: Node, known: dict) -> StepMemory:

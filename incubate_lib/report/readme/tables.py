@@ -32,6 +32,28 @@ def budget(study: str) -> str:
     return markdown(rows)
 
 
+def costs(study: str) -> str:
+    """What each strategy costs at a study's largest budget; memory is that of an update on each device, counted."""
+    results = study_of(study).results
+    whole = results[results["budget"] == rows_of(study, BASELINE).groupby("budget")["flops"].mean().idxmax()]
+    base, rows = whole[whole["strategy"] == BASELINE].mean(numeric_only=True), []
+    for name, group in whole.groupby("strategy", sort=False):
+        mean = group.mean(numeric_only=True)
+        shares = {column: f"{rounded(mean[column] / base[column], 2)}×" for column in ("flops", "critical_flops", "seconds")}
+        module, largest = (f"{mean[column] / 2**20:.1f}" for column in ("module_memory", "memory"))
+        rows.append(
+            {
+                "": label(name),
+                "FLOPs": shares["flops"],
+                "critical path": shares["critical_flops"],
+                "training time": shares["seconds"] + mixes(group),
+                "MiB to train a module": "–" if mean["module_memory"] != mean["module_memory"] else module,
+                "MiB of its largest phase": largest,
+            }
+        )
+    return markdown(rows)
+
+
 def overview() -> str:
     """The studies that stand apart: a row a setting, the best of pieces against the best end to end."""
     found = [setting for name in APART for setting in settings(study_of(name))]
@@ -180,5 +202,5 @@ def networks() -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    f.__name__: f for f in (budget, scores, changed, overview, chain, adaptive, updates, speed, fields, recipes, networks)
+    f.__name__: f for f in (budget, costs, scores, changed, overview, chain, adaptive, updates, speed, fields, recipes, networks)
 }

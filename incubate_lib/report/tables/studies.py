@@ -9,7 +9,9 @@ import pandas as pd
 
 from incubate_lib.config import SettingsError, data_folder, nearest
 from incubate_lib.config.study import COLUMNS, RATE, is_column, load_study, studies
+from incubate_lib.pipeline.graph import closure
 from incubate_lib.pipeline.study import Cost, Pace, Walk
+from incubate_lib.report.planner.memory import peak_bytes
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import hardware_of, mixes
 from incubate_lib.report.tables.records import from_plan, read_table, write_table
@@ -44,11 +46,15 @@ def collect(walk: Walk) -> StudyTable:
     """Read what is finished of the last stage of a study."""
     rows = []
     for trial in walk.last():
-        images = trial.plan.experiment.facts.num_images
+        images, known = trial.plan.experiment.facts.num_images, {}
         for row in from_plan(trial.plan).strategies.to_dict("records"):
             settings, name = trial.plan.experiment.settings, row["strategy"]
             rates = {f"{RATE}{phase}": settings.training_of(name, phase).lr for phase in settings.strategies[name].trains}
             row |= {"train_images": images} | trial.cell.place
+            final = trial.plan.finals[name, row["seed"]]
+            peaks = {node: peak_bytes(node, known) for node in closure([final])}
+            apart = [peak for node, peak in peaks.items() if node.kind.has_modules]
+            row |= {"memory": max(peaks.values()), "module_memory": max(apart, default=None)}
             rows.append({column: row.get(column) for column in (*trial.cell.place, *COLUMNS)} | rates)
     columns = list(dict.fromkeys([*walk.study.axes, *COLUMNS, *itertools.chain(*rows)]))
     tried = pd.DataFrame(walk.tried, columns=[*walk.study.axes, "strategy", "phase", "lr", "seed", "metric", "score", "chosen"])
