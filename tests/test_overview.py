@@ -50,7 +50,17 @@ def test_sentences_follow_the_numbers():
     said = overview.in_short([worse])
     assert said.startswith("In 0 of 1 settings") and "clearly behind in 1" in said and "score in 0 of 1. " in said
     meta = StudyTable("it", table.results.assign(meta_score=0.9), table.rates)
-    assert "In 1 of 1 the shallow meta model alone is better" in overview.in_short([meta])
+    said = overview.in_short([meta])
+    assert "In 1 of 1 the shallow meta model alone is better" in said and "; in 0 it is worse than end to end" in said
+
+
+def test_it_is_said_where_depth_pays_and_a_fifth_of_the_critical_path_is_enough():
+    for path, count in ((9, 0), (8, 1)):  # of 40
+        rows = [(budget, name, scores, 10 * flops, 10 * flops) for budget, name, scores, flops, _ in WHOLE]
+        table = made([*rows, ("1/2", "growing", [0.72, 0.72, 0.72], 20, path)])
+        said = overview.in_short([StudyTable("it", table.results.assign(meta_score=0.5), table.rates)])
+        assert "in 1 it is worse than end to end, so depth pays, and there pieces reach end to end's best" in said
+        assert said.endswith(f"for a fifth of its critical path in {count}.")
 
 
 @pytest.mark.parametrize("name", published_studies())

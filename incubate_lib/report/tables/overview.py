@@ -17,6 +17,8 @@ from incubate_lib.report.words import BASELINE, label
 APART = ("digits-budget", "fashion-budget", "fashion-families", "fashion-whole", "austen-budget")
 NO_PIECES = ("end_to_end", "mat", "meta_alone", "from_", "random_modules", "imitation")  # how strategies begin that are none
 
+FIFTH = 0.2  # of end to end's critical path
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -28,7 +30,8 @@ class Setting:
     gain: float  # of the strategy of pieces with the best mean over end to end's best mean, in points
     is_clear: bool  # after correction for all strategies of pieces and budgets, as it is the best of so many
     path: float  # share of end to end's critical path that suffices for its best mean; NaN where none does
-    is_meta_best: bool  # whether the meta model alone, for its part of the cost, has a better mean than all whole networks
+    is_meta_best: bool  # whether the meta model alone, for its cost or less, has a better mean than all whole networks
+    depth_pays: bool  # whether the whole network, end to end, has a better mean than the meta model alone
 
 
 def settings(table: StudyTable) -> list[Setting]:
@@ -67,6 +70,7 @@ def settings(table: StudyTable) -> list[Setting]:
                 is_clear=bool(best["clear"]),
                 path=path,
                 is_meta_best=bool(metric.sign * meta > means.max()),
+                depth_pays=bool(means[BASELINE].max() > metric.sign * meta),
             )
         )
     return found
@@ -79,10 +83,12 @@ def in_short(tables: Iterable[StudyTable]) -> str:
     clear, behind = sum(s.is_clear for s in ahead), sum(s.is_clear for s in every if s.gain < 0)
     paths = [setting.path for setting in every if not math.isnan(setting.path)]
     least, middle = (rounded(of(paths), 2) for of in (min, median)) if paths else ("", "")
+    deep = [setting for setting in every if setting.depth_pays]
     shares = f", for {least} of its critical path at least and {middle} in the median" if paths else ""
     return (
         f"In {len(ahead)} of {len(every)} settings the best strategy of pieces is ahead of the best end-to-end training (clearly "
         f"in {clear}), and clearly behind in {behind}. It reaches end to end's best score in {len(paths)} of {len(every)}"
         f"{shares}. In {sum(s.is_meta_best for s in every)} of {len(every)} the shallow meta model alone is better than any "
-        "whole network, for a part of the cost."
+        f"whole network; in {len(deep)} it is worse than end to end, so depth pays, and there pieces reach end to end's best for "
+        f"a fifth of its critical path in {sum(setting.path <= FIFTH for setting in deep)}."
     )
