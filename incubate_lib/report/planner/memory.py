@@ -14,7 +14,7 @@ _PARTS: dict = {}  # memory of parts that were gone through; sliders ask often
 
 def peak_bytes(node: Node, known: dict) -> int:
     """Return the peak of a phase's step on each of its devices; 0 where nothing is trained. `known`: as below."""
-    if not node.settings.training:
+    if not (node.settings.training and node.settings.training.epochs):
         return 0
     recipe, devices = node.settings.training, node.experiment.settings.machine.team_size
     number, samples = micro_batches(recipe.batch_size, recipe.micro_batch, devices)
