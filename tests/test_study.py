@@ -178,9 +178,9 @@ def test_a_study_with_one_strategy_more_costs_no_more_than_that(trained, tmp_pat
     assert sum(cost.missing for cost in costs) == len(missing)
     pace = walks.measured_pace()
     done = [s for path in folder.glob("phases/*") if (s := PhaseFolder(path).summary())["train_seconds"]]
-    flops, seconds, besides = (sum(one[name] for one in done) for name in ("train_flops", "train_seconds", "eval_seconds"))
+    flops, seconds, evaluating = (sum(one[name] for one in done) for name in ("train_flops", "train_seconds", "eval_seconds"))
     every = [walks.Cost("", 0, 0, len(done), flops, frozenset())]
-    assert pace.seconds(every) == pytest.approx(seconds + besides) and besides > 0
+    assert pace.seconds(every) == pytest.approx(seconds + evaluating) and evaluating > 0
 
 
 def test_the_tables_make_figures_and_sentences(trained):

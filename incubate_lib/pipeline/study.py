@@ -77,7 +77,8 @@ class Walk:
     tried: list[dict[str, Any]] = field(default_factory=list)  # a row a rate and seed
     chosen: dict[tuple[str, str], RunRates] = field(default_factory=dict)  # (cell, strategy) → rates
     facts: dict[str, Facts] = field(init=False)  # of cells' images and networks, by the settings they depend on
-    stand_ins: set[tuple[str, str]] = field(default_factory=set)  # whose rates are not all tried: the first ones, to count costs
+    # (cell, strategy) with rates that are not all tried; the grid's first stands in for the best, to count costs
+    stand_ins: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         known = read_json(self.file)
@@ -213,11 +214,11 @@ class Pace:
     """What one process took for finished phases."""
 
     flops_per_second: float  # of updates
-    seconds_besides: float  # of each phase: evaluation, most of it
+    eval_seconds: float  # of each phase that trained; those that only evaluate are taken to need as much
 
     def seconds(self, costs: list[Cost]) -> float:
         """Return the seconds of one process for what is missing."""
-        return sum(cost.flops / self.flops_per_second + cost.missing * self.seconds_besides for cost in costs)
+        return sum(cost.flops / self.flops_per_second + cost.missing * self.eval_seconds for cost in costs)
 
 
 def measured_pace(of: Collection[str] = ()) -> Pace | None:

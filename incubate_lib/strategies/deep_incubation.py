@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from incubate_lib.config import SettingsError, refuse
-from incubate_lib.config.strategies import SmallImages, StrategySettings, TrainingChanges, epochs_in
+from incubate_lib.config.strategies import PhaseChanges, SmallImages, StrategySettings, TrainingChanges, epochs_in
 from incubate_lib.phases.kinds.incubate import StartName
 from incubate_lib.strategies import Kind
 
@@ -67,6 +67,9 @@ class DeepIncubation(StrategySettings):
     def adapts(self) -> list[str]:
         return self.mat_phases or [phase for phase in self.trains if phase != "meta"]
 
+    def has_epochs(self, general: PhaseChanges) -> bool:
+        return epochs_in(self.phases, "finetune") is not None
+
     def check(self) -> None:
         shared = ", ".join(field for field in ("together", "share_draws") if getattr(self, field))
         refuse(
@@ -84,8 +87,21 @@ class DeepIncubation(StrategySettings):
         refuse(unmatched, "shares and budget have no meaning without match")
         trained, wrong = ", ".join(self.trains), ", ".join(sorted(set(self.shares or ()) - set(self.trains)))
         refuse(wrong, f"shares names {wrong}, but this strategy trains {trained}")
-        epochs = epochs_in(self.phases, "finetune") is not None
-        refuse(self.shares and epochs, "shares leave the rest to fine-tuning; do not set phases.finetune.epochs besides")
+        own = [phase for phase in (*(self.shares or ()), "finetune") if epochs_in(self.phases, phase) is not None]
+        both = (
+            f"shares say how long phases last, and fine-tuning has the rest; do not set phases.{own[0]}.epochs besides"
+            if own
+            else ""
+        )
+        refuse(self.shares and own, both)
+        relative = {"lr_scale": self.lr_scale, "warmup_share": self.warmup_share}
+        for field, parts in relative.items():
+            idle = ", ".join(sorted(set(parts or ()) - set(self.trains)))
+            refuse(idle, f"{field} names {idle}, but this strategy trains {', '.join(self.trains)}")
+        refuse(
+            self.mat is not None and not self.adapts,
+            f"mat has no meaning: only {', '.join(self.trains)} is trained; see mat_phases",
+        )
         unread = self.weights and not self.needs_meta
         refuse(unread, "weights are those of a meta model, which this strategy does without")
         spent = sum((self.shares or {}).values())
@@ -101,6 +117,8 @@ def build(made: Any) -> Any:
         raise SettingsError(f"strategies.{made.name}.start {own.start!r} is not possible: {reason}")
     start = {field: getattr(own, field) for field in ("start", "inherit_stem", "inherit_head")}
     budget = made.budget() if made.is_matched else None
+    if own.ends_assembled:  # what else assembly costs comes off the shares: nothing is left for it
+        budget -= facts.flops_per_image.get("renewal", 0) * facts.num_images
     inputs, small = {}, made.small_images()
     flops = facts.flops_at(small["model"].img_size if small else None)
     if own.needs_meta:
@@ -114,7 +132,7 @@ def build(made: Any) -> Any:
         inputs, start = _modules(made, budget, flops, inputs, start | small), {}
     assembled = made.node("assemble", None, inputs, renew="renewal" in facts.flops_per_image, **start, **small)
     training = made.training("finetune")
-    if budget and own.ends_assembled:
+    if own.ends_assembled:
         training = training.model_copy(update={"epochs": 0.0, "warmup_epochs": 0.0})
     elif budget:
         training = made.lasting("finetune", budget - made.spent(assembled), facts.flops_per_image["target"])

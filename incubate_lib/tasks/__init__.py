@@ -29,7 +29,7 @@ class Metric:
     digits: int = 3
     higher_is_better: bool = True
     is_share: bool = False  # of samples, between 0 and 1: its error is a binomial's
-    is_log: bool = False  # over cost it is drawn on a logarithmic axis
+    is_log: bool = False  # its curves are drawn on a logarithmic axis
 
     @property
     def heading(self) -> str:

@@ -31,7 +31,8 @@ MORE = {
 def comparisons() -> str:
     """Return the file that shows every comparison that README speaks of, a section a table, a table a family."""
     names = [*studies.published_studies(), *published_runs()]
-    scales = " or ".join(dict.fromkeys(study_of(name).metric.differences for name in names))
+    *others, last = dict.fromkeys(study_of(name).metric.differences for name in names)
+    scales = f"{', '.join(others)} or {last}" if others else last
     parts = [
         f"# Every comparison\n\nWritten by `incubate figures` from the tables in this folder. Differences are {scales}, "
         "paired by seed. A table is a family: a difference is **clear** if Student's paired t-test, corrected for all "

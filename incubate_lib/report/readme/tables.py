@@ -27,7 +27,7 @@ def budget(study: str) -> str:
         row = {"budget": f"{place} ({rounded(whole['flops'].max() / 1e12)} TFLOP)" if is_largest else place}
         for name, score in _scores(study, cell).items():
             path = cell.loc[cell["strategy"] == name, "critical_flops"].mean() / whole["critical_flops"].max()
-            row[label(name)] = f"{score} ({rounded(path, 2)})"
+            row[label(name)] = f"{score} ({rounded(round(path, 3), 2)})"  # matched costs differ by a part of an update
         rows.append(row)
     return markdown(rows)
 
@@ -36,18 +36,21 @@ def costs(study: str) -> str:
     """What each strategy costs at a study's largest budget; memory is that of an update on each device, counted."""
     results = study_of(study).results
     whole = results[results["budget"] == rows_of(study, BASELINE).groupby("budget")["flops"].mean().idxmax()]
-    base, rows = whole[whole["strategy"] == BASELINE].mean(numeric_only=True), []
+    baseline, rows = whole[whole["strategy"] == BASELINE], []
+    base = baseline.mean(numeric_only=True)
     for name, group in whole.groupby("strategy", sort=False):
         mean = group.mean(numeric_only=True)
         shares = {column: f"{rounded(mean[column] / base[column], 2)}×" for column in ("flops", "critical_flops", "seconds")}
-        module, largest = (f"{mean[column] / 2**20:.1f}" for column in ("module_memory", "memory"))
+        module, largest = (
+            "–" if pd.isna(size := mean[column]) else f"{size / 2**20:.1f}" for column in ("module_memory", "memory")
+        )
         rows.append(
             {
                 "": label(name),
                 "FLOPs": shares["flops"],
                 "critical path": shares["critical_flops"],
-                "training time": shares["seconds"] + mixes(group),
-                "MiB to train a module": "–" if mean["module_memory"] != mean["module_memory"] else module,
+                "training time": shares["seconds"] + mixes(group, baseline),
+                "MiB to train a module": module,
                 "MiB of its largest phase": largest,
             }
         )
@@ -142,10 +145,11 @@ def adaptive(run: str) -> str:
 
 def updates(run: str) -> str:
     """A run with MAT: what each strategy spent until its mean score was full training's best, and what its updates cost beside
-    the least that they could; relative to full training."""
+    the least they could cost; relative to full training."""
     results = run_of(run)
     reached, costs = mat.reach(results), mat.estimator_costs(results).set_index("strategy")
-    table = reached.iloc[:, [2]].join(costs[["updates' FLOPs", "if all units rested"]]).fillna("")
+    until = [column for column in reached if column.startswith(f"{mat.COSTS['flops']} to ")]
+    table = reached[until].join(costs.reindex(columns=["updates' FLOPs", "if all units rested"])).fillna("")
     return markdown([{"": name} | row.to_dict() for name, row in table.iterrows()])
 
 

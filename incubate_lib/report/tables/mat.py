@@ -182,7 +182,7 @@ def eigenvalue_map(table: pd.DataFrame, strategy: str = "mat", seed: int | None 
     every = max(1, -(-len(names) // 16))  # labels that do not touch
     left.set_yticks(range(0, len(names), every), names[::every], fontsize=9)
     times = values.columns.to_numpy()
-    digits = max(1, -math.floor(math.log10(np.diff(times).min()))) if len(times) > 1 else 1  # so that no two look alike
+    digits = max(1, 1 - math.floor(math.log10(np.diff(times).min()))) if len(times) > 1 else 1  # so that no two look alike
     epochs = [f"{epoch:g}" for epoch in times.round(digits)]
     left.set_xticks(range(len(epochs)), epochs, fontsize=10, rotation=90)
     left.set(xlabel="epoch (a dot: rests from here on)", title="largest eigenvalue of each unit's kernel")

@@ -10,7 +10,7 @@ import pandas as pd
 from incubate_lib.report.tables.answers import against_best
 from incubate_lib.report.tables.statistics import judged_text, rounded, spread
 from incubate_lib.report.tables.studies import StudyTable
-from incubate_lib.report.tables.verdict import cells
+from incubate_lib.report.tables.verdict import cells, differences
 from incubate_lib.report.words import BASELINE, label
 
 # a network and a data set each; other studies vary one of these, and would count it several times
@@ -31,7 +31,8 @@ class Setting:
     is_clear: bool  # after correction for all strategies of pieces and budgets, as it is the best of so many
     path: float  # share of end to end's critical path that suffices for its best mean; NaN where none does
     is_meta_best: bool  # whether the meta model alone, for its cost or less, has a better mean than all whole networks
-    depth_pays: bool  # whether the whole network, end to end, has a better mean than the meta model alone
+    # whether at some budget end to end is clearly ahead of the meta model's network with all of it; none: nobody trained that
+    depth_pays: bool | None
 
 
 def settings(table: StudyTable) -> list[Setting]:
@@ -54,6 +55,7 @@ def settings(table: StudyTable) -> list[Setting]:
         enough = compared[metric.ahead(compared["score"], compared["best"]) >= 0].sort_values("critical_flops", kind="stable")
         path = enough["critical_flops"].iloc[0] if len(enough) else math.nan
         meta = metric.best(every.groupby(["strategy", "budget"])["meta_score"].mean())
+        alone = differences(every, [("meta_alone", BASELINE)], ["budget"])
         shown = {
             "end to end's best": written(BASELINE, means[BASELINE].idxmax()),
             "best in pieces": f"{written(best['strategy'], best['budget'])}: {label(best['strategy'])}",
@@ -70,7 +72,7 @@ def settings(table: StudyTable) -> list[Setting]:
                 is_clear=bool(best["clear"]),
                 path=path,
                 is_meta_best=bool(metric.sign * meta > means.max()),
-                depth_pays=bool(means[BASELINE].max() > metric.sign * meta),
+                depth_pays=bool((alone["clear"] & (alone["gain"] < 0)).any()) if len(alone) else None,
             )
         )
     return found
@@ -83,12 +85,14 @@ def in_short(tables: Iterable[StudyTable]) -> str:
     clear, behind = sum(s.is_clear for s in ahead), sum(s.is_clear for s in every if s.gain < 0)
     paths = [setting.path for setting in every if not math.isnan(setting.path)]
     least, middle = (rounded(of(paths), 2) for of in (min, median)) if paths else ("", "")
-    deep = [setting for setting in every if setting.depth_pays]
+    known = [setting for setting in every if setting.depth_pays is not None]
+    deep = [setting for setting in known if setting.depth_pays]
+    sooner = sum(setting.path <= FIFTH for setting in deep)
     shares = f", for {least} of its critical path at least and {middle} in the median" if paths else ""
     return (
         f"In {len(ahead)} of {len(every)} settings the best strategy of pieces is ahead of the best end-to-end training (clearly "
         f"in {clear}), and clearly behind in {behind}. It reaches end to end's best score in {len(paths)} of {len(every)}"
         f"{shares}. In {sum(s.is_meta_best for s in every)} of {len(every)} the shallow meta model alone is better than any "
-        f"whole network; in {len(deep)} it is worse than end to end, so depth pays, and there pieces reach end to end's best for "
-        f"a fifth of its critical path in {sum(setting.path <= FIFTH for setting in deep)}."
+        f"whole network. Where it had the whole budget, too ({len(known)}), depth pays clearly in {len(deep)}; in {sooner} of "
+        "these, pieces reach end to end's best for a fifth of its critical path."
     )

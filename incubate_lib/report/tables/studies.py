@@ -52,9 +52,11 @@ def collect(walk: Walk) -> StudyTable:
             rates = {f"{RATE}{phase}": settings.training_of(name, phase).lr for phase in settings.strategies[name].trains}
             row |= {"train_images": images} | trial.cell.place
             final = trial.plan.finals[name, row["seed"]]
-            peaks = {node: peak_bytes(node, known) for node in closure([final])}
-            apart = [peak for node, peak in peaks.items() if node.kind.has_modules]
-            row |= {"memory": max(peaks.values()), "module_memory": max(apart, default=None)}
+            nodes = closure([final])
+            if not any(node.kind.counted_apart for node in nodes):  # the memory of heads is not counted
+                peaks = {node: peak_bytes(node, known) for node in nodes}
+                apart = [peak for node, peak in peaks.items() if node.kind.has_modules]
+                row |= {"memory": max(peaks.values()), "module_memory": max(apart, default=None)}
             rows.append({column: row.get(column) for column in (*trial.cell.place, *COLUMNS)} | rates)
     columns = list(dict.fromkeys([*walk.study.axes, *COLUMNS, *itertools.chain(*rows)]))
     tried = pd.DataFrame(walk.tried, columns=[*walk.study.axes, "strategy", "phase", "lr", "seed", "metric", "score", "chosen"])
@@ -162,15 +164,15 @@ def costs_text(costs: list[Cost], pace: Pace | None, jobs: int) -> str:
         left = f"{cost.missing} of {cost.phases} phases to train, {cost.flops / factor:.3g} {unit}" if cost.missing else "done"
         lines.append(f"  {cost.title}: {cost.runs} runs, {left}")
     total = sum(cost.flops for cost in costs)
-    if not total:
+    if not any(cost.missing for cost in costs):
         return "\n".join([*lines, "Everything is trained."])
     lines.append(f"Altogether {total / factor:.3g} {unit}")
     if not pace:
         return "\n".join(lines) + "; no speed was measured here yet, so hours are not known."
     hours = pace.seconds(costs) / jobs / 3600
     time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
-    measured = f"{pace.flops_per_second / 1e9:.3g} GFLOP/s and {pace.seconds_besides:.2g} s of evaluation a phase"
-    return "\n".join(lines) + f", about {time} for {jobs} phases side by side; finished ones had {measured}."
+    measured = f"{pace.flops_per_second / 1e9:.3g} GFLOP/s and {pace.eval_seconds:.2g} s of evaluation each"
+    return "\n".join(lines) + f", about {time} for {jobs} phases side by side. Finished phases had {measured}."
 
 
 def doubts(table: StudyTable) -> list[str]:
