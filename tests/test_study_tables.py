@@ -162,6 +162,13 @@ def test_the_study_of_the_readme_is_one(tmp_path):
     assert [cell.place for cell in study.cells()] == [{"depth": "12"}, {"depth": "24"}]
 
 
+def test_the_depths_of_a_text_network_have_the_rates_that_were_chosen_for_it():
+    given = {field: value for field, value in load_study("austen-depth").set.items() if field.endswith(".lr")}
+    chosen = published("austen-budget").rates.query("chosen")[["strategy", "phase", "lr"]].drop_duplicates()
+    known = {f"strategies.{row.strategy}.phases.{row.phase}.lr": row.lr for row in chosen.itertuples()}
+    assert given and given.items() <= known.items()
+
+
 @pytest.mark.parametrize("name", report.published_studies())
 def test_tracked_tables_are_those_of_the_study(name):
     table, study = published(name), load_study(name)
