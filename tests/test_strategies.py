@@ -17,6 +17,7 @@ from incubate_lib.method.sizes import at_size
 from incubate_lib.phases.recipes import load_trained
 from incubate_lib.pipeline.graph import closure
 from incubate_lib.pipeline.strategies import plan
+from incubate_lib.pipeline.view import few_updates
 from incubate_lib.report.tables.records import from_plan
 from incubate_lib.report.tables.studies import published
 from incubate_lib.report.words import ISOLATES, label
@@ -194,6 +195,7 @@ def test_a_budget_may_be_spent_before_fine_tuning(tmp_path, monkeypatch):
     assert todo.flops[meta.key] == pytest.approx(todo.flops[todo.finals["end_to_end", 0].key], rel=0.02)
     meta, finetune = (node.run() for node in (meta, finetune))
     assert (finetune["steps"], finetune["train_flops"]) == (0, 0) and meta["steps"] > 0
+    assert not any("finetune" in line for line in few_updates(todo))  # of which none are asked
     assert finetune["score"] == meta["score"] and finetune["loss"] == pytest.approx(meta["loss"], rel=1e-6)
 
 

@@ -100,7 +100,7 @@ def few_updates(plan: Plan) -> list[str]:
     """Say which phases are so short that their results say nothing about a strategy: the shortest of each kind."""
     steps: dict[str, int] = {}
     for node in plan.nodes:
-        if training := node.settings.training:
+        if (training := node.settings.training) and training.epochs:  # without epochs it is asked to evaluate only
             own = total_steps(training.epochs, node.facts.num_images, training.batch_size)
             steps[node.settings.seeded_as] = min(own, steps.get(node.settings.seeded_as, own))
     few = [f"{phase} {number}" for phase, number in steps.items() if number < FEW_UPDATES]
