@@ -53,7 +53,9 @@ def test_sentences_follow_the_numbers():
     assert said.startswith("In 0 of 1 settings") and "clearly behind in 1" in said and "score in 0 of 1. " in said
     meta = StudyTable("it", table.results.assign(meta_score=0.9), table.rates)
     said = overview.in_short([meta])
-    assert "In 1 of 1 the shallow meta model alone is better" in said and "whole budget, too (0), depth pays clearly in 0" in said
+    assert (
+        "In 1 of 1 the shallow meta model alone is better" in said and "whole budget (in 0 of 1), depth pays clearly in 0" in said
+    )
 
 
 def test_it_is_said_where_depth_pays_and_whether_a_fifth_of_the_critical_path_is_enough():
@@ -62,7 +64,7 @@ def test_it_is_said_where_depth_pays_and_whether_a_fifth_of_the_critical_path_is
     for path, alone, deep, sooner in ((9, 0.5, 1, 0), (8, 0.5, 1, 1), (8, 0.69, 0, 0)):  # path of 40
         shallow = ("1", "meta_alone", [alone, alone + 0.02, alone + 0.01], 40, 40)
         said = overview.in_short([made([*rows, shallow, ("1/2", "growing", [0.72, 0.72, 0.72], 20, path)])])
-        assert f"whole budget, too (1), depth pays clearly in {deep}; in {sooner} of these, pieces reach" in said
+        assert f"whole budget (in 1 of 1), depth pays clearly in {deep}, and" in said and f"in {sooner} of those." in said
 
 
 @pytest.mark.parametrize("name", published_studies())

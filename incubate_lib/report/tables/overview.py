@@ -14,7 +14,7 @@ from incubate_lib.report.tables.verdict import cells, differences
 from incubate_lib.report.words import BASELINE, label
 
 # a network and a data set each; other studies vary one of these, and would count it several times
-APART = ("digits-budget", "fashion-budget", "fashion-families", "fashion-whole", "austen-budget")
+APART = ("digits-budget", "fashion-budget", "fashion-families", "fashion-whole", "austen-budget", "austen-wide")
 NO_PIECES = ("end_to_end", "mat", "meta_alone", "from_", "random_modules", "imitation")  # how strategies begin that are none
 
 FIFTH = 0.2  # of end to end's critical path
@@ -93,6 +93,6 @@ def in_short(tables: Iterable[StudyTable]) -> str:
         f"In {len(ahead)} of {len(every)} settings the best strategy of pieces is ahead of the best end-to-end training (clearly "
         f"in {clear}), and clearly behind in {behind}. It reaches end to end's best score in {len(paths)} of {len(every)}"
         f"{shares}. In {sum(s.is_meta_best for s in every)} of {len(every)} the shallow meta model alone is better than any "
-        f"whole network. Where it had the whole budget, too ({len(known)}), depth pays clearly in {len(deep)}; in {sooner} of "
-        "these, pieces reach end to end's best for a fifth of its critical path."
+        f"whole network. Where it had the whole budget (in {len(known)} of {len(every)}), depth pays clearly in {len(deep)}, and "
+        f"pieces reach end to end's best for a fifth of its critical path in {sooner} of those."
     )
