@@ -139,6 +139,18 @@ def _conv(inner: int, outer: int, kernel: int, stride: int = 1, bias: bool = Fal
     return nn.Conv2d(inner, outer, kernel, stride, kernel // 2, bias=bias)
 
 
+class Joined(nn.Module):
+    """A head as a network with one output, for those who count what it keeps."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.head(x)
+        return made.output if made.decoded is None else torch.cat([made.output, made.decoded.flatten(1)], dim=1)
+
+
 def handed_on(partition: Partition, index: int) -> Tensor:
     """Return an empty tensor on the meta device of the shape that module `index` hands on, for two images."""
     return torch.empty(partition.chain.stretches[partition.ends[index]].shape, device="meta")

@@ -87,8 +87,11 @@ class Phase:
         """Return the network that an update goes through, frozen where the phase freezes it, and how it is cut."""
         return networks.target.requires_grad_(True), networks.partition
 
-    def memory(self, networks: "Counted", index: int | None, count: Callable[..., list["StepMemory"]]) -> "StepMemory":
-        """Return the memory of an update, by what `count` says of the modules of a network."""
+    def memory(
+        self, networks: "Counted", index: int | None, count: Callable[..., list["StepMemory"]], options: dict[str, Any]
+    ) -> "StepMemory":
+        """Return the memory of an update, by what `count` says of the modules of a network; of one that reads no images by their
+        shape."""
         from incubate_lib.training.memory import StepMemory
 
         return sum(count(*self.trains(networks, index)), StepMemory())

@@ -40,7 +40,7 @@ class IncubateTogether(Incubate):
         again = sum(sum(flops[:i]) for i, flops in enumerate(by_module))  # the meta modules before each
         return {self.name: sum(map(sum, by_module)) - again + sum(by_module[-1][:-1])}
 
-    def memory(self, networks: Any, index: int | None, count: Callable[..., Any]) -> Any:
+    def memory(self, networks: Any, index: int | None, count: Callable[..., Any], options: dict[str, Any]) -> Any:
         from incubate_lib.training.memory import StepMemory, in_turn
 
         modules = range(networks.partition.num_modules)

@@ -49,23 +49,35 @@ class LocalLearning(Phase):
 
     def _counted_heads(self, networks: Any, method: str, contrast: bool) -> int:
         """Return the FLOPs of a training image in all heads."""
-        import torch
         from torch.utils.flop_counter import FlopCounterMode
 
-        from incubate_lib.method.local import handed_on, heads_of
+        from incubate_lib.method.local import handed_on
 
-        with torch.device("meta"):
-            heads = heads_of(method, networks.partition, networks.counts.image_shape, networks.target.num_classes, contrast)
+        heads = self._heads(networks, method, contrast)
         with FlopCounterMode(display=False) as counter:
             for i, head in enumerate(heads):
                 given = head(handed_on(networks.partition, i).requires_grad_())
                 sum(part.sum() for part in (given.output, given.decoded) if part is not None).backward()
         return counter.get_total_flops() // 2
 
-    def memory(self, networks: Any, index: int | None, count: Callable[..., Any]) -> Any:
+    def _heads(self, networks: Any, method: str, contrast: bool) -> list[Any]:
+        """Return the heads on the meta device."""
+        import torch
+
+        from incubate_lib.method.local import heads_of
+
+        with torch.device("meta"):
+            return heads_of(method, networks.partition, networks.counts.image_shape, networks.target.num_classes, contrast)
+
+    def memory(self, networks: Any, index: int | None, count: Callable[..., Any], options: dict[str, Any]) -> Any:
+        from incubate_lib.method.local import Joined, handed_on
         from incubate_lib.training.memory import in_turn
 
-        return in_turn(count(*self.trains(networks, None)))
+        *modules, last = count(*self.trains(networks, None))
+        heads = self._heads(networks, options["method"], options["contrast"])
+        shapes = [handed_on(networks.partition, i).shape[1:] for i in range(len(heads))]
+        own = [count(Joined(head), None, shape)[0] for head, shape in zip(heads, shapes, strict=True)]
+        return in_turn([module + head for module, head in zip(modules, own, strict=True)] + [last])
 
     def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> Any:
         import torch

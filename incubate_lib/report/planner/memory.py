@@ -1,5 +1,7 @@
 """What a phase's step keeps in memory, counted on its network without computing anything."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from incubate_lib.data.schedule import micro_batches
@@ -32,11 +34,11 @@ def step_memory_of(node: Node, known: dict) -> StepMemory:
             settings = settings.model_copy(update={"model": settings.model.model_copy(update={"img_size": size})})
             known[size] = networks_of(settings, (node.facts.target_depths, node.facts.meta_depths), node.facts.outputs)
 
-        def count(network: nn.Module, partition: Partition | None) -> list[StepMemory]:
+        def count(network: nn.Module, partition: Partition | None, shape: Sequence[int] | None = None) -> list[StepMemory]:
             how = {"precision": phase.precision, "optimizer": phase.training.optimizer, "known": _PARTS}
-            return memory_by_part(network, model_shape(phase.model), partition, **how)
+            return memory_by_part(network, shape or model_shape(phase.model), partition, **how)
 
-        memory = node.kind.memory(known[size], phase.module_index, count)
+        memory = node.kind.memory(known[size], phase.module_index, count, phase.options)
         average = memory.weights if phase.training.ema else 0  # of the weights, kept beside them
         known[key] = memory + StepMemory(weights=average)
     return known[key]

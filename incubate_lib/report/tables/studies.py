@@ -52,11 +52,9 @@ def collect(walk: Walk) -> StudyTable:
             rates = {f"{RATE}{phase}": settings.training_of(name, phase).lr for phase in settings.strategies[name].trains}
             row |= {"train_images": images} | trial.cell.place
             final = trial.plan.finals[name, row["seed"]]
-            nodes = closure([final])
-            if not any(node.kind.counted_apart for node in nodes):  # the memory of heads is not counted
-                peaks = {node: peak_bytes(node, known) for node in nodes}
-                apart = [peak for node, peak in peaks.items() if node.kind.has_modules]
-                row |= {"memory": max(peaks.values()), "module_memory": max(apart, default=None)}
+            peaks = {node: peak_bytes(node, known) for node in closure([final])}
+            apart = [peak for node, peak in peaks.items() if node.kind.has_modules]
+            row |= {"memory": max(peaks.values()), "module_memory": max(apart, default=None)}
             rows.append({column: row.get(column) for column in (*trial.cell.place, *COLUMNS)} | rates)
     columns = list(dict.fromkeys([*walk.study.axes, *COLUMNS, *itertools.chain(*rows)]))
     tried = pd.DataFrame(walk.tried, columns=[*walk.study.axes, "strategy", "phase", "lr", "seed", "metric", "score", "chosen"])
