@@ -75,7 +75,7 @@ def _thumbnail(path: Path) -> Path:
         is_tall = image.width * SMALL[1] < image.height * SMALL[0]
         how = {"centering": (0.5, 0)} if is_tall else {"color": "white"}
         fitted = (ImageOps.fit if is_tall else ImageOps.pad)(image.convert("RGB"), SMALL, Image.Resampling.LANCZOS, **how)
-    small = fitted.quantize(4 * COLORS)  # a small picture has many shades at its edges
+    small = fitted.quantize(3 * COLORS)  # a small picture has many shades at its edges
     about, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
     about.add_text("of", digest(large))
     small.save(buffer, format="png", optimize=True, pnginfo=about)
