@@ -157,9 +157,7 @@ def test_memory_is_that_of_a_real_update_heads_included(method, by_contrast, dat
     states = [value for state in trainer.optimizer.state.values() for value in state.values()]
     with LiveBytes([*model.parameters(), *states]) as counted:
         trainer.step(1)
-    least = (
-        0.8 if method == "infopro" and not by_contrast else 0.85
-    )  # what losses take is not counted: of all pixels that is more
+    least = 0.8 if method == "infopro" and not by_contrast else 0.85  # gradients of maps, gone in a moment, are not counted
     assert least < step_memory_of(node, {}).peak(64) / counted.peak < 1.05
 
 

@@ -95,7 +95,7 @@ class StrategySettings(Frozen):
 
     def has_epochs(self, general: PhaseChanges) -> bool:
         """Whether settings say how long its last phase is; `general` are those of all strategies."""
-        return epochs_in(self.phases, self.trains[-1]) is not None
+        return epochs_in(self.phases, self.all_phases[-1]) is not None
 
     def check_match(self, said: str, other: "StrategySettings", others: Mapping[str, "StrategySettings"]) -> None:
         """Refuse another strategy that this one cannot be matched to; `said` names the field and its value."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from incubate_lib.config import SettingsError, refuse
-from incubate_lib.config.strategies import PhaseChanges, SmallImages, StrategySettings, TrainingChanges, epochs_in
+from incubate_lib.config.strategies import SmallImages, StrategySettings, TrainingChanges, epochs_in
 from incubate_lib.phases.kinds.incubate import StartName
 from incubate_lib.strategies import Kind
 
@@ -60,15 +60,12 @@ class DeepIncubation(StrategySettings):
 
     @property
     def trains(self) -> list[str]:
-        read = {"assemble"} | ({"meta"} if self.weights else set()) | ({"finetune"} if self.ends_assembled else set())
-        return [phase for phase in self.all_phases if phase not in read]
+        without = {"assemble": True, "meta": self.weights, "finetune": self.ends_assembled}
+        return [phase for phase in self.all_phases if not without.get(phase)]
 
     @property
     def adapts(self) -> list[str]:
         return self.mat_phases or [phase for phase in self.trains if phase != "meta"]
-
-    def has_epochs(self, general: PhaseChanges) -> bool:
-        return epochs_in(self.phases, "finetune") is not None
 
     def check(self) -> None:
         shared = ", ".join(field for field in ("together", "share_draws") if getattr(self, field))
@@ -87,12 +84,8 @@ class DeepIncubation(StrategySettings):
         refuse(unmatched, "shares and budget have no meaning without match")
         trained, wrong = ", ".join(self.trains), ", ".join(sorted(set(self.shares or ()) - set(self.trains)))
         refuse(wrong, f"shares names {wrong}, but this strategy trains {trained}")
-        own = [phase for phase in (*(self.shares or ()), "finetune") if epochs_in(self.phases, phase) is not None]
-        both = (
-            f"shares say how long phases last, and fine-tuning has the rest; do not set phases.{own[0]}.epochs besides"
-            if own
-            else ""
-        )
+        own = next((phase for phase in (*(self.shares or ()), "finetune") if epochs_in(self.phases, phase) is not None), None)
+        both = f"shares say how long phases last, and fine-tuning has the rest; do not set phases.{own}.epochs besides"
         refuse(self.shares and own, both)
         relative = {"lr_scale": self.lr_scale, "warmup_share": self.warmup_share}
         for field, parts in relative.items():
