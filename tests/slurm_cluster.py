@@ -127,8 +127,16 @@ class Cluster:
         deadline = time.monotonic() + 10  # for leaving in peace; then they are killed
         while any(_is_alive(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.05)
-        for pid in [*pids, *self.processes()]:
+        for pid in pids:
             _kill(pid, signal.SIGKILL)
+        wait_for(self._no_job_is_left, "the jobs' processes to end")
+
+    def _no_job_is_left(self) -> bool:
+        """Kill what is left of the jobs; a process may begin another one meanwhile, and takes a moment to end."""
+        left = self.processes()
+        for pid in left:
+            _kill(pid, signal.SIGKILL)
+        return not left
 
     def processes(self, node: str | None = None) -> list[int]:
         """Return the processes of this cluster's jobs, or of those on one node."""
