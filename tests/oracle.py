@@ -67,7 +67,8 @@ SMALL = {
 }
 CASES = {
     "smoke": Case((
-        "end_to_end", "deep_incubation", "deep_incubation_stack", "deep_incubation_identity", "recommended", "stacking",
+        "end_to_end", "deep_incubation", "deep_incubation_stack", "deep_incubation_identity", "stacking",
+        "deep_incubation_recommended", "recommended",
         "growing", "random_modules", "imitation", "end_to_end_longer", "end_to_end_low_resolution", "mat", "mat_random",
         "mat_gradient_norm", "mat_inverted", "mat_multirate", "deep_incubation_mat",
     )),

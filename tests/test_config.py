@@ -102,7 +102,7 @@ RECORDED = {
     "imitation/incubate-1": "65fb6b8fd1d9",
     "end_to_end_low_resolution/end_to_end": "ed1af6915ee1",
     "mat": "b1ad4e703940",
-    "recommended/finetune": "b6be95b75a29",
+    "deep_incubation_recommended/finetune": "b6be95b75a29",
     "deep_incubation_mat/incubate-2": "6acac6d20634",
 }
 

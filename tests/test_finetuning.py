@@ -54,7 +54,11 @@ def ended(module=None, before=0.5, after=0.9, images=10_000, modules=()) -> Simp
     settings = SimpleNamespace(phase="finetune" if module is None else "incubate", module_index=module)
     upstream = lambda phase: list(modules)  # noqa: E731
     return SimpleNamespace(
-        summary=lambda: summary, settings=settings, strategy="recommended", upstream=upstream, digest=str((module, before, after))
+        summary=lambda: summary,
+        settings=settings,
+        strategy="deep_incubation_recommended",
+        upstream=upstream,
+        digest=str((module, before, after)),
     )
 
 

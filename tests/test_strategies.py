@@ -210,9 +210,9 @@ def test_an_experiment_is_the_same_whatever_strategies_are_known(monkeypatch):
         ({"end_to_end_low_resolution.low_resolution": {"share": 1.0}}, "less than 1"),
         ({"stacking.match": "staking"}, sentences.did_you_mean("stacking")),
         ({"end_to_end.lr_scale": {"finetune": 0.5}}, sentences.no_meaning("lr_scale", "kind 'end_to_end'")),
-        ({"recommended.lr_scale": {"finetune": 0}}, "greater than 0"),
-        ({"recommended.lr_scale": {"end_to_end": 0.5}}, "Input should be 'meta', 'incubate' or 'finetune'"),
-        ({"recommended.warmup_share": {"meta": 1.5}}, "less than or equal to 1"),
+        ({"deep_incubation_recommended.lr_scale": {"finetune": 0}}, "greater than 0"),
+        ({"deep_incubation_recommended.lr_scale": {"end_to_end": 0.5}}, "Input should be 'meta', 'incubate' or 'finetune'"),
+        ({"deep_incubation_recommended.warmup_share": {"meta": 1.5}}, "less than or equal to 1"),
     ],
 )
 def test_bad_strategies(changes, message, tmp_path, monkeypatch):

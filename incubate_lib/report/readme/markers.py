@@ -22,8 +22,7 @@ from incubate_lib.report.tables import records
 
 ALIASES = {
     "paper": "deep_incubation",
-    "recommended": "deep_incubation_identity",
-    "recommended_itself": "recommended",
+    "identity": "deep_incubation_identity",
     "stack": "deep_incubation_stack",
 }
 COMPARISONS = "data/results/README.md"

@@ -127,7 +127,8 @@ def _largest_gain(table: StudyTable) -> list[str]:
     return lines
 
 
-INCUBATED = ("recommended", "deep_incubation_identity", "deep_incubation_stack", "deep_incubation")  # the recommended ones first
+# the best ones first
+INCUBATED = ("deep_incubation_recommended", "deep_incubation_identity", "deep_incubation_stack", "deep_incubation")
 
 
 def _against_controls(table: StudyTable) -> list[str]:

@@ -151,7 +151,9 @@ def summary(table: StudyTable) -> pd.DataFrame:
 
 
 # the same start, never incubated
-WITHOUT = {"recommended": "growing", "deep_incubation_identity": "growing", "deep_incubation_stack": "stacking"}
+WITHOUT = {
+    "deep_incubation_recommended": "growing", "deep_incubation_identity": "growing", "deep_incubation_stack": "stacking",
+}  # fmt: skip
 
 
 def costs_text(costs: list[Cost], pace: Pace | None, jobs: int) -> str:
