@@ -65,7 +65,7 @@ def ended(module=None, before=0.5, after=0.9, images=10_000, modules=()) -> Simp
 def test_a_report_says_which_modules_incubation_made_worse():
     modules = ended(0, 0.6, 0.8), ended(1, 0.7, 0.6), ended(2, 0.7, 0.699)
     assert doubts([ended(modules=modules)]) == (
-        "Incubation made modules of Deep Incubation, recommended worse: 2 (70.0 % → 60.0 %). More updates, or a lower "
+        "Incubation made modules of Deep Incubation, recommended recipe worse: 2 (70.0 % → 60.0 %). More updates, or a lower "
         "phases.incubate.lr, may help."
     )
     assert doubts([ended(modules=modules[::2])]) == ""

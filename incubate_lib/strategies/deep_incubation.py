@@ -1,7 +1,7 @@
 """deep_incubation: a meta model, target modules that learn in its place or not at all, and all of them together.
 
 deep_incubation*      meta ─→ incubate-0 … incubate-K-1 ─→ assemble ─→ finetune
-stacking, growing     meta ─→ assemble ─→ finetune; random_modules: without meta
+stacking, growing     meta ─→ assemble ─→ finetune; so does recommended, and random_modules without meta
 """
 
 import math
