@@ -212,7 +212,8 @@ def test_the_recipe_on_imagenet_is_the_papers(preset, phase):
 @pytest.mark.parametrize("preset", IMAGENET)
 def test_shorter_budgets_change_the_epochs_alone_and_share_the_meta_model(preset):
     settings, (_, phases) = load_settings(preset), planned(preset)
-    papers = [name for name in settings.strategies if name.startswith("deep_incubation")]
+    known = settings.strategies.items()
+    papers = [name for name, own in known if own.kind == "deep_incubation" and own.needs_meta and not own.match]
     assert len({phases[name]["meta"][0].key for name in papers}) == 1
     for epochs in (50, 25):
         short = f"deep_incubation_{epochs}"
