@@ -12,7 +12,7 @@ from incubate_lib.pipeline.notebook import execute, notebook_path
 from incubate_lib.training.files import write_atomic
 
 LARGEST = 300 * 1024  # bytes of a notebook with its outputs
-COLORS = 32  # of a picture; ours have few, and so take a third of the room
+COLORS = 64  # of a picture; ours have few, and so take a third of the room
 SHOWN = ("image/png", "text/html", "text/markdown")  # of an output that comes in several forms, the first of these is kept
 THUMBNAIL = "thumbnail"  # tags the cell whose first picture is shown small on the front page
 SMALL = (480, 200)  # pixels of that, twice what a page has room for
@@ -75,7 +75,7 @@ def _thumbnail(path: Path) -> Path:
         is_tall = image.width * SMALL[1] < image.height * SMALL[0]
         how = {"centering": (0.5, 0)} if is_tall else {"color": "white"}
         fitted = (ImageOps.fit if is_tall else ImageOps.pad)(image.convert("RGB"), SMALL, Image.Resampling.LANCZOS, **how)
-    small = fitted.quantize(3 * COLORS)  # a small picture has many shades at its edges
+    small = _with_few_colors(fitted)
     about, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
     about.add_text("of", digest(large))
     small.save(buffer, format="png", optimize=True, pnginfo=about)
@@ -110,5 +110,12 @@ def _small(picture: str) -> str:
 
     with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
         buffer = io.BytesIO()
-        image.convert("RGB").quantize(COLORS).save(buffer, format="png", optimize=True)
+        _with_few_colors(image.convert("RGB")).save(buffer, format="png", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _with_few_colors(image: Any) -> Any:
+    """Return a picture with a palette that covers its colours evenly: the commonest ones would be greys, and lines alike."""
+    from PIL import Image
+
+    return image.quantize(COLORS, method=Image.Quantize.MAXCOVERAGE, kmeans=2)
