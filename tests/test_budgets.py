@@ -48,25 +48,26 @@ def test_a_budget_is_a_share_of_what_is_matched(name):
 
 
 RECIPES = [
-    ("recommended", "digits-strategies", {}, "growing"),
-    ("deep_incubation_recommended", "digits-budget", {"budget": "1/4"}, "deep_incubation_identity"),
+    ("recommended", "digits-strategies", {}, "growing", ["training.eval_every=2"]),  # that study evaluates at the end
+    ("deep_incubation_recommended", "digits-budget", {"budget": "1/4"}, "deep_incubation_identity", []),
 ]
 
 
-@pytest.mark.parametrize(("name", "source", "place", "there"), RECIPES, ids=[recipe[0] for recipe in RECIPES])
-def test_a_recommended_recipe_is_what_the_studies_ran(name, source, place, there):
+@pytest.mark.parametrize(("name", "source", "place", "there", "but"), RECIPES, ids=[recipe[0] for recipe in RECIPES])
+def test_a_recommended_recipe_is_what_the_studies_ran(name, source, place, there, but):
     """In the preset: a cell at a quarter of end to end's budget, with the rates that its table has."""
     study, table = load_study(source), published(source).results
     cell = next(cell for cell in study.cells() if cell.place == place)
     row = table[(table["strategy"] == there) & table[[*place]].eq(place).all(axis=1)].iloc[0]
     rates = {phase: row[f"lr_{phase}"] for phase in ("meta", "incubate", "finetune") if row[f"lr_{phase}"] > 0}
-    studied = study.settings(cell, [f"strategies.{there}.phases.{phase}.lr={float(rate)!r}" for phase, rate in rates.items()])
+    chosen = [f"strategies.{there}.phases.{phase}.lr={float(rate)!r}" for phase, rate in rates.items()]
+    studied = study.settings(cell, [*chosen, *but])
     for ours, theirs in zip(plan(load_settings("digits"), [name]).nodes, plan(studied, [there]).nodes, strict=True):
         assert ours.settings.phase == theirs.settings.phase
         if ours.settings.training:
             ours, theirs = (node.settings.training.model_dump() for node in (ours, theirs))
             assert abs(ours.pop("epochs") / theirs.pop("epochs") - 1) < 0.01  # end to end is 25.03 epochs in the preset
-            assert ours | {"eval_every": theirs["eval_every"]} == theirs  # a study evaluates at the end
+            assert ours == theirs
 
 
 def training_of(phase, *changes, strategy="deep_incubation_recommended", epochs=None):
@@ -119,13 +120,15 @@ def test_a_meta_model_with_a_rate_of_its_own_is_not_shared(data_folder):
 
 
 def test_what_was_trained_before_there_were_recommended_rates_stays_good(data_folder):
-    """Digits say their rates themselves, and other strategies have none: phases are what they were."""
+    """Digits say their rates themselves, and other strategies have none: settings and phases are what they were."""
     settings = load_settings("digits")
+    assert settings.digest() == "195ecc0b79af"
     finals = {"end_to_end": "5323d599ea31", "deep_incubation": "30c8cfc0397e", "deep_incubation_recommended": "d97e732c09b1",
               "deep_incubation_stack": "6d9a4f2633cd", "growing": "4f25e1b1a88c"}  # fmt: skip
     todo = plan(settings, list(finals))
     assert {name: final.digest for (name, _), final in todo.finals.items()} == finals
     study = load_study("digits-budget")
     settings = study.settings(next(cell for cell in study.cells() if cell.place == {"budget": "1/4"}))
+    assert settings.digest() == "2f6a4761482f"
     todo = plan(settings, ["deep_incubation_identity"], facts=todo.experiment.facts)
     assert todo.finals["deep_incubation_identity", 0].digest == "13245c3b666c"
