@@ -27,7 +27,7 @@ def test_it_is_corrected_for_all_that_it_was_picked_from():
     """More candidates that are worse widen the interval and change nothing else; controls are no candidates."""
     few, many, with_controls = (overview.settings(made(WHOLE + rows))[0] for rows in (PIECES[1:2], PIECES, PIECES + CONTROLS))
     assert few.gain == many.gain and few.shown["ahead by"] != many.shown["ahead by"]
-    assert replace(with_controls, depth_pays=None) == many
+    assert replace(with_controls, whole_pays=None, pieces_pay=None) == many
 
 
 def test_less_is_better_where_it_is():
@@ -50,12 +50,10 @@ def test_sentences_follow_the_numbers():
     assert said.startswith("In 1 of 1 settings") and "for 0.25 of its critical path" in said
     worse = made(WHOLE + [(budget, name, np.subtract(scores, 0.3), *costs) for budget, name, scores, *costs in PIECES])
     said = overview.in_short([worse])
-    assert said.startswith("In 0 of 1 settings") and "clearly behind in 1" in said and "score in 0 of 1. " in said
+    assert said.startswith("In 0 of 1 settings") and "in 1 it is clearly behind" in said and "end's best score. But" in said
     meta = StudyTable("it", table.results.assign(meta_score=0.9), table.rates)
     said = overview.in_short([meta])
-    assert (
-        "In 1 of 1 the shallow meta model alone is better" in said and "whole budget (in 0 of 1), depth pays clearly in 0" in said
-    )
+    assert "in 1 of 1 the shallow meta model alone" in said and "(in 0 of 1), a deep one is clearly better in 0" in said
 
 
 def test_it_is_said_where_depth_pays_and_whether_a_fifth_of_the_critical_path_is_enough():
@@ -64,7 +62,19 @@ def test_it_is_said_where_depth_pays_and_whether_a_fifth_of_the_critical_path_is
     for path, alone, deep, sooner in ((9, 0.5, 1, 0), (8, 0.5, 1, 1), (8, 0.69, 0, 0)):  # path of 40
         shallow = ("1", "meta_alone", [alone, alone + 0.02, alone + 0.01], 40, 40)
         said = overview.in_short([made([*rows, shallow, ("1/2", "growing", [0.72, 0.72, 0.72], 20, path)])])
-        assert f"whole budget (in 1 of 1), depth pays clearly in {deep}, and" in said and f"in {sooner} of those." in said
+        assert f"(in 1 of 1), a deep one is clearly better in {deep}: end to end in {deep}" in said
+        assert f"Of these {deep}," in said and said.endswith(f"in {sooner}.")
+
+
+def test_the_shallow_network_stops_where_it_is_best():
+    """Trained on it gets worse, which is no merit of depth; more budget than the deep one's is no help to it."""
+    long = [("1", "meta_alone", [0.50, 0.52, 0.51], 4, 4), ("1", "growing", [0.80, 0.82, 0.81], 4, 4)]
+    for budget, flops, whole, pieces in (("1/2", 2, False, True), ("2", 8, True, True)):
+        table = made(WHOLE + long + [(budget, "meta_alone", [0.70, 0.72, 0.71], flops, flops)])
+        (found,) = overview.settings(table)
+        assert (found.whole_pays, found.pieces_pay) == (whole, pieces)
+    (found,) = overview.settings(made(WHOLE + PIECES))
+    assert found.whole_pays is None and found.pieces_pay is None
 
 
 @pytest.mark.parametrize("name", published_studies())

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from statistics import median
 
 import pandas as pd
 
@@ -12,6 +11,7 @@ from incubate_lib.report.tables.statistics import judged_text, rounded, spread
 from incubate_lib.report.tables.studies import StudyTable
 from incubate_lib.report.tables.verdict import cells, differences
 from incubate_lib.report.words import BASELINE, label
+from incubate_lib.tasks import Metric
 
 # a network and a data set each; other studies vary one of these, and would count it several times
 APART = ("digits-budget", "fashion-budget", "fashion-map", "fashion-families", "fashion-whole", "austen-budget", "austen-wide")
@@ -30,9 +30,11 @@ class Setting:
     gain: float  # of the strategy of pieces with the best mean over end to end's best mean, in points
     is_clear: bool  # after correction for all strategies of pieces and budgets, as it is the best of so many
     path: float  # share of end to end's critical path that suffices for its best mean; NaN where none does
-    is_meta_best: bool  # whether the meta model alone, for its cost or less, has a better mean than all whole networks
-    # whether at some budget end to end is clearly ahead of the meta model's network with all of it; none: nobody trained that
-    depth_pays: bool | None
+    is_meta_better: bool  # whether the meta model alone, for its cost or less, has a better mean than end to end's best
+    # whether at some budget end to end, or a strategy of pieces, is clearly ahead of the meta model's network, which may have all
+    # of that budget, and stops where it is best; none: nobody trained that
+    whole_pays: bool | None
+    pieces_pay: bool | None
 
 
 def settings(table: StudyTable) -> list[Setting]:
@@ -55,7 +57,8 @@ def settings(table: StudyTable) -> list[Setting]:
         enough = compared[metric.ahead(compared["score"], compared["best"]) >= 0].sort_values("critical_flops", kind="stable")
         path = enough["critical_flops"].iloc[0] if len(enough) else math.nan
         meta = metric.best(every.groupby(["strategy", "budget"])["meta_score"].mean())
-        alone = differences(every, [("meta_alone", BASELINE)], ["budget"])
+        deep = {name: clearly_over_shallow(every, names, metric) for name, names in
+                {"whole_pays": [BASELINE], "pieces_pay": compared["strategy"].unique()}.items()}  # fmt: skip
         shown = {
             "end to end's best": written(BASELINE, means[BASELINE].idxmax()),
             "best in pieces": f"{written(best['strategy'], best['budget'])}: {label(best['strategy'])}",
@@ -71,28 +74,49 @@ def settings(table: StudyTable) -> list[Setting]:
                 gain=best["gain"],
                 is_clear=bool(best["clear"]),
                 path=path,
-                is_meta_best=bool(metric.sign * meta > means.max()),
-                depth_pays=bool((alone["clear"] & (alone["gain"] < 0)).any()) if len(alone) else None,
+                is_meta_better=bool(metric.sign * meta > means[BASELINE].max()),
+                **deep,
             )
         )
     return found
 
 
+def clearly_over_shallow(rows: pd.DataFrame, names: Iterable[str], metric: Metric) -> bool | None:
+    """Return whether one of some strategies is clearly ahead of the meta model's network at some budget; none without such rows.
+
+    That network is as good as at its best budget up to each: nobody has to train it longer than is good for it.
+    """
+    shallow = rows[rows["strategy"] == "meta_alone"]
+    if shallow.empty:
+        return None
+    means = metric.sign * shallow.groupby("budget")["score"].mean()
+    budgets = shallow.groupby("budget")["flops"].mean().sort_values().index
+    at_best = [
+        shallow[shallow["budget"] == means[budgets[: i + 1]].idxmax()].assign(budget=budget) for i, budget in enumerate(budgets)
+    ]
+    table = pd.concat([rows[rows["strategy"] != "meta_alone"], *at_best])
+    found = differences(table, [(name, "meta_alone") for name in names], ["budget"])
+    return bool((found["clear"] & (found["gain"] > 0)).any())
+
+
 def in_short(tables: Iterable[StudyTable]) -> str:
-    """Say in three sentences what all settings of some studies say, whatever the numbers are."""
+    """Say in a few sentences what all settings of some studies say, whatever the numbers are."""
     every = [setting for table in tables for setting in settings(table)]
     ahead = [setting for setting in every if setting.gain > 0]
     clear, behind = sum(s.is_clear for s in ahead), sum(s.is_clear for s in every if s.gain < 0)
     paths = [setting.path for setting in every if not math.isnan(setting.path)]
-    least, middle = (rounded(of(paths), 2) for of in (min, median)) if paths else ("", "")
-    known = [setting for setting in every if setting.depth_pays is not None]
-    deep = [setting for setting in known if setting.depth_pays]
+    ends = dict.fromkeys(rounded(of(paths), 2) for of in (min, max) if paths)
+    shares = f", for {' to '.join(ends)} of its critical path" if paths else ""
+    known = [setting for setting in every if setting.whole_pays is not None]
+    deep = [setting for setting in known if setting.whole_pays or setting.pieces_pay]
+    whole, pieces = sum(s.whole_pays for s in deep), sum(s.pieces_pay for s in deep)
     sooner = sum(setting.path <= FIFTH for setting in deep)
-    shares = f", for {least} of its critical path at least and {middle} in the median" if paths else ""
+    better, total = sum(setting.is_meta_better for setting in every), len(every)
     return (
-        f"In {len(ahead)} of {len(every)} settings the best strategy of pieces is ahead of the best end-to-end training (clearly "
-        f"in {clear}), and clearly behind in {behind}. It reaches end to end's best score in {len(paths)} of {len(every)}"
-        f"{shares}. In {sum(s.is_meta_best for s in every)} of {len(every)} the shallow meta model alone is better than any "
-        f"whole network. Where it had the whole budget (in {len(known)} of {len(every)}), depth pays clearly in {len(deep)}, and "
-        f"pieces reach end to end's best for a fifth of its critical path in {sooner} of those."
+        f"In {len(ahead)} of {total} settings the best strategy of pieces is ahead of the best end-to-end training (clearly "
+        f"in {clear}); in {behind} it is clearly behind. In {len(paths)} of {total} some strategy of pieces, often another "
+        f"one, reaches end to end's best score{shares}. But in {better} of {total} the shallow meta model alone, for its cost "
+        f"or less, has a better mean than end to end's best. Where that network was given whole budgets (in {len(known)} of "
+        f"{total}), a deep one is clearly better in {len(deep)}: end to end in {whole}, in pieces in {pieces}. Of these "
+        f"{len(deep)}, pieces reach end to end's best for a fifth of its critical path in {sooner}."
     )
