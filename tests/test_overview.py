@@ -31,10 +31,21 @@ def test_it_is_corrected_for_all_that_it_was_picked_from():
 
 
 def test_less_is_better_where_it_is():
-    table = made(WHOLE + PIECES)
-    turned = StudyTable("it", table.results.assign(metric="perplexity", score=1 / table.results["score"]), table.rates)
-    (found,) = overview.settings(turned)
+    alone = [("1/2", "meta_alone", [0.70, 0.72, 0.71], 2, 2), ("1", "meta_alone", [0.50, 0.52, 0.51], 4, 4)]
+    table = made(WHOLE + PIECES + alone)
+    turned = table.results.assign(metric="perplexity", score=1 / table.results["score"], meta_score=1 / 0.73)
+    (found,) = overview.settings(StudyTable("it", turned, table.rates))
     assert found.gain > 0 and "grown" in found.shown["best in pieces"] and found.path == 0.25
+    assert (found.whole_pays, found.pieces_pay) == (False, True)  # the shallow one stops at 1/2
+    assert found.is_meta_better  # than end to end's best, not than all
+
+
+def test_the_meta_model_alone_counts_where_it_costs_no_more():
+    dear = made([*WHOLE, ("1", "growing", [0.6, 0.6, 0.6], 4, 4), ("2", "growing", [0.6, 0.6, 0.6], 8, 8)])
+    for budget, better in (("1", True), ("2", False)):
+        scores = dear.results["budget"].map({budget: 0.9})
+        (found,) = overview.settings(StudyTable("it", dear.results.assign(meta_score=scores), dear.rates))
+        assert found.is_meta_better is better
 
 
 def test_each_value_of_other_axes_is_a_setting_and_a_study_needs_no_budget():
@@ -73,8 +84,9 @@ def test_the_shallow_network_stops_where_it_is_best():
         table = made(WHOLE + long + [(budget, "meta_alone", [0.70, 0.72, 0.71], flops, flops)])
         (found,) = overview.settings(table)
         assert (found.whole_pays, found.pieces_pay) == (whole, pieces)
-    (found,) = overview.settings(made(WHOLE + PIECES))
-    assert found.whole_pays is None and found.pieces_pay is None
+    for unfinished in ([], [("1", "meta_alone", [np.nan] * 3, 4, 4)]):
+        (found,) = overview.settings(made(WHOLE + PIECES + unfinished))
+        assert found.whole_pays is None and found.pieces_pay is None
 
 
 @pytest.mark.parametrize("name", published_studies())

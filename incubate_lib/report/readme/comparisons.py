@@ -17,13 +17,18 @@ from incubate_lib.report.tables.verdict import differences
 from incubate_lib.report.words import label, metric_of
 
 # further families that README speaks of, each a list of pairs
+INHERITED = "random_start_inherited_stem_and_head"
 BEST = ["growing", "deep_incubation_identity", "stacking", "deep_incubation_stack"]
 MORE = {
     "digits-strategies": [
         list(itertools.combinations(BEST, 2)),
         [("deep_incubation_identity", "end_to_end_longer")],
-        [("random_start_inherited_stem_and_head", "random_start_half_for_meta")],
+        [(INHERITED, "random_start_half_for_meta")],
     ],
+    "fashion-map": [[(INHERITED, "deep_incubation")], [("stacking", "growing")]],
+    "fashion-controls": [[(INHERITED, "deep_incubation")], [(INHERITED, "end_to_end_longer")]],
+    "austen-controls": [[(INHERITED, "stacking")], [(INHERITED, "end_to_end_longer")]],
+    "austen-budget": [[("stacking", "growing")]],
     "mat-digits": [[("deep_incubation_mat", "deep_incubation")]],
 }
 
@@ -46,7 +51,7 @@ def comparisons() -> str:
         families = [studies.gains(table)]
         families += [studies.gains(table, control, [it]) for it, control in WITHOUT.items() if {it, control} <= there]
         families += [against_others(run_of(name))] if "mat" in there else []
-        families += [differences(table.results, pairs) for pairs in MORE.get(name, ())]
+        families += [differences(table.results, pairs, table.axes) for pairs in MORE.get(name, ())]
         parts += [f"## {name}\n", *(_table(found, table.axes) for found in families)]
         if "recipe" in table.axes:
             found = changes(table)
