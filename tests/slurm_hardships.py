@@ -14,7 +14,9 @@ KEYS = [f"seed-{seed}/end_to_end" for seed in range(3)]
 
 
 def go_through(site: Site) -> dict[str, Any]:
-    """Put three seeds, each on a node of its own, through all of it; return what was seen. They do some steps, and go on only when told so.
+    """Put three seeds, each on a node of its own, through all of it; return what was seen.
+
+    They do some steps, and go on only when told so.
 
     Seed 0: its time limit, then the stop button of the watch widget. Seed 1: preemption, a requeue, scancel. Both would not save
     by themselves. Seed 2: its node is lost. Meanwhile the controller is away for a while. In the end `incubate run` again.

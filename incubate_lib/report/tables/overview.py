@@ -14,7 +14,16 @@ from incubate_lib.report.words import BASELINE, label
 from incubate_lib.tasks import Metric
 
 # a network and a data set each; other studies vary one of these, and would count it several times
-APART = ("digits-budget", "fashion-budget", "fashion-map", "fashion-families", "fashion-whole", "austen-budget", "austen-wide")
+APART = (
+    "digits-budget",
+    "fashion-budget",
+    "fashion-map",
+    "fashion-families",
+    "fashion-whole",
+    "austen-budget",
+    "austen-wide",
+    "austen-masked",
+)
 NO_PIECES = ("end_to_end", "mat", "meta_alone", "from_", "random_modules", "imitation")  # how strategies begin that are none
 
 FIFTH = 0.2  # of end to end's critical path
