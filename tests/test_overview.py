@@ -61,10 +61,12 @@ def test_sentences_follow_the_numbers():
     assert said.startswith("In 1 of 1 settings") and "for 0.25 of its critical path" in said
     worse = made(WHOLE + [(budget, name, np.subtract(scores, 0.3), *costs) for budget, name, scores, *costs in PIECES])
     said = overview.in_short([worse])
-    assert said.startswith("In 0 of 1 settings") and "in 1 it is clearly behind" in said and "end's best score. But" in said
+    assert said.startswith("In 0 of 1 settings") and "in 1 it is clearly behind. In 0 of 1 some strategy" in said
+    assert "reaches end to end's best score. But" in said
     meta = StudyTable("it", table.results.assign(meta_score=0.9), table.rates)
     said = overview.in_short([meta])
-    assert "in 1 of 1 the shallow meta model alone" in said and "(in 0 of 1), a deep one is clearly better in 0" in said
+    assert "But in 1 of 1 the shallow meta model alone, for its cost or less, has at least end to end's best mean" in said
+    assert "whole budgets (in 0 of 1), a deep one is clearly better in 0" in said
 
 
 def test_it_is_said_where_depth_pays_and_whether_a_fifth_of_the_critical_path_is_enough():
@@ -73,7 +75,7 @@ def test_it_is_said_where_depth_pays_and_whether_a_fifth_of_the_critical_path_is
     for path, alone, deep, sooner in ((9, 0.5, 1, 0), (8, 0.5, 1, 1), (8, 0.69, 0, 0)):  # path of 40
         shallow = ("1", "meta_alone", [alone, alone + 0.02, alone + 0.01], 40, 40)
         said = overview.in_short([made([*rows, shallow, ("1/2", "growing", [0.72, 0.72, 0.72], 20, path)])])
-        assert f"(in 1 of 1), a deep one is clearly better in {deep}: end to end in {deep}" in said
+        assert f"whole budgets (in 1 of 1), a deep one is clearly better in {deep}: end to end in {deep}" in said
         assert f"Of these {deep}," in said and said.endswith(f"in {sooner}.")
 
 

@@ -69,8 +69,6 @@ def settings(table: StudyTable) -> list[Setting]:
         cost = every[(every["strategy"] == BASELINE) & (every["budget"] == means[BASELINE].idxmax())]["flops"].mean()
         alone = every[every["flops"] < ROUNDED * cost].groupby(["strategy", "budget"])["meta_score"].mean()
         meta = metric.best(alone)
-        deep = {name: clearly_over_shallow(every, names, metric) for name, names in
-                {"whole_pays": [BASELINE], "pieces_pay": compared["strategy"].unique()}.items()}  # fmt: skip
         shown = {
             "end to end's best": written(BASELINE, means[BASELINE].idxmax()),
             "best in pieces": f"{written(best['strategy'], best['budget'])}: {label(best['strategy'])}",
@@ -87,7 +85,8 @@ def settings(table: StudyTable) -> list[Setting]:
                 is_clear=bool(best["clear"]),
                 path=path,
                 is_meta_better=bool(metric.sign * meta >= means[BASELINE].max()),
-                **deep,
+                whole_pays=clearly_over_shallow(every, [BASELINE], metric),
+                pieces_pay=clearly_over_shallow(every, compared["strategy"].unique(), metric),
             )
         )
     return found
