@@ -2,7 +2,7 @@
 
 import pytest
 
-from incubate_lib.config import load_settings
+from incubate_lib.config import SettingsError, load_settings
 from incubate_lib.config.study import load_study
 from incubate_lib.pipeline.graph import closure
 from incubate_lib.pipeline.strategies import plan
@@ -45,6 +45,15 @@ def test_a_budget_is_a_share_of_what_is_matched(name):
         for share in (1, 0.375)
     )
     assert sum(part) / sum(whole) == pytest.approx(0.375, rel=0.03)  # to whole updates
+
+
+def test_a_part_that_is_shorter_than_its_warm_up_is_refused_by_name():
+    short = "strategies.short={kind: end_to_end, match: end_to_end, budget: 0.25}"
+    with pytest.raises(SettingsError, match=r"strategies\.short .* 0\.5 epochs, .* set phases\.end_to_end\.warmup_epochs"):
+        plan(
+            load_settings("smoke", [short, "strategies.end_to_end.phases.end_to_end.epochs=2", "training.warmup_epochs=1"]),
+            ["short"],
+        )
 
 
 RECIPES = [

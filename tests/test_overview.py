@@ -58,24 +58,27 @@ def test_each_value_of_other_axes_is_a_setting_and_a_study_needs_no_budget():
 def test_sentences_follow_the_numbers():
     table = made(WHOLE + PIECES)
     said = overview.in_short([table])
-    assert said.startswith("In 1 of 1 settings") and "for 0.25 of its critical path" in said
+    assert said.startswith("In 1 of 1 cases") and "for 0.25 of its critical path" in said
     worse = made(WHOLE + [(budget, name, np.subtract(scores, 0.3), *costs) for budget, name, scores, *costs in PIECES])
     said = overview.in_short([worse])
-    assert said.startswith("In 0 of 1 settings") and "in 1 it is clearly behind. In 0 of 1 some strategy" in said
-    assert "reaches end to end's best score. But" in said
+    assert said.startswith("In 0 of 1 cases") and "it is clearly behind in 1. In 0 of 1 some strategy" in said
+    assert "reaches end to end's best mean. But" in said
     meta = StudyTable("it", table.results.assign(meta_score=0.9), table.rates)
     said = overview.in_short([meta])
-    assert "But in 1 of 1 the shallow meta model alone, for its cost or less, has at least end to end's best mean" in said
-    assert "whole budgets (in 0 of 1), a deep one is clearly better in 0" in said
+    assert (
+        "But in 1 of 1 the shallow meta model alone, for no more than end to end's cost, is at least as good on average" in said
+    )
+    assert "In 0 cases we also gave that shallow network whole budgets: a deep one is clearly better in 0" in said
 
 
 def test_it_is_said_where_depth_pays_and_whether_a_fifth_of_the_critical_path_is_enough():
     """Only where the shallow network had the whole budget, and is clearly behind."""
     rows = [(budget, name, scores, 10 * flops, 10 * flops) for budget, name, scores, flops, _ in WHOLE]
-    for path, alone, deep, sooner in ((9, 0.5, 1, 0), (8, 0.5, 1, 1), (8, 0.69, 0, 0)):  # path of 40
+    for path, alone, deep, sooner in ((9, 0.5, 1, 0), (8.04, 0.5, 1, 1), (8, 0.5, 1, 1), (8, 0.69, 0, 0)):  # path of 40
         shallow = ("1", "meta_alone", [alone, alone + 0.02, alone + 0.01], 40, 40)
         said = overview.in_short([made([*rows, shallow, ("1/2", "growing", [0.72, 0.72, 0.72], 20, path)])])
-        assert f"whole budgets (in 1 of 1), a deep one is clearly better in {deep}: end to end in {deep}" in said
+        assert "In 1 cases we also gave" in said
+        assert f"whole budgets: a deep one is clearly better in {deep} of them, trained end to end in {deep}," in said
         assert f"Of these {deep}," in said and said.endswith(f"in {sooner}.")
 
 

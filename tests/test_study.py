@@ -190,6 +190,22 @@ def test_the_tables_make_figures_and_sentences(trained):
         assert len(figure._repr_png_()) > 10_000
 
 
+def test_a_rate_at_which_one_module_diverges_is_not_chosen(trained, tmp_path, monkeypatch):
+    """Whatever the others have: nothing can be assembled from them."""
+    before = walks.Walk(load_study(str(trained[1])))
+    tries = [trial for _, trials in before.stages() for trial in trials if trial.phase == "incubate"]
+    (where,) = {(trial.cell.label, trial.strategy) for trial in tries}
+    best = before.chosen[where]["incubate"]
+    first, *_ = next(trial for trial in tries if trial.rate == best).nodes
+    monkeypatch.setenv("INCUBATE_DATA", str(shutil.copytree(trained[0], tmp_path / "data")))
+    phase = PhaseFolder.of(first.digest)
+    (phase.path / "summary.json").unlink()
+    with pytest.raises(FloatingPointError), phase.claim({}):
+        raise FloatingPointError("loss is nan")
+    after = walks.Walk(load_study(str(trained[1])))
+    assert list(after.stages()) and {best, after.chosen[where]["incubate"]} == {1e-3, 4e-3}
+
+
 def test_a_rate_that_is_too_high_is_an_answer(tmp_path, monkeypatch):
     """What diverges counts as the worst while rates are chosen, is not tried again, and the study goes on with the other."""
     monkeypatch.setenv("INCUBATE_DATA", str(tmp_path / "data"))
@@ -206,4 +222,4 @@ def test_a_rate_that_is_too_high_is_an_answer(tmp_path, monkeypatch):
     study["rates"]["values"] = [1e30]
     file.write_text(json.dumps(study))
     result = incubate("study", str(file), "--jobs", "1", folder=tmp_path / "data")
-    assert result.returncode == 2 and "the loss is not finite at any rate (1e+30)" in result.stderr
+    assert result.returncode == 2 and "no rate keeps the loss finite in every training (1e+30)" in result.stderr

@@ -13,8 +13,11 @@ from project import block
 from incubate_lib.config.study import COLUMNS, load_study, studies
 from incubate_lib.report.tables import studies as report
 from incubate_lib.report.tables.answers import answer, changes, reached
+from incubate_lib.report.tables.statistics import paired
 from incubate_lib.report.tables.studies import StudyTable, gains, published, summary
 from incubate_lib.report.tables.study_plots import fronts, gain_map, ranking
+
+NOTHING_IN_COMMON = "There is nothing to compare: no other strategy has a finished seed in common with end to end."
 
 
 def made(rows) -> StudyTable:
@@ -83,7 +86,22 @@ def test_a_cell_without_end_to_end_is_not_the_best():
         assert found["best"].tolist() == pytest.approx([0.7]) and found["gain"].tolist() == pytest.approx([10.0])
         assert "nan" not in "".join(answer(made(some)))
     assert reached(made(rows[-1:])).empty
-    assert answer(made(rows[:1] + rows[-1:])) == ["Nothing is finished yet."]
+    assert answer(made(rows[:1] + rows[-1:])) == [NOTHING_IN_COMMON]
+
+
+def test_a_study_without_budgets_or_equal_costs_has_an_answer():
+    dearer = made([("1", "end_to_end", [0.5, 0.5], 4, 4), ("1", "growing", [0.9, 0.8], 6, 6)]).results
+    (of_all,) = answer(StudyTable("it", dearer.rename(columns={"budget": "depth"}), pd.DataFrame()))
+    assert "35.0 points better" in of_all and "1.50 times its training FLOPs" in of_all
+    alone = dearer[dearer["strategy"] == "end_to_end"].drop(columns="budget")
+    assert answer(StudyTable("it", alone, pd.DataFrame())) == [NOTHING_IN_COMMON]
+
+
+def test_several_cells_are_not_taken_for_more_seeds():
+    rows = made([(budget, name, [0.5, 0.6], 1, 1) for budget in ("1/2", "1") for name in ("end_to_end", "growing")]).results
+    assert len(paired(rows[rows["budget"] == "1"], "growing", "end_to_end")) == 2
+    with pytest.raises(ValueError, match="one cell at a time"):
+        paired(rows, "growing", "end_to_end")
 
 
 def test_two_cells_are_compared_on_the_seeds_that_both_have():

@@ -97,8 +97,10 @@ class Study(Frozen):
         by_axis = [set().union(*values.values()) for values in self.axes.values()]
         for field in ("name", "overrides"):
             refuse(field in self.set or any(field in axis for axis in by_axis), f"{field} is what the study itself sets")
-        for field in set().union(*by_axis):
-            refuse(sum(field in axis for axis in by_axis) > 1, f"{field} is set by two axes; each field has one")
+        for (axis, fields), (other, theirs) in itertools.combinations(zip(self.axes, by_axis, strict=True), 2):
+            for mine, its in itertools.product(sorted(fields), sorted(theirs)):
+                is_part = f"{mine}.".startswith(f"{its}.") or f"{its}.".startswith(f"{mine}.")
+                refuse(is_part, f"axes {axis} and {other} both set {max(mine, its, key=len)}; each field has one axis")
         both = sorted(set(self.rates.seeds if self.rates else ()) & set(self.seeds))
         refuse(both, f"seeds {both} are in rates.seeds, too: what a rate was chosen with must not evaluate it")
         return self

@@ -150,8 +150,7 @@ class Builder:
 
     def as_many_epochs(self, phase: str) -> TrainingSettings:
         """Return the settings of a phase that lasts its share of the epochs of the last phase of the one it is matched to."""
-        epochs = self.matched().settings.training.epochs
-        return self.training(phase).model_copy(update={"epochs": self.own.budget * epochs})
+        return self._of_length(phase, self.own.budget * self.matched().settings.training.epochs)
 
     def budget(self) -> float:
         """Return the training FLOPs that the strategy has: its share of those of the one it is matched to, or of what K
@@ -177,14 +176,20 @@ class Builder:
         self.check_batch(phase, training)
         steps = flops / (per_image * training.batch_size)
         epochs = steps / steps_per_epoch(self.facts.num_images, training.batch_size)
-        what = f"strategies.{self.name} is as long as {self.own.match} costs"
         if epochs <= 0:
-            raise SettingsError(f"{what}, but its other phases cost more than that already")
+            raise SettingsError(f"{self._as_long}, but its other phases cost more than that already")
+        return self._of_length(phase, round(epochs, 3))
+
+    @property
+    def _as_long(self) -> str:
+        return f"strategies.{self.name} is as long as {self.own.match} costs"
+
+    def _of_length(self, phase: str, epochs: float) -> TrainingSettings:
         try:
-            return self.training(phase, round(epochs, 3))
+            return self.training(phase, epochs)
         except SettingsError:  # nothing else depends on the length
-            warmup = f"its warmup_epochs is {training.warmup_epochs:g}; set phases.{phase}.warmup_epochs"
-            raise SettingsError(f"{what}, which leaves its phase {phase} {epochs:.3g} epochs, but {warmup}") from None
+            warmup = f"its warmup_epochs is {self.training(phase).warmup_epochs:g}; set phases.{phase}.warmup_epochs"
+            raise SettingsError(f"{self._as_long}, which leaves its phase {phase} {epochs:.3g} epochs, but {warmup}") from None
 
     # -- on what it trains
 

@@ -60,6 +60,11 @@ class Trial:
     def metric(self) -> tasks.Metric:
         return tasks.get(self.plan.experiment.settings.task).score
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the loss of any of these phases, each of which is over, was not finite: nothing can be built on it."""
+        return any(node.summary() is None for node in self.nodes)
+
     def scores(self) -> dict[int, float]:
         """Return the score of this phase by seed, of incubation the mean over modules; the worst of all of what diverged."""
         by_seed: dict[int, list[float]] = {}
@@ -135,12 +140,12 @@ class Walk:
                 self.stand_ins.add((cell, name))
             if (cell, name) not in self.stand_ins:
                 results, metric = {trial.rate: trial.scores() for trial in group}, group[0].metric
-                means = {rate: metric.sign * fmean(by_seed.values()) for rate, by_seed in results.items()}
-                best = max(means, key=means.get)  # of equal ones the first
-                if all(score == metric.worst for score in results[best].values()):
+                finite = [trial.rate for trial in group if not trial.has_diverged]
+                if not finite:
                     where = f"study {self.study.name}, {cell}: in phase {phase} of {name}"
                     rates = f"({', '.join(f'{rate:g}' for rate in results)}); add lower ones to rates.values"
-                    raise SettingsError(f"{where} the loss is not finite at any rate {rates}")
+                    raise SettingsError(f"{where} no rate keeps the loss finite in every training {rates}")
+                best = max(finite, key=lambda rate: metric.sign * fmean(results[rate].values()))  # of equal ones the first
                 place = group[0].cell.place | {"strategy": name, "phase": phase}
                 for rate, by_seed in results.items():
                     row = place | {"metric": metric.name, "lr": rate, "chosen": rate == best}

@@ -63,5 +63,5 @@ def _call(known: Makers, call: str) -> str:
     name, *words = shlex.split(call)
     try:
         return with_minus(known[name](*(ALIASES.get(word, word) for word in words)))
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"marker {call!r}: {type(error).__name__}: {error}") from error

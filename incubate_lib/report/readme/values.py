@@ -57,7 +57,7 @@ def gain(source: str, strategy: str, other: str = BASELINE) -> str:
 def change(source: str, strategy: str) -> str:
     """What a recipe of a study changes against the first, in points with its corrected interval and the verdict."""
     row = sources.change(source, strategy)
-    return judged_text(row) if row else "says nothing of it"
+    return judged_text(row) if row else "does not apply"
 
 
 def points(source: str, strategy: str, other: str = BASELINE) -> str:

@@ -4,7 +4,7 @@ import pandas as pd
 
 from incubate_lib.config.study import BASELINE
 from incubate_lib.report.tables.hardware import mixed_text
-from incubate_lib.report.tables.statistics import family_text, gain_text
+from incubate_lib.report.tables.statistics import counted, family_text, gain_text
 from incubate_lib.report.tables.studies import WITHOUT, StudyTable, at_equal_cost, gains
 from incubate_lib.report.tables.verdict import against_baseline, cells, differences
 from incubate_lib.report.words import label
@@ -22,8 +22,9 @@ def answer(table: StudyTable) -> list[str]:
         *_against_workers(table),
         *_assembled(table),
     ]
-    lines = [*lines, *filter(None, [mixed_text(table.results)])]
-    return lines or ["Nothing is finished yet."]
+    lines = lines or against_baseline(table.results, table.axes)
+    lines = lines or ["There is nothing to compare: no other strategy has a finished seed in common with end to end."]
+    return [*lines, *filter(None, [mixed_text(table.results)])]
 
 
 def reached(table: StudyTable) -> pd.DataFrame:
@@ -121,7 +122,7 @@ def _largest_gain(table: StudyTable) -> list[str]:
         where = ", ".join(f"{axis} {row[axis]}" for axis in table.axes)
         where = f" at {where}" if where else ""
         lines.append(
-            f"The largest {word} of {len(equal)} comparisons at equal FLOPs, in {table.metric.points}: "
+            f"The largest {word} of {counted(len(equal), 'comparison')} at equal FLOPs, in {table.metric.points}: "
             f"{label(row['strategy'])}{where}, {gain_text(row)}. {family_text(row['comparisons'])}".strip()
         )
     return lines

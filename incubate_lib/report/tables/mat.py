@@ -116,14 +116,14 @@ def verdict(results: Results) -> str:
     else:
         lines.append(
             f"Full training's best {metric.words} is reached for {row[flops_to]} of its FLOPs and {row[seconds_to]} of its "
-            f"seconds; by full training itself for {table.loc[label(BASELINE), flops_to]} of them."
+            f"seconds; by full training itself for {table.loc[label(BASELINE), flops_to]} of its FLOPs."
         )
     found = against_others(results)
     for row in found.to_dict("records"):
         cost = table[flops_all].get(label(row["other"]))
         difference = f"{points_text(row)}, {verdict_text(row)}"
         lines.append(f"Against {label(row['other'])}{f' ({cost} of the FLOPs)' if cost else ''}: {difference}.")
-    lines += [family_text(len(found)), mixed_text(results.strategies)]
+    lines += [family_text(found["comparisons"].max()), mixed_text(results.strategies)]
     return "\n".join(filter(None, lines))
 
 

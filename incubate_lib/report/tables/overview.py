@@ -69,11 +69,12 @@ def settings(table: StudyTable) -> list[Setting]:
         cost = every[(every["strategy"] == BASELINE) & (every["budget"] == means[BASELINE].idxmax())]["flops"].mean()
         alone = every[every["flops"] < ROUNDED * cost].groupby(["strategy", "budget"])["meta_score"].mean()
         meta = metric.best(alone)
+        fastest = f"{rounded(path, 2)}: {label(enough['strategy'].iloc[0])}" if len(enough) else "not reached"
         shown = {
             "end to end's best": written(BASELINE, means[BASELINE].idxmax()),
             "best in pieces": f"{written(best['strategy'], best['budget'])}: {label(best['strategy'])}",
             "ahead by": judged_text(best),
-            "path to end to end's best": f"{rounded(path, 2)}: {label(enough['strategy'].iloc[0])}" if len(enough) else "longer",
+            "path to end to end's best": fastest,
             "meta model alone": "–" if pd.isna(meta) else rounded(metric.scale * meta, metric.digits),
         }
         found.append(
@@ -121,13 +122,13 @@ def in_short(tables: Iterable[StudyTable]) -> str:
     known = [setting for setting in every if setting.whole_pays is not None]
     deep = [setting for setting in known if setting.whole_pays or setting.pieces_pay]
     whole, pieces = sum(s.whole_pays for s in deep), sum(s.pieces_pay for s in deep)
-    sooner = sum(setting.path <= FIFTH for setting in deep)
+    sooner = sum(setting.path <= FIFTH * ROUNDED for setting in deep)
     better, total = sum(setting.is_meta_better for setting in every), len(every)
     return (
-        f"In {len(ahead)} of {total} settings the best strategy of pieces is ahead of the best end-to-end training (clearly "
-        f"in {clear}); in {behind} it is clearly behind. In {len(paths)} of {total} some strategy of pieces, often another "
-        f"one, reaches end to end's best score{shares}. But in {better} of {total} the shallow meta model alone, for its cost "
-        f"or less, has at least end to end's best mean. Where that network was given whole budgets (in {len(known)} of "
-        f"{total}), a deep one is clearly better in {len(deep)}: end to end in {whole}, in pieces in {pieces}. Of these "
-        f"{len(deep)}, pieces reach end to end's best for a fifth of its critical path in {sooner}."
+        f"In {len(ahead)} of {total} cases, each a network on one set of data, the best strategy of pieces is ahead of the best "
+        f"end-to-end training, clearly in {clear}; it is clearly behind in {behind}. In {len(paths)} of {total} some strategy "
+        f"of pieces reaches end to end's best mean{shares}. But in {better} of {total} the shallow meta model alone, for no "
+        f"more than end to end's cost, is at least as good on average. In {len(known)} cases we also gave that shallow network "
+        f"whole budgets: a deep one is clearly better in {len(deep)} of them, trained end to end in {whole}, in pieces in "
+        f"{pieces}. Of these {len(deep)}, pieces reach end to end's best for a fifth of its critical path in {sooner}."
     )

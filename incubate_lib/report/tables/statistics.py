@@ -24,8 +24,10 @@ COLUMNS = ["seeds", "better", "gain", "low", "high", "half_alone", "p_holm", "cl
 def paired(table: pd.DataFrame, strategy: str, other: str) -> pd.Series:
     """Return how far a strategy is ahead of another in its metric's points: a value for each seed that both have.
 
-    `table` has a row a strategy and seed.
+    `table` has a row a strategy and seed; ValueError where one has several, as those of several cells would have.
     """
+    if table.duplicated(["strategy", "seed"]).any():
+        raise ValueError("a strategy has several rows of one seed; compare one cell at a time")
     ours, theirs = (table[table["strategy"] == name].set_index("seed")["score"] for name in (strategy, other))
     return metric_of(table).ahead(ours, theirs).dropna()
 
@@ -113,6 +115,11 @@ def verdict_text(row: pd.Series) -> str:
 def family_text(count: int) -> str:
     """Say what was corrected for; nothing where a single comparison is shown."""
     return f"Corrected for {count} comparisons (Holm)." if count > 1 else ""
+
+
+def counted(count: int, one: str, more: str = "") -> str:
+    """Return a number of things: "1 seed", "5 seeds"."""
+    return f"{count} {one if count == 1 else more or one + 's'}"
 
 
 def rounded(value: float, digits: int = 1, sign: str = "") -> str:

@@ -15,7 +15,7 @@ from incubate_lib.report.planner.memory import peak_bytes
 from incubate_lib.report.tables import records
 from incubate_lib.report.tables.hardware import hardware_of, mixes
 from incubate_lib.report.tables.records import from_plan, read_table, write_table
-from incubate_lib.report.tables.statistics import gain_text, spread
+from incubate_lib.report.tables.statistics import counted, gain_text, spread
 from incubate_lib.report.tables.verdict import baseline_of, cells, differences
 from incubate_lib.report.words import flop_unit, label, metric_of, seconds_text
 from incubate_lib.tasks import Metric
@@ -97,8 +97,9 @@ def described(table: StudyTable) -> str:
     known = load_study(table.name) if table.name in studies() else None
     cells = len(table.results[table.axes].drop_duplicates()) if table.axes else 1
     lines = [f"{table.name}: {known.question}", f"   {known.description}"] if known else [f"{table.name}:"]
-    size = f"   {cells} cells, {table.results['strategy'].nunique()} strategies, {table.results['seed'].nunique()} seeds"
-    return "\n".join([*lines, f"{size}; {hardware_of(table.results)}"])
+    strategies, seeds = (table.results[column].nunique() for column in ("strategy", "seed"))
+    size = [counted(cells, "cell"), counted(strategies, "strategy", "strategies"), counted(seeds, "seed")]
+    return "\n".join([*lines, f"   {', '.join(size)}; {hardware_of(table.results)}"])
 
 
 # -- what they say --------------------------------------------------------------------------------------------------------
@@ -124,7 +125,8 @@ def seeds_text(table: StudyTable) -> str:
 def seeds_count(table: StudyTable) -> str:
     """Say how many seeds stand behind each point."""
     counts = table.results.groupby([*table.axes, "strategy"])["seed"].nunique()
-    return (f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}") + " seeds"
+    fewest, most = counts.min(), counts.max()
+    return counted(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
 
 
 def summary(table: StudyTable) -> pd.DataFrame:

@@ -162,7 +162,7 @@ def against_baseline(table: pd.DataFrame, axes: Sequence[str] = ()) -> list[str]
             f"{what}: {points_text(row)} than {label(base)} ({verdict_text(row)}), for {row['flops']:.2f} times its training "
             f"FLOPs, {row['critical_flops']:.2f} times on the critical path."
         )
-    return [*text, family_text(found["comparisons"].max())] if text else []
+    return [*text, *filter(None, [family_text(found["comparisons"].max())])] if text else []
 
 
 def not_from_nothing(phases: pd.DataFrame) -> list[str]:
@@ -175,10 +175,11 @@ def not_from_nothing(phases: pd.DataFrame) -> list[str]:
 
 def meta_alone(table: pd.DataFrame, phases: pd.DataFrame) -> str:
     """Say what the small shared network reaches by itself: the depth must be worth its cost."""
-    meta = phases[phases["phase"] == "meta"].drop_duplicates(["seed", "flops"])
-    if meta.empty or meta["flops"].nunique() > 1:  # of strategies with meta models of their own each has another
-        return ""
+    meta = phases[phases["phase"] == "meta"].drop_duplicates(["seed", "flops", "score"])
     means = table.groupby("strategy")[["score", "flops"]].mean()
+    has_several = meta["seed"].duplicated().any() or meta["flops"].nunique() > 1  # strategies may have meta models of their own
+    if meta.empty or has_several or BASELINE not in means.index:
+        return ""
     share = meta["flops"].mean() / means.loc[BASELINE, "flops"]
     metric, alone = metric_of(table, meta), meta["score"].mean()
     text = f"The meta model alone has {metric.written(alone, ' ')}"
