@@ -186,6 +186,10 @@ def test_the_rate_falls_layer_by_layer_and_is_whole_on_top():
     parts = ("backbone.patch_embed", "blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight", "classify.weight")
     found = [next(value for name, value in named.items() if part in name) for part in parts]
     assert found == [0.25, 0.5, 1.0, 1.0] and len(named) == len(scale)
+    for token_decays in (False, True):
+        optimizer = make_optimizer(network, TrainingSettings(layer_decay=0.5, decay_tokens=token_decays))
+        decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+        assert (id(network.pyramid.backbone.pos_embed) in decayed) is token_decays
 
 
 def test_a_run_starts_from_the_network_of_its_own_seed(data_folder):

@@ -7,7 +7,7 @@ import timm
 import torch
 from test_language import RUN, SHARES, words, write
 
-from incubate_lib.config import ModelSettings, load_settings
+from incubate_lib.config import ModelSettings, SettingsError, load_settings
 from incubate_lib.method.chain import find_chain
 from incubate_lib.method.incubation import Hybrid
 from incubate_lib.method.mntk import kernel_by_definition, modular_kernels
@@ -95,6 +95,23 @@ def test_bert_is_trained_in_pieces_rests_and_is_exported(write, tmp_path):
     own = load_trained(pieces.settings, pieces.folder, pieces.facts.outputs)
     x = pieces.data()[1].some(torch.arange(2))[0]
     assert torch.equal(again(input_ids=x).logits, own(x))
+
+
+def test_weights_that_are_shared_are_refused_before_anything_trains(write):
+    """No file of weights can have them, so training would end in nothing."""
+    model = {
+        "name": "hf_gpt2",
+        "context": 12,
+        "embed_dim": 8,
+        "depth": 2,
+        "num_heads": 2,
+        "options": {"tie_word_embeddings": True},
+    }
+    file = write(model=model, partition=None, strategies={}, run=["end_to_end"])
+    with pytest.raises(
+        SettingsError, match=r"'hf_gpt2' .* shares one tensor under two names, transformer.wte.weight and lm_head"
+    ):
+        plan(load_settings(file))
 
 
 def test_what_is_no_field_of_its_config_is_refused():

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from incubate_lib.config import load_settings
 from incubate_lib.config.members import PHASES
 from incubate_lib.method.chain import find_chain
-from incubate_lib.method.local import DGLHead, InfoProHead, LocalLearning, as_map, contrast, heads_of, weights_of
+from incubate_lib.method.local import DGLHead, InfoProHead, LocalLearning, as_map, contrast, heads_of, pooled, weights_of
 from incubate_lib.method.network import divide
 from incubate_lib.phases.networks import depths_of, fair_shares
 from incubate_lib.phases.recipes import load_trained
@@ -183,6 +183,18 @@ def test_heads_of_a_resnet_for_small_images_are_the_published_ones():
         partition = divide(chain, [4 // modules] * modules)
         assert weights_of(partition) == expected
     assert weights_of(partition, ([2.0, 4.0], None))[1][0] == 3
+
+
+@pytest.mark.parametrize(("size", "side"), [((4, 4), 2), ((14, 14), 3), ((7, 5), 2), ((9, 9), 9), ((56, 56), 14)])
+def test_pooling_is_that_of_torch_by_operations_that_are_deterministic_on_a_gpu(size, side):
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(pooled(x, side), F.adaptive_avg_pool2d(x, side))
+    weights = torch.randn(2, 3, side, side, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((weights * pool(x, side)).sum(), x)[0] for pool in (pooled, F.adaptive_avg_pool2d))
+    torch.testing.assert_close(ours, theirs)
+    with FlopCounterMode(display=False) as counter:
+        pooled(x, side)
+    assert counter.get_total_flops() == 0  # as of torch's
 
 
 def test_tokens_become_a_map_without_those_that_come_first():

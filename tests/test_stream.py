@@ -84,6 +84,14 @@ def test_no_worker_is_left_when_all_images_are_read_or_no_more_are_wanted(tmp_pa
     assert set(multiprocessing.active_children()) == before
 
 
+def test_devices_of_other_machines_take_no_cores_of_this_one(tmp_path, monkeypatch):
+    write_folder(tmp_path / "set")
+    monkeypatch.setenv("INCUBATE_THREADS", "16")  # of a node
+    settings, of_two = DataSettings(source="folder", folder=str(tmp_path / "set")), MachineSettings(devices=2)
+    train, _ = load_data(settings, shape=(3, 16, 16), machine=of_two)
+    assert [train.loader(TrainingSettings(), [], devices).num_workers for devices in (1, 2, 8)] == [16, 8, 8]
+
+
 def read_for_ever(folder: str, output: str, stop: str) -> None:
     os.environ["INCUBATE_STOP"] = stop
     settings = DataSettings(source="folder", folder=folder)

@@ -81,7 +81,7 @@ def test_together_and_apart_are_the_same_bits_and_the_same_numbers(data_folder):
 
 
 def test_stopped_and_resumed_it_ends_in_the_same_bits(data_folder):
-    joint, apart = made("training.epochs=1")
+    joint, apart = made("training.epochs=1", "training.drop_path=0.3", "training.drop_path_over=hybrid")
     apart.run()
     [together] = [node for node in joint.nodes if node.settings.phase == "incubate_together"]
     for checkpoints in (2, 3):
@@ -92,6 +92,14 @@ def test_stopped_and_resumed_it_ends_in_the_same_bits(data_folder):
     together.run()
     assert together.folder.status()["resumed_at"] > 2
     check_equal(joint, apart)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [("training.frozen=train", "frozen: train"), ("training.layer_decay=0.9", "layer_decay")]
+)
+def test_what_modules_together_cannot_heed_is_refused(change, message):
+    with pytest.raises(SettingsError, match=f"strategies.joint: phases.incubate has no use for {message}"):
+        made(change)
 
 
 def test_on_two_devices_they_are_the_same_bits_too(tmp_path, data_folder):
@@ -166,6 +174,10 @@ def test_images_that_do_not_fit_are_said_with_how_many_would(data_folder, monkey
     [together] = [node for node in joint.nodes if node.settings.phase == "incubate_together"]
     for node in together.upstream("meta"):
         node.run()
+    with monkeypatch.context() as patch:
+        patch.setattr("incubate_lib.phases.kinds.incubate_together.IncubateTogether.evaluated", full)
+        with pytest.raises(SettingsError, match=r"a batch of evaluation needs more than the [\d.]+ GiB of "):
+            together.run()
     monkeypatch.setattr("incubate_lib.training.trainer.Trainer.step", full)
     with pytest.raises(SettingsError, match=r"8 images at once need more than the [\d.]+ GiB of .*; try training.micro_batch=4 "):
         together.run()

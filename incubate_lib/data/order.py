@@ -48,6 +48,11 @@ class Order:
                 yield epoch, mine, order[mine]
 
 
+def moved(index: Tensor, device: torch.device) -> Tensor:
+    """Return an index on a device; to a GPU a copy from memory that is not pinned would wait for all work that is queued."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+
 @lru_cache(maxsize=2)
 def _epoch_order(num_images: int, seed: int, epoch: int, repeats: int) -> Tensor:
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))

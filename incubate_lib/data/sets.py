@@ -16,7 +16,7 @@ from torch import Tensor
 
 from incubate_lib.config import DEFAULT_MACHINE, SCENES, DataSettings, MachineSettings, SettingsError, TrainingSettings
 from incubate_lib.data.folders import Source
-from incubate_lib.data.order import EVAL_BATCH, Order
+from incubate_lib.data.order import EVAL_BATCH, Order, moved
 from incubate_lib.data.sources import open_source
 from incubate_lib.data.stream import StreamedSet
 from incubate_lib.data.text import contexts
@@ -54,14 +54,13 @@ class ImageSet:
 
     def some(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return images as evaluated, normalised [N, C, H, W], and labels [N] of an index."""
-        index = index.to(self.labels.device)
+        index = moved(index, self.labels.device)
         return self.normalise(self.images[index]), self.labels[index]
 
     def batches(self, order: Order) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield micro-batches to train on: uint8 images [B, C, H, W] and labels [B]; `finish` makes them ready."""
         for _, _, index in order:
-            if self.labels.is_cuda:  # or the copy would wait for all work that is queued
-                index = index.pin_memory().to(self.labels.device, non_blocking=True)
+            index = moved(index, self.labels.device)
             yield self.images[index], self.labels[index]
 
     def finish(self, images: Tensor, recipe: TrainingSettings) -> Tensor:

@@ -150,7 +150,7 @@ class StreamedSet:
         """Return how many processes read for this one."""
         if self.machine.workers is not None:
             return self.machine.workers
-        return max(1, _cores() // devices)
+        return max(1, _cores() // min(self.machine.devices, devices))  # those of this machine share its cores
 
     def read_ahead(self, batch: int, batches: int, workers: int) -> int:
         """Return the bytes of shared memory that so many worker processes fill at most.

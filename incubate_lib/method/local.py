@@ -101,6 +101,15 @@ class InfoProHead(nn.Module):
         return F.interpolate(x, size=self.size, mode="bilinear", align_corners=True)
 
 
+def pooled(x: Tensor, side: int) -> Tensor:
+    """Return maps [B, C, H, W] averaged to [B, C, side, side], as by adaptive_avg_pool2d, which is not deterministic on a GPU."""
+    for dim in (2, 3):
+        size = x.shape[dim]
+        bounds = [(i * size // side, math.ceil((i + 1) * size / side)) for i in range(side)]
+        x = torch.cat([x.narrow(dim, first, end - first).mean(dim, keepdim=True) for first, end in bounds], dim)
+    return x
+
+
 class DGLHead(nn.Module):
     """A classifier: pooled to a quarter, three 1 × 1 convolutions, pooled to 2 × 2, three layers with batch norm, one without.
 
@@ -119,8 +128,8 @@ class DGLHead(nn.Module):
         self.classify = nn.Sequential(*layers, nn.Linear(wide, outputs))
 
     def forward(self, features: Tensor) -> Local:
-        x = self.convs(F.adaptive_avg_pool2d(as_map(features), self.side))
-        return Local(self.classify(F.adaptive_avg_pool2d(x, 2).flatten(1)))
+        x = self.convs(pooled(as_map(features), self.side))
+        return Local(self.classify(pooled(x, 2).flatten(1)))
 
 
 class TokenHead(nn.Module):

@@ -193,6 +193,10 @@ def _tried(settings: Settings, outputs: int) -> tuple[Any, Any]:
     network = f"model.name {settings.model.name!r} with model.options {settings.model.options}"
     with torch.device("meta"):
         shape, model = model_shape(settings.model), build_for(settings.task, settings.model, settings.model.depth, outputs)
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = names.setdefault(id(tensor), name)
+        refuse(first != name, f"{network} shares one tensor under two names, {first} and {name}; no file of weights can say so")
     try:
         with torch.no_grad():
             output = model.train()(blank(model, 2, shape))  # batch norm cannot train on one image

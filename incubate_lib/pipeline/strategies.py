@@ -241,6 +241,8 @@ class Builder:
         mat = None
         if training:
             self.check_batch(phase.group, training)
+            if unmeant := phase.unmeant(training):
+                raise SettingsError(f"strategies.{self.name}: phases.{phase.group} has no use for {unmeant}")
             mat = self.settings.mat_of(self.name, phase.group)
         settings = PhaseSettings(
             phase=kind,

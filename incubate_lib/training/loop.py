@@ -21,7 +21,7 @@ from incubate_lib.tasks import Task
 from incubate_lib.tasks.classification import TASK as CLASSIFICATION
 from incubate_lib.training.progress import Progress
 from incubate_lib.training.runs import MNTK, STATUS_SECONDS, PhaseFolder, Stopped
-from incubate_lib.training.team import ALONE, Team, device_name
+from incubate_lib.training.team import ALONE, Team, device_name, explain_large_evaluation
 from incubate_lib.training.trainer import Counts, DataSet, Trainer, autocast, seed_everything
 
 DATA_SHARE_WARNED = 0.1  # of training time spent waiting for samples
@@ -121,7 +121,7 @@ def _outputs(
     model.eval()
     device = next(model.parameters()).device
     for batch in data.eval_batches(team.rank, team.devices):
-        with autocast(device, precision):
+        with explain_large_evaluation(device), autocast(device, precision):
             outputs = evaluated(model, task.inputs(batch))
         yield outputs, batch
     model.train(was_training)
@@ -251,7 +251,7 @@ def fit(
             row["train_flops"] = counts.flops
             row["train_loss"] = summed / counts.loss_steps if counts.loss_steps else None
             row["train_seconds"] = counts.train_seconds
-            row["lr"] = trainer.optimizer.param_groups[0]["lr"] if step else None
+            row["lr"] = max(group["lr"] for group in trainer.optimizer.param_groups) if step else None
             if each:
                 row["module_index"] = i
             made.append(row)

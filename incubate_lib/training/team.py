@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,12 @@ def explain_out_of_memory(message: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise SettingsError(message) from None
+
+
+def explain_large_evaluation(device: torch.device) -> AbstractContextManager[None]:
+    """Say so where a batch of evaluation is too large, whose size no setting has."""
+    there = f"the {device_memory(device) / 2**30:.1f} GiB of {device_name(device)}"
+    return explain_out_of_memory(f"a batch of evaluation needs more than {there}; smaller images or a smaller network may fit")
 
 
 def _cpu_name() -> str:

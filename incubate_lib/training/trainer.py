@@ -77,13 +77,10 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequenc
 
     Parameters of which rows can rest alone are given to it in `pieces`.
     """
-    own = set(getattr(model, "no_weight_decay", set)())  # timm's networks have embeddings and tokens there
-    own |= {name for name, _ in model.named_parameters() if name.endswith("reg_token")}  # which timm before 1.0.22 forgets
-    if settings.decay_tokens:
-        own = {name for name in own if not name.endswith(("pos_embed", "cls_token"))}
-    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=own)
     if settings.layer_decay:
         groups = _layer_groups(model, settings)
+    else:
+        groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=_not_decayed(model, settings))
     leaves: dict[int, list[nn.Parameter]] = {}
     for piece in pieces:
         leaves.setdefault(id(piece.parameter), []).append(piece.leaf)
@@ -95,10 +92,17 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, pieces: Sequenc
     return torch.optim.AdamW(groups, lr=settings.peak_lr, betas=settings.betas, weight_decay=0.0, fused=True)
 
 
+def _not_decayed(model: nn.Module, settings: TrainingSettings) -> set[str]:
+    """Return the parameters of which the network wants no decay, besides biases and norms."""
+    own = set(getattr(model, "no_weight_decay", set)())  # timm's networks have embeddings and tokens there
+    own |= {name for name, _ in model.named_parameters() if name.endswith("reg_token")}  # which timm before 1.0.22 forgets
+    return {name for name in own if not (settings.decay_tokens and name.endswith(("pos_embed", "cls_token")))}
+
+
 def _layer_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
     """Return groups of parameters: the rate of a layer is a share of that of the next. What stands on a backbone has it whole."""
     backbone, decay = getattr(model, "backbone", model), settings.weight_decay
-    own = getattr(backbone, "no_weight_decay", set)()
+    own = _not_decayed(backbone, settings)
     groups = param_groups_layer_decay(backbone, decay, own, layer_decay=settings.layer_decay)
     layers = [{name: group[name] for name in ("params", "weight_decay", "lr_scale")} for group in groups]
     inside = {id(parameter) for parameter in backbone.parameters()}

@@ -6,6 +6,7 @@ Letters: B batch, S tokens of a split, T tokens of a context, V tokens of the vo
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from incubate_lib.config import DEFAULT_MACHINE, DataSettings, MachineSettings, SettingsError, TrainingSettings, refuse
-from incubate_lib.data.order import EVAL_BATCH, Order
+from incubate_lib.data.order import EVAL_BATCH, Order, moved
 from incubate_lib.data.text import NOT_ASKED
 from incubate_lib.data.text.corpora import open_corpus
 from incubate_lib.data.text.vocabulary import Vocabulary, open_vocabulary
@@ -47,6 +48,11 @@ class TextSet:
     def num_classes(self) -> int:
         return len(self.vocabulary.names)
 
+    @cached_property
+    def special(self) -> Tensor:
+        """The tokens that are not asked for where masked ones are, on the device."""
+        return torch.tensor(self.vocabulary.special, device=self.tokens.device)
+
     @property
     def characters(self) -> float:
         """For how many characters a context stands, on average."""
@@ -79,12 +85,12 @@ class TextSet:
         if self.mask_share is not None:
             rows = [np.random.default_rng(i).random(self.context, np.float32) for i in index.tolist()]
             draws = torch.from_numpy(np.stack(rows)).to(self.tokens.device)
-        return self._asked(*self._windows(index.to(self.tokens.device)), draws)
+        return self._asked(*self._windows(moved(index, self.tokens.device)), draws)
 
     def batches(self, order: Order) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield micro-batches to train on: tokens and their characters, each [B, T + 1]; `finish` makes them ready."""
         for _, _, index in order:
-            yield self._windows(index.to(self.tokens.device))
+            yield self._windows(moved(index, self.tokens.device))
 
     def finish(self, batch: tuple[Tensor, Tensor], recipe: TrainingSettings | None = None) -> Batch:
         """Mask tokens, where that is asked for, drawing from the global generators."""
@@ -107,8 +113,7 @@ class TextSet:
         if draws is None:
             return tokens[:, :-1], tokens[:, 1:], lengths[:, 1:]
         tokens, lengths = tokens[:, :-1], lengths[:, :-1]
-        special = torch.tensor(self.vocabulary.special, device=tokens.device)
-        draws = (draws / self.mask_share).masked_fill(torch.isin(tokens, special), 1.0)  # below 1: asked for
+        draws = (draws / self.mask_share).masked_fill(torch.isin(tokens, self.special), 1.0)  # below 1: asked for
         swap = ((draws - REPLACED) / SWAPPED * self.num_classes).long().clamp(0, self.num_classes - 1)
         given = torch.where(draws < REPLACED + SWAPPED, swap, tokens).masked_fill(draws < REPLACED, self.vocabulary.mask)
         return given, tokens.masked_fill(draws >= 1, NOT_ASKED), lengths

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from incubate_lib.config import Frozen, ModelSettings, PhaseSettings
+from incubate_lib.config import Frozen, ModelSettings, PhaseSettings, TrainingSettings
 from incubate_lib.tasks import of_the_output
 
 __path__ = pkgutil.extend_path(__path__, __name__)
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from incubate_lib.training.costs import Counted
     from incubate_lib.training.memory import StepMemory
 
+# what `unmeant` says of a rate that falls from layer to layer
+IN_PIECES = "layer_decay (modules learn alone, and have no layers below; set layer_decay: null)"
 Inputs = dict[str, Path]  # folders of the phases that a phase starts from; "weights": a folder or file of weights
 
 
@@ -62,6 +64,10 @@ class Phase:
     def begins(self, steps: int, others: set[str]) -> bool:
         """Whether so many updates of this phase began with random weights, in a strategy that has these phases, too."""
         return steps > 0
+
+    def unmeant(self, recipe: TrainingSettings) -> str:
+        """Return which field of a recipe the phase cannot heed, and what to set in its place; nothing where it heeds all."""
+        return ""
 
     def title(self, s: PhaseSettings) -> str:
         """Return a phase's name for people, modules counted from one."""

@@ -2,8 +2,8 @@
 
 from typing import Any, Literal
 
-from incubate_lib.config import Frozen, ModelSettings, PhaseSettings
-from incubate_lib.phases.kinds import Inputs, Phase
+from incubate_lib.config import Frozen, ModelSettings, PhaseSettings, TrainingSettings
+from incubate_lib.phases.kinds import IN_PIECES, Inputs, Phase
 
 StartName = Literal["random", "stack", "identity"]
 
@@ -36,6 +36,9 @@ class Incubate(Phase):
     def begins(self, steps: int, others: set[str]) -> bool:
         return False
 
+    def unmeant(self, recipe: TrainingSettings) -> str:
+        return IN_PIECES if recipe.layer_decay else ""
+
     def title(self, s: PhaseSettings) -> str:
         return f"module {s.module_index + 1} of {len(s.target_depths)}"
 
@@ -57,16 +60,21 @@ class Incubate(Phase):
         return hybrid.network, hybrid.partition
 
     def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> Any:
+        from incubate_lib.phases.recipes import meta_and_target
+
+        return self.hybrid(s, *meta_and_target(s, inputs, outputs), s.module_index)
+
+    def hybrid(self, s: PhaseSettings, meta: Any, target: Any, index: int) -> Any:
+        """Return the hybrid of a module, begun as the settings say, whose weights are those of the two networks."""
         from incubate_lib.method.incubation import Hybrid, Imitation
         from incubate_lib.method.network import has_layer
         from incubate_lib.phases.networks import partition_of, set_drop_path
-        from incubate_lib.phases.recipes import meta_and_target, start
+        from incubate_lib.phases.recipes import start
 
-        meta, target = meta_and_target(s, inputs, outputs)
-        start(s, meta, target, s.module_index)
+        start(s, meta, target, index)
         partition, recipe = partition_of(s), s.training
         kind = Imitation if self.imitates else Hybrid
-        hybrid = kind(meta, target, partition, s.module_index, recipe.frozen if recipe else "eval")
+        hybrid = kind(meta, target, partition, index, recipe.frozen if recipe else "eval")
         if recipe and recipe.drop_path_over == "hybrid":
             blocks = [block for block in partition.chain.blocks if has_layer(hybrid.network, block)]
             set_drop_path(hybrid.network, blocks, recipe.drop_path)

@@ -6,7 +6,7 @@ Equal bit for bit to one `incubate` phase a module, if those have `share_draws`.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from incubate_lib.config import ModelSettings, PhaseSettings
+from incubate_lib.config import ModelSettings, PhaseSettings, TrainingSettings
 from incubate_lib.phases.kinds import Inputs
 from incubate_lib.phases.kinds.incubate import Incubate, Start
 
@@ -20,6 +20,10 @@ class IncubateTogether(Incubate):
     is_set_by_name = False
     options = Start
     pace = "incubate_together"
+
+    def unmeant(self, recipe: TrainingSettings) -> str:
+        once = "frozen: train (frozen layers run once for all modules, without drop-path; set frozen: eval)"
+        return super().unmeant(recipe) or (once if recipe.frozen == "train" else "")
 
     def title(self, s: PhaseSettings) -> str:
         return f"{len(s.target_depths)} modules together"
@@ -51,11 +55,11 @@ class IncubateTogether(Incubate):
     def build(self, s: PhaseSettings, inputs: Inputs, outputs: int) -> Any:
         from incubate_lib.method.together import Together
         from incubate_lib.phases.networks import partition_of
-        from incubate_lib.phases.recipes import meta_and_target, start
+        from incubate_lib.phases.recipes import meta_and_target
 
         meta, target = meta_and_target(s, inputs, outputs)
         for index in range(len(s.target_depths)):
-            start(s, meta, target, index)
+            self.hybrid(s, meta, target, index)  # which begins the module and sets its drop-path
         return Together(meta, target, partition_of(s))
 
     def losses(self, run: Callable[..., Any], x: Any, loss: Callable[[Any], Any]) -> Iterator[Any]:

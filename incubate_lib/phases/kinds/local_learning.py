@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from incubate_lib.config import Frozen, ModelSettings, PhaseSettings
-from incubate_lib.phases.kinds import Inputs, Phase
+from incubate_lib.config import Frozen, ModelSettings, PhaseSettings, TrainingSettings
+from incubate_lib.phases.kinds import IN_PIECES, Inputs, Phase
 
 Weights = tuple[float, float] | list[float] | None
 
@@ -27,6 +27,9 @@ class LocalLearning(Phase):
     look = ("#CC79A7", "\\\\")
     options = Options
     counted_apart = True
+
+    def unmeant(self, recipe: TrainingSettings) -> str:
+        return IN_PIECES if recipe.layer_decay else ""
 
     def network(self, model: ModelSettings, partition: dict[str, list[Any]], takes_depth: bool) -> dict[str, Any]:
         return {"model": model} | partition | {"meta_depths": []}
