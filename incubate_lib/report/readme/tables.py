@@ -1,5 +1,6 @@
 """The tables of the pages."""
 
+import math
 from collections.abc import Callable
 
 import pandas as pd
@@ -12,7 +13,7 @@ from incubate_lib.report.readme.text import markdown
 from incubate_lib.report.readme.values import NUMBERS, change, gain
 from incubate_lib.report.tables import mat
 from incubate_lib.report.tables.hardware import mixes
-from incubate_lib.report.tables.overview import APART, settings
+from incubate_lib.report.tables.overview import APART, ROUNDED, settings
 from incubate_lib.report.tables.statistics import rounded, spread
 from incubate_lib.report.tables.verdict import cells
 from incubate_lib.report.words import BASELINE, label, seconds_text
@@ -26,8 +27,9 @@ def budget(study: str) -> str:
         is_largest = whole["flops"][place] == whole["flops"].max()
         row = {"budget": f"{place} ({rounded(whole['flops'].max() / 1e12)} TFLOP)" if is_largest else place}
         for name, score in _scores(study, cell).items():
-            path = cell.loc[cell["strategy"] == name, "critical_flops"].mean() / whole["critical_flops"].max()
-            row[label(name)] = f"{score} ({rounded(round(path, 3), 2)})"  # matched costs differ by a part of an update
+            path, base = cell.loc[cell["strategy"] == name, "critical_flops"].mean(), whole["critical_flops"][place]
+            path = base if math.isclose(path, base, rel_tol=ROUNDED - 1) else path  # matched costs differ by a part of an update
+            row[label(name)] = f"{score} ({rounded(path / whole['critical_flops'].max(), 2)})"
         rows.append(row)
     return markdown(rows)
 
