@@ -16,6 +16,7 @@ from incubate_lib.report.tables.answers import answer, changes, reached
 from incubate_lib.report.tables.statistics import paired
 from incubate_lib.report.tables.studies import StudyTable, gains, published, summary
 from incubate_lib.report.tables.study_plots import fronts, gain_map, ranking
+from incubate_lib.report.tables.verdict import meta_alone
 
 NOTHING_IN_COMMON = "There is nothing to compare: no other strategy has a finished seed in common with end to end."
 
@@ -95,6 +96,22 @@ def test_a_study_without_budgets_or_equal_costs_has_an_answer():
     assert "35.0 points better" in of_all and "1.50 times its training FLOPs" in of_all
     alone = dearer[dearer["strategy"] == "end_to_end"].drop(columns="budget")
     assert answer(StudyTable("it", alone, pd.DataFrame())) == [NOTHING_IN_COMMON]
+
+
+def test_the_meta_model_alone_is_told_where_there_is_one_and_end_to_end_to_compare_with():
+    rows = {
+        "strategy": ["end_to_end", "growing", "mine"],
+        "seed": 0,
+        "metric": "accuracy",
+        "score": [0.5, 0.45, 0.75],
+        "flops": 4,
+    }
+    phases = {"phase": "meta", "seed": 0, "metric": "accuracy", "score": [0.4, 0.9], "flops": 2}  # two of one cost
+    table, meta = pd.DataFrame(rows), pd.DataFrame(phases)
+    assert meta_alone(table, meta[:1]) == (
+        "The meta model alone has 40.0 % for 0.50 times end to end's training FLOPs, and every strategy is better on average."
+    )
+    assert meta_alone(table, meta) == "" and meta_alone(table[1:], meta[:1]) == ""
 
 
 def test_several_cells_are_not_taken_for_more_seeds():
