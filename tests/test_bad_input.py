@@ -58,6 +58,7 @@ BAD = [  # command line → what the message must name
         ["run", "digits", "--strategies", "deep_incubation_mat", "--set", "mat.units=conv_layers"],
         "mat.units is 'conv_layers' in strategy deep_incubation_mat, but only module 1 has a convolution",
     ),
+    ([*MAT, "--devices", "2", "--set", "mat.units=heads"], "mat.stop_error of strategy mat with units 'heads' is for one device"),
     (["run", "mat-digits", "--devices", "2"], "mat.slow_every of strategy mat_multirate is a control for one device"),
     (
         [

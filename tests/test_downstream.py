@@ -70,6 +70,10 @@ def test_the_truth_as_prediction_has_average_precision_one_and_nothing_has_none(
     ]  # fmt: skip
     assert set(average_precision(found).values()) == {1.0}
     assert set(average_precision([one | {"found": []} for one in found]).values()) == {0.0}
+    for image in found:
+        for one in image["truth"]["objects"]:
+            one["id"] -= min(other["id"] for every in found for other in every["truth"]["objects"])
+    assert set(average_precision(found).values()) == {1.0}, "objects counted from 0"
 
 
 def test_average_precision_is_pycocotools_own():

@@ -337,7 +337,21 @@ def test_a_mat_that_loses_is_told_so():
     made = mat_results({"end_to_end": [[0.1, 0.9]], "mat": [[0.1, 0.8]], "end_to_end_short": [[0.1, 0.85]]})
     output = mat.verdict(made)
     assert "never reaches full training's best accuracy" in output and "5.0 points worse, one seed only" in output
+    assert "Corrected" not in output, "with one seed nothing is tested"
     assert "takes end_to_end and mat" in mat.verdict(mat_results({"mat": [[0.1, 0.8]]}))
+
+
+def test_pictures_of_kernels_are_those_of_one_phase_and_module_which_they_name():
+    rows = [
+        {"strategy": "mat", "phase": phase, "module_index": module, "seed": 0, "epoch": epoch, "unit": unit}
+        for phase, module in (("incubate", 0), ("incubate", 1), ("finetune", math.nan)) for epoch in (0.0, 1.0) for unit in "ab"
+    ]  # fmt: skip
+    table = pd.DataFrame(rows).assign(eigenvalue=1.0, effective_rank=2.0, active=1, cut=0.5)
+    panels = mat.rank_against_eigenvalue(table).axes
+    assert [axis.get_title() for axis in panels] == ["epoch 0 (module 1)", "epoch 1 (module 1)"]
+    assert {len(line.get_xdata()) for axis in panels for line in axis.lines} == {2, 0}
+    assert "(module 1)" in mat.eigenvalue_map(table).axes[0].get_title()
+    assert "(" not in mat.eigenvalue_map(table[table["phase"] == "finetune"]).axes[0].get_title()
 
 
 def test_kernels_that_nobody_recorded_draw_a_sentence():

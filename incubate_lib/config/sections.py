@@ -267,7 +267,7 @@ class PartitionSettings(Frozen):
 
 
 class MATSettings(Frozen):
-    """Modular Adaptive Training: which units rest, and when that is decided. The paper leaves all of it open; own choices."""
+    """Modular Adaptive Training: which units rest, and when that is decided. The paper leaves most of it open; own choices."""
 
     # what rests or trains as one; none: sublayers of a ViT, heads of other transformers, conv_layers of others
     units: UnitKind | None = None

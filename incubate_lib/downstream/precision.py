@@ -28,7 +28,10 @@ def average_precision(images: Sequence[dict[str, Any]]) -> dict[str, float]:
     truth = COCO()
     truth.dataset = {
         "images": [{key: value for key, value in image["truth"].items() if key != "objects"} for image in images],
-        "annotations": [one | {"category_id": one["label"], "iscrowd": one.get("iscrowd", 0)} for one in objects],
+        # numbered afresh: to COCOeval an object with the number 0 is none
+        "annotations": [
+            one | {"id": i, "category_id": one["label"], "iscrowd": one.get("iscrowd", 0)} for i, one in enumerate(objects, 1)
+        ],
         "categories": [{"id": label, "name": str(label)} for label in sorted({one["label"] for one in objects})],
     }
     precision = {}

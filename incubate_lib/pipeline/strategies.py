@@ -287,6 +287,9 @@ class Builder:
             f"{control}, but machine.devices × {compiled}": mat.slow_every and wrapped,
             f"mat.slow_every of {strategy} is made for AdamW's moments, but its optimizer is sgd": mat.slow_every and is_sgd,
             f"mat.probe is {mat.probe}, {few}": mat.probe > self.facts.num_images,
+            # norms before a layer of which all rows rest get no gradient, which DistributedDataParallel waits for
+            f"mat.stop_error of {strategy} with units {units!r} is for one device, but machine.devices × machine.nodes is "
+            f"{machine.team_size}": mat.stop_error and units in ("heads", "filters") and machine.team_size > 1,
         }
         for problem, is_there in problems.items():
             if is_there:

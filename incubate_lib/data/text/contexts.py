@@ -3,6 +3,7 @@
 Letters: B batch, S tokens of a split, T tokens of a context, V tokens of the vocabulary.
 """
 
+import math
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -71,7 +72,9 @@ class TextSet:
         index = torch.arange(min(num, len(self)))
         x, _, _ = self.some(index) if recipe is None else self.finish(self._windows(index))
         lines = [textwrap.wrap(self.vocabulary.decode(row), LINE)[: 1 + 2 * self.context // LINE] for row in x.tolist()]
-        size = (6 * LINE + 4, 12 * max(map(len, lines), default=1) + 4)
+        highest = "\n".join(["Ágy"] * max(map(len, lines), default=1))
+        height = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((2, 2), highest)[3]
+        size = (6 * LINE + 4, math.ceil(height) + 2)
         pictures = np.zeros((len(lines), 1, *size[::-1]), dtype=np.uint8)
         for picture, text in zip(pictures, lines, strict=True):
             canvas = Image.new("L", size, 255)

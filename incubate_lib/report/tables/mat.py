@@ -13,7 +13,7 @@ from incubate_lib.report.tables.plots import draw_curve, legend_below, mean_curv
 from incubate_lib.report.tables.records import Results
 from incubate_lib.report.tables.statistics import family_text, points_text, spread, verdict_text
 from incubate_lib.report.tables.verdict import differences
-from incubate_lib.report.words import BASELINE, flop_unit, label
+from incubate_lib.report.words import BASELINE, flop_unit, label, phase_name
 
 COSTS = {"flops": "training FLOPs", "train_seconds": "training seconds"}  # columns of curves
 
@@ -162,12 +162,10 @@ def eigenvalue_map(table: pd.DataFrame, strategy: str = "mat", seed: int | None 
 
     `table` is `Results.mntk`. Units from the input (bottom) to the output (top); a dot marks a unit that rests afterwards.
     """
-    part = table[table["strategy"] == strategy]
+    part, where = _first_phase(table[table["strategy"] == strategy])
     if part.empty:
         return _nothing(strategy)
     part = part[part["seed"] == (part["seed"].min() if seed is None else seed)]
-    part = part[part["module_index"].isna() | (part["module_index"] == part["module_index"].min())]
-    part = part[part["phase"] == part["phase"].iloc[0]]
     names = list(dict.fromkeys(part["unit"]))
     wide = part.pivot(index="unit", columns="epoch").loc[names]
     values, active = wide["eigenvalue"], wide["active"].to_numpy()
@@ -185,7 +183,7 @@ def eigenvalue_map(table: pd.DataFrame, strategy: str = "mat", seed: int | None 
     digits = max(1, 1 - math.floor(math.log10(np.diff(times).min()))) if len(times) > 1 else 1  # so that no two look alike
     epochs = [f"{epoch:g}" for epoch in times.round(digits)]
     left.set_xticks(range(len(epochs)), epochs, fontsize=10, rotation=90)
-    left.set(xlabel="epoch (a dot: rests from here on)", title="largest eigenvalue of each unit's kernel")
+    left.set(xlabel="epoch (a dot: rests from here on)", title=f"largest eigenvalue of each unit's kernel{where}")
     figure.colorbar(picture, ax=left, label="λ max")
     right.plot(values.columns, values.T, color="#999999", linewidth=0.5, alpha=0.7)
     right.plot(values.columns, values.median(), color="#0072B2", label="median of units")
@@ -198,9 +196,16 @@ def eigenvalue_map(table: pd.DataFrame, strategy: str = "mat", seed: int | None 
     return figure
 
 
+def _first_phase(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return the rows of the first phase with kernels, of the first module, and which that is where there are several."""
+    rows = table[table["module_index"].isna() | (table["module_index"] == table["module_index"].min())]
+    rows = rows[rows["phase"] == rows["phase"].iloc[0]] if len(rows) else rows
+    return rows, f" ({phase_name(*rows[['phase', 'module_index']].iloc[0])})" if len(rows) < len(table) else ""
+
+
 def rank_against_eigenvalue(table: pd.DataFrame, strategy: str = "mat") -> Figure:
     """Draw each unit's effective rank against its largest eigenvalue, a panel an evaluation: first, middle, last."""
-    part = table[(table["strategy"] == strategy) & table["effective_rank"].notna()]
+    part, where = _first_phase(table[(table["strategy"] == strategy) & table["effective_rank"].notna()])
     if part.empty:
         return _nothing(strategy)
     epochs = sorted(part["epoch"].unique())
@@ -211,7 +216,7 @@ def rank_against_eigenvalue(table: pd.DataFrame, strategy: str = "mat") -> Figur
         for on, marker, color, name in ((1, "o", "#D55E00", "active"), (0, "x", "#0072B2", "rests")):
             some = part[(part["epoch"] == epoch) & (part["active"] == on)]
             axis.plot("eigenvalue", "effective_rank", marker, data=some, color=color, alpha=0.7, markersize=4, label=name)
-        axis.set(xscale="log", xlabel="λ max", title=f"epoch {epoch:g}")
+        axis.set(xscale="log", xlabel="λ max", title=f"epoch {epoch:g}{where}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("effective rank")
     axes[0].legend(fontsize=10)

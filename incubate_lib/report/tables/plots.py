@@ -79,7 +79,9 @@ def learning_curves(curves: dict[str, pd.DataFrame], reference: dict[str, float 
     for i, (name, value) in enumerate(known.items()):
         line = {"color": "#777777", "linestyle": ["--", ":"][i % 2], "linewidth": 1}
         right.axhline(metric.scale * value, label=f"{name} ({metric.written(value)})", **line)
-    left.set(xlabel="epoch", ylabel="loss (nats)")
+        right.update_datalim([(right.dataLim.x0, metric.scale * value)])  # or the line may lie under the frame
+    right.autoscale_view()
+    left.set(xlabel="epoch", ylabel="loss")
     right.set(xlabel="epoch", ylabel=metric.axis())
     for axis in (left, right):
         axis.legend(fontsize=9)
@@ -168,7 +170,8 @@ def convergence(results: Results) -> Figure:
         for drawn in dict.fromkeys((BASELINE, name)):
             _phases(axis, results, drawn, factor)
         seeds = results.strategies.loc[results.strategies["strategy"] == name, "seed"].nunique()
-        axis.set(ylabel=results.metric.axis(), title=f"{label(name)} against end to end (n = {seeds})")
+        against = f" against {label(BASELINE)}" if BASELINE in set(results.curves["strategy"]) else ""
+        axis.set(ylabel=results.metric.axis(), title=f"{label(name)}{against} (n = {seeds})")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9, loc="lower right" if results.metric.higher_is_better else "upper right")  # where no curve ends
     axes[-1].set_xlabel(f"training cost spent ({unit}), modules one after another")

@@ -143,7 +143,7 @@ def summary(table: StudyTable) -> pd.DataFrame:
                 "strategy": label(name),
                 "seeds": len(group),
                 metric.heading: spread(group["score"], metric),
-                "over end to end": gain.get((*place.values(), name), ""),
+                f"over {label(baseline_of(table.results))}": gain.get((*place.values(), name), ""),
                 metric.headed("assembled"): spread(group["assembled_score"], metric),
                 unit: f"{group['flops'].mean() / factor:.3g}",
                 f"critical path {unit}": f"{group['critical_flops'].mean() / factor:.3g}",

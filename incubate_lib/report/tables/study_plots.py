@@ -14,7 +14,7 @@ from incubate_lib.report.tables.plots import legend_below, mean_curve
 from incubate_lib.report.tables.records import write_figure
 from incubate_lib.report.tables.statistics import rounded
 from incubate_lib.report.tables.studies import StudyTable, at_equal_cost, seeds_count, seeds_text
-from incubate_lib.report.tables.verdict import cells
+from incubate_lib.report.tables.verdict import baseline_of, cells
 from incubate_lib.report.words import about, flop_unit, label
 
 COSTS = {"flops": "all phases, one machine", "critical_flops": "critical path, modules side by side"}
@@ -103,9 +103,10 @@ def gain_map(table: StudyTable) -> Figure | None:
         image = _map(axis, part, rows, column, bound)
         axis.set_title(title, fontsize=10, loc="left")
     figure.colorbar(image, ax=list(axes), label=table.metric.differences, shrink=0.8)
-    seeds, count = seeds_count(table), found["comparisons"].max()
-    title = f"{table.name}: {table.metric.points} over end to end at equal FLOPs\nmean of {seeds}, paired by seed; "
-    figure.suptitle(f"{title}noise: not clear after correction for {count} comparisons", fontsize=10)
+    what = f"{table.metric.points} over {label(baseline_of(table.results))} at equal FLOPs"
+    how = f"mean of {seeds_count(table)}, paired by seed"
+    noise = f"noise: not clear after correction for {found['comparisons'].max()} comparisons"
+    figure.suptitle(f"{table.name}: {what}\n{how}; {noise}", fontsize=10)
     return figure
 
 
