@@ -86,6 +86,27 @@ def test_what_would_fail_the_same_way_is_not_tried_again(error, phase):
     assert job.verdict(about, 1) == 1 and node.folder.status()["error"] == error
 
 
+def test_bad_input_is_not_tried_again_and_a_warning_before_it_counts_more(phase):
+    """A phase without a notebook says what was wrong, and by its exit status that it was the input."""
+    node, about = phase
+    say(node, "error: 8 images at once need more than the 1 GiB of this GPU\n")
+    attempts(node, "OSError: a", "OSError: b", None)
+    assert job.verdict(about, 2) == 1 and node.folder.status()["error"].startswith("8 images at once")
+    attempts(node, "OSError: a", "OSError: b", None)
+    open(os.environ["INCUBATE_STOP"], "w").close()
+    assert job.verdict(about, 2) == AGAIN
+
+
+def test_what_another_job_trains_is_left_to_it_and_looked_for_again(phase):
+    """Two runs may have submitted one phase at once; the later one goes on, and what waits for the earlier one must not end."""
+    node, about = phase
+    attempts(node, None, job="18")
+    before = (node.folder.path / "attempts.json").read_bytes()
+    assert job.verdict(about, 1) == AGAIN and (node.folder.path / "attempts.json").read_bytes() == before
+    node.folder.stop_file.touch()
+    assert job.verdict(about, 1) == job.STOPPED
+
+
 def test_a_warning_means_another_attempt_and_a_stop_does_not(phase):
     node, about = phase
     say(node, "error: Stopped: at step 3", 3)

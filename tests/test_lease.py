@@ -61,8 +61,22 @@ def of_another_host(folder, **changes) -> Lease:
 
 
 def test_a_dead_process_of_this_host_is_known_at_once_even_if_its_number_lives_on(tmp_path):
-    of_another_host(tmp_path, host=socket.gethostname(), pid=os.getpid(), born="some other boot 17")
+    mine = of_another_host(tmp_path, host=socket.gethostname(), pid=os.getpid())
+    born = json.loads(mine.path.read_text())["born"].rpartition(" ")[0] + " 17"
+    of_this_number(mine, born)
     assert holder(tmp_path) is None and Lease.take(tmp_path)
+
+
+def test_a_process_of_another_container_with_this_hosts_name_is_judged_by_its_signs_of_life(tmp_path):
+    mine = of_another_host(tmp_path, host=socket.gethostname(), pid=os.getpid())
+    of_this_number(mine, "this boot pid:[4711] 17")
+    assert holder(tmp_path)["lost_in"] > 0 and Lease.take(tmp_path) is None
+    os.utime(mine.path, (0, 0))
+    assert Lease.take(tmp_path)
+
+
+def of_this_number(mine: Lease, born: str) -> None:
+    mine.path.write_text(json.dumps(json.loads(mine.path.read_text()) | {"born": born}))
 
 
 def test_a_record_that_is_not_written_yet_holds(tmp_path):

@@ -21,7 +21,7 @@ from incubate_lib.pipeline.graph import closure
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.report.planner import planner
 from incubate_lib.report.planner.forecast import Speed, against_measured, forecast, measured_speed, open_plan, stated_speed
-from incubate_lib.report.planner.memory import step_memory_of
+from incubate_lib.report.planner.memory import peak_bytes, step_memory_of
 from incubate_lib.report.planner.planner import planner as sliders
 from incubate_lib.report.planner.published import published_costs
 from incubate_lib.report.tables import records
@@ -179,6 +179,17 @@ def test_memory_is_that_of_a_real_step(images, freeze):
     (memory,) = memory_by_part(model, shape)
     assert memory.gradients == sum(p.numel() * 4 for p in trained) and memory.optimizer == 2 * memory.gradients
     assert 0.85 < memory.peak(images) / counted.peak < 1.05
+
+
+def test_devices_that_train_together_keep_their_gradients_through_the_forward_pass(data_folder):
+    """In the buckets by which they are averaged: each image less on a device saves what it keeps, and no gradient."""
+    alone, four = (
+        plan(load_settings("smoke", [f"machine.devices={devices}", f"training.batch_size={16 * devices}"]), ["end_to_end"])
+        for devices in (1, 4)
+    )
+    memory = step_memory_of(alone.nodes[0], {})
+    assert memory.activations * 16 > memory.gradients, "or it would not show"
+    assert peak_bytes(four.nodes[0], {}) - peak_bytes(alone.nodes[0], {}) == memory.gradients
 
 
 def test_memory_of_a_hybrid_is_that_of_its_parts():

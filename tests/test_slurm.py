@@ -202,6 +202,10 @@ def test_a_hundred_phases_wait_in_the_queue_and_are_cancelled(site, chain):
     assert shown.count(" queued ") == 106 and "BeginTime" in shown and "Dependency: waits for the phases it starts from" in shown
     refused = site.incubate("run", "smoke", *BOTH, *more)
     assert refused.returncode == 2 and "106 job(s)" in refused.stderr and "in Slurm's queue" in refused.stderr
+    changed = site.incubate(
+        "run", "smoke", *BOTH, *more, "--set", "training.lr=5e-4", "--backend", "slurm", "--site", str(site.site)
+    )
+    assert changed.returncode == 2 and "106 job(s) of many with other settings are active" in changed.stderr
     assert "106 job(s)" in site.incubate("stop", "smoke", *more).stdout
     assert "PENDING" not in {site.states()[job] for job in site.jobs("many").values()}
     assert " queued " not in site.incubate("status", "smoke", *more).stdout

@@ -65,7 +65,8 @@ def load_settings(preset: str = "digits", overrides: list[str] | tuple[str, ...]
         raw["strategies"] = {name: copy.deepcopy(known.get(name, {})) | (given.get(name) or {}) for name in known | given}
     for override in overrides:
         _override(raw, override)
-    if path not in presets().values() and not (raw.get("machine") or {}).get("data_folder"):
+    machine = raw.get("machine")
+    if path not in presets().values() and not (isinstance(machine, dict) and machine.get("data_folder")):
         _look_beside(path, raw.get("data"))
     raw["overrides"] = list(overrides)
     where = [path.name, *(f"--set {shortened(override)}" for override in overrides)]

@@ -132,8 +132,14 @@ def stop_run(experiment: Experiment) -> str:
     trained = {node.digest: node.title for node in recorded_plan(experiment.path).nodes if node.folder.trainer()}
     needed = stop_phases(trained, but=experiment.path)
     kept = [f"; {trained[digest]} goes on, because run {other} needs it, too" for digest, other in needed.items()]
+    failed = None
     for backend in (backends.of(experiment), backends.get()):
-        if words := backend.stop(experiment):
-            return words + "".join(kept)
+        try:
+            if words := backend.stop(experiment):
+                return words + "".join(kept)
+        except SettingsError as error:  # no Slurm here, to which the run was once given
+            failed = error
+    if failed:
+        raise failed
     nobody = f"no `incubate run` is at work in {experiment.path}; phases that notebooks train there are asked to stop"
     return nobody + "".join(kept)

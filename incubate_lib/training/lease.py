@@ -122,7 +122,7 @@ def holder(folder: Path) -> dict[str, Any] | None:
         return UNWRITTEN | {"lost_in": left} if left else None
     if record["ended"] or _is_over(record):
         return None
-    if record["host"] == socket.gethostname():
+    if record["host"] == socket.gethostname() and _place(record["born"]) == _place(_born(os.getpid())):
         born = _born(record["pid"])
         if born == record["born"] or born != "alive":
             return record if born == record["born"] else None
@@ -161,9 +161,15 @@ def _born(pid: int) -> str | None:
     """Return what distinguishes a process from a later one with the same number, and from those of before a reboot."""
     try:
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')} {ticks}"
     except OSError:  # no /proc here: the number must do
         return "alive" if psutil.pid_exists(pid) else None
+
+
+def _place(born: str | None) -> str:
+    """Return what counts processes where one was born: this boot, or a container, of which several may have one host name."""
+    return (born or "").rpartition(" ")[0]
 
 
 def _now(folder: Path) -> float:

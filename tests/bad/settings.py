@@ -254,6 +254,8 @@ TEXTS = {  # what is wrong with a file of settings → what stands in it
     "strategies of null and words": "strategies: {a: null, b: word}",
     "a strategy whose name is null": "strategies: {null: {kind: end_to_end}}",
     "a strategy whose name is a number": "strategies: {5: {kind: end_to_end}}\nrun: [5]",
+    "a machine of a word": "machine: gpu",
+    "a machine of a list": "machine: [1]",
     "phases of a list": "phases: [meta]",
     "run of lists": "run: [[end_to_end]]",
     "cuts of numbers": "partition: {cuts: [1, 2]}",

@@ -211,4 +211,13 @@ def gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
-    return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    return [str(number) for number in range(sum(map(_opens, Path("/dev").glob("nvidia[0-9]*"))))]  # as CUDA counts them
+
+
+def _opens(device: Path) -> bool:
+    """Whether this process may use a device; a container may show those of others."""
+    try:
+        os.close(os.open(device, os.O_RDWR))
+    except OSError:
+        return False
+    return True

@@ -7,6 +7,7 @@ what it alone knows: what waits, why, and where it runs.
 
 import argparse
 import contextlib
+import json
 import re
 import shutil
 import time
@@ -93,9 +94,9 @@ class Slurm(Backend):
         phases = {key: job.digest for key, job in submitted(experiment).items() if key in jobs and job.digest}
         needed = stop_phases(phases.values(), but=experiment.path)
         kept = {key for key, digest in phases.items() if digest in needed}
-        running = [job.id for key, job in jobs.items() if job.is_running and key not in kept]
-        cancel("--batch", "--signal=USR2", ids=running)  # the stop file is seen without it, too, but later
-        cancel(ids=[job.id for key, job in jobs.items() if not job.is_running and key not in kept])
+        saves = {key for key, job in jobs.items() if job.is_running and key != ANALYSIS}
+        cancel("--batch", "--signal=USR2", ids=[jobs[key].id for key in saves - kept])  # or the stop file is seen later
+        cancel(ids=[job.id for key, job in jobs.items() if key not in saves | kept])
         if not jobs:
             return None
         how = "those that wait are cancelled, those that run save a checkpoint first"
@@ -147,17 +148,19 @@ def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, c
         script.arguments([])  # what it cannot hold is refused before anything is written
     experiment.path.mkdir(parents=True, exist_ok=True)
     with only_run(experiment.path) if analysis else contextlib.nullcontext():  # a study holds its own folder
-        active = _settled(experiment)
-        if active and analysis and experiment.record() and not experiment.is_present():
+        active, ids = _settled(experiment), submitted(experiment)
+        digests = {node.key: node.digest for node in plan.nodes}
+        has_others = any(ids[key].digest != digests[key] for key in active if key in digests)
+        if has_others or (active and analysis and not experiment.is_present()):
             raise SettingsError(f"{len(active)} job(s) of {experiment.path.name} with other settings are active; stop them first")
         if analysis:
             plan.write()
-            analysis = analysis | {"preset": _frozen(experiment, analysis["preset"])}
+            analysis = analysis | _frozen(experiment, analysis)
         (experiment.path / STOP_FILE).unlink(missing_ok=True)
-        ids = submitted(experiment)
         known = known_jobs()
+        others = {node.key: job_of(node.folder) for node in missing}
         for node in missing:  # another run has submitted it
-            other = job_of(node.folder)
+            other = others[node.key]
             job = known.get((other.id, other.name)) if other else None
             if job and job.is_active and node.key not in active and not node.folder.stop_file.exists():
                 ids[node.key], active[node.key] = other, job
@@ -168,6 +171,9 @@ def _submit(plan: Plan, analysis: dict[str, Any] | None, slurm: SlurmSettings, c
             if not script.phase and (ANALYSIS in active or (not missing and analysed(plan))):
                 continue
             if script.phase:
+                if (other := job_of(script.phase.folder)) != others[script.key]:  # another run has just submitted it
+                    running[script.key], ids[script.key] = other.id, other
+                    continue
                 script.phase.write()
                 script.phase.folder.stop_file.unlink(missing_ok=True)
             arguments = script.arguments([running[key] for key in script.after if key in running])
@@ -207,11 +213,12 @@ def _not_in_queue(plan: Plan, missing: list[Node], active: dict[str, Job]) -> li
 
 
 def _settled(experiment: Experiment, seconds: float = 60.0) -> dict[str, Job]:
-    """Return the active jobs, once those that are about to end have ended: all of a stopped run."""
+    """Return the active jobs, once those that are about to end have ended: all that were asked to stop."""
     deadline = time.monotonic() + seconds
     while True:
-        active = active_jobs(experiment)
-        stopping = active and (experiment.path / STOP_FILE).exists()
+        active, ids = active_jobs(experiment), submitted(experiment)
+        digests = filter(None, (ids[key].digest for key in active))
+        stopping = any(PhaseFolder.of(digest).stop_file.exists() for digest in digests)
         if not stopping and not any(job.state == "COMPLETING" for job in active.values()):
             return active
         if time.monotonic() > deadline:
@@ -220,11 +227,15 @@ def _settled(experiment: Experiment, seconds: float = 60.0) -> dict[str, Job]:
         time.sleep(1)
 
 
-def _frozen(experiment: Experiment, preset: str) -> str:
-    """Copy the settings file beside the run: jobs may start days later, when the original says something else."""
+def _frozen(experiment: Experiment, analysis: dict[str, Any]) -> dict[str, Any]:
+    """Copy the settings file beside the run, and return what names the copy: jobs may start days later, when the original says
+    something else. A folder of images that lies beside the original is named in full.
+    """
+    preset, folder = analysis["preset"], experiment.settings.data.folder
     original = presets().get(preset) or Path(preset)
     copy = experiment.path / "settings" / original.name
     copy.parent.mkdir(exist_ok=True)
     if not copy.exists() or copy.read_bytes() != original.read_bytes():  # jobs may be reading it
         write_atomic(copy, original.read_bytes())
-    return str(copy)
+    beside = [f"data.folder={json.dumps(folder)}"] if folder and Path(folder).is_absolute() else []
+    return {"preset": str(copy), "overrides": [*analysis["overrides"], *beside]}

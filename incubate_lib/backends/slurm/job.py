@@ -25,7 +25,7 @@ from incubate_lib.pipeline import execution
 from incubate_lib.pipeline.strategies import plan
 from incubate_lib.training.runs import PhaseFolder
 
-GIVEN_UP, STOPPED = 4, 130  # exit statuses
+BAD_INPUT, GIVEN_UP, STOPPED = 2, 4, 130  # exit statuses
 FINAL = ("SettingsError", "FloatingPointError")  # would end the same way again
 
 
@@ -68,13 +68,17 @@ def verdict(about: dict[str, Any], code: int) -> int:
     folder = job.folder
     if job.is_complete(about["notebook"]):
         return 0
-    newest = [(int(row["job"]), row["restart"]) for row in attempts(folder)[-1:]] or [(0, 0)]
-    if newest[0] > (int(here.job), here.restart):
+    number, restart = next(((int(row["job"]), row["restart"]) for row in attempts(folder)[-1:]), (0, 0))
+    if number == int(here.job) and restart > here.restart:
         print("a later attempt took over: its node was taken for dead")
         return 1
-    if newest[0] != (int(here.job), here.restart):
-        begin(folder, here)  # it could not even begin
     is_stopped = folder.stop_file.exists()
+    if number > int(here.job):  # of another run, which keeps the record
+        print(f"job {number} trains this phase, too; what it has finished by then is taken")
+        own.unlink(missing_ok=True)
+        return STOPPED if is_stopped else AGAIN
+    if (number, restart) != (int(here.job), here.restart):
+        begin(folder, here)  # it could not even begin
     how = "stopped" if is_stopped else WARNED if own.exists() else _failure(folder, code)
     close(folder, how)
     own.unlink(missing_ok=True)
@@ -84,7 +88,7 @@ def verdict(about: dict[str, Any], code: int) -> int:
     mine = attempts(folder)[-1]
     if stuck(attempts(folder), here.job, about["attempts"]):
         return _give_up(folder, about["attempts"])
-    if mine["ended"].startswith(FINAL):
+    if mine["ended"].startswith(FINAL) or (code == BAD_INPUT and how != WARNED):
         return _fail(folder, mine["ended"])
     print(f"{mine['ended']}; saved at step {mine['saved_step']}, to be requeued")
     return AGAIN

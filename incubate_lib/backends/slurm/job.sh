@@ -7,9 +7,13 @@ again() {   # not what somebody cancelled
 out_of_time() {   # Slurm ends such a job for good, unless it is requeued before it is gone
   if [ "$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %r)" = TimeLimit ]; then timeout 60 scontrol requeue "$SLURM_JOB_ID"; fi
 }
+{% if is_phase -%}
 # a warning: the phase sees the file after the next step, saves and ends; if it is not at its steps yet, time may run out
 trap 'touch "$INCUBATE_STOP"; (sleep {{ [1, slurm.warn_seconds // 2] | max }}; again) &' USR2
 trap 'touch "$INCUBATE_STOP"; out_of_time' TERM
+{% else -%}
+trap : USR2   # an analysis saves nothing: one that time does not suffice for would begin for ever
+{% endif -%}
 {{ slurm.prologue | join("\n") }}
 about={{ about | quote }}
 job=({{ slurm.python or interpreter | quote }} -m incubate_lib.backends.slurm.job)

@@ -62,7 +62,9 @@ class Script:
         """Return the script, with the options for people to read."""
         about = json.dumps(self.about | {"attempts": self.slurm.attempts})
         values = {"again": AGAIN, "data": str(data_folder()), "interpreter": sys.executable, "about": about}
-        body = TEMPLATES.get_template("job.sh").render(values, folder=str(self.folder), job=self.request, slurm=self.slurm)
+        body = TEMPLATES.get_template("job.sh").render(
+            values, folder=str(self.folder), job=self.request, slurm=self.slurm, is_phase=self.phase is not None
+        )
         return f"#!/bin/bash\n# sbatch {shlex.join(arguments)}\n{body}"
 
 

@@ -20,7 +20,8 @@ def peak_bytes(node: Node, known: dict) -> int:
         return 0
     recipe, devices = node.settings.training, node.experiment.settings.machine.team_size
     number, samples = micro_batches(recipe.batch_size, recipe.micro_batch, devices)
-    return step_memory_of(node, known).peak(samples, adds_up=number > 1)
+    # where devices train together, the buckets by which gradients are averaged are there all the time
+    return step_memory_of(node, known).peak(samples, adds_up=number > 1 or devices > 1)
 
 
 def step_memory_of(node: Node, known: dict) -> StepMemory:
