@@ -177,8 +177,9 @@ def meta_alone(table: pd.DataFrame, phases: pd.DataFrame) -> str:
     """Say what the small shared network reaches by itself: the depth must be worth its cost."""
     meta = phases[phases["phase"] == "meta"].drop_duplicates(["seed", "flops", "score"])
     means = table.groupby("strategy")[["score", "flops"]].mean()
-    has_several = meta["seed"].duplicated().any() or meta["flops"].nunique() > 1  # strategies may have meta models of their own
-    if meta.empty or has_several or BASELINE not in means.index:
+    if meta.empty or BASELINE not in means.index:
+        return ""
+    if meta["seed"].duplicated().any() or meta["flops"].nunique() > 1:  # strategies may have meta models of their own
         return ""
     share = meta["flops"].mean() / means.loc[BASELINE, "flops"]
     metric, alone = metric_of(table, meta), meta["score"].mean()
