@@ -27,6 +27,7 @@ MORE = {
     ],
     "fashion-map": [[(INHERITED, "deep_incubation")], [("stacking", "growing")]],
     "fashion-controls": [[(INHERITED, "deep_incubation")], [(INHERITED, "end_to_end_longer")]],
+    "fashion-longer": [[("end_to_end_longer", "deep_incubation")]],
     "austen-controls": [[(INHERITED, "stacking")], [(INHERITED, "end_to_end_longer")]],
     "austen-budget": [[("stacking", "growing")]],
     "mat-digits": [[("deep_incubation_mat", "deep_incubation")]],
