@@ -11,7 +11,7 @@ GPU ?= gpu
 BENCH ?= imagenet-vit-b
 STUDY ?= fashion-scale
 BIN = .venv/bin
-FAST = method starts training splits data config bad_input cli report
+FAST = method starts training splits data config bad_input cli report mat_tables
 LOWEST = $(addprefix tests/test_,floors.py adaptive.py augmentation.py data.py stream.py presets.py import.py)
 LOWEST += "tests/test_shipped.py::test_every_preset_trains_two_epochs_through_its_notebooks[smoke]"
 

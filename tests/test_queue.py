@@ -12,7 +12,6 @@ from rich.console import Console
 
 from incubate_lib import backends
 from incubate_lib.backends.slurm import backend
-from incubate_lib.backends.slurm.backend import _submit
 from incubate_lib.backends.slurm.queue import job_of, submitted
 from incubate_lib.backends.slurm.settings import SlurmSettings
 from incubate_lib.config import SettingsError, load_settings
@@ -70,7 +69,11 @@ def planned(*overrides: str) -> Plan:
 
 def submit(todo: Plan, *overrides: str) -> None:
     source = {"preset": "smoke", "overrides": list(overrides)} | todo.arguments
-    _submit(todo, source, SlurmSettings(gpus_per_node=0), Console(quiet=True))
+    hand_over(todo, source)
+
+
+def hand_over(todo: Plan, analysis: dict | None) -> None:
+    backends.get("slurm").submit(todo, SlurmSettings(gpus_per_node=0), Console(quiet=True), analysis=analysis)
 
 
 def test_jobs_of_other_settings_are_not_taken_for_these(queue):
@@ -81,7 +84,7 @@ def test_jobs_of_other_settings_are_not_taken_for_these(queue):
     with pytest.raises(SettingsError, match=rf"{number} job\(s\) of smoke with other settings are active; stop them first"):
         submit(planned(change), change)
     with pytest.raises(SettingsError, match="other settings"):
-        _submit(planned(change), None, SlurmSettings(gpus_per_node=0), Console(quiet=True))
+        hand_over(planned(change), None)
     submit(planned())
     assert len(queue.states()) == number and before.experiment.is_present()
 
@@ -126,12 +129,12 @@ def test_an_analysis_finds_the_images_beside_the_users_settings(queue, tmp_path,
     """Its settings are a copy, beside which there are none."""
     (tmp_path / "mine" / "pictures").mkdir(parents=True)
     todo = planned()
-    todo.write()
     data = todo.experiment.settings.data.model_copy(update={"folder": str(tmp_path / "mine" / "pictures")})
     settings = todo.experiment.settings.model_copy(update={"data": data})
     object.__setattr__(todo.experiment, "settings", settings)
-    frozen = backend._frozen(todo.experiment, {"preset": "smoke", "overrides": ["training.lr=2e-3"]})
-    assert frozen["overrides"] == ["training.lr=2e-3", f"data.folder={json.dumps(data.folder)}"]
+    submit(todo, "training.lr=2e-3")
+    (about,) = re.findall(r"^about='(.*)'$", (todo.experiment.path / "slurm.sh").read_text(), re.M)
+    assert json.loads(about)["parameters"]["overrides"] == ["training.lr=2e-3", f"data.folder={json.dumps(data.folder)}"]
 
 
 def test_an_analysis_is_cancelled_at_once_and_never_begins_again_by_itself(queue):
